@@ -1,0 +1,1 @@
+//! Takes a basebackup: plan, read, hash, compress, seal, pack, upload, commit.

@@ -1,0 +1,1 @@
+//! Bytes to bytes: compression, frames, keys, signatures, and the bounded CPU pool.

@@ -1,0 +1,1 @@
+//! A PostgreSQL running on a writable mount: clones, and the demo.

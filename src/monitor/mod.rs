@@ -1,0 +1,1 @@
+//! Progress and counters that engines report and that `cli` shows.

@@ -1,0 +1,1 @@
+//! Basebackups as file systems: the read-only tree, and the writable upper above it.

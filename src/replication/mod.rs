@@ -1,0 +1,1 @@
+//! The wire to PostgreSQL: the one SQL session all use.

@@ -1,0 +1,1 @@
+//! WAL in and out: one segment pushed, one fetched.
