@@ -1,1 +1,83 @@
 //! Local files: durable write and rename, locks, free space, Walden's private area, the clone marker.
+//!
+//! Everything here is synchronous and small; a caller on an async thread hands the slow ones (whatever
+//! fsyncs) to a blocking thread. A path that comes back from `durable` without error is on stable storage
+//! with its directory entry: that is the promise the layers above build on. Deliberately absent: the data
+//! path of restore and mount, which sync in bulk.
+
+pub mod clone_marker;
+pub mod durable;
+pub mod lock;
+pub mod owner;
+pub mod private_area;
+pub mod space;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub use clone_marker::CloneMarker;
+pub use lock::LockFile;
+pub use owner::Owner;
+pub use private_area::{Binding, PrivateArea};
+pub use space::Space;
+
+/// What went wrong with a local file.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call failed.
+    #[error("could not {action} \"{}\": {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    /// A file that must be new is there already.
+    #[error("\"{}\" exists already", path.display())]
+    Exists { path: PathBuf },
+    /// Another process holds the lock.
+    #[error("\"{}\" is locked by {}", path.display(), lock::describe_holder(*holder))]
+    Locked { path: PathBuf, holder: Option<i32> },
+    /// A private area belongs to another basebackup.
+    #[error("\"{}\" belongs to basebackup {found}, not to {wanted}", path.display())]
+    BoundElsewhere { path: PathBuf, found: String, wanted: String },
+    /// A file of Walden's own cannot be read as what it should be.
+    #[error("\"{}\" is not readable as {what}: {detail}", path.display())]
+    Malformed { path: PathBuf, what: &'static str, detail: String },
+}
+
+/// What a caller can do about an [`Error`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The same call may succeed later.
+    Retry,
+    /// A path, a right or an option has to change first.
+    Input,
+    /// What is on the disk is not what was written.
+    Damaged,
+}
+
+impl Error {
+    /// Returns what a caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Retry,
+            Self::Io { .. } | Self::Exists { .. } | Self::BoundElsewhere { .. } => ErrorKind::Input,
+            Self::Locked { .. } => ErrorKind::Retry,
+            Self::Malformed { .. } => ErrorKind::Damaged,
+        }
+    }
+
+    /// Returns the system's error, where there is one.
+    pub fn io(&self) -> Option<&io::Error> {
+        match self {
+            Self::Io { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+
+    /// Returns true when the path was not there.
+    pub fn is_not_found(&self) -> bool {
+        self.io().is_some_and(|source| source.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Returns a closure for `map_err` that names the action and the path.
+    pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+}

@@ -1,0 +1,87 @@
+//! A lock file that one process holds, with the holder's pid inside for the message.
+//!
+//! The lock is `flock`, so it ends with its process however that ends; the file stays, because removing it
+//! would let two processes lock two files of one name. Not for network file systems.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::disk::Error;
+
+/// A lock held until it is dropped.
+#[derive(Debug)]
+pub struct LockFile {
+    path: PathBuf,
+    _held: Flock<File>,
+}
+
+impl LockFile {
+    /// Takes the lock or says who holds it; never waits.
+    pub fn acquire(path: &Path) -> Result<Self, Error> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(Error::at("open lock file", path))?;
+        let mut held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => held,
+            Err((mut file, Errno::EWOULDBLOCK)) => {
+                return Err(Error::Locked { path: path.to_owned(), holder: read_pid(&mut file) });
+            }
+            Err((_, errno)) => return Err(Error::at("lock", path)(errno.into())),
+        };
+        write_pid(&mut held).map_err(Error::at("write lock file", path))?;
+        Ok(Self { path: path.to_owned(), _held: held })
+    }
+
+    /// Returns where the lock file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Says who holds a lock, for a message.
+pub(crate) fn describe_holder(pid: Option<i32>) -> String {
+    match pid {
+        Some(pid) => format!("process {pid}"),
+        None => "another process".to_owned(),
+    }
+}
+
+fn write_pid(file: &mut File) -> std::io::Result<()> {
+    file.set_len(0)?;
+    file.seek(SeekFrom::Start(0))?;
+    writeln!(file, "{}", std::process::id())
+}
+
+fn read_pid(file: &mut File) -> Option<i32> {
+    let mut text = String::new();
+    file.take(32).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_is_told_who_holds_it_and_gets_it_afterwards() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("lock");
+        let first = LockFile::acquire(&path).unwrap();
+        let refused = LockFile::acquire(&path).unwrap_err();
+        let pid = std::process::id() as i32;
+        assert!(matches!(refused, Error::Locked { holder: Some(holder), .. } if holder == pid));
+        assert!(refused.to_string().ends_with(&format!("is locked by process {pid}")));
+        drop(first);
+        assert_eq!(LockFile::acquire(&path).unwrap().path(), path);
+    }
+}

@@ -1,0 +1,215 @@
+//! `.walden/`: Walden's private area inside a directory that is not yet a whole data directory.
+//!
+//! It lies in an upper or in a restore's target, on the same file system, so that what it holds back can be
+//! renamed into place. It holds:
+//!
+//! ```text
+//! .walden/binding.json      the basebackup this directory belongs to
+//! .walden/lock              held by the process that fills it
+//! .walden/names.journal     names of the lower that are gone (mount::upper)
+//! .walden/held/…            PG_VERSION and pg_control, so that PostgreSQL refuses the bare directory
+//! .walden/tmp/…             files on their way to their place; emptied when the area is opened
+//! ```
+//!
+//! A mount hides it, a backup skips it, and completion removes it. While it exists the directory is incomplete.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::disk::durable::{self, Create};
+use crate::disk::lock::LockFile;
+use crate::disk::owner::Owner;
+use crate::disk::Error;
+
+/// The area's name in the directory it belongs to.
+pub const DIRECTORY_NAME: &str = ".walden";
+
+/// Which files are held back, relative to the data directory, and the names they wait under in `held/`.
+///
+/// PostgreSQL reads both before anything else; without them it refuses to start. The order is the order in which
+/// they are released: `PG_VERSION` last, because both `postgres` and `pg_ctl` look for it first.
+pub const HELD_BACK: [(&str, &str); 2] = [("global/pg_control", "pg_control"), ("PG_VERSION", "PG_VERSION")];
+
+/// The basebackup an incomplete directory belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Binding {
+    /// The basebackup's id.
+    pub basebackup: String,
+    /// The digest of its manifest in hex: the id alone could be forged or reused by a copied repository.
+    pub manifest_digest: String,
+    /// Which part of the basebackup: the data directory or one tablespace.
+    pub part: String,
+}
+
+/// The private area of one directory.
+#[derive(Debug, Clone)]
+pub struct PrivateArea {
+    directory: PathBuf,
+}
+
+impl PrivateArea {
+    /// Opens the area of `parent`, creating what is missing of it, and empties its `tmp/`.
+    pub fn create(parent: &Path, owner: Option<Owner>) -> Result<Self, Error> {
+        let area = Self { directory: parent.join(DIRECTORY_NAME) };
+        let create = Create { owner, ..Create::PRIVATE_DIRECTORY };
+        durable::create_dir(&area.directory, create)?;
+        durable::create_dir(&area.held_directory(), create)?;
+        area.clear_temporary()?;
+        durable::create_dir(&area.temporary_directory(), create)?;
+        Ok(area)
+    }
+
+    /// Opens the area of `parent` as it is, or returns `None` where the directory has none.
+    pub fn open(parent: &Path) -> Result<Option<Self>, Error> {
+        let directory = parent.join(DIRECTORY_NAME);
+        match fs::symlink_metadata(&directory) {
+            Ok(_) => Ok(Some(Self { directory })),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::at("stat", &directory)(source)),
+        }
+    }
+
+    /// Locks the area for this process; the lock ends when the value is dropped.
+    pub fn lock(&self) -> Result<LockFile, Error> {
+        LockFile::acquire(&self.directory.join("lock"))
+    }
+
+    /// Binds the directory to a basebackup, or checks that it is bound to this very one.
+    pub fn bind(&self, wanted: &Binding) -> Result<(), Error> {
+        let path = self.binding_path();
+        if let Some(found) = self.binding()? {
+            if found == *wanted {
+                return Ok(());
+            }
+            let describe = |b: &Binding| format!("{} ({}, manifest {})", b.basebackup, b.part, b.manifest_digest);
+            return Err(Error::BoundElsewhere { path, found: describe(&found), wanted: describe(wanted) });
+        }
+        let text = serde_json::to_vec_pretty(wanted).expect("strings always serialize");
+        durable::create_file(&path, &text, Create::PRIVATE_FILE)
+    }
+
+    /// Returns the basebackup this directory is bound to, if it is.
+    pub fn binding(&self) -> Result<Option<Binding>, Error> {
+        let path = self.binding_path();
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::at("read", &path)(source)),
+        };
+        serde_json::from_slice(&text).map(Some).map_err(|detail| Error::Malformed {
+            path,
+            what: "the binding to a basebackup",
+            detail: detail.to_string(),
+        })
+    }
+
+    /// Renames the held-back files into place and removes the area: the directory is then an ordinary one.
+    ///
+    /// Everything else must be there and synced. Safe to repeat after a crash at any point.
+    pub fn release(self) -> Result<(), Error> {
+        let parent = self.directory.parent().expect("the area was built by joining its name to a parent").to_owned();
+        for (place, name) in HELD_BACK {
+            let held = self.held_directory().join(name);
+            if held.exists() {
+                durable::fsync_file(&held)?;
+                durable::rename(&held, &parent.join(place))?;
+            }
+        }
+        fs::remove_dir_all(&self.directory).map_err(Error::at("remove", &self.directory))?;
+        durable::fsync_dir(&parent)
+    }
+
+    /// Returns the area's own directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Returns the directory of the files held back.
+    pub fn held_directory(&self) -> PathBuf {
+        self.directory.join("held")
+    }
+
+    /// Returns the directory of files on their way to their place.
+    pub fn temporary_directory(&self) -> PathBuf {
+        self.directory.join("tmp")
+    }
+
+    /// Returns the journal of names that are gone.
+    pub fn names_journal(&self) -> PathBuf {
+        self.directory.join("names.journal")
+    }
+
+    fn binding_path(&self) -> PathBuf {
+        self.directory.join("binding.json")
+    }
+
+    fn clear_temporary(&self) -> Result<(), Error> {
+        let path = self.temporary_directory();
+        match fs::remove_dir_all(&path) {
+            Ok(()) => Ok(()),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(source) => Err(Error::at("remove", &path)(source)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn binding(id: &str) -> Binding {
+        Binding { basebackup: id.into(), manifest_digest: "ab12".into(), part: "data".into() }
+    }
+
+    #[test]
+    fn an_area_keeps_its_binding_and_refuses_another() {
+        let scratch = tempfile::tempdir().unwrap();
+        assert!(PrivateArea::open(scratch.path()).unwrap().is_none());
+        let area = PrivateArea::create(scratch.path(), None).unwrap();
+        area.bind(&binding("20261120T101500Z-3fa9")).unwrap();
+        fs::write(area.temporary_directory().join("left over"), b"x").unwrap();
+
+        let again = PrivateArea::create(scratch.path(), None).unwrap();
+        assert_eq!(fs::read_dir(again.temporary_directory()).unwrap().count(), 0);
+        again.bind(&binding("20261120T101500Z-3fa9")).unwrap();
+        let refused = again.bind(&binding("20261121T101500Z-0000")).unwrap_err();
+        assert!(matches!(refused, Error::BoundElsewhere { .. }));
+        assert!(refused.to_string().contains("20261120T101500Z-3fa9"), "{refused}");
+    }
+
+    #[test]
+    fn one_process_at_a_time_fills_a_directory() {
+        let scratch = tempfile::tempdir().unwrap();
+        let area = PrivateArea::create(scratch.path(), None).unwrap();
+        let held = area.lock().unwrap();
+        assert!(matches!(area.lock(), Err(Error::Locked { .. })));
+        drop(held);
+        area.lock().unwrap();
+    }
+
+    #[test]
+    fn release_puts_held_files_in_place_and_can_be_repeated() {
+        let scratch = tempfile::tempdir().unwrap();
+        let area = PrivateArea::create(scratch.path(), None).unwrap();
+        fs::create_dir(scratch.path().join("global")).unwrap();
+        fs::write(area.held_directory().join("PG_VERSION"), b"15\n").unwrap();
+        // As after a crash between the two renames.
+        fs::write(scratch.path().join("global/pg_control"), b"control").unwrap();
+        area.release().unwrap();
+        assert_eq!(fs::read(scratch.path().join("PG_VERSION")).unwrap(), b"15\n");
+        assert_eq!(fs::read(scratch.path().join("global/pg_control")).unwrap(), b"control");
+        assert!(PrivateArea::open(scratch.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_damaged_binding_is_an_error_not_a_new_binding() {
+        let scratch = tempfile::tempdir().unwrap();
+        let area = PrivateArea::create(scratch.path(), None).unwrap();
+        fs::write(area.directory().join("binding.json"), b"{").unwrap();
+        assert!(matches!(area.bind(&binding("x")), Err(Error::Malformed { .. })));
+    }
+}
