@@ -1,1 +1,20 @@
 //! Object stores behind one narrow trait.
+//!
+//! [`Store`] is the whole of what the repository needs from the place it lies in: create an object once, read it
+//! whole or in part, list, delete. Everything above relies on the contract written on the trait and on nothing else,
+//! so that a folder, a bucket and memory are the same to it; `conformance` checks that contract on every store.
+//!
+//! Order for reading: `key` and `error` for the words, `store` for the contract, `memory` for the smallest store.
+//!
+//! Deliberately absent: overwriting, appending, multipart uploads, object attributes, suffix ranges, compare-and-swap,
+//! copy and rename. Some store lacks each of them. Object keys are opaque here; `repo` builds and parses them.
+
+pub mod error;
+pub mod key;
+pub mod memory;
+pub mod store;
+
+pub use error::{Error, ErrorKind};
+pub use key::ObjectKey;
+pub use memory::MemoryStore;
+pub use store::{Folder, ObjectMeta, Store};
