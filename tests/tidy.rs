@@ -169,6 +169,7 @@ fn source_findings(source: &Source, layers: &Layers) -> Vec<Finding> {
     findings.extend(unfinished(source));
     findings.extend(function_length(source));
     if source.path.starts_with("src/") {
+        findings.extend(documentation(source));
         findings.extend(file_length(source));
         findings.extend(panics(source));
         findings.extend(confinement(source));
@@ -216,6 +217,30 @@ fn unfinished(source: &Source) -> Vec<Finding> {
     found
         .map(|(at, word)| source.finding(at, "unfinished", format!("`{word}` is left in the code")))
         .collect()
+}
+
+/// Rust's own lint would also ask for a sentence on every field of an error, which its name already says.
+fn documentation(source: &Source) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let text: Vec<&str> = source.text.lines().map(str::trim_start).collect();
+    for (at, line) in source.lines().filter(|(at, _)| !source.is_test(*at)) {
+        let Some(item) = line.trim_start().strip_prefix("pub ").filter(|item| is_documented_kind(item))
+        else {
+            continue;
+        };
+        let above = text[..source.line(at) - 1].iter().rev();
+        let mut prelude = above.take_while(|l| !l.is_empty() && !l.ends_with(['{', '}', ';']));
+        if !prelude.any(|l| l.starts_with("///") || l.starts_with("$(#[")) {
+            let what = format!("`pub {}` says nothing above itself", item.trim_end());
+            findings.push(source.finding(at, "documentation", what));
+        }
+    }
+    findings
+}
+
+fn is_documented_kind(item: &str) -> bool {
+    let kinds = ["fn", "const", "async", "unsafe", "struct", "enum", "trait", "type", "static"];
+    kinds.contains(&identifier(item))
 }
 
 fn file_length(source: &Source) -> Vec<Finding> {
@@ -688,6 +713,23 @@ mod rules {
         assert_eq!(check("src/repo/mod.rs", "mod pack;"), 1);
         assert_eq!(check("src/repo/mod.rs", "//! One line.\n"), 0);
         assert_eq!(check("src/repo/pack.rs", &"//! Enough.\n".repeat(15)), 0);
+    }
+
+    #[test]
+    fn documentation() {
+        caught("documentation", "src/repo/pack.rs", "pub fn open() {}");
+        caught(
+            "documentation",
+            "src/repo/pack.rs",
+            "/// A pack.\npub struct Pack;\n#[derive(Debug)]\npub struct B;",
+        );
+        caught("documentation", "src/repo/pack.rs", "impl Pack {\n    pub async fn open() {}\n}");
+        fine(
+            "src/repo/pack.rs",
+            "/// A pack.\n#[derive(\n    Debug,\n)]\npub struct Pack {\n    pub bytes: u64,\n}",
+        );
+        fine("src/repo/pack.rs", "fn inner() {}\npub mod chunk;\npub use super::Pack;");
+        fine("src/repo/pack.rs", "#[cfg(test)]\nmod tests {\n    pub fn open() {}\n}");
     }
 
     #[test]

@@ -1,4 +1,5 @@
 //! How much room a file system has left.
+//! Quotas are not seen: `statvfs` counts the file system, not a user's share of it.
 
 use std::path::Path;
 
