@@ -377,16 +377,10 @@ impl Layers {
                 findings.push(source.finding(at, "layers", what));
             }
         }
-        let top = source.is_top_of_module();
         for at in source.words("super::") {
-            let leaves =
-                source.code[at + "super::".len()..].starts_with("super::") || (top && !source.is_test(at));
+            let leaves = !source.code[..at].ends_with("super::") && source.climbs(at) >= source.depth(at);
             if leaves {
-                findings.push(source.finding(
-                    at,
-                    "layers",
-                    "`super` that may leave the module: write `crate::…`",
-                ));
+                findings.push(source.finding(at, "layers", "`super` leaves the module: write `crate::…`"));
             }
         }
         findings
@@ -489,8 +483,17 @@ impl Source {
         (!["lib", "main"].contains(&module)).then_some(module)
     }
 
-    fn is_top_of_module(&self) -> bool {
-        self.path.trim_end_matches("/mod.rs").split('/').count() == 2
+    /// How many modules the place is below the crate's root; tests stand in a module of their own.
+    fn depth(&self, at: usize) -> usize {
+        let file = self.path.trim_end_matches("/mod.rs").split('/').count() - 1;
+        let inside_tests = self.tests.iter().any(|range| range.contains(&at) && range.start > 0);
+        file + usize::from(inside_tests)
+    }
+
+    /// The number of `super::` in a row at `at`.
+    fn climbs(&self, at: usize) -> usize {
+        let path = &self.code[at..];
+        (path.len() - path.trim_start_matches("super::").len()) / "super::".len()
     }
 
     fn is_in(&self, places: &[&str]) -> bool {
@@ -678,6 +681,7 @@ mod rules {
             "use crate::{pg, clock};",
             "use crate::Error;",
             "use super::super::backup::Plan;",
+            "#[cfg(test)]\nmod tests {\n    use super::super::super::pg::Lsn;\n}",
             "#[cfg(test)]\nmod tests {\n    use crate::cli::main;\n}",
         ] {
             caught("layers", "src/repo/pack.rs", bad);
@@ -690,6 +694,7 @@ mod rules {
             "use crate::pg::{Lsn, Page};\nuse crate::repo::layout;\nuse super::chunk::Chunk;",
         );
         fine("src/repo/mod.rs", "#[cfg(test)]\nmod tests {\n    use super::Pack;\n}");
+        fine("src/repo/pack.rs", "#[cfg(test)]\nmod tests {\n    use super::super::Chunk;\n}");
         fine("src/repo/pack.rs", "// as crate::cli does\nconst S: &str = \"use crate::cli\";");
     }
 
