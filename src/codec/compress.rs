@@ -235,3 +235,221 @@ fn decompress_lz4(stored: &[u8], raw_len: usize) -> Result<Vec<u8>, String> {
 fn exactly(raw: Vec<u8>, raw_len: usize) -> Result<Vec<u8>, String> {
     if raw.len() == raw_len { Ok(raw) } else { Err(format!("it gave {} bytes", raw.len())) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::ErrorKind;
+
+    const ALL: [Compression; 6] = [
+        Compression::NONE,
+        Compression::zstd(1),
+        Compression::zstd(3),
+        Compression::zstd(19),
+        Compression { algorithm: CodecId::Snappy, level: 0 },
+        Compression { algorithm: CodecId::Lz4, level: 0 },
+    ];
+
+    fn inflate(codec: CodecId, stored: &[u8], raw_len: usize) -> Result<Vec<u8>> {
+        Decompressor::new().decompress(codec, stored, raw_len)
+    }
+
+    fn assert_damaged(result: Result<Vec<u8>>) {
+        let error = result.expect_err("damaged bytes were inflated");
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        assert_eq!(error.kind(), ErrorKind::Damaged);
+    }
+
+    /// Text-like bytes that every codec makes smaller.
+    fn rows(len: usize) -> Vec<u8> {
+        (0_u32..).flat_map(|n| format!("({n}, 'customer {}')\n", n % 17).into_bytes()).take(len).collect()
+    }
+
+    #[test]
+    fn every_codec_makes_rows_smaller_and_gives_them_back() {
+        for compression in ALL {
+            let mut compressor = Compressor::new(compression);
+            let mut decompressor = Decompressor::new();
+            // Twice and in changing sizes, because the contexts are used again.
+            for len in [65_536, 8192, 131_072, 100, 65_536] {
+                let raw = rows(len);
+                let (codec, stored) = compressor.compress(&raw).unwrap();
+                assert_eq!(codec, compression.algorithm, "{len} bytes");
+                assert!(codec == CodecId::None || stored.len() < raw.len());
+                assert_eq!(decompressor.decompress(codec, &stored, len).unwrap(), raw);
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_get_smaller_is_stored_as_it_is() {
+        let noise: Vec<u8> = {
+            use crate::codec::{RandomExt, SeededRandom};
+            SeededRandom::new(1).array::<4096>().to_vec()
+        };
+        for compression in ALL {
+            let mut compressor = Compressor::new(compression);
+            for raw in [&noise[..], b"", b"x"] {
+                assert_eq!(compressor.compress(raw).unwrap(), (CodecId::None, raw.to_vec()), "{compression:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_body_that_says_it_inflates_to_more_is_refused_by_its_header() {
+        let zeros = vec![0; 16 << 20];
+        for compression in &ALL[1..] {
+            let (codec, stored) = Compressor::new(*compression).compress(&zeros).unwrap();
+            assert!(stored.len() < 1 << 20, "{compression:?} is not a bomb");
+            for raw_len in [0, 1, 65_536, zeros.len() - 1, zeros.len() + 1] {
+                assert_damaged(inflate(codec, &stored, raw_len));
+            }
+        }
+    }
+
+    #[test]
+    fn a_zstd_body_that_lies_about_its_length_is_stopped_while_inflating() {
+        let (codec, mut stored) = Compressor::new(Compression::zstd(3)).compress(&vec![0; 1 << 20]).unwrap();
+        // Magic, descriptor (single segment, 4 bytes of content size), content size.
+        assert_eq!(stored[4] & 0b1110_0000, 0b1010_0000);
+        stored[5..9].copy_from_slice(&70_000_u32.to_le_bytes());
+        assert_damaged(inflate(codec, &stored, 70_000));
+    }
+
+    #[test]
+    fn a_snappy_body_that_lies_about_its_length_is_stopped_while_inflating() {
+        let algorithm = CodecId::Snappy;
+        let (codec, stored) = Compressor::new(Compression { algorithm, level: 0 }).compress(&[0; 300]).unwrap();
+        // The length is a varint of two bytes; 200 takes two as well.
+        assert_eq!(stored[..2], [0xac, 0x02]);
+        let lying = [&[0xc8, 0x01], &stored[2..]].concat();
+        assert_damaged(inflate(codec, &lying, 200));
+    }
+
+    #[test]
+    fn a_zstd_body_is_one_whole_frame_with_its_length() {
+        let raw = rows(10_000);
+        let (codec, stored) = Compressor::new(Compression::zstd(3)).compress(&raw).unwrap();
+
+        let empty_frame = zstd::bulk::compress(b"", 3).unwrap();
+        assert_damaged(inflate(codec, &[&stored[..], &empty_frame].concat(), raw.len()));
+        assert_damaged(inflate(codec, &[&stored[..], &stored].concat(), raw.len() * 2));
+        assert_damaged(inflate(codec, &[&stored[..], b"x"].concat(), raw.len()));
+        assert_damaged(inflate(codec, &stored[..stored.len() - 1], raw.len()));
+
+        let mut streamed = zstd::stream::Encoder::new(Vec::new(), 3).unwrap();
+        streamed.write_all(&raw).unwrap();
+        assert_damaged(inflate(codec, &streamed.finish().unwrap(), raw.len()));
+    }
+
+    #[test]
+    fn a_body_for_another_codec_is_damaged() {
+        let raw = rows(10_000);
+        for compression in &ALL[1..] {
+            let (codec, stored) = Compressor::new(*compression).compress(&raw).unwrap();
+            for other in [CodecId::None, CodecId::Zstd, CodecId::Snappy, CodecId::Lz4] {
+                if other != codec {
+                    assert_damaged(inflate(other, &stored, raw.len()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_thread_keeps_its_contexts_and_takes_another_compression() {
+        let raw = rows(5000);
+        for compression in [Compression::zstd(1), Compression::zstd(1), ALL[4], Compression::zstd(3)] {
+            let (codec, stored) =
+                Compressor::on_this_thread(compression, |compressor| compressor.compress(&raw)).unwrap();
+            assert_eq!(codec, compression.algorithm);
+            let back = Decompressor::on_this_thread(|d| d.decompress(codec, &stored, raw.len())).unwrap();
+            assert_eq!(back, raw);
+        }
+    }
+
+    #[test]
+    fn the_list_of_codecs_is_closed() {
+        for byte in 0..=u8::MAX {
+            match CodecId::try_from(byte) {
+                Ok(codec) => assert_eq!(codec as u8, byte),
+                Err(error) => assert_eq!(error, Error::UnknownCodec(byte)),
+            }
+        }
+        assert!(CodecId::try_from(3).is_ok());
+        assert!(CodecId::try_from(4).is_err());
+    }
+
+    #[test]
+    fn the_configuration_names_algorithms_as_postgresql_does() {
+        let parsed: Compression = toml::from_str("algorithm = \"zstd\"\nlevel = 7").unwrap();
+        assert_eq!(parsed, Compression::zstd(7));
+        let parsed: Compression = toml::from_str("algorithm = \"snappy\"").unwrap();
+        assert_eq!(parsed, ALL[4]);
+        assert!(toml::from_str::<Compression>("algorithm = \"gzip\"").is_err());
+        assert!(toml::from_str::<Compression>("algorithm = \"lz4\"\nlevels = 1").is_err());
+    }
+
+    #[test]
+    fn a_level_that_does_nothing_is_refused() {
+        for compression in ALL {
+            compression.validate().unwrap();
+        }
+        let snappy = Compression { algorithm: CodecId::Snappy, level: 3 };
+        assert_eq!(snappy.validate().unwrap_err().hint().unwrap(), "Leave the level out: this algorithm has none.");
+        for level in [i32::MIN, -1, 0, 20, i32::MAX] {
+            let error = Compression::zstd(level).validate().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::FixInput);
+            assert_eq!(error.hint().unwrap(), "Choose a level from 1 to 19.");
+        }
+    }
+
+    fn any_compression() -> impl Strategy<Value = Compression> {
+        prop::sample::select(&ALL[..])
+    }
+
+    fn any_raw() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..2000),
+            // Few different bytes in runs: compressible.
+            prop::collection::vec((0_u8..4, 1_usize..200), 0..60)
+                .prop_map(|runs| runs.iter().flat_map(|&(byte, len)| vec![byte; len]).collect()),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_come_back(compression in any_compression(), raw in any_raw()) {
+            let (codec, stored) = Compressor::new(compression).compress(&raw).unwrap();
+            prop_assert!(stored.len() <= raw.len());
+            prop_assert_eq!(inflate(codec, &stored, raw.len()).unwrap(), raw);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_inflate_to_another_length(
+            codec in 0_u8..4, stored in any_raw(), raw_len in 0_usize..100_000
+        ) {
+            let codec = CodecId::try_from(codec).unwrap();
+            if let Ok(raw) = inflate(codec, &stored, raw_len) {
+                prop_assert_eq!(raw.len(), raw_len);
+            }
+        }
+
+        #[test]
+        fn altered_bodies_never_inflate_to_another_length(
+            compression in any_compression(), raw in any_raw(), at in any::<prop::sample::Index>(), flip in 1_u8..=255
+        ) {
+            let (codec, mut stored) = Compressor::new(compression).compress(&raw).unwrap();
+            if !stored.is_empty() {
+                let at = at.index(stored.len());
+                stored[at] ^= flip;
+            }
+            if let Ok(inflated) = inflate(codec, &stored, raw.len()) {
+                prop_assert_eq!(inflated.len(), raw.len());
+            }
+        }
+    }
+}

@@ -182,3 +182,140 @@ fn unencrypted_tag(key: &[u8; 32], aad: &[u8; AAD_LEN], body: &[u8]) -> [u8; TAG
     blake3::Hasher::new_keyed(key).update(aad).update(body).finalize_xof().fill(&mut tag);
     tag
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::{DataKey, ErrorKind, SeededRandom};
+
+    const FRAME: FrameAad =
+        FrameAad { kind: 3, position: 0x0102_0304_0506_0708, last: false, codec: CodecId::Zstd, raw_len: 65_536 };
+
+    /// The frame keys of one object, with and without encryption.
+    fn both_keys() -> [FrameKey; 2] {
+        let (salt, identity) = ([7; 32], b"object");
+        [
+            DataKey::generate(&SeededRandom::new(1)).frame_key(&salt, identity),
+            FrameKey::unencrypted(&salt, identity),
+        ]
+    }
+
+    fn assert_refused(key: &FrameKey, frame: &FrameAad, stored: Vec<u8>) {
+        let error = key.open(frame, stored).expect_err("a wrong frame was opened");
+        assert_eq!(error, Error::NotAuthentic { frame: *frame });
+        assert_eq!(error.kind(), ErrorKind::Damaged);
+    }
+
+    #[test]
+    fn a_sealed_body_comes_back() {
+        for key in both_keys() {
+            for body in [vec![], b"x".to_vec(), vec![9; 70_000]] {
+                let sealed = key.seal(&FRAME, body.clone());
+                assert_eq!(sealed.len(), body.len() + TAG_LEN);
+                assert_eq!(key.open(&FRAME, sealed).unwrap(), body);
+            }
+        }
+    }
+
+    #[test]
+    fn only_encryption_hides_the_body() {
+        let body = b"the quick brown fox jumps over the lazy dog".to_vec();
+        let [encrypted, unencrypted] = both_keys().map(|key| (key.cipher(), key.seal(&FRAME, body.clone())));
+        assert_eq!(encrypted.0, Cipher::Aes256Gcm);
+        assert!(!encrypted.1.windows(4).any(|window| body.windows(4).any(|clear| clear == window)));
+        assert_eq!(unencrypted.0, Cipher::None);
+        assert!(unencrypted.1.starts_with(&body));
+    }
+
+    #[test]
+    fn additional_data_and_nonce_are_encoded_as_the_format_says() {
+        assert_eq!(hex::encode(FRAME.encode()), "03080706050403020100010000".to_owned() + "0100");
+        assert_eq!(hex::encode(FrameAad { last: true, ..FRAME }.encode()), "030807060504030201010100000100");
+        assert_eq!(hex::encode(FRAME.nonce()), "000000000102030405060708");
+    }
+
+    #[test]
+    fn every_field_of_the_frame_is_bound() {
+        for key in both_keys() {
+            let sealed = key.seal(&FRAME, b"body".to_vec());
+            for wrong in [
+                FrameAad { kind: 4, ..FRAME },
+                FrameAad { position: FRAME.position + 1, ..FRAME },
+                FrameAad { position: 0, ..FRAME },
+                FrameAad { last: true, ..FRAME },
+                FrameAad { codec: CodecId::None, ..FRAME },
+                FrameAad { raw_len: 65_535, ..FRAME },
+            ] {
+                assert_refused(&key, &wrong, sealed.clone());
+            }
+            assert!(key.open(&FRAME, sealed).is_ok());
+        }
+    }
+
+    #[test]
+    fn frames_exchanged_within_an_object_or_between_objects_do_not_open() {
+        let second = FrameAad { position: FRAME.position + 1, ..FRAME };
+        for key in both_keys() {
+            let (a, b) = (key.seal(&FRAME, b"one".to_vec()), key.seal(&second, b"two".to_vec()));
+            assert_refused(&key, &FRAME, b);
+            assert_refused(&key, &second, a);
+        }
+        let sealed = FrameKey::unencrypted(&[7; 32], b"object").seal(&FRAME, b"one".to_vec());
+        assert_refused(&FrameKey::unencrypted(&[8; 32], b"object"), &FRAME, sealed.clone());
+        assert_refused(&FrameKey::unencrypted(&[7; 32], b"0bject"), &FRAME, sealed);
+        let [encrypted, unencrypted] = both_keys();
+        assert_refused(&encrypted, &FRAME, unencrypted.seal(&FRAME, b"one".to_vec()));
+        assert_refused(&unencrypted, &FRAME, encrypted.seal(&FRAME, b"one".to_vec()));
+    }
+
+    #[test]
+    fn a_cut_or_lengthened_frame_does_not_open() {
+        for key in both_keys() {
+            let sealed = key.seal(&FRAME, vec![5; 100]);
+            for len in 0..sealed.len() {
+                assert_refused(&key, &FRAME, sealed[..len].to_vec());
+                assert_refused(&key, &FRAME, sealed[sealed.len() - len..].to_vec());
+            }
+            assert_refused(&key, &FRAME, [&sealed[..], &[0]].concat());
+        }
+    }
+
+    #[test]
+    fn the_list_of_ciphers_is_closed() {
+        for byte in 0..=u8::MAX {
+            match Cipher::try_from(byte) {
+                Ok(cipher) => assert_eq!(cipher as u8, byte),
+                Err(error) => assert_eq!(error, Error::UnknownCipher(byte)),
+            }
+        }
+        assert!(Cipher::try_from(1).is_ok() && Cipher::try_from(2).is_err());
+    }
+
+    /// Pins the bytes: a change here is a change of the format.
+    #[test]
+    fn sealed_bytes_are_those_of_format_1() {
+        let [encrypted, unencrypted] = both_keys().map(|key| hex::encode(key.seal(&FRAME, b"walden".to_vec())));
+        assert_eq!(encrypted, "9c00e009037ff0844a57babd186052e0ee12955e374b");
+        assert_eq!(unencrypted, "77616c64656e4bdbfa65367ba60154769e4459bb94a4");
+    }
+
+    proptest! {
+        #[test]
+        fn no_flipped_bit_opens(
+            encrypted: bool, body in prop::collection::vec(any::<u8>(), 0..300), at: prop::sample::Index, bit in 0..8
+        ) {
+            let key = &both_keys()[usize::from(encrypted)];
+            let mut sealed = key.seal(&FRAME, body);
+            let at = at.index(sealed.len());
+            sealed[at] ^= 1_u8 << bit;
+            prop_assert!(key.open(&FRAME, sealed).is_err());
+        }
+
+        #[test]
+        fn arbitrary_bytes_do_not_open(encrypted: bool, stored in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(both_keys()[usize::from(encrypted)].open(&FRAME, stored).is_err());
+        }
+    }
+}

@@ -84,8 +84,6 @@ pub(super) use hex_bytes;
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     hex_bytes!(
         /// A short name, for the tests.
         ShortName,
@@ -95,7 +93,7 @@ mod tests {
     #[test]
     fn a_name_has_one_spelling() {
         let name: ShortName = "00ff10a7".parse().unwrap();
-        assert_eq!(name, ShortName([0x00, 0xff, 0x10, 0xa7]));
+        assert_eq!(name.as_bytes(), &[0x00, 0xff, 0x10, 0xa7]);
         assert_eq!(name.to_string(), "00ff10a7");
         for wrong in ["00FF10A7", "00ff10a", "00ff10a7 ", "00ff10a7ff", "", "0xff10a7", "00ff10ag"] {
             assert!(wrong.parse::<ShortName>().is_err(), "{wrong:?} was accepted");

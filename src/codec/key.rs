@@ -91,3 +91,79 @@ pub(super) fn hkdf_sha256(salt: &[u8], secret: &[u8], info: &[u8]) -> Zeroizing<
         .expect("HKDF-SHA256 gives 32 bytes for any input");
     key
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::{CodecId, ErrorKind, FrameAad, SeededRandom};
+
+    const FRAME: FrameAad = FrameAad { kind: 1, position: 0, last: true, codec: CodecId::None, raw_len: 4 };
+
+    fn key(seed: u64) -> DataKey {
+        DataKey::generate(&SeededRandom::new(seed))
+    }
+
+    /// RFC 5869, appendix A, the cases with SHA-256; we derive the first 32 of their bytes.
+    #[test]
+    fn derivation_is_hkdf_of_rfc_5869() {
+        let bytes = |range: std::ops::RangeInclusive<u8>| range.collect::<Vec<u8>>();
+        let cases = [
+            (
+                bytes(0x00..=0x0c),
+                vec![0x0b; 22],
+                bytes(0xf0..=0xf9),
+                "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf",
+            ),
+            (
+                bytes(0x60..=0xaf),
+                bytes(0x00..=0x4f),
+                bytes(0xb0..=0xff),
+                "b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c",
+            ),
+            (vec![], vec![0x0b; 22], vec![], "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"),
+        ];
+        for (salt, secret, info, expected) in cases {
+            assert_eq!(hex::encode(*hkdf_sha256(&salt, &secret, &info)), expected);
+        }
+    }
+
+    #[test]
+    fn a_wrong_secret_is_a_wrong_key_and_not_damage() {
+        let key = key(1);
+        let taken_up = DataKey::from_secret(key.id(), *key.secret(), &key.commitment()).unwrap();
+        assert_eq!(taken_up.commitment(), key.commitment());
+        assert_eq!(taken_up.id(), key.id());
+
+        let mut secret = *key.secret();
+        secret[31] ^= 1;
+        let error = DataKey::from_secret(key.id(), secret, &key.commitment()).unwrap_err();
+        assert_eq!(error, Error::WrongKey { id: key.id() });
+        assert_eq!(error.kind(), ErrorKind::WrongKey);
+        let message = format!("{error}. {}", error.hint().unwrap());
+        assert!(message.contains("wrong key") && !message.contains("damage"), "{message}");
+    }
+
+    #[test]
+    fn salt_identity_and_data_key_each_give_another_frame_key() {
+        let (key, other) = (key(1), key(2));
+        let sealed = key.frame_key(&[1; 32], b"identity").seal(&FRAME, b"body".to_vec());
+        assert_eq!(key.frame_key(&[1; 32], b"identity").open(&FRAME, sealed.clone()).unwrap(), b"body");
+        for wrong in [
+            key.frame_key(&[2; 32], b"identity"),
+            key.frame_key(&[1; 32], b"identitY"),
+            key.frame_key(&[1; 32], b""),
+            other.frame_key(&[1; 32], b"identity"),
+        ] {
+            assert!(wrong.open(&FRAME, sealed.clone()).is_err());
+        }
+    }
+
+    #[test]
+    fn the_secret_does_not_show() {
+        let key = key(1);
+        let shown = format!("{key:?} {:?}", key.frame_key(&[0; 32], b"identity"));
+        let secret = hex::encode(key.secret());
+        assert!(!shown.contains(&secret[..8]) && !shown.contains(&format!("{}", key.secret()[0])), "{shown}");
+        assert!(shown.contains(&key.id().to_string()));
+    }
+}

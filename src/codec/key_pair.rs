@@ -52,3 +52,30 @@ pub fn create_keys(bits: u32) -> Result<NewKeys> {
         verify_pem: pem_file::encode(pem_file::PUBLIC_KEY, &signer::spki(verify)).to_string(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::{ErrorKind, RecipientKey, VerifyKey};
+
+    #[test]
+    fn new_keys_are_new_and_of_the_length_asked_for() {
+        let (a, b) = (create_keys(3072).unwrap(), create_keys(4096).unwrap());
+        let ids = [&a, &b].map(|keys| {
+            (RecipientKey::from_pem(&keys.public_pem).unwrap().id(), VerifyKey::from_pem(&keys.verify_pem).unwrap().signer_id())
+        });
+        assert_ne!(ids[0].0, ids[1].0);
+        assert_ne!(ids[0].1, ids[1].1);
+        assert!(b.public_pem.len() > a.public_pem.len());
+    }
+
+    #[test]
+    fn lengths_that_are_too_short_or_odd_are_refused_with_a_hint() {
+        for bits in [0, 1024, 2048, 3000, 5000, 16_384, u32::MAX] {
+            let error = create_keys(bits).err().unwrap();
+            assert_eq!(error, Error::KeyLength { bits });
+            assert_eq!(error.kind(), ErrorKind::FixInput);
+            assert!(error.hint().unwrap().contains("3072, 4096 or 8192"));
+        }
+    }
+}

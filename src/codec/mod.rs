@@ -9,6 +9,8 @@
 //! Deliberately absent: what an object is, where it is stored and what its identity says; `repo` knows.
 
 mod compress;
+#[cfg(test)]
+mod cross_check;
 mod digest;
 mod error;
 mod frame;
@@ -19,6 +21,7 @@ mod pem_file;
 mod pool;
 mod random;
 mod recipient;
+mod seal_recorder;
 mod signer;
 
 pub use compress::{CodecId, Compression, Compressor, Decompressor};
@@ -31,4 +34,5 @@ pub use key_pair::{NewKeys, create_keys};
 pub use pool::CpuPool;
 pub use random::{Random, RandomExt, SeededRandom, SystemRandom};
 pub use recipient::{RSA_BITS_MIN, RecipientId, RecipientKey, RecipientPrivateKey};
+pub use seal_recorder::{ReusedNonce, SealRecorder};
 pub use signer::{SIGNATURE_LEN, SignerId, SigningKey, VerifyKey};

@@ -54,3 +54,53 @@ pub(super) fn encode(label: &str, der: &[u8]) -> Zeroizing<String> {
     block.into_contents().zeroize();
     Zeroizing::new(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WANTED: &str = "a key";
+
+    fn read(text: &str) -> Result<KeyFile> {
+        parse(text, WANTED, &[PUBLIC_KEY])
+    }
+
+    fn reason(text: &str) -> String {
+        match read(text) {
+            Err(Error::KeyFile { expected: WANTED, reason }) => reason,
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("accepted {text:?}"),
+        }
+    }
+
+    #[test]
+    fn text_around_the_block_and_foreign_line_ends_do_not_matter() {
+        let text = encode(PUBLIC_KEY, &[1, 2, 3]);
+        assert_eq!(*text, "-----BEGIN PUBLIC KEY-----\nAQID\n-----END PUBLIC KEY-----\n");
+        for text in [text.to_string(), text.replace('\n', "\r\n"), format!("# key of the vault\n\n{}\n", *text)] {
+            let file = read(&text).unwrap();
+            assert_eq!(file.label, PUBLIC_KEY);
+            assert_eq!(*file.der, [1, 2, 3]);
+        }
+    }
+
+    #[test]
+    fn the_message_says_what_the_file_holds_instead() {
+        let key = encode(PUBLIC_KEY, &[1, 2, 3]);
+        assert_eq!(reason(""), "the file has no PEM block");
+        assert_eq!(reason("ssh-ed25519 AAAA walden"), "the file has no PEM block");
+        assert_eq!(reason(&format!("{}{}", *key, *key)), "the file has several PEM blocks");
+        assert_eq!(reason(&encode("CERTIFICATE", &[1])), "the file holds a block \"CERTIFICATE\"");
+        assert_eq!(reason(&key.replace("AQID", "A!ID")), "the file is not whole PEM");
+        assert_eq!(reason(&format!("{}{}", *key, " ".repeat(PEM_BYTES_MAX))), "the file is too long for a key");
+    }
+
+    #[test]
+    fn a_passphrase_is_recognized_in_both_forms() {
+        let pkcs8 = encode(ENCRYPTED_PRIVATE_KEY, &[1, 2, 3]);
+        let legacy = "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,00\n\nAQID\n-----END RSA PRIVATE KEY-----\n";
+        for text in [pkcs8.as_str(), legacy] {
+            assert_eq!(read(text).err(), Some(Error::KeyEncrypted));
+        }
+    }
+}

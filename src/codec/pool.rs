@@ -144,3 +144,138 @@ fn text_of(payload: &(dyn Any + Send)) -> String {
         "no message".to_owned()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures::poll;
+
+    use super::*;
+    use crate::codec::ErrorKind;
+
+    /// Occupies a thread of the pool until the sender is dropped; returns once it runs.
+    fn occupy(pool: &CpuPool) -> Sender<()> {
+        let (hold, held) = bounded::<()>(0);
+        let (running, runs) = bounded(0);
+        let pool = pool.clone();
+        thread::spawn(move || {
+            pool.run_blocking(move || {
+                running.send(()).unwrap();
+                let _ = held.recv();
+            })
+        });
+        runs.recv().unwrap();
+        hold
+    }
+
+    #[tokio::test]
+    async fn jobs_of_both_kinds_of_callers_run_on_named_threads() {
+        let pool = CpuPool::new(2, 2);
+        let name = || thread::current().name().unwrap_or_default().to_owned();
+        assert!(pool.run(name).await.unwrap().starts_with("cpu-"));
+        let blocking = tokio::task::spawn_blocking({
+            let pool = pool.clone();
+            move || pool.run_blocking(name)
+        });
+        assert!(blocking.await.unwrap().unwrap().starts_with("cpu-"));
+        assert_eq!(pool.threads(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_keeps_the_next_caller_waiting() {
+        let pool = CpuPool::new(1, 2);
+        let began = Arc::new(AtomicUsize::new(0));
+        let job = || {
+            let began = began.clone();
+            move || began.fetch_add(1, Ordering::SeqCst)
+        };
+        let hold = occupy(&pool);
+        let mut callers: Vec<_> = (0..5).map(|_| Box::pin(pool.run(job()))).collect();
+        for caller in &mut callers {
+            assert!(poll!(caller.as_mut()).is_pending());
+        }
+        assert_eq!(pool.shared.from_async.len(), 2, "two wait in the queue, three for room in it");
+        assert_eq!(began.load(Ordering::SeqCst), 0);
+
+        drop(hold);
+        for result in futures::future::join_all(callers).await {
+            result.unwrap();
+        }
+        assert_eq!(began.load(Ordering::SeqCst), 5);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_the_callers_error_and_the_thread_lives_on() {
+        let pool = CpuPool::new(1, 1);
+        for _ in 0..3 {
+            let error = pool.run(|| panic!("page {} is odd", 7)).await.unwrap_err();
+            assert_eq!(error, Error::JobPanicked { message: "page 7 is odd".to_owned() });
+            assert_eq!(error.kind(), ErrorKind::Bug);
+        }
+        let pool_too = pool.clone();
+        let blocking = thread::spawn(move || pool_too.run_blocking(|| panic!("plain"))).join().unwrap();
+        assert_eq!(blocking, Err(Error::JobPanicked { message: "plain".to_owned() }));
+        assert_eq!(pool.run(|| 42).await, Ok(42));
+    }
+
+    #[tokio::test]
+    async fn a_job_whose_caller_left_before_it_began_is_not_run() {
+        let pool = CpuPool::new(1, 4);
+        let hold = occupy(&pool);
+        let ran = Arc::new(AtomicUsize::new(0));
+        let job = {
+            let ran = ran.clone();
+            move || ran.fetch_add(1, Ordering::SeqCst)
+        };
+        let mut caller = Box::pin(pool.run(job));
+        assert!(poll!(caller.as_mut()).is_pending());
+        drop(caller);
+        drop(hold);
+        // One thread, one queue in order: once this has run, the abandoned one has been passed over.
+        pool.run(|| ()).await.unwrap();
+        assert_eq!(ran.load(Ordering::SeqCst), 0);
+        assert_eq!(pool.shared.room.available_permits(), 4);
+    }
+
+    #[test]
+    fn a_job_may_use_its_own_pool() {
+        let pool = CpuPool::new(1, 1);
+        let inner = pool.clone();
+        let here = pool.run_blocking(move || (inner.run_blocking(|| thread::current().id()), thread::current().id()));
+        let (nested, outer) = here.unwrap();
+        assert_eq!(nested.unwrap(), outer);
+    }
+
+    #[test]
+    fn threads_end_with_the_pool() {
+        let (async_jobs, blocking_jobs) = (bounded::<Job>(1), bounded::<Job>(1));
+        drop((async_jobs.0, blocking_jobs.0));
+        // Runs to its end, or this test does not.
+        work(&async_jobs.1, &blocking_jobs.1);
+        ON_POOL_THREAD.set(false);
+    }
+
+    #[tokio::test]
+    async fn a_result_that_panics_when_dropped_does_not_cost_a_thread() {
+        struct Grenade;
+        impl Drop for Grenade {
+            fn drop(&mut self) {
+                panic!("dropped");
+            }
+        }
+        let pool = CpuPool::new(1, 1);
+        let (hold, held) = bounded::<()>(0);
+        let (running, runs) = bounded(1);
+        let mut caller = Box::pin(pool.run(move || {
+            running.send(()).unwrap();
+            let _ = held.recv();
+            Grenade
+        }));
+        assert!(poll!(caller.as_mut()).is_pending());
+        runs.recv().unwrap();
+        drop(caller);
+        drop(hold);
+        assert_eq!(pool.run(|| 1).await, Ok(1));
+    }
+}

@@ -26,9 +26,6 @@ pub const RSA_BITS_MIN: usize = 3072;
 const PUBLIC: &str = "a recipient's public key (RSA, PEM)";
 const PRIVATE: &str = "a recipient's private key (RSA, PEM)";
 
-/// The DER of the object identifier rsaEncryption, 1.2.840.113549.1.1.1.
-const RSA_ENCRYPTION_OID: [u8; 11] = [0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01];
-
 hex_bytes!(
     /// The name of a recipient: the SHA-256 of the public key's SPKI DER.
     RecipientId,
@@ -53,14 +50,11 @@ impl RecipientKey {
         if key.key_size_bits() < RSA_BITS_MIN {
             return Err(Error::KeyTooShort);
         }
-        let spki: PublicKeyX509Der<'_> =
-            key.as_der().map_err(|_| Error::Library { operation: "encode an RSA public key" })?;
-        let spki = spki.as_ref();
-        // An RSA-PSS key parses as well, but is for signatures: what it wrapped nobody would unwrap.
-        if !spki.windows(RSA_ENCRYPTION_OID.len()).take(32).any(|window| window == RSA_ENCRYPTION_OID) {
-            return Err(Error::KeyFile { expected: PUBLIC, reason: "the key is for signatures only".to_owned() });
-        }
-        let id = RecipientId(Sha256::digest(spki).0);
+        // An RSA-PSS key is read but not written by the library; nobody could unwrap what it wrapped.
+        let spki: PublicKeyX509Der<'_> = key
+            .as_der()
+            .map_err(|_| Error::KeyFile { expected: PUBLIC, reason: "the key is for signatures only".to_owned() })?;
+        let id = RecipientId(Sha256::digest(spki.as_ref()).0);
         let key = OaepPublicEncryptingKey::new(key).map_err(|_| Error::Library { operation: "take up an RSA key" })?;
         Ok(Self { id, key })
     }
@@ -148,4 +142,85 @@ fn refused(expected: &'static str, rejected: KeyRejected) -> Error {
         _ => "the key is not an RSA key, or damaged",
     };
     Error::KeyFile { expected, reason: reason.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::{ErrorKind, SeededRandom, create_keys};
+
+    fn pair() -> (RecipientKey, RecipientPrivateKey) {
+        let keys = create_keys(3072).unwrap();
+        let public = RecipientKey::from_pem(&keys.public_pem).unwrap();
+        (public, RecipientPrivateKey::from_pem(&keys.private_pem).unwrap())
+    }
+
+    #[test]
+    fn a_wrapped_key_is_opened_by_its_recipient_alone() {
+        let data_key = DataKey::generate(&SeededRandom::new(1));
+        let (public, private) = pair();
+        let (other_public, other_private) = pair();
+        assert_ne!(public.id(), other_public.id());
+
+        let wrapped = public.wrap(&data_key).unwrap();
+        assert_eq!(wrapped.len(), 384);
+        assert_ne!(public.wrap(&data_key).unwrap(), wrapped, "OAEP draws a seed each time");
+        let secret = private.unwrap(&wrapped).unwrap();
+        let opened = DataKey::from_secret(data_key.id(), secret, &data_key.commitment()).unwrap();
+        assert_eq!(opened.secret(), data_key.secret());
+
+        let error = other_private.unwrap(&wrapped).unwrap_err();
+        assert_eq!(error, Error::NotUnwrapped { recipient: other_public.id() });
+        assert_eq!(error.kind(), ErrorKind::WrongKey);
+        assert!(error.to_string().contains(&other_public.id().to_string()));
+    }
+
+    #[test]
+    fn a_wrapped_copy_that_was_altered_cut_or_never_was_one_does_not_open() {
+        let (public, private) = pair();
+        let wrapped = public.wrap(&DataKey::generate(&SeededRandom::new(1))).unwrap();
+        let mut flipped = wrapped.clone();
+        flipped[200] ^= 1;
+        for wrong in [
+            flipped,
+            wrapped[..383].to_vec(),
+            [&wrapped[..], &[0]].concat(),
+            [&[0], &wrapped[..]].concat(),
+            vec![],
+            vec![0; 384],
+            vec![0xff; 384],
+        ] {
+            assert!(private.unwrap(&wrong).is_err(), "{} bytes", wrong.len());
+        }
+    }
+
+    #[test]
+    fn a_wrapped_secret_of_another_length_is_refused() {
+        let (public, private) = pair();
+        let mut wrapped = vec![0; public.key.ciphertext_size()];
+        public.key.encrypt(&OAEP_SHA256_MGF1SHA256, &[1; 33], &mut wrapped, None).unwrap();
+        assert!(private.unwrap(&wrapped).is_err());
+        public.key.encrypt(&OAEP_SHA256_MGF1SHA256, &[1; 32], &mut wrapped, Some(b"label")).unwrap();
+        assert!(private.unwrap(&wrapped).is_err(), "the label is empty");
+        public.key.encrypt(&OAEP_SHA256_MGF1SHA256, &[1; 32], &mut wrapped, None).unwrap();
+        assert_eq!(*private.unwrap(&wrapped).unwrap(), [1; 32]);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_text_is_no_key(text in "(-----BEGIN [A-Z ]{0,20}-----\n)?[ -~\n]{0,200}(-----END [A-Z ]{0,20}-----\n)?") {
+            prop_assert!(RecipientKey::from_pem(&text).is_err());
+            prop_assert!(RecipientPrivateKey::from_pem(&text).is_err());
+        }
+
+        #[test]
+        fn arbitrary_der_is_no_key(der in prop::collection::vec(any::<u8>(), 0..500)) {
+            prop_assert!(RecipientKey::from_pem(&pem_file::encode(pem_file::PUBLIC_KEY, &der)).is_err());
+            for label in [pem_file::PRIVATE_KEY, pem_file::RSA_PRIVATE_KEY] {
+                prop_assert!(RecipientPrivateKey::from_pem(&pem_file::encode(label, &der)).is_err());
+            }
+        }
+    }
 }

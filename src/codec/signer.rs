@@ -114,3 +114,93 @@ fn signer_id(spki: &[u8]) -> SignerId {
 fn not_ed25519(expected: &'static str) -> Error {
     Error::KeyFile { expected, reason: "the key is not an Ed25519 key, or damaged".to_owned() }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::ErrorKind;
+
+    /// The first test of RFC 8032, section 7.1.
+    const RFC_SEED: &str = "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60";
+    const RFC_PUBLIC: &str = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a";
+    const RFC_SIGNATURE: &str = "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b";
+
+    fn rfc_keys() -> (SigningKey, VerifyKey) {
+        let pkcs8 = hex::decode(format!("302e020100300506032b657004220420{RFC_SEED}")).unwrap();
+        let public: [u8; 32] = hex::decode(RFC_PUBLIC).unwrap().try_into().unwrap();
+        (
+            SigningKey::from_pem(&pem_file::encode(pem_file::PRIVATE_KEY, &pkcs8)).unwrap(),
+            VerifyKey::from_pem(&pem_file::encode(pem_file::PUBLIC_KEY, &spki(&public))).unwrap(),
+        )
+    }
+
+    #[test]
+    fn signatures_are_those_of_rfc_8032() {
+        let (signing, verify) = rfc_keys();
+        assert_eq!(hex::encode(signing.sign(b"")), RFC_SIGNATURE);
+        verify.verify(b"", &signing.sign(b"")).unwrap();
+        assert_eq!(signing.signer_id(), verify.signer_id());
+    }
+
+    #[test]
+    fn another_signer_other_bytes_or_another_signature_is_refused() {
+        let (signing, verify) = rfc_keys();
+        let keys = crate::codec::create_keys(3072).unwrap();
+        let (foreign, foreign_verify) =
+            (SigningKey::from_pem(&keys.sign_pem).unwrap(), VerifyKey::from_pem(&keys.verify_pem).unwrap());
+        let signature = signing.sign(b"header");
+        verify.verify(b"header", &signature).unwrap();
+
+        let refused = [
+            verify.verify(b"headers", &signature),
+            verify.verify(b"heade", &signature),
+            verify.verify(b"header", &foreign.sign(b"header")),
+            verify.verify(b"header", &[0; SIGNATURE_LEN]),
+        ];
+        for result in refused {
+            let error = result.unwrap_err();
+            assert_eq!(error, Error::BadSignature { signer: verify.signer_id() });
+            assert_eq!(error.kind(), ErrorKind::Damaged);
+        }
+        assert!(foreign_verify.verify(b"header", &signature).is_err());
+    }
+
+    #[test]
+    fn a_signature_has_one_form() {
+        // S + L verifies in implementations that do not reduce; then a signature could be altered in the store.
+        const L: [u8; 32] = [
+            0xed, 0xd3, 0xf5, 0x5c, 0x1a, 0x63, 0x12, 0x58, 0xd6, 0x9c, 0xf7, 0xa2, 0xde, 0xf9, 0xde, 0x14, 0, 0, 0, 0,
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10,
+        ];
+        let (signing, verify) = rfc_keys();
+        let mut signature = signing.sign(b"header");
+        let mut carry = 0;
+        for (byte, l) in signature[32..].iter_mut().zip(L) {
+            let sum = u16::from(*byte) + u16::from(l) + carry;
+            *byte = sum as u8;
+            carry = sum >> 8;
+        }
+        assert_eq!(carry, 0);
+        assert!(verify.verify(b"header", &signature).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_flipped_bit_verifies(bytes in prop::collection::vec(any::<u8>(), 1..100), at: prop::sample::Index, bit in 0..8) {
+            let (signing, verify) = rfc_keys();
+            let mut whole = [&signing.sign(&bytes)[..], &bytes].concat();
+            let at = at.index(whole.len());
+            whole[at] ^= 1_u8 << bit;
+            let (signature, bytes) = whole.split_first_chunk::<SIGNATURE_LEN>().unwrap();
+            prop_assert!(verify.verify(bytes, signature).is_err());
+        }
+
+        #[test]
+        fn arbitrary_der_is_no_key(der in prop::collection::vec(any::<u8>(), 0..100)) {
+            prop_assert!(SigningKey::from_pem(&pem_file::encode(pem_file::PRIVATE_KEY, &der)).is_err());
+            prop_assert!(VerifyKey::from_pem(&pem_file::encode(pem_file::PUBLIC_KEY, &der)).is_err());
+        }
+    }
+}
