@@ -176,11 +176,17 @@ fn meta(key: &ObjectKey, object: &Object) -> ObjectMeta {
 
 #[cfg(test)]
 mod tests {
+    use super::super::conformance;
     use super::super::error::ErrorKind;
     use super::*;
 
     fn key(text: &str) -> ObjectKey {
         ObjectKey::parse(text).unwrap()
+    }
+
+    #[tokio::test]
+    async fn keeps_the_contract() {
+        conformance::check(Arc::new(MemoryStore::new()), "site/conformance").await;
     }
 
     #[tokio::test]

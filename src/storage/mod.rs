@@ -11,10 +11,15 @@
 
 pub mod error;
 pub mod key;
-pub mod memory;
 pub mod store;
+
+pub mod local;
+pub mod memory;
+
+pub mod conformance;
 
 pub use error::{Error, ErrorKind};
 pub use key::ObjectKey;
+pub use local::LocalStore;
 pub use memory::MemoryStore;
 pub use store::{Folder, ObjectMeta, Store};

@@ -16,6 +16,9 @@ use super::key::ObjectKey;
 /// Most objects and folders one `list_folder` returns; a folder with more is refused, not held in memory.
 pub const FOLDER_ENTRIES_MAX: usize = 1_000_000;
 
+/// The longest range one `get_range` reads: beyond every object of the format, so more is a damaged map speaking.
+pub const RANGE_BYTES_MAX: u64 = 1 << 30;
+
 /// A place that keeps objects under keys.
 ///
 /// # Atomicity
@@ -31,7 +34,7 @@ pub const FOLDER_ENTRIES_MAX: usize = 1_000_000;
 /// # Create-only
 ///
 /// Of any number of creates of one key, in one process or in many, exactly one succeeds. The others fail with
-/// `AlreadyExists` and change nothing. A key must not name an object and a folder at once (`a` and `a/b`): some stores
+/// `AlreadyExists` and change nothing; the object they found is durable, whoever created it. A key must not name an object and a folder at once (`a` and `a/b`): some stores
 /// could not hold both, so no caller tries.
 ///
 /// # Read after write
@@ -121,10 +124,13 @@ pub(crate) fn folder_prefix(prefix: &str) -> Result<String, Error> {
     }
 }
 
-/// Checks that a range holds at least one byte and returns its length.
+/// Checks that a range holds at least one byte and at most [`RANGE_BYTES_MAX`], and returns its length.
 pub(crate) fn range_length(key: &ObjectKey, range: &Range<u64>) -> Result<u64, Error> {
     match range.end.checked_sub(range.start) {
-        Some(length) if length > 0 => Ok(length),
+        Some(length @ 1..=RANGE_BYTES_MAX) => Ok(length),
+        Some(size) if size > RANGE_BYTES_MAX => {
+            Err(Error::TooLarge { key: key.to_string(), size, size_max: RANGE_BYTES_MAX })
+        }
         _ => Err(Error::Invalid {
             key: key.to_string(),
             reason: format!("cannot read the empty range {}..{} of {key}", range.start, range.end),
@@ -181,10 +187,12 @@ mod tests {
 
     #[test]
     #[allow(clippy::reversed_empty_ranges)]
-    fn an_empty_range_is_refused() {
+    fn a_range_that_is_empty_or_absurd_is_refused() {
         let key = ObjectKey::parse("a").unwrap();
         assert_eq!(range_length(&key, &(3..7)).unwrap(), 4);
         assert!(range_length(&key, &(3..3)).is_err());
         assert!(range_length(&key, &(7..3)).is_err());
+        assert_eq!(range_length(&key, &(0..RANGE_BYTES_MAX)).unwrap(), RANGE_BYTES_MAX);
+        assert_eq!(range_length(&key, &(0..u64::MAX)).unwrap_err().kind(), ErrorKind::TooLarge);
     }
 }
