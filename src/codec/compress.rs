@@ -135,7 +135,11 @@ impl Compressor {
             CodecId::Snappy => self.snappy.compress_vec(raw).map_err(|e| e.to_string()),
             CodecId::Lz4 => Ok(lz4_flex::block::compress(raw)),
         }
-        .map_err(|reason| Error::NotCompressed { codec: codec.name(), raw_len: raw.len(), reason })?;
+        .map_err(|reason| Error::NotCompressed {
+            codec: codec.name(),
+            raw_len: raw.len(),
+            reason,
+        })?;
         if stored.len() < raw.len() { Ok((codec, stored)) } else { Ok((CodecId::None, raw.to_vec())) }
     }
 
@@ -183,7 +187,12 @@ impl Decompressor {
             CodecId::Snappy => self.decompress_snappy(stored, raw_len),
             CodecId::Lz4 => decompress_lz4(stored, raw_len),
         };
-        raw.map_err(|reason| Error::Damaged { codec: codec.name(), stored_len: stored.len(), raw_len, reason })
+        raw.map_err(|reason| Error::Damaged {
+            codec: codec.name(),
+            stored_len: stored.len(),
+            raw_len,
+            reason,
+        })
     }
 
     fn decompress_zstd(&mut self, stored: &[u8], raw_len: usize) -> Result<Vec<u8>, String> {
@@ -294,7 +303,11 @@ mod tests {
         for compression in ALL {
             let mut compressor = Compressor::new(compression);
             for raw in [&noise[..], b"", b"x"] {
-                assert_eq!(compressor.compress(raw).unwrap(), (CodecId::None, raw.to_vec()), "{compression:?}");
+                assert_eq!(
+                    compressor.compress(raw).unwrap(),
+                    (CodecId::None, raw.to_vec()),
+                    "{compression:?}"
+                );
             }
         }
     }
@@ -323,7 +336,8 @@ mod tests {
     #[test]
     fn a_snappy_body_that_lies_about_its_length_is_stopped_while_inflating() {
         let algorithm = CodecId::Snappy;
-        let (codec, stored) = Compressor::new(Compression { algorithm, level: 0 }).compress(&[0; 300]).unwrap();
+        let (codec, stored) =
+            Compressor::new(Compression { algorithm, level: 0 }).compress(&[0; 300]).unwrap();
         // The length is a varint of two bytes; 200 takes two as well.
         assert_eq!(stored[..2], [0xac, 0x02]);
         let lying = [&[0xc8, 0x01], &stored[2..]].concat();
@@ -385,12 +399,12 @@ mod tests {
 
     #[test]
     fn the_configuration_names_algorithms_as_postgresql_does() {
-        let parsed: Compression = toml::from_str("algorithm = \"zstd\"\nlevel = 7").unwrap();
+        let parsed: Compression = serde_json::from_str(r#"{"algorithm": "zstd", "level": 7}"#).unwrap();
         assert_eq!(parsed, Compression::zstd(7));
-        let parsed: Compression = toml::from_str("algorithm = \"snappy\"").unwrap();
+        let parsed: Compression = serde_json::from_str(r#"{"algorithm": "snappy"}"#).unwrap();
         assert_eq!(parsed, ALL[4]);
-        assert!(toml::from_str::<Compression>("algorithm = \"gzip\"").is_err());
-        assert!(toml::from_str::<Compression>("algorithm = \"lz4\"\nlevels = 1").is_err());
+        assert!(serde_json::from_str::<Compression>(r#"{"algorithm": "gzip"}"#).is_err());
+        assert!(serde_json::from_str::<Compression>(r#"{"algorithm": "lz4", "levels": 1}"#).is_err());
     }
 
     #[test]
@@ -399,7 +413,10 @@ mod tests {
             compression.validate().unwrap();
         }
         let snappy = Compression { algorithm: CodecId::Snappy, level: 3 };
-        assert_eq!(snappy.validate().unwrap_err().hint().unwrap(), "Leave the level out: this algorithm has none.");
+        assert_eq!(
+            snappy.validate().unwrap_err().hint().unwrap(),
+            "Leave the level out: this algorithm has none."
+        );
         for level in [i32::MIN, -1, 0, 20, i32::MAX] {
             let error = Compression::zstd(level).validate().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::FixInput);

@@ -13,8 +13,8 @@ use tempfile::TempDir;
 
 use super::key::hkdf_sha256;
 use super::{
-    CodecId, DataKey, Error, ErrorKind, FrameAad, RecipientKey, RecipientPrivateKey, SeededRandom, Sha256, SigningKey,
-    VerifyKey, create_keys,
+    CodecId, DataKey, Error, ErrorKind, FrameAad, RecipientKey, RecipientPrivateKey, SeededRandom, Sha256,
+    SigningKey, VerifyKey, create_keys,
 };
 
 /// The `openssl` program in a folder of its own.
@@ -28,7 +28,10 @@ impl OpenSsl {
         if Command::new("openssl").arg("version").output().is_ok_and(|output| output.status.success()) {
             return Some(Self { folder: tempfile::tempdir().unwrap() });
         }
-        assert!(std::env::var_os("CI").is_none(), "openssl is not installed: its cross-checks cannot be skipped in CI");
+        assert!(
+            std::env::var_os("CI").is_none(),
+            "openssl is not installed: its cross-checks cannot be skipped in CI"
+        );
         eprintln!("SKIPPED: openssl is not installed, keys were not checked against it");
         None
     }
@@ -47,15 +50,15 @@ impl OpenSsl {
 
     /// Runs a command line split at spaces, and returns what it printed.
     fn run(&self, line: &str) -> Vec<u8> {
-        let output = Command::new("openssl").args(line.split(' ')).current_dir(self.folder.path()).output().unwrap();
+        let output =
+            Command::new("openssl").args(line.split(' ')).current_dir(self.folder.path()).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "openssl {line}: {stderr}");
         output.stdout
     }
 }
 
-const OAEP: &str =
-    "-pkeyopt rsa_padding_mode:oaep -pkeyopt rsa_oaep_md:sha256 -pkeyopt rsa_mgf1_md:sha256";
+const OAEP: &str = "-pkeyopt rsa_padding_mode:oaep -pkeyopt rsa_oaep_md:sha256 -pkeyopt rsa_mgf1_md:sha256";
 
 #[test]
 fn frames_are_aes_256_gcm_as_aes_gcm_computes_it() {
@@ -128,7 +131,8 @@ fn wrapped_keys_go_to_openssl_and_back() {
     }
 
     // OAEP with SHA-1, which is what openssl does when it is not told.
-    let other = openssl.run("pkeyutl -encrypt -pubin -inkey key.pub.pem -in secret -pkeyopt rsa_padding_mode:oaep");
+    let other =
+        openssl.run("pkeyutl -encrypt -pubin -inkey key.pub.pem -in secret -pkeyopt rsa_padding_mode:oaep");
     let private = RecipientPrivateKey::from_pem(&openssl.read("key.pem")).unwrap();
     assert_eq!(private.unwrap(&other).unwrap_err(), Error::NotUnwrapped { recipient: recipient.id() });
 }

@@ -190,8 +190,13 @@ mod tests {
     use super::*;
     use crate::codec::{DataKey, ErrorKind, SeededRandom};
 
-    const FRAME: FrameAad =
-        FrameAad { kind: 3, position: 0x0102_0304_0506_0708, last: false, codec: CodecId::Zstd, raw_len: 65_536 };
+    const FRAME: FrameAad = FrameAad {
+        kind: 3,
+        position: 0x0102_0304_0506_0708,
+        last: false,
+        codec: CodecId::Zstd,
+        raw_len: 65_536,
+    };
 
     /// The frame keys of one object, with and without encryption.
     fn both_keys() -> [FrameKey; 2] {
@@ -296,7 +301,8 @@ mod tests {
     /// Pins the bytes: a change here is a change of the format.
     #[test]
     fn sealed_bytes_are_those_of_format_1() {
-        let [encrypted, unencrypted] = both_keys().map(|key| hex::encode(key.seal(&FRAME, b"walden".to_vec())));
+        let [encrypted, unencrypted] =
+            both_keys().map(|key| hex::encode(key.seal(&FRAME, b"walden".to_vec())));
         assert_eq!(encrypted, "9c00e009037ff0844a57babd186052e0ee12955e374b");
         assert_eq!(unencrypted, "77616c64656e4bdbfa65367ba60154769e4459bb94a4");
     }

@@ -45,7 +45,8 @@ impl DataKey {
         commitment: &[u8; 32],
     ) -> Result<Self, Error> {
         let key = Self { id, secret: secret.into(), observer: None };
-        constant_time::verify_slices_are_equal(&key.commitment(), commitment).map_err(|_| Error::WrongKey { id })?;
+        constant_time::verify_slices_are_equal(&key.commitment(), commitment)
+            .map_err(|_| Error::WrongKey { id })?;
         Ok(key)
     }
 
@@ -120,7 +121,12 @@ mod tests {
                 bytes(0xb0..=0xff),
                 "b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c",
             ),
-            (vec![], vec![0x0b; 22], vec![], "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"),
+            (
+                vec![],
+                vec![0x0b; 22],
+                vec![],
+                "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d",
+            ),
         ];
         for (salt, secret, info, expected) in cases {
             assert_eq!(hex::encode(*hkdf_sha256(&salt, &secret, &info)), expected);

@@ -38,7 +38,8 @@ pub fn create_keys(bits: u32) -> Result<NewKeys> {
 
     let rsa = PrivateDecryptingKey::generate(size).map_err(failed("create an RSA key"))?;
     let private: Pkcs8V1Der<'_> = rsa.as_der().map_err(failed("encode an RSA private key"))?;
-    let public: PublicKeyX509Der<'_> = rsa.public_key().as_der().map_err(failed("encode an RSA public key"))?;
+    let public: PublicKeyX509Der<'_> =
+        rsa.public_key().as_der().map_err(failed("encode an RSA public key"))?;
 
     let ed25519 = Ed25519KeyPair::generate().map_err(failed("create an Ed25519 key"))?;
     let sign = ed25519.to_pkcs8v1().map_err(failed("encode an Ed25519 private key"))?;
@@ -62,7 +63,10 @@ mod tests {
     fn new_keys_are_new_and_of_the_length_asked_for() {
         let (a, b) = (create_keys(3072).unwrap(), create_keys(4096).unwrap());
         let ids = [&a, &b].map(|keys| {
-            (RecipientKey::from_pem(&keys.public_pem).unwrap().id(), VerifyKey::from_pem(&keys.verify_pem).unwrap().signer_id())
+            (
+                RecipientKey::from_pem(&keys.public_pem).unwrap().id(),
+                VerifyKey::from_pem(&keys.verify_pem).unwrap().signer_id(),
+            )
         });
         assert_ne!(ids[0].0, ids[1].0);
         assert_ne!(ids[0].1, ids[1].1);

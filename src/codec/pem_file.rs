@@ -77,7 +77,9 @@ mod tests {
     fn text_around_the_block_and_foreign_line_ends_do_not_matter() {
         let text = encode(PUBLIC_KEY, &[1, 2, 3]);
         assert_eq!(*text, "-----BEGIN PUBLIC KEY-----\nAQID\n-----END PUBLIC KEY-----\n");
-        for text in [text.to_string(), text.replace('\n', "\r\n"), format!("# key of the vault\n\n{}\n", *text)] {
+        for text in
+            [text.to_string(), text.replace('\n', "\r\n"), format!("# key of the vault\n\n{}\n", *text)]
+        {
             let file = read(&text).unwrap();
             assert_eq!(file.label, PUBLIC_KEY);
             assert_eq!(*file.der, [1, 2, 3]);
@@ -92,7 +94,10 @@ mod tests {
         assert_eq!(reason(&format!("{}{}", *key, *key)), "the file has several PEM blocks");
         assert_eq!(reason(&encode("CERTIFICATE", &[1])), "the file holds a block \"CERTIFICATE\"");
         assert_eq!(reason(&key.replace("AQID", "A!ID")), "the file is not whole PEM");
-        assert_eq!(reason(&format!("{}{}", *key, " ".repeat(PEM_BYTES_MAX))), "the file is too long for a key");
+        assert_eq!(
+            reason(&format!("{}{}", *key, " ".repeat(PEM_BYTES_MAX))),
+            "the file is too long for a key"
+        );
     }
 
     #[test]

@@ -72,7 +72,8 @@ impl CpuPool {
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
     {
-        let permit = Arc::clone(&self.shared.room).acquire_owned().await.expect("the semaphore is never closed");
+        let permit =
+            Arc::clone(&self.shared.room).acquire_owned().await.expect("the semaphore is never closed");
         let (reply, result) = oneshot::channel();
         let job = Box::new(move || {
             // The place in the queue is free once the job has left it.
@@ -132,7 +133,8 @@ fn work(async_jobs: &Receiver<Job>, blocking_jobs: &Receiver<Job>) {
 /// Runs a job, turning a panic into an error.
 fn caught<T>(job: impl FnOnce() -> T) -> Result<T> {
     // A job owns what it touches or shares it behind locks that notice a panic themselves.
-    panic::catch_unwind(AssertUnwindSafe(job)).map_err(|payload| Error::JobPanicked { message: text_of(&*payload) })
+    panic::catch_unwind(AssertUnwindSafe(job))
+        .map_err(|payload| Error::JobPanicked { message: text_of(&*payload) })
 }
 
 fn text_of(payload: &(dyn Any + Send)) -> String {
@@ -242,7 +244,8 @@ mod tests {
     fn a_job_may_use_its_own_pool() {
         let pool = CpuPool::new(1, 1);
         let inner = pool.clone();
-        let here = pool.run_blocking(move || (inner.run_blocking(|| thread::current().id()), thread::current().id()));
+        let here = pool
+            .run_blocking(move || (inner.run_blocking(|| thread::current().id()), thread::current().id()));
         let (nested, outer) = here.unwrap();
         assert_eq!(nested.unwrap(), outer);
     }

@@ -51,11 +51,13 @@ impl RecipientKey {
             return Err(Error::KeyTooShort);
         }
         // An RSA-PSS key is read but not written by the library; nobody could unwrap what it wrapped.
-        let spki: PublicKeyX509Der<'_> = key
-            .as_der()
-            .map_err(|_| Error::KeyFile { expected: PUBLIC, reason: "the key is for signatures only".to_owned() })?;
+        let spki: PublicKeyX509Der<'_> = key.as_der().map_err(|_| Error::KeyFile {
+            expected: PUBLIC,
+            reason: "the key is for signatures only".to_owned(),
+        })?;
         let id = RecipientId(Sha256::digest(spki.as_ref()).0);
-        let key = OaepPublicEncryptingKey::new(key).map_err(|_| Error::Library { operation: "take up an RSA key" })?;
+        let key = OaepPublicEncryptingKey::new(key)
+            .map_err(|_| Error::Library { operation: "take up an RSA key" })?;
         Ok(Self { id, key })
     }
 
@@ -96,7 +98,8 @@ impl RecipientPrivateKey {
         let pkcs8 = to_pkcs8(file)?;
         let key = PrivateDecryptingKey::from_pkcs8(&pkcs8).map_err(|e| refused(PRIVATE, e))?;
         let id = RecipientKey::new(key.public_key())?.id;
-        let key = OaepPrivateDecryptingKey::new(key).map_err(|_| Error::Library { operation: "take up an RSA key" })?;
+        let key = OaepPrivateDecryptingKey::new(key)
+            .map_err(|_| Error::Library { operation: "take up an RSA key" })?;
         Ok(Self { id, key })
     }
 
