@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
 use std::fs;
 use std::ops::Range;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Lines of code a file may have, its tests not counted.
@@ -102,6 +103,37 @@ fn the_tree_is_tidy() {
     let findings = tree.findings();
     let list: Vec<String> = findings.iter().map(ToString::to_string).collect();
     assert!(findings.is_empty(), "{} untidy places:\n{}\n", list.len(), list.join("\n"));
+}
+
+#[test]
+fn the_commands_and_links_of_the_readme_lead_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let commands = shell_commands(&readme);
+    assert!(
+        commands.len() >= 2 && commands[0] == "scripts/demo" && commands[1] == "scripts/test",
+        "{commands:?}"
+    );
+    for command in commands.iter().filter(|c| c.starts_with("scripts/")) {
+        let script = command.split_whitespace().next().unwrap();
+        let mode =
+            fs::metadata(root.join(script)).unwrap_or_else(|e| panic!("{script}: {e}")).permissions().mode();
+        assert!(mode & 0o111 == 0o111, "{script} is not executable");
+    }
+    for link in readme.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+        assert!(
+            link.contains("://") || root.join(link).exists(),
+            "README.md links to {link}, which is not there"
+        );
+    }
+}
+
+#[test]
+fn ci_runs_the_test_command_of_the_readme_and_nothing_of_its_own() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let ci = fs::read_to_string(root.join(".ci/run")).unwrap();
+    let does: Vec<&str> = ci.lines().filter(|l| !l.is_empty() && !l.starts_with('#')).collect();
+    assert_eq!(does, ["cd \"$(dirname \"$0\")/..\"", "exec scripts/test"]);
 }
 
 /// A place that breaks a rule.
@@ -421,6 +453,21 @@ fn dependencies(manifest: &str) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// The lines of a document's shell blocks, without prompt and comment.
+fn shell_commands(document: &str) -> Vec<String> {
+    let mut inside = false;
+    let mut commands = Vec::new();
+    for line in document.lines() {
+        if line.starts_with("```") {
+            inside = line == "```sh";
+        } else if inside {
+            let command = line.split(" #").next().unwrap_or(line).trim();
+            commands.extend((!command.is_empty() && !command.starts_with('#')).then(|| command.to_owned()));
+        }
+    }
+    commands
 }
 
 // ---- reading ----
@@ -856,5 +903,11 @@ mod rules {
         assert_eq!(code.len(), text.len());
         let left: Vec<&str> = code.split_whitespace().collect();
         assert_eq!(left, ["a", "e", "&'static", "r#type", "b", "z"]);
+    }
+
+    #[test]
+    fn commands_of_a_document() {
+        let document = "x\n```sh\nscripts/demo   # shows it\n\n# a remark\nscripts/test\n```\n```text\nscripts/no\n```\n";
+        assert_eq!(shell_commands(document), ["scripts/demo", "scripts/test"]);
     }
 }
