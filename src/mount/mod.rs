@@ -1,1 +1,34 @@
 //! Basebackups as file systems: the read-only tree, and the writable upper above it.
+//!
+//! ```text
+//! fuse            kernel requests to operations, and back: the only file that names fuser
+//! tree            one inode space over virtual directories and volumes
+//! virtual_dir     directories answered one name at a time: the WAL archive, the list of basebackups
+//! lower_volume    a basebackup's tree, read-only        upper    the same, writable, above a local directory
+//! lower           the seam to the repository: a tree whose contents arrive on demand
+//! ```
+//!
+//! Everything below `fuse` runs without a mount and is tested so. The mount never interprets WAL to change data:
+//! PostgreSQL replays it. Deliberately absent so far: the hydrator, passthrough, and any prefetch; `upper` has
+//! `ensure_range` for them to stand on.
+
+pub mod fs;
+pub mod lower;
+
+pub mod caller;
+pub mod errno;
+pub mod mounting;
+pub mod patience;
+pub mod tree;
+pub mod virtual_dir;
+
+pub mod lower_volume;
+pub mod memory_lower;
+
+mod fuse;
+pub mod holders;
+mod listing;
+mod single_flight;
+
+pub use mounting::{MountError, MountOptions, Mounted, mount, unmount};
+pub use tree::Tree;

@@ -1,0 +1,121 @@
+//! Who keeps a mount busy: read from `/proc`, for the message of a refused unmount.
+//!
+//! A mount is held by open files, working and root directories, mapped files and mounts inside it. Nothing here
+//! touches the mount itself: a look at a path inside it could hang while the store is away, so links in `/proc`
+//! are compared as text.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// How many holders are named; a person needs one to begin with.
+const HOLDERS_MAX: usize = 20;
+
+/// A process, or a mount, that keeps a mount busy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    Process { pid: i32, command: String, what: String },
+    Mount { path: PathBuf },
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { pid, command, what } => write!(f, "process {pid} ({command}): {what}"),
+            Self::Mount { path } => write!(f, "mount on \"{}\"", path.display()),
+        }
+    }
+}
+
+/// Finds who holds the mount at `mount_point`, which must be absolute and without links.
+pub fn find(mount_point: &Path) -> Vec<Holder> {
+    let mut holders: Vec<Holder> = mounts_inside(mount_point).map(|path| Holder::Mount { path }).collect();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        if holders.len() >= HOLDERS_MAX {
+            break;
+        }
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if let Some(what) = how_held(&process.path(), mount_point) {
+            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default().trim().to_owned();
+            holders.push(Holder::Process { pid, command, what });
+        }
+    }
+    holders
+}
+
+/// Says how a process holds the mount, if it does; processes of others we may not look into hold nothing we see.
+fn how_held(process: &Path, mount_point: &Path) -> Option<String> {
+    for (name, label) in [("cwd", "working directory"), ("root", "root directory"), ("exe", "program")] {
+        if let Some(path) = inside(&process.join(name), mount_point) {
+            return Some(format!("{label} \"{}\"", path.display()));
+        }
+    }
+    for descriptor in fs::read_dir(process.join("fd")).into_iter().flatten().flatten() {
+        if let Some(path) = inside(&descriptor.path(), mount_point) {
+            return Some(format!("open \"{}\"", path.display()));
+        }
+    }
+    let maps = fs::read_to_string(process.join("maps")).unwrap_or_default();
+    let mapped = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    let mut within = mapped.filter(|path| path.starts_with(mount_point));
+    within.next().map(|path| format!("mapped \"{}\"", path.display()))
+}
+
+fn inside(link: &Path, mount_point: &Path) -> Option<PathBuf> {
+    fs::read_link(link).ok().filter(|target| target.starts_with(mount_point))
+}
+
+fn mounts_inside(mount_point: &Path) -> impl Iterator<Item = PathBuf> {
+    let inside = move |path: &PathBuf| path.starts_with(mount_point) && path != mount_point;
+    mount_points().into_iter().filter(inside).collect::<Vec<_>>().into_iter()
+}
+
+/// Returns where file systems are mounted, as this process sees it.
+pub fn mount_points() -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    table.lines().filter_map(|line| line.split(' ').nth(4)).map(|path| PathBuf::from(unescape(path))).collect()
+}
+
+/// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
+pub(crate) fn unescape(field: &str) -> String {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let code = match tail {
+            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..] if *first == b'\\' => {
+                Some((a - b'0') * 64 + (b - b'0') * 8 + (c - b'0'))
+            }
+            _ => None,
+        };
+        plain.push(code.unwrap_or(*first));
+        rest = if code.is_some() { &tail[3..] } else { tail };
+    }
+    String::from_utf8_lossy(&plain).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_s_escapes_are_undone() {
+        assert_eq!(unescape(r"/mnt/a\040b\134c"), r"/mnt/a b\c");
+        assert_eq!(unescape(r"/plain\"), r"/plain\");
+        assert_eq!(unescape(r"\0"), r"\0");
+    }
+
+    #[test]
+    fn an_open_file_names_its_process_and_nothing_else_does() {
+        let scratch = tempfile::tempdir().unwrap();
+        let place = scratch.path().canonicalize().unwrap();
+        assert_eq!(find(&place), []);
+        let file = fs::File::create(place.join("held")).unwrap();
+        let holders = find(&place);
+        drop(file);
+        assert!(
+            matches!(&holders[..], [Holder::Process { pid, what, .. }]
+                if *pid == std::process::id() as i32 && what.starts_with("open ") && what.contains("held")),
+            "{holders:?}"
+        );
+    }
+}

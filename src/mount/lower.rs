@@ -1,0 +1,106 @@
+//! The lower: an immutable tree whose file contents arrive on demand.
+//!
+//! This is the seam between the mount and the repository. A basebackup implements it over its manifest and page
+//! maps; tests implement it in memory and count what is fetched. The contract: nothing a `Lower` answers ever
+//! changes while it lives, `fetch` covers what it was asked for or fails, and bytes it returns are authenticated.
+//! Deliberately absent: retries (`patience`), caching of contents and single-flight (the callers), owners.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+
+/// A directory, file or symbolic link of one lower.
+///
+/// Stable for the lower's life, and below `NodeId::MAX` so that a mount can number several lowers side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u64);
+
+impl NodeId {
+    /// The largest number a node may have.
+    pub const MAX: Self = Self((1 << 39) - 1);
+}
+
+/// What kind of thing a node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum NodeKind {
+    Directory,
+    File,
+    Symlink,
+}
+
+/// What a lower knows about a node without its content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Node {
+    pub kind: NodeKind,
+    /// Permission bits, `0o7777` at most.
+    pub mode: u32,
+    /// Bytes of content; a symbolic link's is the length of its target, a directory's 0.
+    pub size: u64,
+    pub mtime: Timestamp,
+}
+
+/// Some content of a file, decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// Where in the file the bytes belong.
+    pub offset: u64,
+    pub bytes: Bytes,
+}
+
+/// An entry of a directory.
+pub type Child = (Vec<u8>, NodeId, Node);
+
+/// An immutable tree whose file contents arrive on demand.
+#[async_trait::async_trait]
+pub trait Lower: Send + Sync + Debug {
+    /// Returns the tree's top directory.
+    fn root(&self) -> NodeId;
+
+    /// Returns what is known about a node, the root included.
+    async fn node(&self, node: NodeId) -> Result<Node, LowerError>;
+
+    /// Finds a name in a directory; `None` is proof that it is not there.
+    async fn lookup(&self, directory: NodeId, name: &[u8]) -> Result<Option<(NodeId, Node)>, LowerError>;
+
+    /// Lists a directory, without `.` and `..`, in any order.
+    async fn list(&self, directory: NodeId) -> Result<Vec<Child>, LowerError>;
+
+    /// Returns where a symbolic link points.
+    async fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LowerError>;
+
+    /// Fetches what covers `range` of a file.
+    ///
+    /// The pieces are whole as stored (a chunk's slots that belong to this file), in any order, and may reach
+    /// beyond the range on both sides; together they cover all of it that lies below the file's size. Pages that
+    /// are all zero come as pieces of zeros.
+    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError>;
+}
+
+/// Why a lower could not answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LowerError {
+    /// The object was read and is not what was written.
+    #[error("object \"{object}\" is damaged: {detail}")]
+    Damaged { object: String, detail: String },
+    /// The object is whole but nobody trusted vouches for it.
+    #[error("object \"{object}\" is not trusted: {detail}")]
+    Untrusted { object: String, detail: String },
+    /// The store answered that the object is not there.
+    #[error("object \"{object}\" is missing")]
+    Missing { object: String },
+    /// The store did not answer, or not in time; the same call may succeed later.
+    #[error("could not reach the store for object \"{object}\": {detail}")]
+    Unreachable { object: String, detail: String },
+    /// The call makes no sense for this node, or an answer broke the contract above.
+    #[error("bug in the lower: {detail}")]
+    Contract { detail: String },
+}
+
+impl LowerError {
+    /// Returns true when waiting may help.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unreachable { .. })
+    }
+}

@@ -1,0 +1,189 @@
+//! How long a mount waits for a store that does not answer.
+//!
+//! The answer changes during a mount's life: recovery waits for ever, because an error would end it; a server
+//! that takes queries waits until a deadline; a stop waits no longer at all. `PatienceSwitch` holds the answer of
+//! the moment and `PatientLower` applies it in front of any lower, so that neither the tree nor the upper knows
+//! about retries. Only errors that waiting can cure are retried; damage is reported at once.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::clock::Clock;
+use crate::mount::lower::{Child, Lower, LowerError, Node, NodeId, Piece};
+
+/// The pause after the first failure; it doubles up to [`PAUSE_MAX`].
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+
+/// The longest pause between two attempts: a store that comes back is noticed this fast.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// How long to wait for a store that does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// Report the first failure.
+    None,
+    /// Keep trying for this long.
+    Deadline(Duration),
+    /// Keep trying until the switch says otherwise.
+    Forever,
+}
+
+/// The patience of the moment, shared by everyone who waits.
+#[derive(Debug)]
+pub struct PatienceSwitch {
+    current: watch::Sender<Patience>,
+}
+
+impl PatienceSwitch {
+    /// Creates a switch that stands at `patience`.
+    pub fn new(patience: Patience) -> Arc<Self> {
+        Arc::new(Self { current: watch::Sender::new(patience) })
+    }
+
+    /// Changes the patience, also of those who are waiting already.
+    pub fn set(&self, patience: Patience) {
+        self.current.send_replace(patience);
+    }
+}
+
+/// A lower that repeats what failed for want of a store.
+#[derive(Debug)]
+pub struct PatientLower {
+    inner: Arc<dyn Lower>,
+    switch: Arc<PatienceSwitch>,
+    clock: Arc<dyn Clock>,
+    pause_first: Duration,
+}
+
+impl PatientLower {
+    /// Wraps a lower.
+    pub fn new(inner: Arc<dyn Lower>, switch: Arc<PatienceSwitch>, clock: Arc<dyn Clock>) -> Self {
+        Self { inner, switch, clock, pause_first: PAUSE_FIRST }
+    }
+
+    async fn repeat<T, F>(&self, call: impl Fn() -> F) -> Result<T, LowerError>
+    where
+        F: Future<Output = Result<T, LowerError>>,
+    {
+        let mut patience = self.switch.current.subscribe();
+        let begun = self.clock.monotonic();
+        let mut pause = self.pause_first;
+        loop {
+            let error = match call().await {
+                Err(error) if error.is_transient() => error,
+                outcome => return outcome,
+            };
+            let waited = self.clock.monotonic().saturating_duration_since(begun);
+            match *patience.borrow_and_update() {
+                Patience::None => return Err(error),
+                Patience::Deadline(deadline) if waited >= deadline => return Err(error),
+                Patience::Deadline(_) | Patience::Forever => {}
+            }
+            tracing::warn!(waited_seconds = waited.as_secs(), "waiting for the store: {error}");
+            // A change of patience ends the pause. The sender lives in `self`, so `changed` cannot fail.
+            let _ = tokio::time::timeout(pause, patience.changed()).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Lower for PatientLower {
+    fn root(&self) -> NodeId {
+        self.inner.root()
+    }
+
+    async fn node(&self, node: NodeId) -> Result<Node, LowerError> {
+        self.repeat(|| self.inner.node(node)).await
+    }
+
+    async fn lookup(&self, directory: NodeId, name: &[u8]) -> Result<Option<(NodeId, Node)>, LowerError> {
+        self.repeat(|| self.inner.lookup(directory, name)).await
+    }
+
+    async fn list(&self, directory: NodeId) -> Result<Vec<Child>, LowerError> {
+        self.repeat(|| self.inner.list(directory)).await
+    }
+
+    async fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LowerError> {
+        self.repeat(|| self.inner.read_link(node)).await
+    }
+
+    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError> {
+        self.repeat(|| self.inner.fetch(node, range.clone())).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::{ManualClock, SystemClock};
+    use crate::mount::memory_lower::MemoryLower;
+
+    fn lower() -> (Arc<MemoryLower>, NodeId) {
+        let lower = MemoryLower::build(&[("f", 8192)]);
+        let node = lower.at("f");
+        (Arc::new(lower), node)
+    }
+
+    fn patient(inner: &Arc<MemoryLower>, switch: &Arc<PatienceSwitch>, clock: Arc<dyn Clock>) -> Arc<PatientLower> {
+        let mut patient = PatientLower::new(inner.clone(), switch.clone(), clock);
+        patient.pause_first = Duration::from_micros(10);
+        Arc::new(patient)
+    }
+
+    /// Waits until the lower was asked this often: retries go on.
+    async fn asked(inner: &MemoryLower, times: u64) {
+        while inner.fetches() < times {
+            tokio::time::sleep(Duration::from_micros(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_store_that_comes_back_is_waited_for() {
+        let (inner, node) = lower();
+        inner.fail_next_fetches(5);
+        let patient = patient(&inner, &PatienceSwitch::new(Patience::Forever), Arc::new(SystemClock));
+        assert_eq!(patient.fetch(node, 0..1).await.unwrap().len(), 1);
+        assert_eq!(inner.fetches(), 6);
+    }
+
+    #[tokio::test]
+    async fn impatience_reports_the_first_failure_and_ends_a_wait_under_way() {
+        let (inner, node) = lower();
+        inner.fail_next_fetches(u32::MAX);
+        let switch = PatienceSwitch::new(Patience::Forever);
+        let patient = patient(&inner, &switch, Arc::new(SystemClock));
+        let waiting = tokio::spawn(async move { patient.fetch(node, 0..1).await });
+        asked(&inner, 4).await;
+        assert!(!waiting.is_finished());
+        switch.set(Patience::None);
+        assert!(waiting.await.unwrap().unwrap_err().is_transient());
+    }
+
+    #[tokio::test]
+    async fn a_deadline_ends_the_wait() {
+        let (inner, node) = lower();
+        inner.fail_next_fetches(u32::MAX);
+        let clock = ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap());
+        let switch = PatienceSwitch::new(Patience::Deadline(Duration::from_secs(30)));
+        let patient = patient(&inner, &switch, Arc::new(clock.clone()));
+        let waiting = tokio::spawn(async move { patient.fetch(node, 0..1).await });
+        asked(&inner, 4).await;
+        assert!(!waiting.is_finished());
+        clock.advance(Duration::from_secs(30));
+        assert!(waiting.await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn damage_is_reported_at_once() {
+        let (inner, node) = lower();
+        inner.damage("f");
+        let patient = patient(&inner, &PatienceSwitch::new(Patience::Forever), Arc::new(SystemClock));
+        assert!(matches!(patient.fetch(node, 0..1).await, Err(LowerError::Damaged { .. })));
+        assert_eq!(inner.fetches(), 1);
+    }
+}
