@@ -7,8 +7,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::disk::durable::{self, Create};
 use crate::disk::Error;
+use crate::disk::durable::{self, Create};
 
 /// The marker's name in the data directory.
 pub const FILE_NAME: &str = "walden.clone";
@@ -113,7 +113,8 @@ mod tests {
 
     #[test]
     fn a_name_cannot_forge_another_field() {
-        let marker = CloneMarker { name: "a\nsite = forged".into(), site: "main".into(), ..CloneMarker::default() };
+        let marker =
+            CloneMarker { name: "a\nsite = forged".into(), site: "main".into(), ..CloneMarker::default() };
         assert_eq!(CloneMarker::from_text(&marker.to_text()).site, "main");
     }
 }

@@ -14,8 +14,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::disk::owner::Owner;
 use crate::disk::Error;
+use crate::disk::owner::Owner;
 
 /// The prefix of names that exist only while a file is being written.
 pub const TEMPORARY_PREFIX: &str = ".walden-tmp-";
@@ -141,7 +141,11 @@ pub fn sync_file_system(path: &Path) -> Result<(), Error> {
     let file = File::open(path).map_err(Error::at("open", path))?;
     // SAFETY: syncfs only needs a descriptor that stays open during the call, and `file` does.
     let outcome = unsafe { libc::syncfs(file.as_raw_fd()) };
-    if outcome == 0 { Ok(()) } else { Err(Error::at("sync the file system of", path)(io::Error::last_os_error())) }
+    if outcome == 0 {
+        Ok(())
+    } else {
+        Err(Error::at("sync the file system of", path)(io::Error::last_os_error()))
+    }
 }
 
 fn write_temporary(path: &Path, content: &[u8], create: Create) -> Result<PathBuf, Error> {
@@ -173,8 +177,7 @@ fn fill_new_file(path: &Path, content: &[u8], create: Create) -> Result<(), Erro
         .mode(create.mode)
         .open(path)
         .map_err(Error::at("create", path))?;
-    file.set_permissions(Permissions::from_mode(create.mode))
-        .map_err(Error::at("set the mode of", path))?;
+    file.set_permissions(Permissions::from_mode(create.mode)).map_err(Error::at("set the mode of", path))?;
     if let Some(owner) = create.owner {
         owner.give(path)?;
     }

@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::Error;
 use crate::disk::durable::{self, Create};
 use crate::disk::lock::LockFile;
 use crate::disk::owner::Owner;
-use crate::disk::Error;
 
 /// The area's name in the directory it belongs to.
 pub const DIRECTORY_NAME: &str = ".walden";
@@ -85,7 +85,8 @@ impl PrivateArea {
             if found == *wanted {
                 return Ok(());
             }
-            let describe = |b: &Binding| format!("{} ({}, manifest {})", b.basebackup, b.part, b.manifest_digest);
+            let describe =
+                |b: &Binding| format!("{} ({}, manifest {})", b.basebackup, b.part, b.manifest_digest);
             return Err(Error::BoundElsewhere { path, found: describe(&found), wanted: describe(wanted) });
         }
         let text = serde_json::to_vec_pretty(wanted).expect("strings always serialize");
@@ -111,7 +112,8 @@ impl PrivateArea {
     ///
     /// Everything else must be there and synced. Safe to repeat after a crash at any point.
     pub fn release(self) -> Result<(), Error> {
-        let parent = self.directory.parent().expect("the area was built by joining its name to a parent").to_owned();
+        let parent =
+            self.directory.parent().expect("the area was built by joining its name to a parent").to_owned();
         for (place, name) in HELD_BACK {
             let held = self.held_directory().join(name);
             if held.exists() {

@@ -1,1 +1,57 @@
 //! The repository format: what an object is called, how it is sealed, how it is read in parts.
+//!
+//! The only module that puts `codec` and `storage` together. `docs/format.md` is the specification. From the
+//! outside in: a [`Repository`] is one site; a [`BasebackupWriter`] fills packs and commits a [`Basebackup`], whose
+//! files a [`FileReader`] serves by range; [`wal_object`] archives WAL. From the inside out: `wire` and `header`
+//! are bytes, `sealed` and `pack` seal them, `page_map`, `file_table` and `manifest` say where a page is.
+//! Deliberately absent: which basebackups there are (`catalog`), how data is read from a server (`backup`), and any
+//! deletion.
+
+pub mod id;
+pub mod layout;
+mod wire;
+
+mod header;
+mod identity;
+pub mod keyring;
+mod sealed;
+mod signed;
+mod text_forms;
+
+pub mod chunk;
+mod pack;
+pub mod page_map;
+
+pub mod entry;
+mod file_table;
+pub mod manifest;
+mod map_writer;
+mod named_chunks;
+mod refs;
+
+pub mod documents;
+mod repository;
+
+mod basebackup;
+mod basebackup_writer;
+pub mod builder;
+mod file_reader;
+pub mod lease;
+pub mod wal_object;
+
+mod error;
+#[cfg(test)]
+mod tests;
+
+pub use basebackup::{Basebackup, read_outcome};
+pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
+pub use error::{Error, ErrorKind};
+pub use file_reader::{FileReader, Piece};
+pub use id::{BasebackupId, ClusterId, PackId};
+pub use keyring::{Keyring, KeyringOptions};
+pub use map_writer::{FileMap, MapWriter};
+pub use named_chunks::NamedChunks;
+pub use pack::{Pack, PackBuilder};
+pub use refs::{PackRecord, Refs};
+pub use repository::{Repository, RepositoryOptions};
+pub use sealed::{CompressedFrame, FrameKind};

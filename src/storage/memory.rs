@@ -117,7 +117,12 @@ impl Store for MemoryStore {
         }
     }
 
-    async fn list(&self, prefix: &str, after: Option<&ObjectKey>, limit: usize) -> Result<Vec<ObjectMeta>, Error> {
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectKey>,
+        limit: usize,
+    ) -> Result<Vec<ObjectMeta>, Error> {
         let folder = folder_prefix(prefix)?;
         let objects = self.lock();
         let start = match after {
@@ -160,7 +165,8 @@ impl Store for MemoryStore {
 /// Finds an object that is a folder of `key`, or for which `key` would have to be a folder.
 fn clash(objects: &BTreeMap<ObjectKey, Object>, key: &ObjectKey) -> Option<ObjectKey> {
     for (end, _) in key.as_str().match_indices('/') {
-        let folder = ObjectKey::parse(&key.as_str()[..end]).expect("whole leading components of a key are a key");
+        let folder =
+            ObjectKey::parse(&key.as_str()[..end]).expect("whole leading components of a key are a key");
         if objects.contains_key(&folder) {
             return Some(folder);
         }

@@ -77,7 +77,12 @@ pub trait Store: Send + Sync + Debug {
     ///
     /// The prefix is whole components, with or without a slash at its end; `""` is the whole store. Fewer than `limit`
     /// objects mean that there are no more. A missing folder is empty.
-    async fn list(&self, prefix: &str, after: Option<&ObjectKey>, limit: usize) -> Result<Vec<ObjectMeta>, Error>;
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectKey>,
+        limit: usize,
+    ) -> Result<Vec<ObjectMeta>, Error>;
 
     /// Lists one level: the folders and the objects directly in the folder `prefix`, each ascending.
     ///
@@ -157,7 +162,12 @@ impl<T: Store + ?Sized> Store for Arc<T> {
         (**self).head(key).await
     }
 
-    async fn list(&self, prefix: &str, after: Option<&ObjectKey>, limit: usize) -> Result<Vec<ObjectMeta>, Error> {
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectKey>,
+        limit: usize,
+    ) -> Result<Vec<ObjectMeta>, Error> {
         (**self).list(prefix, after, limit).await
     }
 

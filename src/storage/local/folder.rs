@@ -76,7 +76,10 @@ impl Root {
         }
         Err(Error::Invalid {
             key: key.to_owned(),
-            reason: format!("could not {verb} {key}: repository folder \"{}\" was removed", self.path.display()),
+            reason: format!(
+                "could not {verb} {key}: repository folder \"{}\" was removed",
+                self.path.display()
+            ),
             source: None,
         })
     }

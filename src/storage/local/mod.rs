@@ -81,7 +81,8 @@ impl Store for LocalStore {
     async fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes, Error> {
         let length = range_length(key, &range)?;
         let owned = key.clone();
-        self.blocking(Verb::GetRange, key.as_str(), move |root| read_range(root, &owned, range.start, length)).await
+        self.blocking(Verb::GetRange, key.as_str(), move |root| read_range(root, &owned, range.start, length))
+            .await
     }
 
     async fn head(&self, key: &ObjectKey) -> Result<ObjectMeta, Error> {
@@ -89,10 +90,16 @@ impl Store for LocalStore {
         self.blocking(Verb::Head, key.as_str(), move |root| stat(root, &owned)).await
     }
 
-    async fn list(&self, prefix: &str, after: Option<&ObjectKey>, limit: usize) -> Result<Vec<ObjectMeta>, Error> {
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectKey>,
+        limit: usize,
+    ) -> Result<Vec<ObjectMeta>, Error> {
         let folder = folder_prefix(prefix)?;
         let after = after.cloned();
-        self.blocking(Verb::List, prefix, move |root| listing::list(root, &folder, after.as_ref(), limit)).await
+        self.blocking(Verb::List, prefix, move |root| listing::list(root, &folder, after.as_ref(), limit))
+            .await
     }
 
     async fn list_folder(&self, prefix: &str) -> Result<Folder, Error> {
@@ -129,7 +136,9 @@ fn read_whole(root: &Root, key: &ObjectKey, size_max: u64) -> Result<Bytes, Erro
     let mut body = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
     file.take(size).read_to_end(&mut body).map_err(|error| io_error_of(Verb::Get, key.as_str(), error))?;
     match body.len() as u64 {
-        received if received < size => Err(Error::Truncated { key: key.to_string(), expected: size, received }),
+        received if received < size => {
+            Err(Error::Truncated { key: key.to_string(), expected: size, received })
+        }
         _ => Ok(body.into()),
     }
 }
@@ -172,7 +181,10 @@ fn absent_or(root: &Root, verb: Verb, key: &ObjectKey, errno: Errno) -> Error {
 fn not_a_file(root: &Root, verb: Verb, key: &ObjectKey) -> Error {
     Error::Invalid {
         key: key.to_string(),
-        reason: format!("could not {verb} {key}: \"{}\" is not a regular file", root.path().join(key.as_str()).display()),
+        reason: format!(
+            "could not {verb} {key}: \"{}\" is not a regular file",
+            root.path().join(key.as_str()).display()
+        ),
         source: None,
     }
 }

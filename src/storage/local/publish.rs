@@ -92,8 +92,12 @@ pub(super) fn sweep_staging(root: &Root, now: Timestamp) {
             continue;
         }
         match unlinkat(&staging, name.as_c_str(), UnlinkatFlags::NoRemoveDir) {
-            Ok(()) => tracing::info!(name = %name.to_string_lossy(), "removed a staged file of a create that never ended"),
-            Err(errno) => tracing::debug!(name = %name.to_string_lossy(), %errno, "could not remove a staged file"),
+            Ok(()) => {
+                tracing::info!(name = %name.to_string_lossy(), "removed a staged file of a create that never ended")
+            }
+            Err(errno) => {
+                tracing::debug!(name = %name.to_string_lossy(), %errno, "could not remove a staged file")
+            }
         }
     }
 }
@@ -181,8 +185,12 @@ fn link(staged: &Staged<'_>, folder: BorrowedFd<'_>, name: &str) -> Result<(), E
 fn refusal(root: &Root, key: &ObjectKey, errno: Errno) -> Error {
     let folder = root.path().join(folder_of(key));
     let why = match errno {
-        Errno::EXDEV => format!("\"{}\" lies on another file system than the repository's root", folder.display()),
-        Errno::ENOTDIR | Errno::EISDIR => format!("an object and a folder share a name at or above \"{key}\""),
+        Errno::EXDEV => {
+            format!("\"{}\" lies on another file system than the repository's root", folder.display())
+        }
+        Errno::ENOTDIR | Errno::EISDIR => {
+            format!("an object and a folder share a name at or above \"{key}\"")
+        }
         Errno::EMLINK | Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP => {
             "the file system can neither rename without replacing nor link".to_owned()
         }

@@ -25,8 +25,10 @@ fn open(folder: &TempDir) -> LocalStore {
 }
 
 fn names(folder: PathBuf) -> Vec<String> {
-    let mut names: Vec<_> =
-        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -260,7 +262,9 @@ async fn another_file_system_below_the_root_is_refused_by_name() {
     fs::create_dir(&site).unwrap();
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
     if mount(Some("tmpfs"), &site, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).is_err() {
-        eprintln!("SKIPPED: another_file_system_below_the_root_is_refused_by_name needs the right to mount a tmpfs");
+        eprintln!(
+            "SKIPPED: another_file_system_below_the_root_is_refused_by_name needs the right to mount a tmpfs"
+        );
         assert!(std::env::var_os("CI").is_none(), "needs the right to mount a tmpfs");
         return;
     }

@@ -1,0 +1,309 @@
+//! An open basebackup: its entries by path, by directory and by number, read block by block.
+//!
+//! Opening costs three objects (`backup.json`, the beginning of `manifest`, `refs`) whatever the size of the
+//! cluster; after that a block of the file table is fetched when something in it is asked for. File contents are
+//! in `file_reader`.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use lru::LruCache;
+
+use crate::codec::{Digest, FrameKey};
+use crate::repo::documents::{BackupRecord, Outcome};
+use crate::repo::entry::{Entry, TreePath};
+use crate::repo::error::Error;
+use crate::repo::file_table::decode_block;
+use crate::repo::header::Header;
+use crate::repo::id::{BasebackupId, PackId};
+use crate::repo::identity::ObjectKind;
+use crate::repo::keyring::Trust;
+use crate::repo::manifest::ManifestStart;
+use crate::repo::pack::pack_identity;
+use crate::repo::refs::{REFS_BYTES_MAX, Refs};
+use crate::repo::repository::Repository;
+use crate::repo::sealed::SealedHead;
+use crate::repo::signed::{DOCUMENT_BYTES_MAX, open_document};
+
+/// A basebackup whose index is open.
+#[derive(Debug)]
+pub struct Basebackup {
+    repository: Repository,
+    record: BackupRecord,
+    digest: Digest,
+    trust: Trust,
+    head: SealedHead,
+    start: ManifestStart,
+    refs: Refs,
+    blocks: Mutex<LruCache<usize, Arc<Vec<Entry>>>>,
+    keys: Mutex<HashMap<PackId, Arc<FrameKey>>>,
+}
+
+/// A block holds about a thousand entries of some hundred bytes; 128 of them stay below 32 MiB.
+const BLOCKS_CACHED_MAX: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
+/// Blocks that lie side by side are fetched by one request up to this size.
+const BLOCK_RUN_BYTES_MAX: u64 = 4 << 20;
+/// A manifest up to this size is fetched whole at once.
+const WHOLE_MANIFEST_BYTES_MAX: u64 = 512 << 10;
+/// Sixteen million file-table blocks.
+const MANIFEST_START_BYTES_MAX: u64 = 128 << 20;
+
+/// Reads `backup.json` of `id`: what became of the attempt, and the digest of the document.
+///
+/// # Errors
+/// `Incomplete` where there is none yet.
+pub async fn read_outcome(
+    repository: &Repository,
+    id: BasebackupId,
+) -> Result<(Outcome, Digest, Trust), Error> {
+    let key = repository.layout().outcome(id);
+    let bytes = match repository.store().get(&key, DOCUMENT_BYTES_MAX).await {
+        Err(error) if error.is_absent() => return Err(Error::Incomplete(id)),
+        other => other?,
+    };
+    let identity = repository.basebackup_identity(ObjectKind::Outcome, id);
+    let object = format!("backup.json of basebackup {id}");
+    let (outcome, trust) = open_document(repository.keyring(), &identity, &bytes, &object)?;
+    Ok((outcome, Digest::of(&bytes), trust))
+}
+
+impl Basebackup {
+    /// Opens a complete basebackup that retention has not marked.
+    pub async fn open(repository: &Repository, id: BasebackupId) -> Result<Self, Error> {
+        match repository.store().head(&repository.layout().expired(id)).await {
+            Ok(_) => return Err(Error::Expired(id)),
+            Err(error) if error.is_absent() => {}
+            Err(error) => return Err(error.into()),
+        }
+        let (record, digest, trust) = match read_outcome(repository, id).await? {
+            (Outcome::Complete(record), digest, trust) => (*record, digest, trust),
+            (Outcome::Abandoned { id }, ..) => return Err(Error::Abandoned(id)),
+        };
+        let (manifest, refs) =
+            futures::try_join!(read_manifest_start(repository, &record), read_refs(repository, &record))?;
+        let (head, start, blocks) = manifest;
+        let mut cache = LruCache::new(BLOCKS_CACHED_MAX);
+        blocks.into_iter().for_each(|(n, block)| {
+            cache.put(n, block);
+        });
+        Ok(Self {
+            repository: repository.clone(),
+            record,
+            digest,
+            trust,
+            head,
+            start,
+            refs,
+            blocks: Mutex::new(cache),
+            keys: Mutex::new(HashMap::new()),
+        })
+    }
+
+    /// Returns its record.
+    pub fn record(&self) -> &BackupRecord {
+        &self.record
+    }
+
+    /// Returns BLAKE3 of its `backup.json`.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Returns whether a trusted signer vouches for it.
+    pub fn trust(&self) -> Trust {
+        self.trust
+    }
+
+    /// Returns the start frame of its manifest.
+    pub fn start(&self) -> &ManifestStart {
+        &self.start
+    }
+
+    /// Returns its packs.
+    pub fn refs(&self) -> &Refs {
+        &self.refs
+    }
+
+    /// Returns the repository it is in.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// Returns the entry at `path` and its number.
+    pub async fn entry(&self, path: &TreePath) -> Result<Option<(u64, Entry)>, Error> {
+        let Some(n) = self.start.block_of(path) else {
+            return Ok(None);
+        };
+        let block = self.block(n).await?;
+        let found = block.binary_search_by(|entry| entry.path.split().cmp(&path.split()));
+        Ok(found.ok().map(|at| (self.start.blocks[n].first_number + at as u64, block[at].clone())))
+    }
+
+    /// Returns the entry with this number, counted through the whole file table.
+    pub async fn entry_by_number(&self, number: u64) -> Result<Option<Entry>, Error> {
+        let Some(n) = self.start.block_of_number(number) else {
+            return Ok(None);
+        };
+        let block = self.block(n).await?;
+        Ok(block.get((number - self.start.blocks[n].first_number) as usize).cloned())
+    }
+
+    /// Returns the children of `dir` with their numbers, ascending by name.
+    pub async fn children(&self, dir: &TreePath) -> Result<Vec<(u64, Entry)>, Error> {
+        let mut children = Vec::new();
+        let range = self.start.blocks_of_children(dir);
+        self.load_blocks(range.clone()).await?;
+        for n in range {
+            let block = self.block(n).await?;
+            let first = block.partition_point(|entry| entry.path.split().0 < dir.as_bytes());
+            for (at, entry) in block.iter().enumerate().skip(first) {
+                if entry.path.split().0 != dir.as_bytes() {
+                    break;
+                }
+                children.push((self.start.blocks[n].first_number + at as u64, entry.clone()));
+            }
+        }
+        Ok(children)
+    }
+
+    /// Returns how many blocks the file table has.
+    pub fn block_count(&self) -> usize {
+        self.start.blocks.len()
+    }
+
+    /// Returns the entries of one block, in order.
+    pub async fn block(&self, n: usize) -> Result<Arc<Vec<Entry>>, Error> {
+        if let Some(block) = self.cached_block(n) {
+            return Ok(block);
+        }
+        let mut blocks = self.fetch_blocks(n..n + 1).await?;
+        blocks.pop().ok_or_else(|| Error::Internal(format!("block {n} of the file table was not returned")))
+    }
+
+    /// Fetches what is not cached of neighbouring blocks with few requests.
+    async fn load_blocks(&self, range: Range<usize>) -> Result<(), Error> {
+        let mut from = range.start;
+        while from < range.end {
+            if self.cached_block(from).is_some() {
+                from += 1;
+                continue;
+            }
+            let run_len = |to: usize| self.head.range(from + 1..to + 1).map_or(u64::MAX, |r| r.end - r.start);
+            let mut to = from + 1;
+            while to < range.end
+                && to - from < BLOCKS_CACHED_MAX.get() / 2
+                && run_len(to + 1) <= BLOCK_RUN_BYTES_MAX
+            {
+                to += 1;
+            }
+            self.fetch_blocks(from..to).await?;
+            from = to;
+        }
+        Ok(())
+    }
+
+    fn cached_block(&self, n: usize) -> Option<Arc<Vec<Entry>>> {
+        self.blocks.lock().expect("no holder of this lock panics").get(&n).cloned()
+    }
+
+    async fn fetch_blocks(&self, range: Range<usize>) -> Result<Vec<Arc<Vec<Entry>>>, Error> {
+        let object = format!("the manifest of basebackup {}", self.record.id);
+        let bytes_range = self
+            .head
+            .range(range.start + 1..range.end + 1)
+            .ok_or_else(|| Error::damaged(&object, "it has fewer frames than its start frame names"))?;
+        let key = self.repository.layout().manifest(self.record.id);
+        let bytes = self.repository.store().get_range(&key, bytes_range.clone()).await?;
+        let mut blocks = Vec::with_capacity(range.len());
+        for n in range {
+            let block = open_block(&self.head, &self.start, n, bytes_range.start, &bytes, &object)?;
+            self.blocks.lock().expect("no holder of this lock panics").put(n, block.clone());
+            blocks.push(block);
+        }
+        Ok(blocks)
+    }
+
+    /// Returns the key that opens the chunks of `pack`.
+    pub(crate) fn pack_key(&self, pack: PackId) -> Result<Arc<FrameKey>, Error> {
+        if let Some(key) = self.keys.lock().expect("no holder of this lock panics").get(&pack) {
+            return Ok(key.clone());
+        }
+        let record = self.refs.find(pack).ok_or_else(|| {
+            Error::damaged(format!("basebackup {}", self.record.id), format!("{pack} is not among its refs"))
+        })?;
+        let envelope = self
+            .record
+            .keys
+            .get(record.key as usize)
+            .ok_or_else(|| Error::damaged(pack, "its key is not in backup.json"))?;
+        let key = self.repository.keyring().open_key(envelope, &pack.to_string())?;
+        let identity = pack_identity(self.repository.site(), self.record.cluster, pack);
+        let key = Arc::new(key.frame_key(&record.salt, &identity));
+        self.keys.lock().expect("no holder of this lock panics").insert(pack, key.clone());
+        Ok(key)
+    }
+}
+
+type Blocks = Vec<(usize, Arc<Vec<Entry>>)>;
+
+/// Reads as much of the manifest as every reader needs; all of it where it is small.
+async fn read_manifest_start(
+    repository: &Repository,
+    record: &BackupRecord,
+) -> Result<(SealedHead, ManifestStart, Blocks), Error> {
+    let (id, pin) = (record.id, record.manifest);
+    let object = format!("the manifest of basebackup {id}");
+    let damaged = |detail: &str| Error::damaged(&object, detail);
+    let wanted = if pin.size <= WHOLE_MANIFEST_BYTES_MAX { pin.size } else { pin.start_size };
+    if wanted > MANIFEST_START_BYTES_MAX || pin.head_size > pin.start_size || pin.start_size > pin.size {
+        return Err(damaged("backup.json names impossible sizes"));
+    }
+    let bytes = repository.store().get_range(&repository.layout().manifest(id), 0..wanted).await?;
+    let head_bytes = &bytes[..pin.head_size as usize];
+    if Digest::of(head_bytes) != pin.head_digest {
+        return Err(damaged("its beginning is not the one backup.json names"));
+    }
+    let header = Header::parse(head_bytes, ObjectKind::Manifest, &object)?;
+    let identity = repository.basebackup_identity(ObjectKind::Manifest, id);
+    let head = SealedHead::open(head_bytes, &header, repository.keyring(), &identity, &object)?;
+    let raw = head.open_frame(0, 0, &bytes)?;
+    let start =
+        ManifestStart::decode(&raw).map_err(|error| Error::damaged(&object, format!("its start {error}")))?;
+    let mut blocks = Vec::new();
+    if wanted == pin.size {
+        for n in 0..start.blocks.len().min(BLOCKS_CACHED_MAX.get()) {
+            blocks.push((n, open_block(&head, &start, n, 0, &bytes, &object)?));
+        }
+    }
+    Ok((head, start, blocks))
+}
+
+fn open_block(
+    head: &SealedHead,
+    start: &ManifestStart,
+    n: usize,
+    base: u64,
+    bytes: &[u8],
+    object: &str,
+) -> Result<Arc<Vec<Entry>>, Error> {
+    let raw = head.open_frame(n + 1, base, bytes)?;
+    let entries = decode_block(&raw).map_err(|error| Error::damaged(object, format!("block {n} {error}")))?;
+    if entries.len() as u32 != start.blocks[n].entries {
+        return Err(Error::damaged(
+            object,
+            format!("block {n} has another number of entries than it should"),
+        ));
+    }
+    Ok(Arc::new(entries))
+}
+
+async fn read_refs(repository: &Repository, record: &BackupRecord) -> Result<Refs, Error> {
+    let object = format!("refs of basebackup {}", record.id);
+    let bytes = repository.store().get(&repository.layout().refs(record.id), REFS_BYTES_MAX).await?;
+    if bytes.len() as u64 != record.refs.size || Digest::of(&bytes) != record.refs.digest {
+        return Err(Error::damaged(object, "it is not the one backup.json names"));
+    }
+    Refs::decode(&bytes, &object)
+}

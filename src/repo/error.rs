@@ -1,0 +1,138 @@
+//! What can be wrong with a repository, in terms of what its reader can do about it.
+//!
+//! *Damaged* and *untrusted* data is never served; *wrong key* is told apart from damage by the commitment;
+//! *not there* is told apart from *can't tell* by the store's answer.
+
+use thiserror::Error;
+
+use crate::codec;
+use crate::repo::id::{BasebackupId, InvalidName};
+use crate::storage;
+
+/// What failed in a repository.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The store failed or does not have the object.
+    #[error(transparent)]
+    Store(#[from] storage::Error),
+    /// The bytes are not what was written.
+    #[error("{object} is damaged: {detail}")]
+    Damaged { object: String, detail: String },
+    /// No trusted signer vouches for the object.
+    #[error("{object} is not trusted: {detail}")]
+    Untrusted { object: String, detail: String },
+    /// The private key for the object's recipients is not configured here.
+    #[error("{object} is encrypted for {recipients}, and none of these private keys is here")]
+    NoPrivateKey { object: String, recipients: String },
+    /// The key that was unwrapped is not the key that the object was sealed with.
+    #[error("{object} was sealed with another key than the one it names")]
+    WrongKey { object: String },
+    /// The object is not encrypted, and this reader is configured to accept only what is.
+    #[error("{object} is not encrypted, and this configuration expects encryption")]
+    Unencrypted { object: String },
+    /// The object needs features that this release does not have.
+    #[error("{object} needs repository features {features:#x} that this release does not know")]
+    NewerFormat { object: String, features: u32 },
+    /// The basebackup has no outcome yet.
+    #[error("basebackup {0} is not complete")]
+    Incomplete(BasebackupId),
+    /// The attempt was given up.
+    #[error("basebackup {0} was abandoned")]
+    Abandoned(BasebackupId),
+    /// Retention has marked the basebackup.
+    #[error("basebackup {0} has expired")]
+    Expired(BasebackupId),
+    /// Something else stands where this object was to be created.
+    #[error("{object} already exists with different content")]
+    Different { object: String },
+    /// Something is larger than the format allows.
+    #[error("{what} of {size} bytes is larger than the {max} that are supported")]
+    TooLarge { what: String, size: u64, max: u64 },
+    /// A text is not a name of this format.
+    #[error(transparent)]
+    InvalidName(#[from] InvalidName),
+    /// Sealing or opening failed for a reason that is not the object's.
+    #[error("cannot seal or open an object: {0}")]
+    Codec(#[from] codec::Error),
+    /// A task of ours ended without an answer.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// What the reader of an error can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The store answered that the object is not there.
+    Absent,
+    /// The store cannot tell now; a later attempt may.
+    Retry,
+    /// The configuration or the request is wrong.
+    Input,
+    /// The data is damaged or untrusted.
+    Damaged,
+    /// It is our fault.
+    Bug,
+}
+
+impl Error {
+    /// Returns what can be done.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Store(error) if error.is_absent() => ErrorKind::Absent,
+            Self::Store(error) => match error.kind() {
+                storage::ErrorKind::Denied | storage::ErrorKind::Invalid | storage::ErrorKind::Full => {
+                    ErrorKind::Input
+                }
+                storage::ErrorKind::Truncated | storage::ErrorKind::TooLarge => ErrorKind::Damaged,
+                _ => ErrorKind::Retry,
+            },
+            Self::Damaged { .. } | Self::Untrusted { .. } | Self::Unencrypted { .. } => ErrorKind::Damaged,
+            Self::NoPrivateKey { .. }
+            | Self::WrongKey { .. }
+            | Self::NewerFormat { .. }
+            | Self::Incomplete(_)
+            | Self::Abandoned(_)
+            | Self::Expired(_)
+            | Self::Different { .. }
+            | Self::TooLarge { .. }
+            | Self::InvalidName(_) => ErrorKind::Input,
+            Self::Codec(_) | Self::Internal(_) => ErrorKind::Bug,
+        }
+    }
+
+    /// Returns whether the store answered that the object is not there.
+    pub fn is_absent(&self) -> bool {
+        self.kind() == ErrorKind::Absent
+    }
+
+    /// Returns what the user should do, where that is not plain from the message.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Damaged { .. } => {
+                "Use another basebackup, or repair the object from a copy of the repository."
+            }
+            Self::Untrusted { .. } => {
+                "If the object is yours, add its signer to trusted_signers; otherwise somebody else wrote it."
+            }
+            Self::NoPrivateKey { .. } => {
+                "Set private_key_file of one of these keys on hosts that read backups."
+            }
+            Self::WrongKey { .. } => "The private key file does not belong to the public key of that id.",
+            Self::Unencrypted { .. } => {
+                "Remove the recipients from the configuration to read it all the same."
+            }
+            Self::NewerFormat { .. } => "Use the release of walden that wrote it, or a newer one.",
+            Self::Incomplete(_) => "It is still running, or it was killed; take another basebackup.",
+            Self::Different { .. } => "Another cluster or another host archives into this site.",
+            _ => return None,
+        })
+    }
+
+    pub(crate) fn damaged(object: impl ToString, detail: impl ToString) -> Self {
+        Self::Damaged { object: object.to_string(), detail: detail.to_string() }
+    }
+
+    pub(crate) fn untrusted(object: impl ToString, detail: impl ToString) -> Self {
+        Self::Untrusted { object: object.to_string(), detail: detail.to_string() }
+    }
+}

@@ -1,0 +1,93 @@
+//! What keeps a basebackup from being swept while somebody reads it: leases for readers, pins for clones.
+//!
+//! A lease is a row of numbered objects, a new one every ten minutes; without a new one for an hour it is dead. A
+//! pin has no end but the one its owner writes. Both are unsigned on purpose: a forged one only delays deletion.
+//! A reader creates its lease first and looks for `expired` afterwards; a store that refuses writes gives none.
+
+use bytes::Bytes;
+
+use crate::codec::RandomExt;
+use crate::repo::error::Error;
+use crate::repo::id::BasebackupId;
+use crate::repo::repository::Repository;
+use crate::storage::ErrorKind;
+
+/// How often a reader renews its lease, in seconds.
+pub const LEASE_RENEWAL_SECONDS: u64 = 600;
+
+/// A reader's hold on a basebackup.
+#[derive(Debug)]
+pub struct Lease {
+    repository: Repository,
+    id: BasebackupId,
+    random: [u8; 8],
+    next: u32,
+}
+
+/// A clone's hold on a basebackup, which outlives its processes.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Pin {
+    /// The basebackup that is held.
+    pub id: BasebackupId,
+    /// Tells pins of one basebackup apart.
+    #[serde(with = "crate::repo::text_forms::hex_bytes")]
+    pub random: [u8; 8],
+}
+
+impl Lease {
+    /// Takes a lease, or nothing where this host may not write to the store.
+    pub async fn create(repository: &Repository, id: BasebackupId) -> Result<Option<Self>, Error> {
+        let random = repository.keyring().random().array();
+        let mut lease = Self { repository: repository.clone(), id, random, next: 0 };
+        match lease.renew().await {
+            Ok(()) => {}
+            Err(Error::Store(error)) if error.kind() == ErrorKind::Denied => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        // Only now is the look for the mark worth anything: a sweeper that came before us has left it.
+        let error = match repository.store().head(&repository.layout().expired(id)).await {
+            Ok(_) => Error::Expired(id),
+            Err(error) if error.is_absent() => return Ok(Some(lease)),
+            Err(error) => error.into(),
+        };
+        lease.end().await?;
+        Err(error)
+    }
+
+    /// Writes the next object of the row.
+    pub async fn renew(&mut self) -> Result<(), Error> {
+        let key = self.repository.layout().lease(self.id, &self.random, self.next);
+        self.repository.store().create(&key, Bytes::from_static(b"lease\n")).await?;
+        self.next += 1;
+        Ok(())
+    }
+
+    /// Ends the lease; a reader that is killed leaves that to time.
+    pub async fn end(self) -> Result<(), Error> {
+        let key = self.repository.layout().lease_end(self.id, &self.random);
+        Ok(self.repository.store().create(&key, Bytes::from_static(b"end\n")).await?)
+    }
+}
+
+impl Pin {
+    /// Pins a basebackup until [`Pin::end`], saying for whom.
+    pub async fn create(repository: &Repository, id: BasebackupId, owner: &str) -> Result<Self, Error> {
+        let pin = Self { id, random: repository.keyring().random().array() };
+        let key = repository.layout().pin(id, &pin.random);
+        repository.store().create(&key, format!("{owner}\n").into()).await?;
+        match repository.store().head(&repository.layout().expired(id)).await {
+            Err(error) if error.is_absent() => Ok(pin),
+            Ok(_) => pin.end(repository).await.and(Err(Error::Expired(id))),
+            Err(error) => pin.end(repository).await.and(Err(error.into())),
+        }
+    }
+
+    /// Ends the pin; ending it again changes nothing.
+    pub async fn end(&self, repository: &Repository) -> Result<(), Error> {
+        let key = repository.layout().pin_end(self.id, &self.random);
+        match repository.store().create(&key, Bytes::from_static(b"end\n")).await {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            other => Ok(other?),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! One site of a repository: its store, its layout, its identity and this host's keys.
+//!
+//! Engines are functions that take a `&Repository`; it knows none of them.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::clock::Clock;
+use crate::codec::Random;
+use crate::pg::TimelineId;
+use crate::repo::documents::SiteRecord;
+use crate::repo::error::Error;
+use crate::repo::id::{BasebackupId, ClusterId};
+use crate::repo::identity::{Identity, ObjectKind};
+use crate::repo::keyring::Keyring;
+use crate::repo::layout::Layout;
+use crate::storage::{self, ObjectKey, Store};
+
+/// An open site; clones share it.
+#[derive(Debug, Clone)]
+pub struct Repository {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Arc<dyn Store>,
+    layout: Layout,
+    site: Uuid,
+    keyring: Keyring,
+    clock: Arc<dyn Clock>,
+}
+
+/// Where a site is and what this host brings to it.
+#[derive(Debug)]
+pub struct RepositoryOptions {
+    /// The store.
+    pub store: Arc<dyn Store>,
+    /// The folder of the site in the store.
+    pub site: ObjectKey,
+    /// This host's keys.
+    pub keyring: Keyring,
+    /// Names basebackups.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// The format that this release reads and writes.
+const FORMAT: u32 = 1;
+const SITE_BYTES_MAX: u64 = 64 << 10;
+
+impl Repository {
+    /// Opens a site that exists.
+    ///
+    /// # Errors
+    /// An absent `site.json` is an absent object of the store ([`Error::is_absent`]).
+    pub async fn open(options: RepositoryOptions) -> Result<Self, Error> {
+        let layout = Layout::new(options.site.clone());
+        let record = read_site(&*options.store, &layout).await?;
+        Ok(Self::assemble(options, layout, record))
+    }
+
+    /// Opens a site, creating it where there is none; returns whether it was created.
+    pub async fn open_or_create(options: RepositoryOptions) -> Result<(Self, bool), Error> {
+        let layout = Layout::new(options.site.clone());
+        match read_site(&*options.store, &layout).await {
+            Ok(record) => Ok((Self::assemble(options, layout, record), false)),
+            Err(error) if error.is_absent() => {
+                let record = create_site(&*options.store, &layout, options.keyring.random()).await?;
+                Ok((Self::assemble(options, layout, record), true))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the store.
+    pub fn store(&self) -> &dyn Store {
+        &*self.shared.store
+    }
+
+    /// Returns where objects stand.
+    pub fn layout(&self) -> &Layout {
+        &self.shared.layout
+    }
+
+    /// Returns the site's identity.
+    pub fn site(&self) -> Uuid {
+        self.shared.site
+    }
+
+    /// Returns this host's keys.
+    pub fn keyring(&self) -> &Keyring {
+        &self.shared.keyring
+    }
+
+    /// Returns the clock.
+    pub fn clock(&self) -> &dyn Clock {
+        &*self.shared.clock
+    }
+
+    pub(crate) fn identity(
+        &self,
+        kind: ObjectKind,
+        cluster: ClusterId,
+        timeline: Option<TimelineId>,
+    ) -> Identity {
+        Identity { kind, site: self.site(), cluster, timeline, name: String::new(), part: String::new() }
+    }
+
+    /// The identity of a document or index of a basebackup: bound to its id, not to a cluster, which only the
+    /// document itself can tell.
+    pub(crate) fn basebackup_identity(&self, kind: ObjectKind, id: BasebackupId) -> Identity {
+        Identity { name: id.to_string(), ..self.identity(kind, ClusterId::UNKNOWN, None) }
+    }
+
+    fn assemble(options: RepositoryOptions, layout: Layout, record: SiteRecord) -> Self {
+        let RepositoryOptions { store, keyring, clock, .. } = options;
+        Self { shared: Arc::new(Shared { store, layout, site: record.site, keyring, clock }) }
+    }
+}
+
+async fn read_site(store: &dyn Store, layout: &Layout) -> Result<SiteRecord, Error> {
+    let key = layout.site();
+    let bytes = store.get(&key, SITE_BYTES_MAX).await?;
+    let record: SiteRecord = serde_json::from_slice(&bytes).map_err(|error| Error::damaged(&key, error))?;
+    if record.format != FORMAT || !record.required.is_empty() {
+        return Err(Error::NewerFormat { object: key.to_string(), features: record.format });
+    }
+    Ok(record)
+}
+
+async fn create_site(store: &dyn Store, layout: &Layout, random: &dyn Random) -> Result<SiteRecord, Error> {
+    let mut bytes = [0; 16];
+    random.fill(&mut bytes);
+    let site = uuid::Builder::from_random_bytes(bytes).into_uuid();
+    let record = SiteRecord { format: FORMAT, site, required: Vec::new() };
+    let mut body = serde_json::to_vec(&record).map_err(|error| Error::Internal(error.to_string()))?;
+    body.push(b'\n');
+    match store.create(&layout.site(), body.into()).await {
+        Ok(()) => Ok(record),
+        // Another host was faster; from now on the site is the one it created.
+        Err(error) if error.kind() == storage::ErrorKind::AlreadyExists => read_site(store, layout).await,
+        Err(error) => Err(error.into()),
+    }
+}

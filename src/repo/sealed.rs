@@ -1,0 +1,319 @@
+//! Objects that are sealed as a whole: manifest, WAL, history.
+//!
+//! ```text
+//! header        plain; Key, Salt and Index sections at least
+//! index frame   position 0: for each frame its stored length, raw length, codec, and without a cipher its tag
+//! frames        positions 1..=n, each compressed, then sealed; the last one says so
+//! ```
+//! Header and index together are the *head*. Whoever trusts the head (a digest in `backup.json`, or a signed
+//! header that holds the index's tag) can read any frame alone. Chunks in packs are not here but in `pack`.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use crate::codec::{
+    Cipher, CodecId, Compression, Compressor, Decompressor, Digest, FrameAad, FrameKey, TAG_LEN,
+};
+use crate::repo::error::Error;
+use crate::repo::header::{Header, HeaderBuilder, Section};
+use crate::repo::identity::{Identity, ObjectKind};
+use crate::repo::keyring::{ContentKey, KeyEnvelope, Keyring};
+use crate::repo::wire::{WireError, WireReader, WireWriter};
+
+/// What kind of bytes a frame holds; part of what is authenticated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// The index of a sealed object.
+    Index = 0,
+    /// A frame of a sealed object.
+    Body = 1,
+    /// A chunk of pages or small files in a pack.
+    Data = 2,
+    /// A chunk of page-map blocks in a pack.
+    Map = 3,
+}
+
+/// The largest raw frame of a sealed object.
+pub const FRAME_RAW_MAX: usize = 1 << 20;
+/// The largest index frame: a manifest of a million file-table blocks has a smaller one.
+const INDEX_BYTES_MAX: u32 = 64 << 20;
+
+/// A sealed object, complete and ready to be stored; a retry stores the same bytes.
+#[derive(Debug, Clone)]
+pub struct SealedObject {
+    /// Header, index and frames.
+    pub bytes: Bytes,
+    /// Length of header and index.
+    pub head_len: u64,
+}
+
+/// A frame that has been compressed and waits to be sealed.
+#[derive(Debug, Clone)]
+pub struct CompressedFrame {
+    /// How `body` is compressed.
+    pub codec: CodecId,
+    /// Length before compression.
+    pub raw_len: u32,
+    /// The compressed bytes.
+    pub body: Vec<u8>,
+}
+
+impl CompressedFrame {
+    /// Compresses `raw`.
+    pub fn compress(compressor: &mut Compressor, raw: &[u8]) -> Result<Self, Error> {
+        let (codec, body) = compressor.compress(raw)?;
+        Ok(Self { codec, raw_len: raw.len() as u32, body })
+    }
+}
+
+/// Where one frame of a sealed object lies and how it is opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct FrameEntry {
+    offset: u64,
+    stored_len: u32,
+    raw_len: u32,
+    codec: CodecId,
+    tag: Option<[u8; TAG_LEN]>,
+}
+
+/// The opened head of a sealed object: which frames it has, and the key that opens them.
+#[derive(Debug)]
+pub struct SealedHead {
+    key: FrameKey,
+    frames: Vec<FrameEntry>,
+    object: String,
+}
+
+/// What is sealed, and for whom.
+#[derive(Debug)]
+pub struct SealSpec<'a> {
+    /// Keys, signer and randomness of this host.
+    pub keyring: &'a Keyring,
+    /// What the object is.
+    pub identity: &'a Identity,
+    /// The key to seal under.
+    pub key: &'a ContentKey,
+    /// How that key travels.
+    pub envelope: &'a KeyEnvelope,
+}
+
+/// Seals frames into an object whose header is not signed: something signed pins its head.
+pub fn seal(spec: &SealSpec<'_>, frames: Vec<CompressedFrame>) -> SealedObject {
+    let (parts, body) = seal_body(spec, frames);
+    let header = HeaderBuilder::new(spec.identity.kind)
+        .section(Section::Key, parts.key)
+        .section(Section::Salt, parts.salt)
+        .section(Section::Index, parts.index)
+        .finish();
+    join(header, parts.index_len, body)
+}
+
+/// Seals frames into an object with a signed header that says more about its content.
+///
+/// `describe` is given the object's salt and the BLAKE3 of its body, and returns the further sections.
+pub fn seal_signed(
+    spec: &SealSpec<'_>,
+    frames: Vec<CompressedFrame>,
+    describe: impl FnOnce(&[u8; 32], Digest) -> Vec<(Section, WireWriter)>,
+) -> SealedObject {
+    let (parts, body) = seal_body(spec, frames);
+    let further = describe(&parts.salt_bytes, Digest::of(&body));
+    let mut header = HeaderBuilder::new(spec.identity.kind)
+        .section(Section::Key, parts.key)
+        .section(Section::Salt, parts.salt)
+        .section(Section::Index, parts.index);
+    for (section, bytes) in further {
+        header = header.section(section, bytes);
+    }
+    join(header.finish_signed(spec.keyring, spec.identity), parts.index_len, body)
+}
+
+struct HeaderParts {
+    salt_bytes: [u8; 32],
+    key: WireWriter,
+    salt: WireWriter,
+    index: WireWriter,
+    index_len: u64,
+}
+
+fn seal_body(spec: &SealSpec<'_>, frames: Vec<CompressedFrame>) -> (HeaderParts, Vec<u8>) {
+    let mut salt = [0; 32];
+    spec.keyring.random().fill(&mut salt);
+    let key = spec.key.frame_key(&salt, spec.identity);
+    let last = frames.len() as u64;
+    let mut sealed = Vec::with_capacity(frames.len());
+    let mut index = WireWriter::new();
+    index.varint(last);
+    for (position, frame) in (1u64..).zip(frames) {
+        let aad = FrameAad {
+            kind: FrameKind::Body as u8,
+            position,
+            last: position == last,
+            codec: frame.codec,
+            raw_len: frame.raw_len,
+        };
+        let stored = key.seal(&aad, frame.body);
+        index.varint(stored.len() as u64).varint(u64::from(frame.raw_len)).u8(frame.codec as u8);
+        if key.cipher() == Cipher::None {
+            index.raw(&stored[stored.len() - TAG_LEN..]);
+        }
+        sealed.push(stored);
+    }
+    let index = seal_index(&key, index.finish());
+    let mut header_index = WireWriter::new();
+    header_index.u32(index.len() as u32).raw(&index[index.len() - TAG_LEN..]);
+    let (mut header_key, mut header_salt) = (WireWriter::new(), WireWriter::new());
+    spec.envelope.encode(&mut header_key);
+    header_salt.raw(&salt);
+    let parts = HeaderParts {
+        salt_bytes: salt,
+        key: header_key,
+        salt: header_salt,
+        index: header_index,
+        index_len: index.len() as u64,
+    };
+    let mut body = index;
+    sealed.iter().for_each(|frame| body.extend_from_slice(frame));
+    (parts, body)
+}
+
+fn seal_index(key: &FrameKey, raw: Vec<u8>) -> Vec<u8> {
+    let aad = index_aad(raw.len() as u32);
+    key.seal(&aad, raw)
+}
+
+fn index_aad(raw_len: u32) -> FrameAad {
+    FrameAad { kind: FrameKind::Index as u8, position: 0, last: false, codec: CodecId::None, raw_len }
+}
+
+fn join(mut header: Vec<u8>, index_len: u64, body: Vec<u8>) -> SealedObject {
+    let head_len = header.len() as u64 + index_len;
+    header.extend_from_slice(&body);
+    SealedObject { bytes: header.into(), head_len }
+}
+
+impl SealedHead {
+    /// Opens the head at the front of `bytes`, whose header the caller has already parsed and trusts.
+    pub fn open(
+        bytes: &[u8],
+        header: &Header,
+        keyring: &Keyring,
+        identity: &Identity,
+        object: &str,
+    ) -> Result<Self, Error> {
+        let damaged = |error: WireError| Error::damaged(object, format!("its header {error}"));
+        let envelope = KeyEnvelope::decode(&mut header.section(Section::Key, object)?).map_err(damaged)?;
+        let salt = header.section(Section::Salt, object)?.array::<32>().map_err(damaged)?;
+        let mut section = header.section(Section::Index, object)?;
+        let (index_len, index_tag) =
+            (section.u32().map_err(damaged)?, section.array::<TAG_LEN>().map_err(damaged)?);
+        let key = keyring.open_key(&envelope, object)?.frame_key(&salt, identity);
+        let start = header.len;
+        let end = start + index_len as usize;
+        if index_len > INDEX_BYTES_MAX || (index_len as usize) < TAG_LEN || bytes.len() < end {
+            return Err(Error::damaged(object, "its index is cut off"));
+        }
+        let stored = &bytes[start..end];
+        if stored[stored.len() - TAG_LEN..] != index_tag {
+            return Err(Error::damaged(object, "its index is not the one its header names"));
+        }
+        let aad = index_aad(index_len - TAG_LEN as u32);
+        let index = key
+            .open(&aad, stored.to_vec())
+            .map_err(|_| Error::damaged(object, "its index does not authenticate"))?;
+        let frames = parse_index(&index, end as u64, key.cipher())
+            .map_err(|error| Error::damaged(object, format!("its index {error}")))?;
+        Ok(Self { key, frames, object: object.to_owned() })
+    }
+
+    /// Returns how many frames the object has.
+    pub fn frame_count(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Returns where frames `first..end` lie in the object.
+    pub fn range(&self, frames: Range<usize>) -> Option<Range<u64>> {
+        let (first, last) = (self.frames.get(frames.start)?, self.frames.get(frames.end.checked_sub(1)?)?);
+        Some(first.offset..last.offset + u64::from(last.stored_len))
+    }
+
+    /// Returns how large the object is.
+    pub fn object_size(&self) -> Option<u64> {
+        self.range(0..self.frames.len()).map(|range| range.end)
+    }
+
+    /// Opens frame `n`, given the object's bytes from offset `base` on.
+    pub fn open_frame(&self, n: usize, base: u64, bytes: &[u8]) -> Result<Vec<u8>, Error> {
+        let damaged = |detail: &str| Error::damaged(&self.object, format!("frame {} {detail}", n + 1));
+        let frame = self.frames.get(n).ok_or_else(|| damaged("does not exist"))?;
+        let stored = frame
+            .offset
+            .checked_sub(base)
+            .and_then(|start| bytes.get(start as usize..)?.get(..frame.stored_len as usize))
+            .ok_or_else(|| damaged("is cut off"))?;
+        if frame.tag.is_some_and(|tag| stored[stored.len() - TAG_LEN..] != tag) {
+            return Err(damaged("is not the one the index names"));
+        }
+        let aad = FrameAad {
+            kind: FrameKind::Body as u8,
+            position: n as u64 + 1,
+            last: n + 1 == self.frames.len(),
+            codec: frame.codec,
+            raw_len: frame.raw_len,
+        };
+        let body = self.key.open(&aad, stored.to_vec()).map_err(|_| damaged("does not authenticate"))?;
+        Decompressor::new()
+            .decompress(frame.codec, &body, frame.raw_len as usize)
+            .map_err(|_| damaged("does not decompress"))
+    }
+}
+
+fn parse_index(bytes: &[u8], mut offset: u64, cipher: Cipher) -> Result<Vec<FrameEntry>, WireError> {
+    let mut reader = WireReader::new(bytes);
+    let count = reader.count("frame count")?;
+    let mut frames = Vec::with_capacity(count);
+    for _ in 0..count {
+        let stored_len = reader.small("stored length")?;
+        let raw_len = reader.bounded("raw length", FRAME_RAW_MAX as u64)? as u32;
+        let codec = CodecId::try_from(reader.u8()?).map_err(|_| WireError::Invalid { field: "codec" })?;
+        let tag = if cipher == Cipher::None { Some(reader.array()?) } else { None };
+        if (stored_len as usize) < TAG_LEN {
+            return Err(WireError::Invalid { field: "stored length" });
+        }
+        frames.push(FrameEntry { offset, stored_len, raw_len, codec, tag });
+        offset += u64::from(stored_len);
+    }
+    reader.finish().map(|()| frames)
+}
+
+/// Splits `raw` into frames of `frame_len` bytes and compresses them.
+pub fn compress_frames(
+    compression: Compression,
+    frame_len: usize,
+    raw: &[u8],
+) -> Result<Vec<CompressedFrame>, Error> {
+    let mut compressor = Compressor::new(compression);
+    raw.chunks(frame_len).map(|raw| CompressedFrame::compress(&mut compressor, raw)).collect()
+}
+
+/// Opens the whole of a sealed object of `identity` whose header the caller trusts.
+pub fn open_all(
+    bytes: &[u8],
+    header: &Header,
+    keyring: &Keyring,
+    identity: &Identity,
+    object: &str,
+) -> Result<Vec<u8>, Error> {
+    debug_assert!(!matches!(identity.kind, ObjectKind::Pack));
+    let head = SealedHead::open(bytes, header, keyring, identity, object)?;
+    if head.object_size().is_some_and(|size| size != bytes.len() as u64) {
+        return Err(Error::damaged(object, "its length is not the one its index names"));
+    }
+    let mut raw = Vec::new();
+    for n in 0..head.frame_count() {
+        raw.extend_from_slice(&head.open_frame(n, 0, bytes)?);
+    }
+    Ok(raw)
+}

@@ -1,0 +1,274 @@
+//! WAL in the archive: one object a segment, sealed in frames, with a signed header that says what is inside.
+//!
+//! Raw size and a salted digest of the raw content stand in the header, so that a host without the private key can
+//! tell "the same again" from "something different under this name" by reading a few hundred bytes. An object is
+//! created once; whatever the answer to a put, what stands there afterwards is read and compared.
+//! Segments above 64 MiB will be stored in parts (3-format); they are refused here until then.
+
+use bytes::Bytes;
+
+use crate::codec::{Compression, Digest};
+use crate::pg::{Lsn, TimelineId};
+use crate::repo::error::Error;
+use crate::repo::header::{Header, Section};
+use crate::repo::id::ClusterId;
+use crate::repo::identity::{Identity, ObjectKind};
+use crate::repo::keyring::{ContentKey, KeyEnvelope, Keyring};
+use crate::repo::layout::WalObjectName;
+use crate::repo::repository::Repository;
+use crate::repo::sealed::{SealSpec, compress_frames, open_all, seal_signed};
+use crate::repo::wire::{WireError, WireWriter};
+use crate::storage::{ErrorKind, ObjectKey};
+
+/// What became of a file that was to be archived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Archived {
+    /// It is in the archive now.
+    Created,
+    /// It had been there before, byte for byte.
+    Identical,
+}
+
+/// A key for WAL and how it travels; one serves many segments.
+#[derive(Debug, Clone)]
+pub struct WalKey {
+    key: ContentKey,
+    envelope: KeyEnvelope,
+}
+
+/// What the signed header of a WAL or history object says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WalHeader {
+    /// Bytes of the file.
+    pub raw_size: u64,
+    /// BLAKE3 of the file, salted with the object's salt.
+    pub content_digest: Digest,
+    /// BLAKE3 of index and frames as stored.
+    pub body_digest: Digest,
+    salt: [u8; 32],
+}
+
+/// The timeline a history file's timeline branched off from, and where; plain in the signed header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HistoryBranch {
+    /// The parent timeline.
+    pub parent: TimelineId,
+    /// Where the new timeline begins.
+    pub switch: Lsn,
+}
+
+/// Frames of a WAL object: larger than a page-map chunk because WAL is read in order.
+const FRAME_BYTES: usize = 128 << 10;
+/// The largest file that is one object.
+pub const WAL_RAW_BYTES_MAX: u64 = 64 << 20;
+/// A segment that does not compress, its index and its header.
+const WAL_OBJECT_BYTES_MAX: u64 = WAL_RAW_BYTES_MAX + (2 << 20);
+/// Enough of an object for its header with a handful of recipients.
+const HEADER_BYTES_GUESS: u64 = 16 << 10;
+
+impl WalKey {
+    /// Draws a key for what this process will archive.
+    pub fn create(keyring: &Keyring) -> Result<Self, Error> {
+        let (key, envelope) = keyring.create_key(crate::repo::keyring::Audience::Wal)?;
+        Ok(Self { key, envelope })
+    }
+}
+
+/// Archives a segment, a partial segment or a backup history file.
+///
+/// # Errors
+/// `Different` where another file stands under the name.
+pub async fn archive_wal(
+    repository: &Repository,
+    cluster: ClusterId,
+    name: WalObjectName,
+    raw: &[u8],
+    key: &WalKey,
+    compression: Compression,
+) -> Result<Archived, Error> {
+    let target = wal_target(repository, cluster, name);
+    archive(repository, &target, raw, key, compression, None).await
+}
+
+/// Archives a timeline history file.
+pub async fn archive_history(
+    repository: &Repository,
+    cluster: ClusterId,
+    timeline: TimelineId,
+    branch: HistoryBranch,
+    raw: &[u8],
+    key: &WalKey,
+) -> Result<Archived, Error> {
+    let target = history_target(repository, cluster, timeline);
+    archive(repository, &target, raw, key, Compression::zstd(1), Some(branch)).await
+}
+
+/// Reads a file of the archive back, every byte verified.
+pub async fn read_wal(
+    repository: &Repository,
+    cluster: ClusterId,
+    name: WalObjectName,
+) -> Result<Bytes, Error> {
+    read(repository, &wal_target(repository, cluster, name)).await
+}
+
+/// Reads a timeline history file back.
+pub async fn read_history(
+    repository: &Repository,
+    cluster: ClusterId,
+    timeline: TimelineId,
+) -> Result<Bytes, Error> {
+    read(repository, &history_target(repository, cluster, timeline)).await
+}
+
+/// Reads what the header of an archived file says, without any private key.
+pub async fn read_wal_header(
+    repository: &Repository,
+    cluster: ClusterId,
+    name: WalObjectName,
+) -> Result<WalHeader, Error> {
+    let target = wal_target(repository, cluster, name);
+    let bytes = read_front(repository, &target).await?;
+    Ok(parse_verified(repository, &target, &bytes)?.1)
+}
+
+/// Reads where a timeline branched off, without any private key.
+pub async fn read_history_branch(
+    repository: &Repository,
+    cluster: ClusterId,
+    timeline: TimelineId,
+) -> Result<HistoryBranch, Error> {
+    let target = history_target(repository, cluster, timeline);
+    let bytes = read_front(repository, &target).await?;
+    let (header, _) = parse_verified(repository, &target, &bytes)?;
+    let damaged = |error: WireError| Error::damaged(&target.object, format!("its header {error}"));
+    let mut section = header.section(Section::History, &target.object)?;
+    let parent = section.u32().map_err(damaged)?;
+    let switch = Lsn(section.u64().map_err(damaged)?);
+    let parent =
+        TimelineId::new(parent).ok_or_else(|| Error::damaged(&target.object, "its parent is timeline 0"))?;
+    Ok(HistoryBranch { parent, switch })
+}
+
+/// An object of the archive: its key, its identity, and what it is called in messages.
+struct Target {
+    key: ObjectKey,
+    identity: Identity,
+    object: String,
+}
+
+fn wal_target(repository: &Repository, cluster: ClusterId, name: WalObjectName) -> Target {
+    let key = repository.layout().wal_object(cluster, name);
+    let leaf = key.as_str().rsplit('/').next().unwrap_or_default().to_owned();
+    let timeline = Some(name.segment().timeline());
+    let object = format!("WAL file {leaf}");
+    let identity = Identity { name: leaf, ..repository.identity(ObjectKind::Wal, cluster, timeline) };
+    Target { key, identity, object }
+}
+
+fn history_target(repository: &Repository, cluster: ClusterId, timeline: TimelineId) -> Target {
+    let name = format!("{}.history", timeline.hex8());
+    let object = format!("timeline history file {name}");
+    let identity = Identity { name, ..repository.identity(ObjectKind::History, cluster, Some(timeline)) };
+    Target { key: repository.layout().history(cluster, timeline), identity, object }
+}
+
+async fn archive(
+    repository: &Repository,
+    target: &Target,
+    raw: &[u8],
+    key: &WalKey,
+    compression: Compression,
+    branch: Option<HistoryBranch>,
+) -> Result<Archived, Error> {
+    if raw.len() as u64 > WAL_RAW_BYTES_MAX {
+        let (what, size) = (target.object.clone(), raw.len() as u64);
+        return Err(Error::TooLarge { what, size, max: WAL_RAW_BYTES_MAX });
+    }
+    let bytes = seal_file(repository.keyring(), target, raw, key, compression, branch)?;
+    match repository.store().create(&target.key, bytes).await {
+        Ok(()) => Ok(Archived::Created),
+        Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::OutcomeUnknown) => {
+            compare(repository, target, raw).await
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn seal_file(
+    keyring: &Keyring,
+    target: &Target,
+    raw: &[u8],
+    key: &WalKey,
+    compression: Compression,
+    branch: Option<HistoryBranch>,
+) -> Result<Bytes, Error> {
+    let frames = compress_frames(compression, FRAME_BYTES, raw)?;
+    let spec = SealSpec { keyring, identity: &target.identity, key: &key.key, envelope: &key.envelope };
+    let sealed = seal_signed(&spec, frames, |salt, body_digest| {
+        let mut content = WireWriter::new();
+        content.u64(raw.len() as u64).raw(Digest::salted(salt, raw).as_bytes()).raw(body_digest.as_bytes());
+        let mut sections = vec![(Section::Wal, content)];
+        if let Some(branch) = branch {
+            let mut history = WireWriter::new();
+            history.u32(branch.parent.get()).u64(branch.switch.0);
+            sections.push((Section::History, history));
+        }
+        sections
+    });
+    Ok(sealed.bytes)
+}
+
+/// Decides whether what stands in the archive is what was to be archived.
+async fn compare(repository: &Repository, target: &Target, raw: &[u8]) -> Result<Archived, Error> {
+    let bytes = read_front(repository, target).await?;
+    let (_, header) = parse_verified(repository, target, &bytes)?;
+    let same =
+        header.raw_size == raw.len() as u64 && header.content_digest == Digest::salted(&header.salt, raw);
+    if same { Ok(Archived::Identical) } else { Err(Error::Different { object: target.object.clone() }) }
+}
+
+async fn read_front(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
+    let store = repository.store();
+    let size = store.head(&target.key).await?.size;
+    let front = store.get_range(&target.key, 0..size.min(HEADER_BYTES_GUESS)).await?;
+    let header_len = Header::len_of(&front, &target.object)? as u64;
+    if header_len <= front.len() as u64 || header_len > size {
+        return Ok(front);
+    }
+    Ok(store.get_range(&target.key, 0..header_len).await?)
+}
+
+fn parse_verified(
+    repository: &Repository,
+    target: &Target,
+    bytes: &[u8],
+) -> Result<(Header, WalHeader), Error> {
+    let object = &target.object;
+    let header = Header::parse(bytes, target.identity.kind, object)?;
+    header.verify(bytes, repository.keyring(), &target.identity, object)?;
+    let damaged = |error: WireError| Error::damaged(object, format!("its header {error}"));
+    let salt = header.section(Section::Salt, object)?.array().map_err(damaged)?;
+    let mut section = header.section(Section::Wal, object)?;
+    let raw_size = section.u64().map_err(damaged)?;
+    let content_digest = Digest(section.array().map_err(damaged)?);
+    let body_digest = Digest(section.array().map_err(damaged)?);
+    Ok((header, WalHeader { raw_size, content_digest, body_digest, salt }))
+}
+
+async fn read(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
+    let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
+    let (header, wal) = parse_verified(repository, target, &bytes)?;
+    let damaged = |detail: &str| Error::damaged(&target.object, detail);
+    if Digest::of(&bytes[header.len..]) != wal.body_digest {
+        return Err(damaged("its body is not the one its header names"));
+    }
+    if wal.raw_size > WAL_RAW_BYTES_MAX {
+        return Err(damaged("its header names an impossible size"));
+    }
+    let raw = open_all(&bytes, &header, repository.keyring(), &target.identity, &target.object)?;
+    if raw.len() as u64 != wal.raw_size || Digest::salted(&wal.salt, &raw) != wal.content_digest {
+        return Err(damaged("its content is not the one its header names"));
+    }
+    Ok(raw.into())
+}
