@@ -1,10 +1,10 @@
 //! The contract of `Store` as checks, run on every store and every wrapper.
 //!
-//! Each function is named after the heading on the trait it holds a store to. They panic with what was violated, and
-//! leave nothing behind in the folder they are given when they pass.
+//! Each function is named after the heading on the trait it holds a store to. They panic with what was
+//! violated, and leave nothing behind in the folder they are given when they pass.
 //!
-//! Deliberately absent: durability, which no caller can observe without cutting the power, and unknown outcomes,
-//! which a healthy store does not have; `fault` makes them and the tests of `retry` check them.
+//! Deliberately absent: durability, which no caller can observe without cutting the power, and unknown
+//! outcomes, which a healthy store does not have; `fault` makes them and the tests of `retry` check them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -114,7 +114,8 @@ async fn absence_is_reported_as_such(store: &dyn Store, folder: &ObjectKey) {
 async fn create_only(store: &dyn Store, folder: &ObjectKey) {
     let key = join(folder, "once");
     create(store, &key, b"first").await;
-    for body in [&b"second"[..], b"first", b""] {
+    // Never the same bytes: after a lost answer `Retrying` takes those for its own.
+    for body in [&b"second"[..], b"FIRST", b""] {
         let error = store.create(&key, Bytes::copy_from_slice(body)).await.expect_err("a second create");
         assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error}");
     }

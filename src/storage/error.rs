@@ -1,15 +1,17 @@
 //! What can go wrong with a store, in the words the layers above decide by.
 //!
-//! The distinction that matters most is between *absent* and *cannot tell*: only [`Error::NotFound`] says that an
-//! object is not there. Whatever stands between us and the answer (a dead peer, a refused permission, a missing
-//! bucket) is another kind, so that nobody takes a failing store for the end of the archive.
+//! The distinction that matters most is between *absent* and *cannot tell*: only [`Error::NotFound`] says
+//! that an object is not there. Whatever stands between us and the answer (a dead peer, a refused
+//! permission, a missing bucket) is another kind, so that nobody takes a failing store for the end of the
+//! archive.
 //!
 //! Deliberately absent: exit statuses and errnos. The layers above choose them by [`ErrorKind`].
 
 use std::error::Error as StdError;
 use std::sync::Arc;
 
-/// What a store, a library or the kernel said; shared, so that an error can be given to every waiter of one read.
+/// What a store, a library or the kernel said; shared, so that an error can be given to every waiter of one
+/// read.
 pub type Source = Arc<dyn StdError + Send + Sync>;
 
 /// Says which call failed, on which object, and how.

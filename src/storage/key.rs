@@ -1,9 +1,9 @@
 //! The name of an object, relative to the root of its store.
 //!
-//! A key is one or more components separated by `/`. What may stand in one is chosen so that every key is, byte for
-//! byte, a legal path of every store: a file name on any file system, an S3 key that needs no escaping, an argument no
-//! shell splits. No component begins with a dot: hidden names belong to the stores themselves (`local` stages its
-//! unfinished files under one), and `.` and `..` fall with them.
+//! A key is one or more components separated by `/`. What may stand in one is chosen so that every key is,
+//! byte for byte, a legal path of every store: a file name on any file system, an S3 key that needs no
+//! escaping, an argument no shell splits. No component begins with a dot: hidden names belong to the stores
+//! themselves (`local` stages its unfinished files under one), and `.` and `..` fall with them.
 //!
 //! Deliberately absent: what a key means. Only `repo/layout.rs` knows that.
 

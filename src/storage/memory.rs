@@ -1,7 +1,8 @@
 //! A store in memory, for tests and for `memory://`.
 //!
-//! It keeps the whole contract but durability. It is also the strictest store: a key that would make an object of a
-//! folder, or a folder of an object, is refused, so that code which runs here runs on a file system too.
+//! It keeps the whole contract but durability. It is also the strictest store: a key that would make an
+//! object of a folder, or a folder of an object, is refused, so that code which runs here runs on a file
+//! system too.
 
 use std::collections::BTreeMap;
 use std::ops::{Bound, Range};
@@ -145,7 +146,8 @@ impl Store for MemoryStore {
                 Some((name, _)) => folder.folders.push(name.to_owned()),
             }
         }
-        // Not adjacent yet: of `a-b/x`, `a/x`, the keys sort one way and the names of the folders the other.
+        // Not adjacent yet: of `a-b/x`, `a/x`, the keys sort one way and the names of the folders the
+        // other.
         folder.folders.sort_unstable();
         folder.folders.dedup();
         let entries = folder.folders.len() + folder.objects.len();

@@ -1,13 +1,16 @@
 //! Object stores behind one narrow trait.
 //!
-//! [`Store`] is the whole of what the repository needs from the place it lies in: create an object once, read it
-//! whole or in part, list, delete. Everything above relies on the contract written on the trait and on nothing else,
-//! so that a folder, a bucket and memory are the same to it; `conformance` checks that contract on every store.
+//! [`Store`] is the whole of what the repository needs from the place it lies in: create an object once,
+//! read it whole or in part, list, delete. Everything above relies on the contract written on the trait and
+//! on nothing else, so that a folder, a bucket and memory are the same to it; `conformance` checks that
+//! contract on every store.
 //!
-//! Order for reading: `key` and `error` for the words, `store` for the contract, `memory` for the smallest store.
+//! Order for reading: `key` and `error` for the words, `store` for the contract, `memory` for the smallest
+//! store.
 //!
-//! Deliberately absent: overwriting, appending, multipart uploads, object attributes, suffix ranges, compare-and-swap,
-//! copy and rename. Some store lacks each of them. Object keys are opaque here; `repo` builds and parses them.
+//! Deliberately absent: overwriting, appending, multipart uploads, object attributes, suffix ranges,
+//! compare-and-swap, copy and rename. Some store lacks each of them. Object keys are opaque here; `repo`
+//! builds and parses them.
 
 pub mod error;
 pub mod key;
@@ -16,10 +19,22 @@ pub mod store;
 pub mod local;
 pub mod memory;
 
-pub mod conformance;
+mod jitter;
+pub mod probe;
+pub mod retry;
+pub mod traffic;
 
-pub use error::{Error, ErrorKind};
+pub mod conformance;
+pub mod fault;
+pub mod record;
+
+pub use error::{Error, ErrorKind, Verb};
+pub use fault::{Fault, Faulty, Rule};
 pub use key::ObjectKey;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
+pub use probe::{Capabilities, probe};
+pub use record::{Call, Recording};
+pub use retry::{RetryOptions, Retrying};
 pub use store::{Folder, ObjectMeta, Store};
+pub use traffic::{Counted, Traffic, TrafficSnapshot};

@@ -1,6 +1,7 @@
 //! The trait every store implements, and the contract that stands on it.
 //!
-//! `conformance` turns each heading of the contract into checks and is run on every store and on every wrapper.
+//! `conformance` turns each heading of the contract into checks and is run on every store and on every
+//! wrapper.
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -16,45 +17,50 @@ use super::key::ObjectKey;
 /// Most objects and folders one `list_folder` returns; a folder with more is refused, not held in memory.
 pub const FOLDER_ENTRIES_MAX: usize = 1_000_000;
 
-/// The longest range one `get_range` reads: beyond every object of the format, so more is a damaged map speaking.
+/// The longest range one `get_range` reads: beyond every object of the format, so more is a damaged map
+/// speaking.
 pub const RANGE_BYTES_MAX: u64 = 1 << 30;
 
 /// A place that keeps objects under keys.
 ///
 /// # Atomicity
 ///
-/// An object appears under its key whole or not at all. No reader and no listing ever sees part of one, whatever
-/// happens to the writer. An object that exists never changes.
+/// An object appears under its key whole or not at all. No reader and no listing ever sees part of one,
+/// whatever happens to the writer. An object that exists never changes.
 ///
 /// # Durability
 ///
-/// When [`create`](Store::create) returns `Ok`, the object survives the loss of power: content, name and every folder
-/// on the way to it.
+/// When [`create`](Store::create) returns `Ok`, the object survives the loss of power: content, name and
+/// every folder on the way to it.
 ///
 /// # Create-only
 ///
-/// Of any number of creates of one key, in one process or in many, exactly one succeeds. The others fail with
-/// `AlreadyExists` and change nothing; the object they found is durable, whoever created it. A key must not name an object and a folder at once (`a` and `a/b`): some stores
-/// could not hold both, so no caller tries.
+/// Of any number of creates of one key, in one process or in many, exactly one succeeds. The others fail
+/// with `AlreadyExists` and change nothing; the object they found is durable, whoever created it. A key
+/// must not name an object and a folder at once (`a` and `a/b`): some stores could not hold both, so no
+/// caller tries.
 ///
 /// # Read after write
 ///
-/// A `get`, `get_range` or `head` that begins after a create returned `Ok` finds the object, from any process; one
-/// that begins after a delete returned `Ok` does not. `NotFound` is a proof, given only by a store that answered: a
-/// missing bucket or repository folder, a refused permission, a dead peer are other errors.
+/// A `get`, `get_range` or `head` that begins after a create returned `Ok` finds the object, from any
+/// process; one that begins after a delete returned `Ok` does not. `NotFound` is a proof, given only by a
+/// store that answered: a missing bucket or repository folder, a refused permission, a dead peer are other
+/// errors.
 ///
 /// # Unknown outcomes
 ///
-/// A create whose answer was lost fails with `OutcomeUnknown`: the object may exist, or may come to exist later.
-/// Every other error of `create` says that this call created nothing and will not. Reading the key back settles it
-/// (`retry::Retrying` does). A delete that failed may have happened; deleting again is harmless.
+/// A create whose answer was lost fails with `OutcomeUnknown`: the object may exist, or may come to exist
+/// later. Every other error of `create` says that this call created nothing and will not. Reading the key
+/// back settles it (`retry::Retrying` does): our bytes mean that it was created. So two writers of the very
+/// same bytes may both be told that they created the object; who must know which of them did makes the
+/// bytes differ. A delete that failed may have happened; deleting again is harmless.
 ///
 /// # Listing is not a snapshot
 ///
-/// A listing holds every object that existed from before it began until after it ended and none that was absent all
-/// that time; what is created or deleted meanwhile may be in it or not. Order is ascending by the bytes of the key. A
-/// folder may be reported that holds no object (any more). Names that are not object keys are not reported: they are
-/// not ours.
+/// A listing holds every object that existed from before it began until after it ended and none that was
+/// absent all that time; what is created or deleted meanwhile may be in it or not. Order is ascending by
+/// the bytes of the key. A folder may be reported that holds no object (any more). Names that are not
+/// object keys are not reported: they are not ours.
 ///
 /// # Cancellation
 ///
@@ -64,10 +70,12 @@ pub trait Store: Send + Sync + Debug {
     /// Creates an object from its whole content, unless the key is taken.
     async fn create(&self, key: &ObjectKey, body: Bytes) -> Result<(), Error>;
 
-    /// Reads a whole object; one larger than `size_max` bytes is refused with `TooLarge` before any memory is taken.
+    /// Reads a whole object; one larger than `size_max` bytes is refused with `TooLarge` before any memory
+    /// is taken.
     async fn get(&self, key: &ObjectKey, size_max: u64) -> Result<Bytes, Error>;
 
-    /// Reads exactly the bytes of `range`, which must not be empty; `Truncated` where the object ends before them.
+    /// Reads exactly the bytes of `range`, which must not be empty; `Truncated` where the object ends
+    /// before them.
     async fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes, Error>;
 
     /// Reads size and age of an object.
@@ -75,8 +83,8 @@ pub trait Store: Send + Sync + Debug {
 
     /// Lists at most `limit` objects in and below the folder `prefix`, ascending, those after `after` only.
     ///
-    /// The prefix is whole components, with or without a slash at its end; `""` is the whole store. Fewer than `limit`
-    /// objects mean that there are no more. A missing folder is empty.
+    /// The prefix is whole components, with or without a slash at its end; `""` is the whole store. Fewer
+    /// than `limit` objects mean that there are no more. A missing folder is empty.
     async fn list(
         &self,
         prefix: &str,
@@ -86,7 +94,8 @@ pub trait Store: Send + Sync + Debug {
 
     /// Lists one level: the folders and the objects directly in the folder `prefix`, each ascending.
     ///
-    /// A missing folder is empty; one with more than [`FOLDER_ENTRIES_MAX`] entries is refused with `TooLarge`.
+    /// A missing folder is empty; one with more than [`FOLDER_ENTRIES_MAX`] entries is refused with
+    /// `TooLarge`.
     async fn list_folder(&self, prefix: &str) -> Result<Folder, Error>;
 
     /// Removes an object; a missing one is success.
@@ -196,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    #[allow(clippy::reversed_empty_ranges)]
+    #[allow(clippy::reversed_empty_ranges, reason = "that is what is tested")]
     fn a_range_that_is_empty_or_absurd_is_refused() {
         let key = ObjectKey::parse("a").unwrap();
         assert_eq!(range_length(&key, &(3..7)).unwrap(), 4);

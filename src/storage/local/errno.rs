@@ -1,4 +1,6 @@
 //! The kernel's error numbers in the words of `storage::Error`, one table for the whole module.
+//!
+//! Deliberately absent: ENOENT. Whether it proves an absence depends on what was looked up.
 
 use std::io;
 use std::sync::Arc;

@@ -1,9 +1,10 @@
 //! The repository's root folder and the folders below it: opened, created durably, removed when empty.
 //!
-//! An object survives a loss of power only if every folder on the way to it does. Whoever creates a folder syncs the
-//! one that holds it; another process may rely on a folder whose creator has not come that far yet. So the first time
-//! this process creates something in a folder, it syncs the whole way, and then keeps the folder open: as long as it
-//! is open, a removal and re-creation under the same name by someone else cannot be mistaken for it.
+//! An object survives a loss of power only if every folder on the way to it does. Whoever creates a folder
+//! syncs the one that holds it; another process may rely on a folder whose creator has not come that far
+//! yet. So the first time this process creates something in a folder, it syncs the whole way, and then
+//! keeps the folder open: as long as it is open, a removal and re-creation under the same name by someone
+//! else cannot be mistaken for it.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,11 +1,12 @@
 //! Listings of a folder tree in the order of object keys.
 //!
-//! Keys sort by their bytes, so a folder `a` stands where `a/` does: after `a-b` and `a.b`, before `a0`. Each folder's
-//! entries are sorted that way before the walk goes on, a folder that lies wholly before the start is not opened, and
-//! nothing past the limit is examined. Memory is bounded by the largest folder, not by the repository.
+//! Keys sort by their bytes, so a folder `a` stands where `a/` does: after `a-b` and `a.b`, before `a0`.
+//! Each folder's entries are sorted that way before the walk goes on, a folder that lies wholly before the
+//! start is not opened, and nothing past the limit is examined. Memory is bounded by the largest folder,
+//! not by the repository.
 //!
-//! Names that are not object keys (staged files, an administrator's notes) are not ours and are passed over. Whatever
-//! vanishes during the walk was deleted, and is left out.
+//! Names that are not object keys (staged files, an administrator's notes) are not ours and are passed
+//! over. Whatever vanishes during the walk was deleted, and is left out.
 
 use std::ffi::CStr;
 

@@ -1,15 +1,17 @@
 //! The store in a folder, `file://`.
 //!
-//! An object is a file. It is written under a name of its own in `.staging` below the root, synced, moved to its key
-//! without replacing what may be there, and the folder is synced: an object is never visible in part and never lost
-//! once `create` returned. The root folder must exist; owner and mode of everything created follow it. It is held open
-//! for as long as the store lives and every path is resolved below it, so that mounting over it changes nothing here.
+//! An object is a file. It is written under a name of its own in `.staging` below the root, synced, moved
+//! to its key without replacing what may be there, and the folder is synced: an object is never visible in
+//! part and never lost once `create` returned. The root folder must exist; owner and mode of everything
+//! created follow it. It is held open for as long as the store lives and every path is resolved below it,
+//! so that mounting over it changes nothing here.
 //!
-//! `errno` gives the kernel's answers our words, `folder` creates and opens folders, `publish` writes objects,
-//! `listing` walks. All of it blocks, so every call runs on tokio's blocking pool.
+//! `errno` gives the kernel's answers our words, `folder` creates and opens folders, `publish` writes
+//! objects, `listing` walks. All of it blocks, so every call runs on tokio's blocking pool.
 //!
-//! Deliberately absent: staging beside the object. One staging folder makes what a crash left behind visible to `open`
-//! without walking the repository, for the price that the repository must be one file system.
+//! Deliberately absent: staging beside the object. One staging folder makes what a crash left behind
+//! visible to `open` without walking the repository, for the price that the repository must be one file
+//! system.
 
 mod errno;
 mod folder;

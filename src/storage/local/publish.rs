@@ -1,7 +1,8 @@
 //! Writing an object so that it appears whole and stays, and removing one.
 //!
-//! stage (create exclusively, write, sync) → move to the key without replacing → sync the folder. A crash before the
-//! move leaves a staged file, which `sweep_staging` clears a day later; a crash after it leaves a whole object.
+//! stage (create exclusively, write, sync) → move to the key without replacing → sync the folder. A crash
+//! before the move leaves a staged file, which `sweep_staging` clears a day later; a crash after it leaves
+//! a whole object.
 
 use std::fs::File;
 use std::io::Write;
@@ -92,12 +93,8 @@ pub(super) fn sweep_staging(root: &Root, now: Timestamp) {
             continue;
         }
         match unlinkat(&staging, name.as_c_str(), UnlinkatFlags::NoRemoveDir) {
-            Ok(()) => {
-                tracing::info!(name = %name.to_string_lossy(), "removed a staged file of a create that never ended")
-            }
-            Err(errno) => {
-                tracing::debug!(name = %name.to_string_lossy(), %errno, "could not remove a staged file")
-            }
+            Ok(()) => tracing::info!(?name, "removed what a create that never ended had staged"),
+            Err(errno) => tracing::debug!(?name, %errno, "could not remove a staged file"),
         }
     }
 }
@@ -155,8 +152,8 @@ fn move_to_key(root: &Root, staged: &Staged<'_>, key: &ObjectKey) -> Result<Move
             if !is_regular(&fstatat(folder.as_fd(), key.name(), AtFlags::empty())?) {
                 return Err(Errno::EISDIR);
             }
-            // The winner may not have come to its own sync yet, and our caller may act on what it finds there: a
-            // segment that is already archived is one PostgreSQL may remove.
+            // The winner may not have come to its own sync yet, and our caller may act on what it finds
+            // there: a segment that is already archived is one PostgreSQL may remove.
             fsync(folder.as_fd())?;
             Ok(Moved::Taken)
         }

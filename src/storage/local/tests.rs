@@ -1,4 +1,6 @@
 //! Tests of the store in a folder: what a crash, another process or an administrator leaves there.
+//!
+//! Three of them mount a small tmpfs; without the right to they say so, and fail where `CI` is set.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
