@@ -18,7 +18,7 @@ use std::path::Path;
 const FILE_LINES_MAX: usize = 550;
 /// Lines from a function's `fn` to its closing brace.
 const FUNCTION_LINES_MAX: usize = 75;
-/// Lines of the `//!` header; `mod.rs`, `main.rs` and test binaries may do with one.
+/// Lines of the `//!` header; `mod.rs`, `main.rs` and tests may do with one.
 const HEADER_LINES: Range<usize> = 2..16;
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: [&str; 7] = ["utils", "util", "common", "helpers", "helper", "misc", "shared"];
@@ -216,7 +216,8 @@ fn source_findings(source: &Source, layers: &Layers) -> Vec<Finding> {
 
 fn header(source: &Source) -> Vec<Finding> {
     let lines = source.text.lines().take_while(|l| l.starts_with("//!")).count();
-    let short = source.path.starts_with("tests/") || ["mod.rs", "main.rs"].contains(&source.file_name());
+    let short =
+        source.path.starts_with("tests/") || ["mod.rs", "main.rs", "tests.rs"].contains(&source.file_name());
     let least = if short { 1 } else { HEADER_LINES.start };
     if (least..HEADER_LINES.end).contains(&lines) {
         return Vec::new();

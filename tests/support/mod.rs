@@ -1,0 +1,61 @@
+//! What tests of the whole binary stand on: real PostgreSQL servers, a load on them, and a runner for `walden`.
+//!
+//! Each test binary is a folder with a `main.rs` that names this one by `#[path = "../support/mod.rs"] mod support;`.
+//! A test says first what it needs (`require!`); everything it makes lives in a `Scratch`, which on drop
+//! stops and unmounts whatever the test left there.
+#![allow(dead_code, unused_imports, unused_macros, reason = "every test binary uses its own part of this")]
+
+mod needs;
+mod run;
+mod scratch;
+
+mod cluster;
+mod debian;
+mod server;
+mod sql;
+
+mod chaos;
+mod checksum;
+mod pgbench;
+
+mod walden;
+
+pub use chaos::{Chaos, Ledger};
+pub use checksum::Checksums;
+pub use cluster::{Cluster, Options};
+pub use debian::DebianCluster;
+pub use needs::{Need, unmet, unmet_where};
+pub use pgbench::Pgbench;
+pub use run::Run;
+pub use scratch::{Account, Scratch};
+pub use server::{Server, Stop};
+pub use sql::Sql;
+pub use walden::{Mounted, Running, Site, Walden};
+
+/// Returns from the test, loudly, when something it needs is missing; under CI the test fails instead.
+macro_rules! require {
+    ($($need:expr),+ $(,)?) => {
+        if $crate::support::unmet(&[$($need),+]) {
+            return;
+        }
+    };
+}
+pub(crate) use require;
+
+use std::time::{Duration, Instant};
+
+/// How long anything may take that normally takes a moment: long enough that only a defect reaches it.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Waits until `ready` returns something, and panics with `what` when patience ends.
+#[track_caller]
+pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,91 @@
+//! What a test needs from the machine, and what happens when it is not there.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Something a test cannot do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// `/dev/fuse`, and `fusermount3` where not root.
+    Fuse,
+    /// The server binaries of a major version, and psql and pgbench of any.
+    PostgreSQL(u32),
+    /// `pg_createcluster`, which wants root.
+    DebianCluster,
+    /// The rights of root: loop mounts, dropped caches, other owners.
+    Root,
+}
+
+impl Need {
+    /// Says what is missing, or nothing.
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Fuse if !Path::new("/dev/fuse").exists() => Some("/dev/fuse".into()),
+            Self::Fuse if !is_root() && program("fusermount3").is_none() => {
+                Some("fusermount3 (package fuse3)".into())
+            }
+            Self::PostgreSQL(major) if bin_directory(major).is_none() => Some(format!("PostgreSQL {major}")),
+            Self::PostgreSQL(_) if program("psql").is_none() => Some("psql (package postgresql-15)".into()),
+            Self::DebianCluster if !is_root() => Some("root, for pg_createcluster".into()),
+            Self::DebianCluster if program("pg_createcluster").is_none() => Some("pg_createcluster".into()),
+            Self::Root if !is_root() => Some("root".into()),
+            _ => None,
+        }
+    }
+}
+
+/// Says on the runner's standard error which needs are not met; fails where `CI` is set.
+pub fn unmet(needs: &[Need]) -> bool {
+    unmet_where(needs, std::env::var_os("CI").is_some())
+}
+
+/// As `unmet`, told whether this is CI.
+pub fn unmet_where(needs: &[Need], ci: bool) -> bool {
+    let missing: Vec<String> = needs.iter().filter_map(|need| need.missing()).collect();
+    if missing.is_empty() {
+        return false;
+    }
+    let missing = missing.join(", ");
+    assert!(!ci, "under CI nothing may be missing, but there is no {missing}");
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    shout(&format!("SKIPPED {test}: this machine has no {missing}; scripts/install test gets it\n"));
+    true
+}
+
+/// Writes where a person looks: nextest keeps the output of a test that passes to itself, so its own is used.
+fn shout(message: &str) {
+    let runner = format!("/proc/{}/fd/2", nix::unistd::getppid());
+    let told = OpenOptions::new().append(true).open(runner).and_then(|mut f| f.write_all(message.as_bytes()));
+    if told.is_err() {
+        eprint!("{message}");
+    }
+}
+
+/// Says whether the test runs as root.
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// Finds the server binaries of a major version: Debian's, or those `scripts/install` took from npm.
+pub fn bin_directory(major: u32) -> Option<PathBuf> {
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(|| home.join(".cache"), PathBuf::from);
+    let candidates = [
+        PathBuf::from(format!("/usr/lib/postgresql/{major}/bin")),
+        PathBuf::from(format!("/var/cache/walden/postgresql/{major}/bin")),
+        cache.join(format!("walden/postgresql/{major}/bin")),
+    ];
+    candidates.into_iter().find(|bin| bin.join("postgres").exists())
+}
+
+/// Finds a program on the path, or among Debian's PostgreSQL programs, which are not on it.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    folders.extend(["/usr/sbin".into(), "/usr/lib/postgresql/15/bin".into()]);
+    folders
+        .into_iter()
+        .map(|folder| folder.join(name))
+        .find(|file| fs::metadata(file).is_ok_and(|m| m.is_file()))
+}
