@@ -39,7 +39,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("clap", &["src/cli/"]),
     ("crc-fast", &["src/pg/"]),
     ("crossbeam-channel", EVERYWHERE),
-    ("fuser", &["src/mount/fuse.rs"]),
+    ("fuser", &["src/mount/fuse/"]),
     ("futures", EVERYWHERE),
     ("hex", EVERYWHERE),
     ("hyper-util", &["src/storage/"]),
@@ -855,7 +855,7 @@ mod rules {
             "src/backup/source.rs",
             "#[cfg(test)]\nmod tests {\n    use tokio_postgres::Client;\n}",
         );
-        fine("src/mount/fuse.rs", "use fuser::Request;");
+        fine("src/mount/fuse/mod.rs", "use fuser::Request;");
         fine("src/storage/s3.rs", "use object_store::ObjectStore;");
         fine("src/repo/pack.rs", "use crate::pg::toml::Row;\nfn f(toml: u8, clap: u8) -> u8 { toml + clap }");
     }

@@ -137,6 +137,7 @@ pub fn fsync_file(path: &Path) -> Result<(), Error> {
 }
 
 /// Syncs the whole file system that holds `path`.
+#[expect(unsafe_code, reason = "no wrapper for syncfs that takes a File")]
 pub fn sync_file_system(path: &Path) -> Result<(), Error> {
     let file = File::open(path).map_err(Error::at("open", path))?;
     // SAFETY: syncfs only needs a descriptor that stays open during the call, and `file` does.

@@ -6,6 +6,7 @@
 //! fetch are wrapped; a change to the upper that has begun always runs to its end.
 
 use std::future::Future;
+use std::io;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -48,8 +49,15 @@ impl Caller {
     }
 }
 
+/// Tells whether a caller is being killed or is gone already.
+///
+/// Who reads through the page cache can be killed while it waits for the page, and leaves its request behind; the
+/// page stays locked for every other reader until the request is answered.
 fn is_dying(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|status| has_deadly_signal(&status))
+    match std::fs::read_to_string(format!("/proc/{pid}/status")) {
+        Ok(status) => has_deadly_signal(&status),
+        Err(error) => error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH),
+    }
 }
 
 /// Tells from `/proc/<pid>/status` whether a deadly signal is pending and not blocked.
@@ -68,7 +76,9 @@ mod tests {
     use super::*;
 
     fn status(own: u64, shared: u64, blocked: u64) -> String {
-        format!("Name:\tcat\nSigQ:\t1/2\nSigPnd:\t{own:016x}\nShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\n")
+        format!(
+            "Name:\tcat\nSigQ:\t1/2\nSigPnd:\t{own:016x}\nShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\n"
+        )
     }
 
     #[test]

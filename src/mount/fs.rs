@@ -1,4 +1,4 @@
-//! File operations as the mount sees them, without FUSE: what `fuse.rs` translates to and tests call directly.
+//! File operations as the mount sees them, without FUSE: what `fuse` translates to and tests call directly.
 //!
 //! A [`Volume`] is one tree with its own node numbers: a basebackup's directory read-only (`lower_volume`) or with
 //! an upper above it (`upper`). The mount's tree (`tree`) puts volumes and virtual directories together. Every
@@ -202,7 +202,12 @@ pub trait Volume: Send + Sync + Debug {
     fn capacity(&self) -> Result<Capacity, Errno>;
 
     /// Changes attributes and returns the new ones.
-    async fn set_attributes(&self, _: &Caller, _node: LocalId, _change: SetAttributes) -> Result<Entry, Errno> {
+    async fn set_attributes(
+        &self,
+        _: &Caller,
+        _node: LocalId,
+        _change: SetAttributes,
+    ) -> Result<Entry, Errno> {
         Err(Errno::EROFS)
     }
 
@@ -231,17 +236,35 @@ pub trait Volume: Send + Sync + Debug {
     }
 
     /// Creates a directory.
-    async fn make_directory(&self, _: &Caller, _parent: LocalId, _name: &[u8], _mode: u32) -> Result<Entry, Errno> {
+    async fn make_directory(
+        &self,
+        _: &Caller,
+        _parent: LocalId,
+        _name: &[u8],
+        _mode: u32,
+    ) -> Result<Entry, Errno> {
         Err(Errno::EROFS)
     }
 
     /// Creates a symbolic link.
-    async fn make_symlink(&self, _: &Caller, _directory: LocalId, _name: &[u8], _to: &[u8]) -> Result<Entry, Errno> {
+    async fn make_symlink(
+        &self,
+        _: &Caller,
+        _directory: LocalId,
+        _name: &[u8],
+        _to: &[u8],
+    ) -> Result<Entry, Errno> {
         Err(Errno::EROFS)
     }
 
     /// Gives a file another name.
-    async fn link(&self, _: &Caller, _node: LocalId, _directory: LocalId, _name: &[u8]) -> Result<Entry, Errno> {
+    async fn link(
+        &self,
+        _: &Caller,
+        _node: LocalId,
+        _directory: LocalId,
+        _name: &[u8],
+    ) -> Result<Entry, Errno> {
         Err(Errno::EROFS)
     }
 

@@ -36,7 +36,8 @@ pub fn find(mount_point: &Path) -> Vec<Holder> {
         }
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         if let Some(what) = how_held(&process.path(), mount_point) {
-            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default().trim().to_owned();
+            let command =
+                fs::read_to_string(process.path().join("comm")).unwrap_or_default().trim().to_owned();
             holders.push(Holder::Process { pid, command, what });
         }
     }
@@ -73,7 +74,11 @@ fn mounts_inside(mount_point: &Path) -> impl Iterator<Item = PathBuf> {
 /// Returns where file systems are mounted, as this process sees it.
 pub fn mount_points() -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    table.lines().filter_map(|line| line.split(' ').nth(4)).map(|path| PathBuf::from(unescape(path))).collect()
+    table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|path| PathBuf::from(unescape(path)))
+        .collect()
 }
 
 /// Undoes mountinfo's octal escapes of space, tab, newline and backslash.

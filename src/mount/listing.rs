@@ -78,7 +78,8 @@ impl ListingHandle {
         let first = window.start == 0 && window.entries.is_empty();
         let mut entries = Vec::new();
         if first {
-            let dot = |name: &[u8]| ListEntry { name: name.to_vec(), id: self.ino, kind: FileKind::Directory };
+            let dot =
+                |name: &[u8]| ListEntry { name: name.to_vec(), id: self.ino, kind: FileKind::Directory };
             entries.extend(dots.map(dot));
         }
         let complete = match &self.source {

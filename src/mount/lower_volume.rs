@@ -50,8 +50,10 @@ struct LowerFile {
 impl LowerVolume {
     /// Shows `lower` as belonging to `owner`.
     pub fn new(lower: Arc<dyn Lower>, owner: Owner) -> Self {
-        let pages = std::num::NonZero::new(CACHE_BYTES_MAX / PAGE as usize).expect("the cache is larger than a page");
-        let shared = Shared { lower, owner, flights: Flights::new(), pages: Mutex::new(LruCache::new(pages)) };
+        let pages =
+            std::num::NonZero::new(CACHE_BYTES_MAX / PAGE as usize).expect("the cache is larger than a page");
+        let shared =
+            Shared { lower, owner, flights: Flights::new(), pages: Mutex::new(LruCache::new(pages)) };
         Self { shared: Arc::new(shared) }
     }
 
@@ -103,7 +105,8 @@ impl Volume for LowerVolume {
             return Err(Errno::EROFS);
         }
         let found = self.attributes(caller, node).await?;
-        let file = LowerFile { shared: self.shared.clone(), node: node_id(node), size: found.attributes.size };
+        let file =
+            LowerFile { shared: self.shared.clone(), node: node_id(node), size: found.attributes.size };
         Ok(Opened { file: Arc::new(file), mode: IoMode::Cached })
     }
 
@@ -260,11 +263,22 @@ mod tests {
         let node = lower.at("base/1/16384");
         let file = open(&lower, "base/1/16384").await;
         let caller = Caller::internal();
-        for (offset, length) in
-            [(0, 1), (8191, 2), (65535, 2), (65536, 131072), (size - 1, 1), (size - 5, 100), (size, 1), (u64::MAX, 9)]
-        {
+        for (offset, length) in [
+            (0, 1),
+            (8191, 2),
+            (65535, 2),
+            (65536, 131072),
+            (size - 1, 1),
+            (size - 5, 100),
+            (size, 1),
+            (u64::MAX, 9),
+        ] {
             let got = file.read(&caller, offset, length).await.unwrap();
-            assert_eq!(got, lower.content(node, offset..offset.saturating_add(u64::from(length))), "{offset}+{length}");
+            assert_eq!(
+                got,
+                lower.content(node, offset..offset.saturating_add(u64::from(length))),
+                "{offset}+{length}"
+            );
         }
     }
 

@@ -71,7 +71,9 @@ impl MemoryLower {
                 let node = match (depth + 1 == names.len(), is_directory, target) {
                     (false, _, _) | (true, true, _) => self.push(NodeKind::Directory, 0, b""),
                     (true, false, "") => self.push(NodeKind::File, size, b""),
-                    (true, false, target) => self.push(NodeKind::Symlink, target.len() as u64, target.as_bytes()),
+                    (true, false, target) => {
+                        self.push(NodeKind::Symlink, target.len() as u64, target.as_bytes())
+                    }
                 };
                 self.entries[at.0 as usize].children.insert(name.as_bytes().to_vec(), node);
                 node
@@ -81,9 +83,9 @@ impl MemoryLower {
 
     /// Returns the node at a path that must exist.
     pub fn at(&self, path: &str) -> NodeId {
-        path.split('/').filter(|name| !name.is_empty()).fold(NodeId(0), |at, name| {
-            self.entries[at.0 as usize].children[name.as_bytes()]
-        })
+        path.split('/')
+            .filter(|name| !name.is_empty())
+            .fold(NodeId(0), |at, name| self.entries[at.0 as usize].children[name.as_bytes()])
     }
 
     /// Returns the byte a file has at an offset.
@@ -119,7 +121,9 @@ impl MemoryLower {
     }
 
     fn entry(&self, node: NodeId) -> Result<&Entry, LowerError> {
-        self.entries.get(node.0 as usize).ok_or_else(|| LowerError::Contract { detail: format!("no {node:?}") })
+        self.entries
+            .get(node.0 as usize)
+            .ok_or_else(|| LowerError::Contract { detail: format!("no {node:?}") })
     }
 }
 

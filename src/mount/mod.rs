@@ -1,7 +1,7 @@
 //! Basebackups as file systems: the read-only tree, and the writable upper above it.
 //!
 //! ```text
-//! fuse            kernel requests to operations, and back: the only file that names fuser
+//! fuse            kernel requests to operations, and back: the only folder that names fuser
 //! tree            one inode space over virtual directories and volumes
 //! virtual_dir     directories answered one name at a time: the WAL archive, the list of basebackups
 //! lower_volume    a basebackup's tree, read-only        upper    the same, writable, above a local directory

@@ -233,12 +233,19 @@ fn mount_as_root(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountEr
     if options.read_only {
         flags |= MsFlags::MS_RDONLY;
     }
-    nix::mount::mount(Some(safe_name(options).as_str()), path, Some("fuse.walden"), flags, Some(data.as_str()))
-        .map_err(|errno| io_error("mount on", path)(errno.into()))?;
+    nix::mount::mount(
+        Some(safe_name(options).as_str()),
+        path,
+        Some("fuse.walden"),
+        flags,
+        Some(data.as_str()),
+    )
+    .map_err(|errno| io_error("mount on", path)(errno.into()))?;
     Ok(device.into())
 }
 
 /// Lets the set-uid helper mount, and receives the device over a socket.
+#[expect(unsafe_code, reason = "the helper's socket must stay open across exec")]
 fn mount_as_user(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountError> {
     let (ours, theirs) = UnixStream::pair().map_err(io_error("make a socket for", path))?;
     let access = if options.read_only { "ro" } else { "rw" };
@@ -268,6 +275,7 @@ fn mount_as_user(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountEr
     })
 }
 
+#[expect(unsafe_code, reason = "the descriptor arrives as a number")]
 fn receive_device(socket: &UnixStream) -> Option<OwnedFd> {
     let mut byte = [0u8];
     let mut parts = [IoSliceMut::new(&mut byte)];

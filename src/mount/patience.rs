@@ -129,7 +129,11 @@ mod tests {
         (Arc::new(lower), node)
     }
 
-    fn patient(inner: &Arc<MemoryLower>, switch: &Arc<PatienceSwitch>, clock: Arc<dyn Clock>) -> Arc<PatientLower> {
+    fn patient(
+        inner: &Arc<MemoryLower>,
+        switch: &Arc<PatienceSwitch>,
+        clock: Arc<dyn Clock>,
+    ) -> Arc<PatientLower> {
         let mut patient = PatientLower::new(inner.clone(), switch.clone(), clock);
         patient.pause_first = Duration::from_micros(10);
         Arc::new(patient)

@@ -19,8 +19,8 @@ use crate::disk::Owner;
 use crate::mount::caller::Caller;
 use crate::mount::errno;
 use crate::mount::fs::{
-    Attributes, Capacity, Entry, FileKind, IoMode, Lifetime, LocalId, NewNode, OpenFile, Opened, RenameMode, Seek,
-    SetAttributes, Volume,
+    Attributes, Capacity, Entry, FileKind, IoMode, Lifetime, LocalId, NewNode, OpenFile, Opened, RenameMode,
+    Seek, SetAttributes, Volume,
 };
 use crate::mount::listing::{DirectorySource, ListingHandle};
 use crate::mount::lower::LowerError;
@@ -134,7 +134,12 @@ impl Tree {
     }
 
     /// Changes attributes.
-    pub async fn set_attributes(&self, caller: &Caller, ino: Ino, set: SetAttributes) -> Result<Entry<Ino>, Errno> {
+    pub async fn set_attributes(
+        &self,
+        caller: &Caller,
+        ino: Ino,
+        set: SetAttributes,
+    ) -> Result<Entry<Ino>, Errno> {
         let (slot, volume, id) = self.in_volume(ino)?;
         Ok(globally(slot, volume.set_attributes(caller, id, set).await?))
     }
@@ -165,7 +170,9 @@ impl Tree {
     /// Opens a directory for listing.
     pub async fn open_directory(&self, ino: Ino) -> Result<HandleId, Errno> {
         let source = match self.place(ino)? {
-            Place::Volume { slot, volume, id } => DirectorySource::Volume { volume, id, first_number: slot << SLOT_BITS },
+            Place::Volume { slot, volume, id } => {
+                DirectorySource::Volume { volume, id, first_number: slot << SLOT_BITS }
+            }
             Place::Virtual(Item::Directory(directory), _) => DirectorySource::Virtual(directory),
             Place::Virtual(..) => return Err(Errno::ENOTDIR),
         };
@@ -255,7 +262,13 @@ impl Tree {
     }
 
     /// Gives a file another name.
-    pub async fn link(&self, caller: &Caller, ino: Ino, parent: Ino, name: &[u8]) -> Result<Entry<Ino>, Errno> {
+    pub async fn link(
+        &self,
+        caller: &Caller,
+        ino: Ino,
+        parent: Ino,
+        name: &[u8],
+    ) -> Result<Entry<Ino>, Errno> {
         let (slot, volume, id) = self.in_volume(ino)?;
         let (other, _, directory) = self.in_volume(parent)?;
         if slot != other {
@@ -301,7 +314,13 @@ impl Tree {
     }
 
     /// Numbers a found item for the kernel.
-    async fn enter(&self, caller: &Caller, parent: Ino, name: &[u8], found: Found) -> Result<Entry<Ino>, Errno> {
+    async fn enter(
+        &self,
+        caller: &Caller,
+        parent: Ino,
+        name: &[u8],
+        found: Found,
+    ) -> Result<Entry<Ino>, Errno> {
         if let Item::Volume(volume) = &found.item {
             let (slot, volume) = self.lock_items().slot_for(parent, name, volume)?;
             let root = volume.attributes(caller, volume.root()).await?;
@@ -348,7 +367,17 @@ impl Tree {
         let time = SystemTime::from(modified);
         let kind = item.kind();
         let blocks = if kind == FileKind::File { size.div_ceil(512) } else { 0 };
-        Attributes { kind, mode, owner: self.owner, size, blocks, links: 1, atime: time, mtime: time, ctime: time }
+        Attributes {
+            kind,
+            mode,
+            owner: self.owner,
+            size,
+            blocks,
+            links: 1,
+            atime: time,
+            mtime: time,
+            ctime: time,
+        }
     }
 
     fn add_handle(&self, handle: Handle) -> HandleId {

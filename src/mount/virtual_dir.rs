@@ -181,9 +181,9 @@ mod tests {
     async fn a_listing_in_batches_shows_every_name_once() {
         let file = Arc::new(StaticFile::new("x", Timestamp::UNIX_EPOCH));
         let names = ["a", "b", "c", "d", "e"];
-        let directory = names
-            .iter()
-            .fold(StaticDir::new(Timestamp::UNIX_EPOCH), |dir, name| dir.with(name, Item::File(file.clone())));
+        let directory = names.iter().fold(StaticDir::new(Timestamp::UNIX_EPOCH), |dir, name| {
+            dir.with(name, Item::File(file.clone()))
+        });
         let mut seen: Vec<Vec<u8>> = Vec::new();
         loop {
             let batch = directory.list(seen.last().map(Vec::as_slice), 2).await.unwrap();

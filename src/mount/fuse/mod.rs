@@ -1,12 +1,14 @@
 //! The FUSE adapter: translates kernel requests to operations on the tree, and answers them.
 //!
-//! The only file that names fuser. Every request becomes a future; it is polled once on the dispatcher's thread, so
+//! The only folder that names fuser. Every request becomes a future; it is polled once on the dispatcher's thread, so
 //! what needs no waiting is answered there and then, and handed to tokio otherwise. Requests under way are bounded
 //! by the kernel: [`MAX_BACKGROUND`] and one for each waiting thread.
 //!
 //! `getxattr`, `listxattr` and `flush` answer ENOSYS on purpose: the kernel then stops asking, once a write and once
 //! a close. `fsync`, `fsyncdir`, `fallocate`, `lseek` and `link` never do: the kernel would take ENOSYS from an fsync
 //! for success, for ever (failure 37).
+
+mod reply;
 
 use std::ffi::OsStr;
 use std::future::Future;
@@ -17,22 +19,24 @@ use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, Config, Errno as FuseErrno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
-    Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    BsdFileFlags, Config, Errno as FuseErrno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use futures::FutureExt;
 use nix::errno::Errno;
 
 use crate::disk::Owner;
 use crate::mount::caller::Caller;
-use crate::mount::fs::{
-    Entry, FileKind, IoMode, Lifetime, NewNode, RenameMode, Seek, SetAttributes, SetTime,
+use crate::mount::fs::{NewNode, RenameMode, Seek, SetAttributes, SetTime};
+use crate::mount::fuse::reply::{
+    file_attr, file_type, open_flags, reply_attributes, reply_capacity, reply_empty, reply_entry,
+    time_to_live,
 };
 use crate::mount::tree::{HandleId, Ino, Tree};
 
@@ -44,9 +48,6 @@ const REQUEST_BYTES_MAX: u32 = 1024 * 1024;
 
 /// Threads that read requests: more than two gain nothing, since whatever waits is handed to tokio.
 const DISPATCHERS: usize = 2;
-
-/// How long the kernel may trust what cannot change behind its back.
-const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// A mount's loop: it answers requests until the file system is unmounted.
 #[derive(Debug)]
@@ -73,7 +74,9 @@ impl Loop {
 
     /// Waits until the file system is unmounted.
     pub(crate) fn join(self) -> io::Result<()> {
-        self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that answers FUSE requests panicked")))
+        self.thread
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread that answers FUSE requests panicked")))
     }
 }
 
@@ -125,7 +128,8 @@ impl Adapter {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let wanted = InitFlags::FUSE_PARALLEL_DIROPS | InitFlags::FUSE_ASYNC_DIO | InitFlags::FUSE_CACHE_SYMLINKS;
+        let wanted =
+            InitFlags::FUSE_PARALLEL_DIROPS | InitFlags::FUSE_ASYNC_DIO | InitFlags::FUSE_CACHE_SYMLINKS;
         // An older kernel lacks some; each only makes things faster.
         let _ = config.add_capabilities(wanted & config.capabilities());
         let refused = |_| io::Error::other("fuser refused a constant");
@@ -223,7 +227,15 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
         let name = name.as_bytes().to_vec();
         self.with_tree(
             request,
@@ -393,7 +405,14 @@ impl Filesystem for Adapter {
         );
     }
 
-    fn readdir(&self, request: &Request, _: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(
+        &self,
+        request: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
         self.with_tree(
             request,
             move |tree, caller| async move {
@@ -433,19 +452,7 @@ impl Filesystem for Adapter {
         self.with_tree(
             request,
             move |tree, _| async move { tree.capacity(Ino(ino.0)) },
-            |capacity| match capacity {
-                Ok(c) => reply.statfs(
-                    c.blocks,
-                    c.blocks_free,
-                    c.blocks_available,
-                    c.files,
-                    c.files_free,
-                    c.block_size,
-                    255,
-                    c.block_size,
-                ),
-                Err(errno) => reply.error(errno),
-            },
+            |capacity| reply_capacity(reply, capacity),
         );
     }
 
@@ -534,76 +541,5 @@ impl Filesystem for Adapter {
                 Err(errno) => reply.error(errno),
             },
         );
-    }
-}
-
-fn reply_entry(reply: ReplyEntry, found: Result<Entry<Ino>, FuseErrno>) {
-    match found {
-        Ok(entry) => {
-            let ttl = time_to_live(entry.lifetime);
-            reply.entry_with_ttls(&ttl, &ttl, &file_attr(&entry), Generation(0));
-        }
-        // An error carries no time to live: the kernel never remembers that a name is absent.
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn reply_attributes(reply: ReplyAttr, found: Result<Entry<Ino>, FuseErrno>) {
-    match found {
-        Ok(entry) => reply.attr(&time_to_live(entry.lifetime), &file_attr(&entry)),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn reply_empty(reply: ReplyEmpty, done: Result<(), FuseErrno>) {
-    match done {
-        Ok(()) => reply.ok(),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn time_to_live(lifetime: Lifetime) -> Duration {
-    match lifetime {
-        Lifetime::Forever => FOREVER,
-        Lifetime::Once => Duration::ZERO,
-    }
-}
-
-fn open_flags(mode: IoMode) -> FopenFlags {
-    match mode {
-        IoMode::Cached => FopenFlags::FOPEN_KEEP_CACHE,
-        IoMode::Direct => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
-    }
-}
-
-fn file_type(kind: FileKind) -> FileType {
-    match kind {
-        FileKind::Directory => FileType::Directory,
-        FileKind::File => FileType::RegularFile,
-        FileKind::Symlink => FileType::Symlink,
-        FileKind::Fifo => FileType::NamedPipe,
-        FileKind::Socket => FileType::Socket,
-    }
-}
-
-fn file_attr(entry: &Entry<Ino>) -> FileAttr {
-    let shown = &entry.attributes;
-    FileAttr {
-        ino: INodeNo(entry.id.0),
-        size: shown.size,
-        blocks: shown.blocks,
-        atime: shown.atime,
-        mtime: shown.mtime,
-        ctime: shown.ctime,
-        crtime: shown.ctime,
-        kind: file_type(shown.kind),
-        // Permission bits fit: they were masked where they came from.
-        perm: (shown.mode & 0o7777) as u16,
-        nlink: shown.links,
-        uid: shown.owner.uid,
-        gid: shown.owner.gid,
-        rdev: 0,
-        blksize: 4096,
-        flags: 0,
     }
 }

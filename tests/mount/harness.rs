@@ -1,0 +1,77 @@
+//! A scratch folder, a mount in it, and a shell to poke at it with.
+//!
+//! The shell is another process on purpose: a test that reads its own mount from a runtime thread can deadlock.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use walden::mount::{MountOptions, Mounted, Tree, mount};
+
+/// A mounted tree in a scratch folder.
+pub struct Fixture {
+    // Dropped in this order: the mount goes before the runtime that answers it and the folder it lies in.
+    pub mounted: Option<Mounted>,
+    _runtime: tokio::runtime::Runtime,
+    scratch: tempfile::TempDir,
+}
+
+impl Fixture {
+    /// Mounts a tree, or returns `None` after saying why it cannot be done here.
+    pub fn mount(tree: impl FnOnce(&Path) -> Arc<Tree>, read_only: bool) -> Option<Self> {
+        if !can_mount() {
+            return None;
+        }
+        let scratch = tempfile::Builder::new().prefix("walden-mount-").tempdir().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let point = scratch.path().join("mnt");
+        std::fs::create_dir(&point).unwrap();
+        let options = MountOptions::new("walden-test", read_only);
+        let mounted = mount(tree(scratch.path()), &point, &options, runtime.handle()).unwrap();
+        Some(Self { mounted: Some(mounted), _runtime: runtime, scratch })
+    }
+
+    pub fn point(&self) -> PathBuf {
+        self.scratch.path().join("mnt")
+    }
+
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// Runs a shell script in the mount point and returns its output; a failure fails the test.
+    pub fn shell(&self, script: &str) -> String {
+        let output = run(&self.point(), script);
+        assert!(
+            output.status.success(),
+            "{script}\n{}\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a script that must fail and returns what it said.
+    pub fn shell_fails(&self, script: &str) -> String {
+        let output = run(&self.point(), script);
+        assert!(!output.status.success(), "{script} succeeded");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+}
+
+/// Runs a script somewhere.
+pub fn run(place: &Path, script: &str) -> Output {
+    Command::new("bash").args(["-euo", "pipefail", "-c", script]).current_dir(place).output().unwrap()
+}
+
+fn can_mount() -> bool {
+    let root = walden::disk::Owner::current().is_root();
+    if root && Path::new("/dev/fuse").exists() {
+        return true;
+    }
+    assert!(std::env::var_os("CI").is_none(), "mount tests need root and /dev/fuse, and CI is set");
+    eprintln!("SKIPPED: mount tests need root and /dev/fuse");
+    false
+}

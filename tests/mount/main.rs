@@ -1,0 +1,7 @@
+//! A real mount, used by real processes: what the kernel makes of our answers.
+//!
+//! Needs `/dev/fuse` and root. Where that is missing each test says so loudly and passes, unless `CI` is set: then it
+//! fails. Everything lies in a scratch folder of its own; what is mounted is unmounted again when a test fails too.
+
+mod harness;
+mod read_only;
