@@ -1,1 +1,17 @@
 //! What exists in a site: basebackups, WAL coverage, timelines, and what recovery needs of them.
+//!
+//! Everything is read from names and signed headers where that is enough, so that most questions need no private
+//! key. Decisions are pure: a plan is made from lists, and the answer to one name from the plan and the store's word.
+//! Deliberately absent: carrying anything out; `wal`, `mount` and `restore` ask here and act.
+
+pub mod recovery_plan;
+pub mod recovery_target;
+pub mod timeline_tree;
+pub mod wal_coverage;
+
+pub use recovery_plan::{
+    Answer, InArchive, PLAN_FILE_NAME, PlanError, RecoveryPlan, TimelineSpan, answer, plan_recovery,
+};
+pub use recovery_target::{RecoveryTarget, Target, TargetAction};
+pub use timeline_tree::{Stretch, TimelineTree};
+pub use wal_coverage::{TimelineCoverage, WalCoverage, list_clusters};

@@ -1,0 +1,339 @@
+//! What a recovery may ask of the archive, and the answer to each name it asks for.
+//!
+//! PostgreSQL takes "not there" for "the archive ends here" and promotes. So *absent* is said only of what lies
+//! outside the plan or is proven not to exist; what lies inside and does not come is *cannot tell*, however the
+//! store failed (failure 1). The plan is pinned when recovery begins: WAL that is archived later is not part of it.
+//! A standby's plan pins nothing, because a standby waits and never promotes by itself (failure 1a).
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::recovery_target::{RecoveryTarget, Target};
+use crate::catalog::timeline_tree::TimelineTree;
+use crate::catalog::wal_coverage::{TimelineCoverage, WalCoverage};
+use crate::pg::{ArchiveFileName, Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
+use crate::repo::documents::BackupRecord;
+use crate::repo::{BasebackupId, ClusterId};
+
+/// The name of the plan's file in a data directory.
+pub const PLAN_FILE_NAME: &str = "walden.plan.json";
+
+/// What a recovery may ask of the archive.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryPlan {
+    /// Version of this file, 1.
+    pub format: u32,
+    /// The cluster whose archive it is.
+    pub cluster: ClusterId,
+    /// The basebackup that recovery starts from, where Walden restored it.
+    pub basebackup: Option<BasebackupId>,
+    /// The stretches of WAL that recovery goes through, or may go through.
+    pub spans: Vec<TimelineSpan>,
+    /// Whether the server is a standby, which follows the archive and never ends.
+    pub standby: bool,
+}
+
+/// The segments of one timeline that belong to a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimelineSpan {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// First segment.
+    pub first: WalSegmentName,
+    /// Last segment; none where the plan is not pinned.
+    pub last: Option<WalSegmentName>,
+    /// Whether the timeline's history file was in the archive.
+    pub history: bool,
+}
+
+/// What the store says of a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InArchive {
+    /// It is there.
+    Present,
+    /// The store answered that it is not there.
+    Absent,
+    /// The store did not answer, or what it gave is damaged.
+    Unknown,
+}
+
+/// What is answered to a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// The file is handed out.
+    Serve,
+    /// The archive ends before it.
+    Absent,
+    /// Recovery must not go on without it.
+    CannotTell,
+}
+
+/// Why no plan can be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The target lies before the basebackup is consistent.
+    #[error("{target} is before the end of basebackup {basebackup} at {stop}")]
+    BeforeBackup { target: String, basebackup: BasebackupId, stop: String },
+    /// The target timeline does not descend from the basebackup.
+    #[error(
+        "timeline {timeline} does not contain basebackup {basebackup}, which ended at {stop_lsn} on timeline {from}"
+    )]
+    OtherTimeline { timeline: TimelineId, basebackup: BasebackupId, from: TimelineId, stop_lsn: Lsn },
+    /// A segment is missing before the end of what is needed.
+    #[error("WAL segment {missing} is missing from the archive, and recovery needs {first} through {last}")]
+    Hole { missing: WalSegmentName, first: WalSegmentName, last: WalSegmentName },
+    /// The archive ends before the target.
+    #[error("the archive ends before {target}: its newest WAL segment on timeline {timeline} ends at {end}")]
+    BeyondArchive { target: String, timeline: TimelineId, end: Lsn },
+}
+
+impl PlanError {
+    /// Returns what the user should do.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::BeforeBackup { .. } => "Choose an older basebackup, or a later target.",
+            Self::OtherTimeline { .. } => "Choose a basebackup that the target timeline descends from.",
+            Self::Hole { .. } => "Push the segment again from pg_wal if the server still has it.",
+            Self::BeyondArchive { .. } => "Choose an earlier target, or wait until more WAL is archived.",
+        }
+    }
+}
+
+/// Plans recovery from a basebackup to a target, by what the archive holds.
+///
+/// Returns the plan and the numeric timeline that recovery follows.
+pub fn plan_recovery(
+    record: &BackupRecord,
+    tree: &TimelineTree,
+    coverage: &WalCoverage,
+    target: &RecoveryTarget,
+) -> Result<(RecoveryPlan, TimelineId), PlanError> {
+    let size = record.cluster.segment_size;
+    let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
+    if timeline != record.timeline && !tree.passes(timeline, record.timeline, record.stop_lsn) {
+        let (basebackup, from, stop_lsn) = (record.id, record.timeline, record.stop_lsn);
+        return Err(PlanError::OtherTimeline { timeline, basebackup, from, stop_lsn });
+    }
+    check_target(record, target)?;
+    // Recovery to *immediate* ends at the stop position and needs nothing behind it.
+    let needed_to = match target.target {
+        Target::Immediate => record.stop_lsn,
+        Target::Lsn(lsn) => lsn,
+        _ => record.stop_lsn,
+    };
+    let nothing = TimelineCoverage::default();
+    let mut spans = Vec::new();
+    for stretch in tree.way_to(timeline) {
+        if stretch.end.is_some_and(|end| end < record.start_lsn) || stretch.timeline < record.timeline {
+            continue;
+        }
+        let held = coverage.timelines.get(&stretch.timeline).unwrap_or(&nothing);
+        let first = WalSegmentNumber::containing(stretch.begin.max(record.start_lsn), size);
+        let last = match stretch.end {
+            // The switch-point segment is read from the child, which begins with a copy of it.
+            Some(end) => WalSegmentNumber::containing(end, size).0.checked_sub(1).map(WalSegmentNumber),
+            None => {
+                let needed = WalSegmentNumber::ending_at(needed_to, size).max(first);
+                let newest = held.last().filter(|newest| *newest >= first);
+                if target.target == Target::Immediate {
+                    Some(needed)
+                } else {
+                    Some(newest.unwrap_or(first).max(needed))
+                }
+            }
+        };
+        let Some(last) = last.filter(|last| *last >= first) else { continue };
+        let name = |number| WalSegmentName::new(stretch.timeline, number, size);
+        if let Some(missing) = held.first_missing(first, last) {
+            let newest = held.last().filter(|newest| *newest >= first);
+            if stretch.end.is_none() && newest.is_none_or(|newest| missing > newest) {
+                let end = newest
+                    .map_or(stretch.begin.max(record.start_lsn), |newest| newest.next().start_lsn(size));
+                let target = target.target.to_string();
+                return Err(PlanError::BeyondArchive { target, timeline: stretch.timeline, end });
+            }
+            return Err(PlanError::Hole { missing: name(missing), first: name(first), last: name(last) });
+        }
+        let history = tree.branch(stretch.timeline).is_some();
+        spans.push(TimelineSpan {
+            timeline: stretch.timeline,
+            first: name(first),
+            last: Some(name(last)),
+            history,
+        });
+    }
+    let plan = RecoveryPlan {
+        format: 1,
+        cluster: record.cluster,
+        basebackup: Some(record.id),
+        spans,
+        standby: false,
+    };
+    Ok((plan, timeline))
+}
+
+fn check_target(record: &BackupRecord, target: &RecoveryTarget) -> Result<(), PlanError> {
+    let before = |stop: String| {
+        Err(PlanError::BeforeBackup { target: target.target.to_string(), basebackup: record.id, stop })
+    };
+    match &target.target {
+        Target::Lsn(lsn) if *lsn < record.stop_lsn => before(record.stop_lsn.to_string()),
+        Target::Time(time) if *time < record.stopped_at => before(record.stopped_at.to_string()),
+        _ => Ok(()),
+    }
+}
+
+impl RecoveryPlan {
+    /// Makes the plan of a server that was not restored by Walden: every timeline from its beginning to its newest
+    /// stored segment, or without an end for a standby.
+    pub fn of_archive(
+        cluster: ClusterId,
+        tree: &TimelineTree,
+        coverage: &WalCoverage,
+        standby: bool,
+    ) -> Self {
+        let size = cluster.segment_size;
+        let spans = coverage
+            .timelines
+            .iter()
+            .filter_map(|(timeline, held)| {
+                let newest = held.last()?;
+                let begin = tree.branch(*timeline).map_or(Lsn::ZERO, |branch| branch.switch);
+                let name = |number| WalSegmentName::new(*timeline, number, size);
+                let first = held.runs().first()?.0.max(WalSegmentNumber::containing(begin, size));
+                let last = (!standby).then(|| name(newest));
+                let history = tree.branch(*timeline).is_some();
+                Some(TimelineSpan { timeline: *timeline, first: name(first), last, history })
+            })
+            .collect();
+        Self { format: 1, cluster, basebackup: None, spans, standby }
+    }
+
+    /// Returns the span of a timeline.
+    pub fn span(&self, timeline: TimelineId) -> Option<&TimelineSpan> {
+        self.spans.iter().find(|span| span.timeline == timeline)
+    }
+
+    /// Returns whether recovery may need the file of this name.
+    pub fn contains(&self, name: ArchiveFileName) -> bool {
+        match name {
+            ArchiveFileName::Segment(segment) => self.contains_segment(segment),
+            ArchiveFileName::History(timeline) => self.span(timeline).is_some_and(|span| span.history),
+            // Recovery never asks for these; people do.
+            ArchiveFileName::Partial(_) | ArchiveFileName::BackupHistory { .. } => false,
+        }
+    }
+
+    fn contains_segment(&self, segment: WalSegmentName) -> bool {
+        // A standby follows timelines that did not exist when its plan was made.
+        if self.standby {
+            return true;
+        }
+        self.span(segment.timeline())
+            .is_some_and(|span| span.first <= segment && span.last.is_none_or(|last| segment <= last))
+    }
+}
+
+/// Decides what is answered to one name.
+///
+/// `valid_in_pg_wal` says that the server has the segment itself, in which case it is told *absent* and reads its
+/// own copy.
+pub fn answer(
+    plan: &RecoveryPlan,
+    name: ArchiveFileName,
+    archive: InArchive,
+    valid_in_pg_wal: bool,
+) -> Answer {
+    let is_segment = matches!(name, ArchiveFileName::Segment(_));
+    match archive {
+        // Behind the pinned end recovery has no business, even if the segment has come since.
+        InArchive::Present if is_segment && !plan.contains(name) => Answer::Absent,
+        InArchive::Present => Answer::Serve,
+        InArchive::Absent if valid_in_pg_wal || plan.standby || !plan.contains(name) => Answer::Absent,
+        InArchive::Absent => Answer::CannotTell,
+        // The server asks for one segment past the target, which no failing store may turn into an error.
+        InArchive::Unknown if is_segment && !plan.contains(name) => Answer::Absent,
+        InArchive::Unknown => Answer::CannotTell,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn timeline(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn plan() -> RecoveryPlan {
+        RecoveryPlan {
+            format: 1,
+            cluster: "7301234567890123456-16".parse().unwrap(),
+            basebackup: None,
+            spans: vec![
+                TimelineSpan {
+                    timeline: timeline(1),
+                    first: "000000010000000000000002".parse().unwrap(),
+                    last: Some("000000010000000000000004".parse().unwrap()),
+                    history: false,
+                },
+                TimelineSpan {
+                    timeline: timeline(2),
+                    first: "000000020000000000000005".parse().unwrap(),
+                    last: Some("000000020000000000000007".parse().unwrap()),
+                    history: true,
+                },
+            ],
+            standby: false,
+        }
+    }
+
+    fn ask(plan: &RecoveryPlan, name: &str, archive: InArchive) -> Answer {
+        answer(plan, name.parse().unwrap(), archive, false)
+    }
+
+    /// Failure 1: a store error during recovery looked like the end of the archive.
+    #[test]
+    fn inside_the_plan_nothing_but_the_file_itself_is_an_answer() {
+        for name in ["000000010000000000000003", "000000020000000000000007", "00000002.history"] {
+            assert_eq!(ask(&plan(), name, InArchive::Present), Answer::Serve);
+            assert_eq!(ask(&plan(), name, InArchive::Absent), Answer::CannotTell);
+            assert_eq!(ask(&plan(), name, InArchive::Unknown), Answer::CannotTell);
+        }
+    }
+
+    #[test]
+    fn outside_the_plan_the_archive_has_ended() {
+        for name in ["000000020000000000000008", "000000010000000000000005", "000000030000000000000005"] {
+            for archive in [InArchive::Present, InArchive::Absent, InArchive::Unknown] {
+                assert_eq!(ask(&plan(), name, archive), Answer::Absent, "{name}");
+            }
+        }
+    }
+
+    /// Failure 9: a missing `.history` made recovery stop on the older timeline.
+    #[test]
+    fn a_history_file_is_absent_only_when_the_store_says_so() {
+        assert_eq!(ask(&plan(), "00000001.history", InArchive::Absent), Answer::Absent);
+        assert_eq!(ask(&plan(), "00000003.history", InArchive::Absent), Answer::Absent);
+        // One that exists is shown: the server must not choose its number again.
+        assert_eq!(ask(&plan(), "00000003.history", InArchive::Present), Answer::Serve);
+        assert_eq!(ask(&plan(), "00000003.history", InArchive::Unknown), Answer::CannotTell);
+    }
+
+    /// Failure 1a: the same rule turned round shut a standby down on a healthy archive.
+    #[test]
+    fn a_standby_is_told_absent_and_waits() {
+        let standby = RecoveryPlan { standby: true, ..plan() };
+        assert_eq!(ask(&standby, "000000020000000000000008", InArchive::Absent), Answer::Absent);
+        assert_eq!(ask(&standby, "000000020000000000000008", InArchive::Present), Answer::Serve);
+        assert_eq!(ask(&standby, "000000030000000000000008", InArchive::Present), Answer::Serve);
+        assert_eq!(ask(&standby, "000000020000000000000006", InArchive::Unknown), Answer::CannotTell);
+    }
+
+    #[test]
+    fn what_the_server_has_itself_it_may_read_itself() {
+        let name = "000000020000000000000006".parse().unwrap();
+        assert_eq!(answer(&plan(), name, InArchive::Absent, true), Answer::Absent);
+        assert_eq!(answer(&plan(), name, InArchive::Unknown, true), Answer::CannotTell);
+    }
+}

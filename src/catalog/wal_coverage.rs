@@ -1,0 +1,159 @@
+//! Which WAL is in the archive: for each timeline the segments that stand there, as runs of neighbours.
+//!
+//! Found by listing names alone: whether a segment is whole is told when it is read. A run that ends before the
+//! next begins is a hole. Segments past a switch point and partial segments are listed and never counted as
+//! *later* by those who ask whether something is missing.
+
+use std::collections::BTreeMap;
+
+use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+use crate::repo::layout::{ObjectName, WalObjectName};
+use crate::repo::{ClusterId, Error, Repository};
+
+/// The segments of one timeline.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TimelineCoverage {
+    /// First and last segment of each run, ascending.
+    runs: Vec<(WalSegmentNumber, WalSegmentNumber)>,
+    /// Segments that exist as `.partial`.
+    pub partials: Vec<WalSegmentName>,
+}
+
+/// The segments of a cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WalCoverage {
+    /// By timeline.
+    pub timelines: BTreeMap<TimelineId, TimelineCoverage>,
+}
+
+/// Keys asked for at a time, as many as S3 gives.
+const PAGE: usize = 1000;
+
+impl TimelineCoverage {
+    /// Adds a segment, which is not before any that was added.
+    pub fn push(&mut self, number: WalSegmentNumber) {
+        match self.runs.last_mut() {
+            Some((_, last)) if *last == number => {}
+            Some((_, last)) if last.next() == number => *last = number,
+            _ => self.runs.push((number, number)),
+        }
+    }
+
+    /// Returns the runs, ascending.
+    pub fn runs(&self) -> &[(WalSegmentNumber, WalSegmentNumber)] {
+        &self.runs
+    }
+
+    /// Returns the newest segment.
+    pub fn last(&self) -> Option<WalSegmentNumber> {
+        self.runs.last().map(|(_, last)| *last)
+    }
+
+    /// Returns whether a segment is there.
+    pub fn contains(&self, number: WalSegmentNumber) -> bool {
+        self.runs.iter().any(|(first, last)| (*first..=*last).contains(&number))
+    }
+
+    /// Returns the first segment of `first..=last` that is not there.
+    pub fn first_missing(&self, first: WalSegmentNumber, last: WalSegmentNumber) -> Option<WalSegmentNumber> {
+        let mut wanted = first;
+        for (from, to) in &self.runs {
+            if wanted > last || *from > wanted {
+                break;
+            }
+            if *to >= wanted {
+                wanted = to.next();
+            }
+        }
+        (wanted <= last).then_some(wanted)
+    }
+}
+
+impl WalCoverage {
+    /// Lists one timeline from the log of `from` on.
+    pub async fn load_timeline(
+        repository: &Repository,
+        cluster: ClusterId,
+        timeline: TimelineId,
+        from: WalSegmentNumber,
+    ) -> Result<TimelineCoverage, Error> {
+        let layout = repository.layout();
+        let size = cluster.segment_size;
+        let mut coverage = TimelineCoverage::default();
+        let prefix = layout.wal_timeline(cluster, timeline);
+        // The key just before the first wanted one in the order of listing; it need not exist.
+        let mut after = (from.0 > 0).then(|| {
+            let before = WalSegmentName::new(timeline, WalSegmentNumber(from.0 - 1), size);
+            layout.wal_object(cluster, WalObjectName::Segment(before))
+        });
+        loop {
+            let page = repository.store().list(&prefix, after.as_ref(), PAGE).await?;
+            for object in &page {
+                if let Some(ObjectName::Wal(_, name)) = layout.parse(&object.key) {
+                    coverage.take(name, size);
+                }
+            }
+            if page.len() < PAGE {
+                return Ok(coverage);
+            }
+            after = page.last().map(|object| object.key.clone());
+        }
+    }
+
+    /// Lists every timeline of a cluster.
+    pub async fn load(repository: &Repository, cluster: ClusterId) -> Result<Self, Error> {
+        let layout = repository.layout();
+        let folder = repository.store().list_folder(&layout.wal(cluster)).await?;
+        let mut timelines = BTreeMap::new();
+        for timeline in
+            folder.folders.iter().filter_map(|folder| layout.parse_timeline_folder(cluster, folder))
+        {
+            let coverage = Self::load_timeline(repository, cluster, timeline, WalSegmentNumber(0)).await?;
+            timelines.insert(timeline, coverage);
+        }
+        Ok(Self { timelines })
+    }
+}
+
+impl TimelineCoverage {
+    fn take(&mut self, name: WalObjectName, size: WalSegmentSize) {
+        match name {
+            WalObjectName::Segment(segment) => {
+                if let Ok(number) = segment.number(size) {
+                    self.push(number);
+                }
+            }
+            WalObjectName::Partial { segment, .. } => self.partials.push(segment),
+            WalObjectName::BackupHistory { .. } => {}
+        }
+    }
+}
+
+/// Lists the clusters of a site.
+pub async fn list_clusters(repository: &Repository) -> Result<Vec<ClusterId>, Error> {
+    let folder = repository.store().list_folder(&repository.layout().clusters()).await?;
+    Ok(folder.folders.iter().filter_map(|folder| repository.layout().parse_cluster_folder(folder)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn runs_answer_as_a_set_would(numbers in proptest::collection::btree_set(0u64..60, 0..40), from in 0u64..60, len in 0u64..20) {
+            let mut coverage = TimelineCoverage::default();
+            numbers.iter().for_each(|number| coverage.push(WalSegmentNumber(*number)));
+            let model: BTreeSet<u64> = numbers;
+            let missing = (from..=from + len).find(|number| !model.contains(number));
+            let (first, last) = (WalSegmentNumber(from), WalSegmentNumber(from + len));
+            prop_assert_eq!(coverage.first_missing(first, last), missing.map(WalSegmentNumber));
+            prop_assert_eq!(coverage.last(), model.last().copied().map(WalSegmentNumber));
+            prop_assert_eq!(coverage.contains(first), model.contains(&from));
+        }
+    }
+}
