@@ -1,8 +1,143 @@
 //! The command line: one file per command, and the only module that prints.
+//!
+//! arguments → clap → [`Context`] → the command's `run` → a report on standard output, or `error: …` and `hint: …`
+//! on standard error → an exit status. To add a command: a file with its arguments and `run`, and a line each in
+//! `mod`, [`Command`] and [`Command::run`]. A command whose time has not come is absent.
 
+mod arguments;
+mod context;
+mod error;
+mod exit;
+mod key;
+mod logging;
+mod output;
+mod text;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
+
+use clap::error::{ContextKind, ErrorKind};
+use clap::{Parser, Subcommand};
+
+use crate::config::Environment;
+
+pub use context::{Context, GlobalOptions};
+pub use error::CommandError;
+pub use exit::{ExitKind, ExitPolicy};
+pub use output::{Format, Output, Report};
+pub use text::{Align, TextStyle, TextTable};
+
+/// PostgreSQL backups that are file systems you can start PostgreSQL on
+#[derive(Debug, Parser)]
+#[command(name = "walden", version, disable_help_subcommand = true, max_term_width = 110)]
+struct CommandLine {
+    #[command(flatten)]
+    global: GlobalOptions,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Key(key::Key),
+}
+
+impl Command {
+    fn run(&self, context: &Context) -> Result<(), CommandError> {
+        match self {
+            Self::Key(command) => command.run(context),
+        }
+    }
+}
 
 /// Runs the command line and returns the exit status.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    panic::set_hook(Box::new(|panic| report_panic(&mut io::stderr().lock(), panic)));
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let status = run(&arguments, Environment::of_process(), Box::new(io::stdout()), &mut io::stderr());
+    ExitCode::from(status)
+}
+
+/// Runs one command line; whatever happens, a panic included, ends in a status of its policy.
+fn run(
+    arguments: &[OsString],
+    environment: Environment,
+    stdout: Box<dyn Write + Send>,
+    stderr: &mut dyn Write,
+) -> u8 {
+    let policy = arguments::exit_policy(arguments);
+    let style = TextStyle { time_zone: environment.time_zone.clone() };
+    let format = if arguments::wants_json(arguments) { Format::Json } else { Format::Text };
+    let command_line = match CommandLine::try_parse_from(arguments) {
+        Ok(command_line) => command_line,
+        Err(error) => {
+            let output = Output::new(format, style, stdout);
+            return finish(&output, policy, answer_clap(&output, &error), stderr);
+        }
+    };
+    let output = Output::new(command_line.global.format(), style, stdout);
+    let context = Context::new(command_line.global, environment, output);
+    let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
+        logging::start(&context)?;
+        command_line.command.run(&context)
+    }));
+    match outcome {
+        Ok(outcome) => finish(&context.output, policy, outcome, stderr),
+        // The hook has told of it already; what is left is the status, and the document for JSON.
+        Err(_) => finish(&context.output, policy, Err(CommandError::panicked()), &mut io::sink()),
+    }
+}
+
+/// Tells of a failure and returns the status.
+fn finish(
+    output: &Output,
+    policy: ExitPolicy,
+    outcome: Result<(), CommandError>,
+    stderr: &mut dyn Write,
+) -> u8 {
+    match outcome {
+        Ok(()) => policy.status(Ok(())),
+        Err(error) => {
+            output::write_failure(stderr, &error.message(), error.hint.as_deref());
+            output.print_failure(&error, policy);
+            policy.status(Err(error.kind))
+        }
+    }
+}
+
+/// Prints the help that clap was asked for, or turns its complaint into ours.
+fn answer_clap(output: &Output, error: &clap::Error) -> Result<(), CommandError> {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => output.print_plain(&error.render().to_string()),
+        _ => Err(complaint_of(error)),
+    }
+}
+
+/// Brings clap's complaint into the form `error: …`, `hint: …`.
+fn complaint_of(error: &clap::Error) -> CommandError {
+    let rendered = error.render().to_string();
+    let mut paragraphs = rendered.split("\n\n").map(str::trim);
+    let message = paragraphs.next().unwrap_or_default();
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    // A list of missing arguments comes on lines of its own.
+    let message = message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let suggestion =
+        [ContextKind::SuggestedSubcommand, ContextKind::SuggestedArg, ContextKind::SuggestedValue]
+            .into_iter()
+            .find_map(|kind| error.get(kind).map(ToString::to_string));
+    let hint = match suggestion {
+        Some(word) => format!("Did you mean \"{word}\"?"),
+        None => "`walden --help` and `walden COMMAND --help` tell what there is.".to_owned(),
+    };
+    CommandError::usage(message).hint(hint)
+}
+
+fn report_panic(stderr: &mut dyn Write, panic: &panic::PanicHookInfo<'_>) {
+    let message = panic.payload_as_str().unwrap_or("no message");
+    let place = panic.location().map_or_else(String::new, |place| format!(" ({place})"));
+    let hint =
+        format!("This is a bug in walden {}; the command stopped where it was.", env!("CARGO_PKG_VERSION"));
+    output::write_failure(stderr, &format!("internal error: {message}{place}"), Some(&hint));
 }

@@ -1,0 +1,121 @@
+//! What every command is given: the global options, the environment, and what follows from both.
+//!
+//! The configuration is read when a command first asks for it, because some commands (`demo`, `key create`) need
+//! none and must work where it is broken.
+
+use std::cell::OnceCell;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{ArgAction, Args};
+
+use crate::clock::{Clock, SystemClock};
+use crate::config::{Config, Environment, SiteConfig};
+use crate::monitor::{Monitor, VoidMonitor};
+
+use super::error::CommandError;
+use super::exit::ExitKind;
+use super::output::{Format, Output};
+
+/// Options of every command, before or after its name.
+#[derive(Debug, Clone, Args)]
+pub struct GlobalOptions {
+    /// The configuration file; else WALDEN_CONFIG, ./walden.toml, /etc/walden/walden.toml
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
+    pub config: Option<PathBuf>,
+
+    /// The site; else WALDEN_SITE, else the only one that is configured
+    #[arg(long, global = true, value_name = "NAME", help_heading = "Global options")]
+    pub site: Option<String>,
+
+    /// The form of what is printed on standard output
+    #[arg(long, global = true, value_enum, value_name = "FORM", help_heading = "Global options")]
+    pub output: Option<Format>,
+
+    /// The same as --output json
+    #[arg(long, global = true, conflicts_with = "output", help_heading = "Global options")]
+    pub json: bool,
+
+    /// Says more on standard error; twice: even more
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = "Global options")]
+    pub verbose: u8,
+
+    /// Says only errors on standard error
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    pub quiet: bool,
+
+    /// Shows no progress, also on a terminal
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub no_progress: bool,
+}
+
+impl GlobalOptions {
+    /// Returns the form of what is printed.
+    pub fn format(&self) -> Format {
+        if self.json { Format::Json } else { self.output.unwrap_or(Format::Text) }
+    }
+}
+
+/// What a command works with.
+#[derive(Debug)]
+pub struct Context {
+    /// The global options.
+    pub global: GlobalOptions,
+    /// The environment of the process.
+    pub environment: Environment,
+    /// Where the report goes.
+    pub output: Output,
+    config: OnceCell<Config>,
+}
+
+impl Context {
+    /// Creates the context of one command.
+    pub fn new(global: GlobalOptions, environment: Environment, output: Output) -> Self {
+        Self { global, environment, output, config: OnceCell::new() }
+    }
+
+    /// Returns the configuration, read at the first call.
+    pub fn config(&self) -> Result<&Config, CommandError> {
+        if let Some(config) = self.config.get() {
+            return Ok(config);
+        }
+        let config = Config::load(self.global.config.as_deref(), &self.environment)?;
+        Ok(self.config.get_or_init(|| config))
+    }
+
+    /// Returns the site that was chosen, or the only one.
+    pub fn site(&self) -> Result<&SiteConfig, CommandError> {
+        let name = match &self.global.site {
+            Some(name) => Some(name.clone()),
+            None => self.environment.site()?,
+        };
+        Ok(self.config()?.site(name.as_deref())?)
+    }
+
+    /// Returns the clock.
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        Arc::new(SystemClock)
+    }
+
+    /// Returns whom engines report to.
+    pub fn monitor(&self) -> Arc<dyn Monitor> {
+        Arc::new(VoidMonitor)
+    }
+
+    /// Runs a future on this thread, for commands that wait for one thing at a time and must start quickly.
+    pub fn block_on_one_thread<T>(&self, future: impl Future<Output = T>) -> Result<T, CommandError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Ok(runtime.map_err(|error| no_runtime(&error))?.block_on(future))
+    }
+
+    /// Runs a future on a runtime with a worker for each core.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> Result<T, CommandError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        Ok(runtime.map_err(|error| no_runtime(&error))?.block_on(future))
+    }
+}
+
+fn no_runtime(error: &std::io::Error) -> CommandError {
+    CommandError::new(ExitKind::Failed, format!("could not start the async runtime: {error}"))
+}

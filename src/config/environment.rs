@@ -1,0 +1,112 @@
+//! The environment of the process, taken once and passed on; nothing below reads it.
+//!
+//! What Walden looks at: its own `WALDEN_*`, the home and XDG folders for default paths, `TZ`, the credentials of
+//! the store (`AWS_*`, proxies) and libpq's `PG*`. Tests write an environment down instead of changing the
+//! process's, which would race with every other thread.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+
+use jiff::tz::TimeZone;
+
+use super::error::{Error, Result};
+
+/// A snapshot of the environment and of who is asking.
+#[derive(Debug, Clone)]
+pub struct Environment {
+    variables: BTreeMap<OsString, OsString>,
+    /// The effective user.
+    pub uid: u32,
+    /// The zone in which times without a zone are meant and times are shown.
+    pub time_zone: TimeZone,
+}
+
+impl Environment {
+    /// Takes the environment of this process.
+    pub fn of_process() -> Self {
+        Self {
+            variables: std::env::vars_os().collect(),
+            uid: nix::unistd::geteuid().as_raw(),
+            time_zone: TimeZone::system(),
+        }
+    }
+
+    /// Makes up an environment: these variables, this user, UTC.
+    pub fn of(uid: u32, variables: &[(&str, &str)]) -> Self {
+        let variables = variables.iter().map(|(name, value)| (name.into(), value.into())).collect();
+        Self { variables, uid, time_zone: TimeZone::UTC }
+    }
+
+    /// Returns `WALDEN_CONFIG`.
+    pub fn config_file(&self) -> Option<PathBuf> {
+        self.path("WALDEN_CONFIG")
+    }
+
+    /// Returns `WALDEN_SITE`.
+    pub fn site(&self) -> Result<Option<String>> {
+        self.text("WALDEN_SITE")
+    }
+
+    /// Returns `WALDEN_LOG`, a filter in the syntax of `tracing`.
+    pub fn log_filter(&self) -> Result<Option<String>> {
+        self.text("WALDEN_LOG")
+    }
+
+    /// Returns whether the caller is root.
+    pub fn is_root(&self) -> bool {
+        self.uid == 0
+    }
+
+    /// Returns whether colours are unwelcome (`NO_COLOR`).
+    pub fn no_color(&self) -> bool {
+        self.get("NO_COLOR").is_some()
+    }
+
+    /// Returns the caller's home directory.
+    pub(super) fn home(&self) -> Option<PathBuf> {
+        self.path("HOME")
+    }
+
+    /// Returns a variable as a path, if it is set and not empty.
+    pub(super) fn path(&self, name: &str) -> Option<PathBuf> {
+        self.get(name).map(PathBuf::from)
+    }
+
+    /// Returns a variable as text, if it is set and not empty.
+    pub(super) fn text(&self, name: &'static str) -> Result<Option<String>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        match value.to_str() {
+            Some(text) => Ok(Some(text.to_owned())),
+            None => Err(Error::Environment { name, reason: "not valid UTF-8".to_owned() }),
+        }
+    }
+
+    fn get(&self, name: &str) -> Option<&OsStr> {
+        self.variables.get(OsStr::new(name)).map(OsString::as_os_str).filter(|value| !value.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use super::*;
+
+    #[test]
+    fn an_empty_variable_is_as_good_as_none() {
+        let environment =
+            Environment::of(1000, &[("WALDEN_SITE", ""), ("WALDEN_CONFIG", "/a b/walden.toml")]);
+        assert_eq!(environment.site().unwrap(), None);
+        assert_eq!(environment.config_file(), Some("/a b/walden.toml".into()));
+        assert!(!environment.is_root() && !environment.no_color());
+    }
+
+    #[test]
+    fn what_is_not_text_is_named() {
+        let mut environment = Environment::of(0, &[]);
+        environment.variables.insert("WALDEN_SITE".into(), OsString::from_vec(vec![0xff]));
+        let error = environment.site().unwrap_err();
+        assert_eq!(error.to_string(), "the environment variable WALDEN_SITE is not valid UTF-8");
+    }
+}

@@ -1,0 +1,113 @@
+//! `[sites.NAME]`: a cluster, its servers, and where its backups lie.
+//!
+//! A site is complete after reading: what it leaves out is filled in from the top level. Deliberately absent:
+//! asking the server for its data directory; whoever takes a backup does that.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::error::Result;
+use super::storage::StorageConfig;
+use super::table::{Entry, Table};
+
+/// One site, with everything that was left out filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SiteConfig {
+    /// The name, as `--site` takes it.
+    pub name: String,
+    /// The folder of the site in the repository.
+    pub prefix: String,
+    /// The store.
+    pub storage: StorageConfig,
+    /// The server's data directory; `None`: ask the server.
+    pub data_directory: Option<PathBuf>,
+    /// The programs of PostgreSQL; `None`: look for them by version.
+    pub bin_directory: Option<PathBuf>,
+    /// The servers, in the order of the file; none where this host does not connect.
+    pub nodes: Vec<Node>,
+    /// How long `wal fetch` asks again for a segment that should be there.
+    pub fetch_wait: Duration,
+}
+
+/// A server of a site.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// The connection, in libpq's syntax or as a URL.
+    pub connection: String,
+    /// The role in which the server is preferred.
+    pub prefer: ServerRole,
+}
+
+/// What a server is at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ServerRole {
+    /// It accepts writes.
+    Primary,
+    /// It is in recovery.
+    Standby,
+}
+
+const SITE_NAME_LEN_MAX: usize = 64;
+const FETCH_WAIT_DEFAULT: Duration = Duration::from_secs(60);
+
+impl SiteConfig {
+    pub(super) fn read(name: &Entry<'_, String>, table: &Table<'_>, storage: &Table<'_>) -> Result<Self> {
+        check_name(name)?;
+        let own_storage = table.table("storage");
+        let storage = if own_storage.is_present() { &own_storage } else { storage };
+        let archive = table.table("archive");
+        Ok(Self {
+            name: name.value.clone(),
+            prefix: prefix(name, table)?,
+            storage: StorageConfig::read(storage)?,
+            data_directory: table.path("data_directory")?,
+            bin_directory: table.path("bin_directory")?,
+            nodes: nodes(table)?,
+            fetch_wait: archive.duration("fetch_wait")?.map_or(FETCH_WAIT_DEFAULT, |entry| entry.value),
+        })
+    }
+}
+
+fn check_name(name: &Entry<'_, String>) -> Result<()> {
+    if is_plain_name(&name.value) && name.value.len() <= SITE_NAME_LEN_MAX {
+        return Ok(());
+    }
+    let hint =
+        format!("Take letters, digits, _, - and . (not at the beginning), at most {SITE_NAME_LEN_MAX}.");
+    Err(name.bad("not a name for a site", hint))
+}
+
+fn prefix(name: &Entry<'_, String>, table: &Table<'_>) -> Result<String> {
+    let Some(entry) = table.text("prefix") else { return Ok(name.value.clone()) };
+    if entry.value.split('/').all(is_plain_name) {
+        return Ok(entry.value);
+    }
+    let hint = "Take letters, digits, _, - and ., with / between folders.".to_owned();
+    Err(entry.bad(format!("\"{}\" is not a folder for a site", entry.value), hint))
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    !name.is_empty() && !name.starts_with('.') && name.chars().all(plain)
+}
+
+fn nodes(table: &Table<'_>) -> Result<Vec<Node>> {
+    let tables = table.tables("nodes");
+    if let Some(connection) = table.text("connection") {
+        if !tables.is_empty() {
+            let hint = "Write it as another [[…nodes]].".to_owned();
+            return Err(connection.bad("there are nodes as well", hint));
+        }
+        return Ok(vec![Node { connection: connection.value, prefer: ServerRole::Primary }]);
+    }
+    tables.iter().map(node).collect()
+}
+
+fn node(table: &Table<'_>) -> Result<Node> {
+    let Some(connection) = table.text("connection") else { return Err(table.missing("connection", None)) };
+    let prefer = match table.text("prefer").as_ref().map(|entry| entry.value.as_str()) {
+        Some("standby") => ServerRole::Standby,
+        _ => ServerRole::Primary,
+    };
+    Ok(Node { connection: connection.value, prefer })
+}
