@@ -4,11 +4,13 @@
 //! key. Decisions are pure: a plan is made from lists, and the answer to one name from the plan and the store's word.
 //! Deliberately absent: carrying anything out; `wal`, `mount` and `restore` ask here and act.
 
+pub mod basebackups;
 pub mod recovery_plan;
 pub mod recovery_target;
 pub mod timeline_tree;
 pub mod wal_coverage;
 
+pub use basebackups::{BasebackupList, ListedBasebackup, ResolveError};
 pub use recovery_plan::{
     Answer, InArchive, PLAN_FILE_NAME, PlanError, RecoveryPlan, TimelineSpan, answer, plan_recovery,
 };
