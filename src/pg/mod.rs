@@ -1,9 +1,13 @@
 //! PostgreSQL's vocabulary and file formats, pure: no file is opened here, no clock is read.
-//! Words first (positions, timelines, segments, names), then the files that are read by their bytes.
+//!
+//! Words first (positions, timelines, segments, names, versions), then the files that are read by their bytes, by
+//! the rules of the server's own source for versions 13 to 18. What another version wrote is refused by name, and
+//! no decoder panics or allocates by a number it read.
 
 mod lsn;
 mod system_identifier;
 mod timeline;
+mod version;
 mod wal_segment;
 
 mod archive_file_name;
@@ -11,13 +15,12 @@ mod control_file;
 mod timeline_history;
 mod wal_page;
 
-pub use archive_file_name::{ArchiveFileName, InvalidArchiveFileName};
+pub use archive_file_name::{ArchiveFileName, ParseArchiveFileNameError};
 pub use control_file::{CONTROL_FILE_SIZE, ClusterState, ControlFile, ControlFileError, RecoveryLimits};
 pub use lsn::{Lsn, ParseLsnError};
-pub use system_identifier::SystemIdentifier;
-pub use timeline::{TimelineId, TimelineZero};
+pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
+pub use timeline::{ParseTimelineError, TimelineId};
 pub use timeline_history::{HistoryError, TimelineHistory, TimelineSwitch};
+pub use version::{MajorVersion, VersionError};
 pub use wal_page::{SEGMENT_HEADER_LEN, SegmentError, SegmentHeader};
-pub use wal_segment::{
-    InvalidSegmentName, InvalidSegmentSize, WalSegmentName, WalSegmentNumber, WalSegmentSize,
-};
+pub use wal_segment::{WalSegmentError, WalSegmentName, WalSegmentNumber, WalSegmentSize};

@@ -1,31 +1,29 @@
-//! WAL segments: their size, their numbers, their names of 24 hexadecimal digits.
+//! WAL segments: their size, their numbers and their names.
 //!
-//! A name is timeline, log and segment, eight digits each; a log is 4 GiB, so how high the last part counts, and
-//! what follows `…FF`, depends on the segment size. Nothing here assumes 16 MiB.
+//! The log is cut into segments of one size, chosen by `initdb`; a segment's number is its place in the log,
+//! its name is timeline, log and segment in 24 hexadecimal digits. A *log* is 4 GiB, so how often the last
+//! eight digits count before they carry depends on the size: only with 16 MiB is the successor of `…FF` the
+//! next log's `…00`. Every conversion therefore asks for the size, and a name that cannot exist at that size
+//! is an error, not a number.
 
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use crate::pg::lsn::Lsn;
-use crate::pg::timeline::TimelineId;
+use super::lsn::Lsn;
+use super::timeline::{TimelineId, upper_hex8};
 
-/// The size of a cluster's WAL segments: a power of two from 1 MiB to 1 GiB.
+/// The size of one cluster's WAL segments: a power of two from 1 MiB to 1 GiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub struct WalSegmentSize(u32);
 
-/// A number of bytes that no cluster has as its segment size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{0} bytes is not a valid WAL segment size")]
-pub struct InvalidSegmentSize(u32);
-
-/// The number of a segment on a timeline, counted from the start of the WAL.
+/// A segment's place in the log, counted in segments of its cluster's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WalSegmentNumber(pub u64);
 
-/// The file name of a segment, `000000010000000000000002`.
+/// The file name of a segment, such as `00000001000000A0000000FF`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WalSegmentName {
     timeline: TimelineId,
@@ -33,19 +31,36 @@ pub struct WalSegmentName {
     segment: u32,
 }
 
-/// A text or number that is not a segment's name.
+/// What cannot be a segment.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("\"{0}\" is not a valid WAL segment name")]
-pub struct InvalidSegmentName(String);
+pub enum WalSegmentError {
+    #[error("{bytes} bytes is not a WAL segment size; it is a power of two from 1 MiB to 1 GiB")]
+    Size { bytes: u32 },
+    #[error("\"{text}\" is not the name of a WAL segment")]
+    Name { text: String },
+    #[error("no WAL segment is called {name} where segments have {} MiB", size.bytes() >> 20)]
+    NameForSize { name: WalSegmentName, size: WalSegmentSize },
+    #[error("{name} is the last WAL segment there can be")]
+    EndOfLog { name: WalSegmentName },
+}
+
+/// The longest text quoted back in an error.
+const QUOTED_CHARS_MAX: usize = 40;
+/// The bytes of what PostgreSQL calls a log (an `XLogId`).
+const LOG_BYTES: u64 = 1 << 32;
 
 impl WalSegmentSize {
-    /// 16 MiB.
+    /// The size a cluster has unless `initdb --wal-segsize` said otherwise.
     pub const DEFAULT: Self = Self(16 << 20);
+    /// The smallest size, 1 MiB.
+    pub const MIN: Self = Self(1 << 20);
+    /// The largest size, 1 GiB.
+    pub const MAX: Self = Self(1 << 30);
 
     /// Checks a size in bytes.
-    pub fn new(bytes: u32) -> Result<Self, InvalidSegmentSize> {
-        let valid = bytes.is_power_of_two() && (1 << 20..=1 << 30).contains(&bytes);
-        if valid { Ok(Self(bytes)) } else { Err(InvalidSegmentSize(bytes)) }
+    pub fn new(bytes: u32) -> Result<Self, WalSegmentError> {
+        let valid = bytes.is_power_of_two() && (Self::MIN..=Self::MAX).contains(&Self(bytes));
+        if valid { Ok(Self(bytes)) } else { Err(WalSegmentError::Size { bytes }) }
     }
 
     /// Returns the size in bytes.
@@ -53,40 +68,56 @@ impl WalSegmentSize {
         self.0
     }
 
-    /// Returns how many segments a log of 4 GiB has.
-    pub const fn segments_per_log(self) -> u64 {
-        (1 << 32) / self.0 as u64
+    /// Returns how many segments make 4 GiB: 256 at the default size.
+    pub fn segments_per_log(self) -> u64 {
+        LOG_BYTES / self.bytes_u64()
+    }
+
+    /// Returns where `lsn` lies in its segment.
+    pub fn offset_of(self, lsn: Lsn) -> u64 {
+        lsn.0 & (self.bytes_u64() - 1)
+    }
+
+    fn bytes_u64(self) -> u64 {
+        u64::from(self.0)
+    }
+}
+
+impl Default for WalSegmentSize {
+    fn default() -> Self {
+        Self::DEFAULT
     }
 }
 
 impl TryFrom<u32> for WalSegmentSize {
-    type Error = InvalidSegmentSize;
+    type Error = WalSegmentError;
 
-    fn try_from(bytes: u32) -> Result<Self, InvalidSegmentSize> {
+    fn try_from(bytes: u32) -> Result<Self, WalSegmentError> {
         Self::new(bytes)
     }
 }
 
 impl From<WalSegmentSize> for u32 {
-    fn from(size: WalSegmentSize) -> u32 {
-        size.0
+    fn from(size: WalSegmentSize) -> Self {
+        size.bytes()
     }
 }
 
 impl WalSegmentNumber {
-    /// Returns the segment that holds the byte at `lsn`.
+    /// Returns the segment that holds the byte at `lsn` (`XLByteToSeg`).
     pub fn containing(lsn: Lsn, size: WalSegmentSize) -> Self {
-        Self(lsn.0 / u64::from(size.bytes()))
+        Self(lsn.0 / size.bytes_u64())
     }
 
-    /// Returns the segment that holds the byte before `lsn`: at a boundary, the one that ends there.
+    /// Returns the segment that holds the byte before `lsn` (`XLByteToPrevSeg`): the last one needed to have
+    /// the log up to `lsn`. Position 0, which ends nothing, gives the first.
     pub fn ending_at(lsn: Lsn, size: WalSegmentSize) -> Self {
-        Self(lsn.0.saturating_sub(1) / u64::from(size.bytes()))
+        Self::containing(Lsn(lsn.0.saturating_sub(1)), size)
     }
 
-    /// Returns the position of its first byte.
+    /// Returns the position of the segment's first byte; a number no LSN reaches gives the last position.
     pub fn start_lsn(self, size: WalSegmentSize) -> Lsn {
-        Lsn(self.0.saturating_mul(u64::from(size.bytes())))
+        Lsn(self.0.saturating_mul(size.bytes_u64()))
     }
 
     /// Returns the following number.
@@ -96,47 +127,71 @@ impl WalSegmentNumber {
 }
 
 impl WalSegmentName {
-    /// Returns the name of segment `number` of `timeline`.
+    /// Names the segment of that number.
+    ///
+    /// # Panics
+    ///
+    /// If no LSN lies in a segment of that number; those made from an LSN or a name at the same size are safe.
     pub fn new(timeline: TimelineId, number: WalSegmentNumber, size: WalSegmentSize) -> Self {
         let per_log = size.segments_per_log();
-        Self { timeline, log: (number.0 / per_log) as u32, segment: (number.0 % per_log) as u32 }
+        let log = u32::try_from(number.0 / per_log).expect("the number was counted at this segment size");
+        let segment = u32::try_from(number.0 % per_log).expect("at most 4096 segments make a log");
+        Self { timeline, log, segment }
     }
 
-    /// Returns the timeline.
-    pub fn timeline(&self) -> TimelineId {
+    /// Names the segment that holds the byte at `lsn`.
+    pub fn containing(timeline: TimelineId, lsn: Lsn, size: WalSegmentSize) -> Self {
+        Self::new(timeline, WalSegmentNumber::containing(lsn, size), size)
+    }
+
+    /// Reads a file name: 24 upper-case hexadecimal digits, of which the first eight are not all 0.
+    pub fn parse(text: &str) -> Result<Self, WalSegmentError> {
+        let part = |from: usize| text.get(from..from + 8).and_then(upper_hex8);
+        let parts = (text.len() == 24).then(|| Some((TimelineId::new(part(0)?)?, part(8)?, part(16)?)));
+        match parts.flatten() {
+            Some((timeline, log, segment)) => Ok(Self { timeline, log, segment }),
+            None => Err(WalSegmentError::Name { text: text.chars().take(QUOTED_CHARS_MAX).collect() }),
+        }
+    }
+
+    /// Returns the timeline, the first eight digits.
+    pub fn timeline(self) -> TimelineId {
         self.timeline
     }
 
-    /// Returns the middle part of the name.
-    pub fn log(&self) -> u32 {
+    /// Returns the log, the second eight digits: the high half of the segment's LSNs.
+    pub fn log(self) -> u32 {
         self.log
     }
 
-    /// Returns the segment's number.
-    ///
-    /// # Errors
-    /// Where the last part is higher than segments of this size count.
-    pub fn number(&self, size: WalSegmentSize) -> Result<WalSegmentNumber, InvalidSegmentName> {
-        let per_log = size.segments_per_log();
-        if u64::from(self.segment) >= per_log {
-            return Err(InvalidSegmentName(self.to_string()));
-        }
-        Ok(WalSegmentNumber(u64::from(self.log) * per_log + u64::from(self.segment)))
+    /// Returns the segment of the same number on another timeline.
+    pub fn on_timeline(self, timeline: TimelineId) -> Self {
+        Self { timeline, ..self }
     }
 
-    /// Returns the position of its first byte.
-    pub fn start_lsn(&self, size: WalSegmentSize) -> Result<Lsn, InvalidSegmentName> {
+    /// Returns the segment's place in a log of segments of that size.
+    pub fn number(self, size: WalSegmentSize) -> Result<WalSegmentNumber, WalSegmentError> {
+        let (log, segment, per_log) = (u64::from(self.log), u64::from(self.segment), size.segments_per_log());
+        if segment >= per_log {
+            return Err(WalSegmentError::NameForSize { name: self, size });
+        }
+        Ok(WalSegmentNumber(log * per_log + segment))
+    }
+
+    /// Returns the position of the first byte.
+    pub fn start_lsn(self, size: WalSegmentSize) -> Result<Lsn, WalSegmentError> {
         Ok(self.number(size)?.start_lsn(size))
     }
 
-    /// Returns the position behind its last byte.
-    pub fn end_lsn(&self, size: WalSegmentSize) -> Result<Lsn, InvalidSegmentName> {
-        Ok(self.number(size)?.next().start_lsn(size))
+    /// Returns the position after the last byte.
+    pub fn end_lsn(self, size: WalSegmentSize) -> Result<Lsn, WalSegmentError> {
+        let end = self.start_lsn(size)?.checked_add(size.bytes_u64());
+        end.ok_or(WalSegmentError::EndOfLog { name: self })
     }
 
-    /// Returns the name of the segment that follows on the same timeline.
-    pub fn next(&self, size: WalSegmentSize) -> Result<Self, InvalidSegmentName> {
-        Ok(Self::new(self.timeline, self.number(size)?.next(), size))
+    /// Returns the segment that follows on the same timeline.
+    pub fn next(self, size: WalSegmentSize) -> Result<Self, WalSegmentError> {
+        Ok(Self::containing(self.timeline, self.end_lsn(size)?, size))
     }
 }
 
@@ -153,13 +208,10 @@ impl fmt::Debug for WalSegmentName {
 }
 
 impl FromStr for WalSegmentName {
-    type Err = InvalidSegmentName;
+    type Err = WalSegmentError;
 
-    fn from_str(text: &str) -> Result<Self, InvalidSegmentName> {
-        let valid = text.len() == 24 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'A'..=b'F'));
-        let part = |from: usize| u32::from_str_radix(text.get(from..from + 8)?, 16).ok();
-        let parse = || Some(Self { timeline: TimelineId::new(part(0)?)?, log: part(8)?, segment: part(16)? });
-        valid.then(parse).flatten().ok_or_else(|| InvalidSegmentName(text.to_owned()))
+    fn from_str(text: &str) -> Result<Self, WalSegmentError> {
+        Self::parse(text)
     }
 }
 
@@ -171,7 +223,8 @@ impl Serialize for WalSegmentName {
 
 impl<'de> Deserialize<'de> for WalSegmentName {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        text.parse().map_err(de::Error::custom)
     }
 }
 
@@ -181,50 +234,114 @@ mod tests {
 
     use super::*;
 
-    /// Failure 7: the successor of `…FF` was computed wrongly.
+    fn name(text: &str) -> WalSegmentName {
+        text.parse().unwrap()
+    }
+
+    fn mib(mib: u32) -> WalSegmentSize {
+        WalSegmentSize::new(mib << 20).unwrap()
+    }
+
     #[test]
-    fn the_last_segment_of_a_log_is_followed_by_the_next_log_at_every_size() {
-        for (mebibytes, last) in [(1, "00000FFF"), (16, "000000FF"), (64, "0000003F"), (1024, "00000003")] {
-            let size = WalSegmentSize::new(mebibytes << 20).unwrap();
-            let name: WalSegmentName = format!("000000010000000A{last}").parse().unwrap();
-            assert_eq!(name.next(size).unwrap().to_string(), "000000010000000B00000000");
-            let beyond: WalSegmentName = "000000010000000A00001000".parse().unwrap();
-            assert!(beyond.number(size).is_err());
+    fn sizes_are_powers_of_two_from_1_mib_to_1_gib() {
+        for shift in 0..32 {
+            assert_eq!(WalSegmentSize::new(1 << shift).is_ok(), (20..=30).contains(&shift), "{shift}");
+        }
+        for bytes in [0, 3 << 20, (16 << 20) + 1, u32::MAX] {
+            assert_eq!(WalSegmentSize::new(bytes), Err(WalSegmentError::Size { bytes }));
+        }
+        assert_eq!(mib(16).segments_per_log(), 256);
+        assert_eq!(serde_json::to_string(&mib(64)).unwrap(), "67108864");
+        assert!(serde_json::from_str::<WalSegmentSize>("5").is_err());
+    }
+
+    /// Failures 6 and 7.
+    #[test]
+    fn the_successor_of_ff_depends_on_the_size() {
+        let successor = |of, size| name(of).next(size).map(|n| n.to_string());
+        let cases = [
+            ("0000000100000000000000FF", 16, "000000010000000100000000"),
+            ("0000000100000000000000FE", 16, "0000000100000000000000FF"),
+            ("0000000100000000000000FF", 1, "000000010000000000000100"),
+            ("000000010000000000000FFF", 1, "000000010000000100000000"),
+            ("00000001000000000000003F", 64, "000000010000000100000000"),
+            ("000000010000000000000003", 1024, "000000010000000100000000"),
+            ("00000002FFFFFFFE000000FF", 16, "00000002FFFFFFFF00000000"),
+        ];
+        for (of, size, expected) in cases {
+            assert_eq!(successor(of, mib(size)).as_deref(), Ok(expected), "{of} at {size} MiB");
+        }
+        let last = name("00000001FFFFFFFF000000FF");
+        assert_eq!(last.next(mib(16)), Err(WalSegmentError::EndOfLog { name: last }));
+    }
+
+    #[test]
+    fn a_name_that_the_size_does_not_allow_is_an_error() {
+        let name = name("000000010000000000000100");
+        assert_eq!(name.number(mib(1)), Ok(WalSegmentNumber(256)));
+        let size = mib(16);
+        assert_eq!(name.number(size), Err(WalSegmentError::NameForSize { name, size }));
+        assert!(name.start_lsn(size).is_err() && name.next(size).is_err());
+    }
+
+    #[test]
+    fn a_position_on_the_border_ends_the_earlier_segment() {
+        let size = mib(16);
+        assert_eq!(WalSegmentNumber::containing(Lsn(2 << 24), size), WalSegmentNumber(2));
+        assert_eq!(WalSegmentNumber::ending_at(Lsn(2 << 24), size), WalSegmentNumber(1));
+        assert_eq!(WalSegmentNumber::ending_at(Lsn((2 << 24) + 1), size), WalSegmentNumber(2));
+        assert_eq!(WalSegmentNumber::ending_at(Lsn::ZERO, size), WalSegmentNumber(0));
+        assert_eq!(size.offset_of(Lsn((2 << 24) + 40)), 40);
+    }
+
+    #[test]
+    fn other_names_are_refused() {
+        let wrong = [
+            "",
+            "00000001000000000000000",
+            "0000000100000000000000011",
+            "00000001000000000000000a",
+            "000000000000000000000001",
+            "0000000100000000000000/1",
+            "+00000010000000000000001",
+            "00000001000000000000000\u{e4}",
+            "é0000010000000000000001",
+        ];
+        for text in wrong {
+            assert!(WalSegmentName::parse(text).is_err(), "{text:?}");
         }
     }
 
-    #[test]
-    fn a_position_at_a_boundary_ends_one_segment_and_begins_the_next() {
-        let size = WalSegmentSize::DEFAULT;
-        let lsn = Lsn(3 << 24);
-        assert_eq!(WalSegmentNumber::containing(lsn, size), WalSegmentNumber(3));
-        assert_eq!(WalSegmentNumber::ending_at(lsn, size), WalSegmentNumber(2));
-        assert_eq!(WalSegmentNumber::ending_at(lsn + 1, size), WalSegmentNumber(3));
-    }
-
-    #[test]
-    fn what_is_not_a_name_is_refused() {
-        for bad in [
-            "",
-            "00000001000000000000000",
-            "00000001000000000000000a",
-            "000000000000000000000001",
-            "../000010000000000000002",
-        ] {
-            assert!(bad.parse::<WalSegmentName>().is_err(), "{bad:?}");
+    prop_compose! {
+        fn sizes()(shift in 20u32..=30) -> WalSegmentSize {
+            WalSegmentSize::new(1 << shift).unwrap()
         }
     }
 
     proptest! {
         #[test]
-        fn names_and_numbers_are_inverse(timeline in 1u32.., number in 0u64..1 << 40, shift in 20u32..=30) {
-            let size = WalSegmentSize::new(1 << shift).unwrap();
-            let number = WalSegmentNumber(number % (1 << (64 - shift)).min(1 << 40));
-            let number = WalSegmentNumber(number.0 % (u64::from(u32::MAX) * size.segments_per_log()));
-            let name = WalSegmentName::new(TimelineId::new(timeline).unwrap(), number, size);
-            prop_assert_eq!(name.to_string().parse::<WalSegmentName>().unwrap(), name);
-            prop_assert_eq!(name.number(size).unwrap(), number);
-            prop_assert_eq!(name.next(size).unwrap().number(size).unwrap(), number.next());
+        fn positions_numbers_and_names_agree(lsn: u64, timeline in 1u32.., size in sizes()) {
+            let (lsn, timeline) = (Lsn(lsn), TimelineId::new(timeline).unwrap());
+            let number = WalSegmentNumber::containing(lsn, size);
+            let name = WalSegmentName::new(timeline, number, size);
+            prop_assert_eq!(name.to_string().parse(), Ok(name));
+            prop_assert_eq!(name.timeline(), timeline);
+            prop_assert_eq!(name.number(size), Ok(number));
+            prop_assert_eq!(name.start_lsn(size).unwrap() + size.offset_of(lsn), lsn);
+            if let Ok(next) = name.next(size) {
+                prop_assert_eq!(next.number(size), Ok(WalSegmentNumber(number.0 + 1)));
+                prop_assert!(next > name);
+                prop_assert_eq!(name.end_lsn(size), next.start_lsn(size));
+                prop_assert_eq!(WalSegmentNumber::ending_at(name.end_lsn(size).unwrap(), size), number);
+            }
+        }
+
+        #[test]
+        fn any_text_is_read_or_refused(text in "[0-9A-Fa-f]{22,26}|.*", size in sizes()) {
+            if let Ok(name) = WalSegmentName::parse(&text) {
+                prop_assert_eq!(name.to_string(), text);
+                let _ = (name.start_lsn(size), name.end_lsn(size), name.next(size));
+            }
         }
     }
 }
