@@ -18,10 +18,13 @@ pub mod store;
 
 pub mod local;
 pub mod memory;
+pub mod s3;
+pub mod url;
 
 mod jitter;
 pub mod probe;
 pub mod retry;
+pub mod secret;
 pub mod traffic;
 
 pub mod conformance;
@@ -36,5 +39,8 @@ pub use memory::MemoryStore;
 pub use probe::{Capabilities, probe};
 pub use record::{Call, Recording};
 pub use retry::{RetryOptions, Retrying};
+pub use s3::{S3Options, S3Store};
+pub use secret::Secret;
 pub use store::{Folder, ObjectMeta, Store};
 pub use traffic::{Counted, Traffic, TrafficSnapshot};
+pub use url::{Location, Options, open};

@@ -1,0 +1,318 @@
+//! Tests of the store in a bucket: against a server in this process, and against peers that misbehave.
+//!
+//! `Peer` answers each connection with bytes written out here, so that what goes over the wire can be seen.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+use super::super::conformance;
+use super::super::error::ErrorKind;
+use super::super::probe::{Capabilities, probe};
+use super::super::retry::{RetryOptions, Retrying};
+use super::super::secret::Secret;
+use super::super::url::{Location, Options, open};
+use super::server::{ACCESS_KEY_ID, BUCKET, S3Server, SECRET_ACCESS_KEY};
+use super::*;
+use crate::clock::SystemClock;
+
+fn options(endpoint: String) -> S3Options {
+    S3Options {
+        endpoint: Some(endpoint),
+        access_key_id: Some(Secret::from(ACCESS_KEY_ID.to_owned())),
+        secret_access_key: Some(Secret::from(SECRET_ACCESS_KEY.to_owned())),
+        ..S3Options::default()
+    }
+}
+
+fn key(text: &str) -> ObjectKey {
+    ObjectKey::parse(text).unwrap()
+}
+
+fn body() -> Bytes {
+    Bytes::from_static(b"0123456789")
+}
+
+#[tokio::test]
+async fn keeps_the_contract() {
+    let server = S3Server::start().await;
+    for prefix in [None, Some(key("deep/prefix"))] {
+        let store = S3Store::open(BUCKET, prefix.as_ref(), &options(server.endpoint())).unwrap();
+        conformance::check(Arc::new(store), "site/conformance").await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_opened_by_url_keeps_the_contract() {
+    let server = S3Server::start().await;
+    let options = Options { s3: options(server.endpoint()), ..Options::default() };
+    let store = open(&Location::parse("s3://bucket/backups").unwrap(), &options).unwrap();
+    let found = probe(&*store, &key("site/probe/1")).await.unwrap();
+    assert_eq!(found, Capabilities { create_only: true, read_after_write: true });
+    conformance::check(Arc::clone(&store), "site/conformance").await;
+    store.create(&key("site/a"), body()).await.unwrap();
+    assert_eq!(std::fs::read(server.bucket_folder().join("backups/site/a")).unwrap(), body());
+}
+
+#[tokio::test]
+async fn a_prefix_hides_what_is_beside_it() {
+    let server = S3Server::start().await;
+    let store = |prefix| S3Store::open(BUCKET, prefix, &options(server.endpoint())).unwrap();
+    let (whole, below) = (store(None), store(Some(&key("one"))));
+    whole.create(&key("one/a"), body()).await.unwrap();
+    whole.create(&key("one-more/b"), body()).await.unwrap();
+    let found = below.list("", None, 10).await.unwrap();
+    assert_eq!(found.iter().map(|meta| meta.key.as_str()).collect::<Vec<_>>(), ["a"]);
+    assert_eq!(below.list_folder("").await.unwrap().objects.len(), 1);
+    assert_eq!(whole.list_folder("").await.unwrap().folders, ["one", "one-more"]);
+}
+
+/// More keys than a page holds.
+#[tokio::test]
+async fn listings_go_on_past_one_page() {
+    let server = S3Server::start().await;
+    let folder = server.bucket_folder().join("site/many");
+    std::fs::create_dir_all(&folder).unwrap();
+    for number in 0..2500 {
+        std::fs::write(folder.join(format!("{number:04}")), "x").unwrap();
+    }
+    let store = S3Store::open(BUCKET, None, &options(server.endpoint())).unwrap();
+    let names =
+        |found: &[ObjectMeta]| found.iter().map(|meta| meta.key.name().to_owned()).collect::<Vec<_>>();
+    let wanted: Vec<_> = (0..2500).map(|number| format!("{number:04}")).collect();
+    assert_eq!(names(&store.list("site", None, 10_000).await.unwrap()), wanted);
+    assert_eq!(names(&store.list("", None, 1500).await.unwrap()), wanted[..1500]);
+    let after = key("site/many/0999");
+    assert_eq!(names(&store.list("site", Some(&after), 1001).await.unwrap()), wanted[1000..2001]);
+    assert_eq!(names(&store.list_folder("site/many").await.unwrap().objects), wanted);
+}
+
+#[tokio::test]
+async fn neither_a_missing_bucket_nor_wrong_credentials_prove_an_absence() {
+    let server = S3Server::start().await;
+    let wrong_key =
+        S3Options { secret_access_key: Some(Secret::from("wrong".to_owned())), ..options(server.endpoint()) };
+    for (bucket, options, kind) in [
+        ("elsewhere", options(server.endpoint()), ErrorKind::Invalid),
+        (BUCKET, wrong_key, ErrorKind::Denied),
+    ] {
+        let store = S3Store::open(bucket, None, &options).unwrap();
+        let errors = [
+            store.get(&key("a"), 1).await.unwrap_err(),
+            store.get_range(&key("a"), 0..1).await.unwrap_err(),
+            store.head(&key("a")).await.unwrap_err(),
+            store.list("", None, 1).await.unwrap_err(),
+            store.list_folder("").await.unwrap_err(),
+            store.create(&key("a"), body()).await.unwrap_err(),
+        ];
+        for error in errors {
+            assert_eq!(error.kind(), kind, "{bucket}: {error:?}");
+            assert!(!format!("{error:?}").contains(SECRET_ACCESS_KEY));
+        }
+    }
+}
+
+#[tokio::test]
+async fn nobody_there_is_unreachable_and_nothing_was_created() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let store = S3Store::open(BUCKET, None, &options(endpoint)).unwrap();
+    assert_eq!(store.get(&key("a"), 1).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.create(&key("a"), body()).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.list("", None, 1).await.unwrap_err().kind(), ErrorKind::Unreachable);
+}
+
+/// A server that answers the n-th connection with the n-th script, and the last one for ever.
+struct Peer {
+    endpoint: String,
+    accepting: JoinHandle<()>,
+}
+
+#[derive(Clone)]
+enum Script {
+    /// Accepts, reads, and says nothing.
+    Silence,
+    /// Says this and closes.
+    Say(String),
+    /// Says this, then nothing more, without closing.
+    SayAndHang(String),
+}
+
+impl Peer {
+    async fn start(scripts: Vec<Script>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let accepting = tokio::spawn(async move {
+            let mut held = Vec::new();
+            for number in 0.. {
+                let (socket, _) = listener.accept().await.unwrap();
+                held.extend(play(socket, &scripts[usize::min(number, scripts.len() - 1)]).await);
+            }
+        });
+        Self { endpoint, accepting }
+    }
+
+    async fn saying(script: Script) -> (Self, S3Store) {
+        let peer = Self::start(vec![script]).await;
+        let store = peer.store();
+        (peer, store)
+    }
+
+    fn store(&self) -> S3Store {
+        let options =
+            S3Options { read_timeout: Duration::from_millis(100), ..options(self.endpoint.clone()) };
+        S3Store::open(BUCKET, None, &options).unwrap()
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+/// Plays one script and returns the socket if it is to stay open.
+async fn play(mut socket: TcpStream, script: &Script) -> Option<TcpStream> {
+    let mut request = Vec::new();
+    while !is_whole(&request) {
+        if socket.read_buf(&mut request).await.unwrap_or(0) == 0 {
+            return None;
+        }
+    }
+    match script {
+        Script::Silence => return Some(socket),
+        Script::Say(answer) | Script::SayAndHang(answer) => {
+            let _ = socket.write_all(answer.as_bytes()).await;
+        }
+    }
+    matches!(script, Script::SayAndHang(_)).then_some(socket)
+}
+
+/// Says whether a request's head and body have come.
+fn is_whole(request: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(request).to_lowercase();
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+    body.len() >= length.map_or(0, |length| length.parse().unwrap())
+}
+
+fn answer(status: &str, headers: &str, body: &str) -> String {
+    format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n{headers}\r\n{body}", body.len())
+}
+
+fn refusal(status: &str, code: &str) -> String {
+    answer(status, "", &format!("<Error><Code>{code}</Code><Message>as told</Message></Error>"))
+}
+
+/// Failure 39.
+#[tokio::test]
+async fn a_peer_that_accepts_and_never_answers_ends_by_the_timeout() {
+    let (_peer, store) = Peer::saying(Script::Silence).await;
+    assert_eq!(store.get(&key("a"), 1).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.head(&key("a")).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.list("", None, 1).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.delete(&key("a")).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.create(&key("a"), body()).await.unwrap_err().kind(), ErrorKind::OutcomeUnknown);
+}
+
+#[tokio::test]
+async fn a_peer_that_stops_or_closes_in_mid_body_is_unreachable() {
+    let half =
+        "HTTP/1.1 200 OK\r\ncontent-length: 10\r\nlast-modified: Fri, 20 Nov 2026 10:15:00 GMT\r\n\r\n01234";
+    for script in [Script::SayAndHang(half.to_owned()), Script::Say(half.to_owned())] {
+        let (_peer, store) = Peer::saying(script).await;
+        let error = store.get(&key("a"), 10).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unreachable, "{error:?}");
+        let error = store.list("", None, 1).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unreachable, "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_cut_off_once_is_read_whole_by_the_next_attempt() {
+    let head =
+        "HTTP/1.1 200 OK\r\ncontent-length: 10\r\nlast-modified: Fri, 20 Nov 2026 10:15:00 GMT\r\n\r\n";
+    let scripts = [format!("{head}01234"), refusal("503 Slow Down", "SlowDown"), format!("{head}0123456789")];
+    let peer = Peer::start(scripts.into_iter().map(Script::Say).collect()).await;
+    let options = RetryOptions { pause_first: Duration::from_micros(1), ..RetryOptions::default() };
+    let store = Retrying::new(peer.store(), options, Arc::new(SystemClock), 1);
+    assert_eq!(store.get(&key("a"), 10).await.unwrap(), body());
+}
+
+#[tokio::test]
+async fn a_range_that_is_not_the_one_asked_for_is_never_returned() {
+    let head = "last-modified: Fri, 20 Nov 2026 10:15:00 GMT\r\n";
+    // The whole object instead of the range; another range; a shorter one.
+    let whole = answer("200 OK", head, "0123456789");
+    let other = answer("206 Partial Content", &format!("{head}content-range: bytes 0-3/10\r\n"), "0123");
+    let (_peer, store) = Peer::saying(Script::Say(whole)).await;
+    assert_eq!(store.get_range(&key("a"), 2..6).await.unwrap_err().kind(), ErrorKind::Other);
+    let (_peer, store) = Peer::saying(Script::Say(other)).await;
+    assert_eq!(store.get_range(&key("a"), 2..6).await.unwrap_err().kind(), ErrorKind::Other);
+    let shorter = answer("206 Partial Content", &format!("{head}content-range: bytes 2-4/5\r\n"), "234");
+    let (_peer, store) = Peer::saying(Script::Say(shorter)).await;
+    let error = store.get_range(&key("a"), 2..6).await.unwrap_err();
+    assert!(matches!(error, Error::Truncated { expected: 4, received: 3, .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_size_that_is_announced_takes_no_memory() {
+    let huge = "HTTP/1.1 200 OK\r\ncontent-length: 9000000000000000000\r\n\
+                last-modified: Fri, 20 Nov 2026 10:15:00 GMT\r\n\r\n01234";
+    let (_peer, store) = Peer::saying(Script::Say(huge.to_owned())).await;
+    assert_eq!(store.get(&key("a"), 1 << 40).await.unwrap_err().kind(), ErrorKind::TooLarge);
+    assert_eq!(store.get(&key("a"), u64::MAX).await.unwrap_err().kind(), ErrorKind::Unreachable);
+}
+
+#[tokio::test]
+async fn a_404_that_is_not_the_stores_proves_nothing() {
+    let page = answer("404 Not Found", "content-type: text/html\r\n", "<html>no such page</html>");
+    let (_peer, store) = Peer::saying(Script::Say(page)).await;
+    assert_eq!(store.get(&key("a"), 1).await.unwrap_err().kind(), ErrorKind::Other);
+    assert_eq!(store.head(&key("a")).await.unwrap_err().kind(), ErrorKind::Other);
+    assert_eq!(store.delete(&key("a")).await.unwrap_err().kind(), ErrorKind::Other);
+    let (_peer, store) = Peer::saying(Script::Say(refusal("404 Not Found", "NoSuchKey"))).await;
+    assert!(store.get(&key("a"), 1).await.unwrap_err().is_absent());
+    store.delete(&key("a")).await.unwrap();
+}
+
+#[tokio::test]
+async fn refusals_of_a_create_are_told_apart() {
+    for (status, code, kind) in [
+        ("412 Precondition Failed", "PreconditionFailed", ErrorKind::AlreadyExists),
+        ("409 Conflict", "ConditionalRequestConflict", ErrorKind::OutcomeUnknown),
+        ("503 Service Unavailable", "SlowDown", ErrorKind::OutcomeUnknown),
+        ("403 Forbidden", "QuotaExceeded", ErrorKind::Full),
+        ("403 Forbidden", "AccessDenied", ErrorKind::Denied),
+        ("301 Moved Permanently", "PermanentRedirect", ErrorKind::Invalid),
+        ("501 Not Implemented", "NotImplemented", ErrorKind::Other),
+    ] {
+        let (_peer, store) = Peer::saying(Script::Say(refusal(status, code))).await;
+        let error = store.create(&key("a"), body()).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error:?}");
+    }
+    // Stored, but answered in a way that cannot be understood.
+    let (_peer, store) = Peer::saying(Script::Say(answer("200 OK", "", ""))).await;
+    assert_eq!(store.create(&key("a"), body()).await.unwrap_err().kind(), ErrorKind::OutcomeUnknown);
+}
+
+#[tokio::test]
+async fn a_listing_out_of_order_is_refused() {
+    let entry = |key: &str| {
+        format!(
+            "<Contents><Key>{key}</Key><Size>1</Size><LastModified>2026-11-20T10:15:00Z</LastModified></Contents>"
+        )
+    };
+    let page = |keys: [&str; 2]| {
+        format!("<ListBucketResult>{}{}</ListBucketResult>", entry(keys[0]), entry(keys[1]))
+    };
+    let (_peer, store) = Peer::saying(Script::Say(answer("200 OK", "", &page(["b", "a"])))).await;
+    assert_eq!(store.list("", None, 9).await.unwrap_err().kind(), ErrorKind::Other);
+    // A store that ignores where to start would make a caller go round in circles.
+    let (_peer, store) = Peer::saying(Script::Say(answer("200 OK", "", &page(["a", "b"])))).await;
+    assert_eq!(store.list("", None, 9).await.unwrap().len(), 2);
+    assert_eq!(store.list("", Some(&key("a")), 9).await.unwrap_err().kind(), ErrorKind::Other);
+}
