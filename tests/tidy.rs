@@ -51,6 +51,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("object_store", &["src/storage/"]),
     ("pem", &["src/codec/"]),
     ("proptest", EVERYWHERE),
+    ("reqwest", &["src/storage/s3/"]),
     ("rustls-native-certs", &["src/replication/", "src/storage/"]),
     ("s3s", &["src/storage/"]),
     ("s3s-fs", &["src/storage/"]),
