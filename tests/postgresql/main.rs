@@ -165,9 +165,9 @@ fn a_debian_cluster_keeps_its_configuration_in_etc_and_leaves_nothing() {
 #[test]
 fn a_need_that_is_not_met_skips_a_test_and_fails_ci() {
     let needs = [Need::PostgreSQL(99)];
-    assert!(support::unmet_where(&needs, false));
-    assert!(std::panic::catch_unwind(|| support::unmet_where(&needs, true)).is_err());
-    assert!(!support::unmet_where(&[], true));
+    assert_eq!(support::missing(&needs, false).as_deref(), Some("PostgreSQL 99"));
+    assert!(std::panic::catch_unwind(|| support::missing(&needs, true)).is_err());
+    assert_eq!(support::missing(&[], true), None);
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub use chaos::{Chaos, Ledger};
 pub use checksum::Checksums;
 pub use cluster::{Cluster, Options};
 pub use debian::DebianCluster;
-pub use needs::{Need, unmet, unmet_where};
+pub use needs::{Need, missing, unmet};
 pub use pgbench::Pgbench;
 pub use run::Run;
 pub use scratch::{Account, Scratch};

@@ -37,20 +37,18 @@ impl Need {
 
 /// Says on the runner's standard error which needs are not met; fails where `CI` is set.
 pub fn unmet(needs: &[Need]) -> bool {
-    unmet_where(needs, std::env::var_os("CI").is_some())
+    let Some(missing) = missing(needs, std::env::var_os("CI").is_some()) else { return false };
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    shout(&format!("SKIPPED {test}: this machine has no {missing}; scripts/install test gets what it can\n"));
+    true
 }
 
-/// As `unmet`, told whether this is CI.
-pub fn unmet_where(needs: &[Need], ci: bool) -> bool {
+/// Lists the needs that are not met; under CI it fails instead.
+pub fn missing(needs: &[Need], ci: bool) -> Option<String> {
     let missing: Vec<String> = needs.iter().filter_map(|need| need.missing()).collect();
-    if missing.is_empty() {
-        return false;
-    }
-    let missing = missing.join(", ");
-    assert!(!ci, "under CI nothing may be missing, but there is no {missing}");
-    let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    shout(&format!("SKIPPED {test}: this machine has no {missing}; scripts/install test gets it\n"));
-    true
+    let list = missing.join(", ");
+    assert!(missing.is_empty() || !ci, "under CI nothing may be missing, but there is no {list}");
+    (!missing.is_empty()).then_some(list)
 }
 
 /// Writes where a person looks: nextest keeps the output of a test that passes to itself, so its own is used.
