@@ -351,8 +351,9 @@ fn imports(source: &Source) -> Vec<Finding> {
     for (at, line) in source.lines().filter(|(at, _)| !source.is_test(*at)) {
         let path = line.trim_start_matches("pub ").trim_start_matches("pub(crate) ");
         let Some(path) = path.strip_prefix("use crate::") else { continue };
-        let module = identifier(path);
-        if Some(module) != source.module() && !module.is_empty() && !seen.insert(module) {
+        let module =
+            path.split('{').next().and_then(|path| path.rsplit_once("::")).map_or("", |(module, _)| module);
+        if Some(identifier(path)) != source.module() && !module.is_empty() && !seen.insert(module) {
             findings.push(source.finding(
                 at,
                 "imports",
@@ -751,6 +752,9 @@ mod rules {
     fn imports() {
         caught("imports", "src/repo/pack.rs", "use crate::pg::Lsn;\nuse crate::pg::Page;");
         caught("imports", "src/repo/pack.rs", "pub use crate::pg::Lsn;\nuse crate::pg::Page;");
+        caught("imports", "src/repo/pack.rs", "use crate::pg::{A, B};\nuse crate::pg::{C, D};");
+        caught("imports", "src/repo/pack.rs", "use crate::pg::page::A;\nuse crate::pg::page::B;");
+        fine("src/repo/pack.rs", "use crate::pg::Lsn;\nuse crate::pg::page::{Page, PageNumber};");
         fine(
             "src/repo/pack.rs",
             "use crate::pg::Lsn;\n#[cfg(test)]\nmod tests {\n    use crate::pg::Page;\n}",
