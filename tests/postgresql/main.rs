@@ -8,10 +8,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use support::require;
-use support::{
-    Chaos, Checksums, Cluster, DebianCluster, Ledger, Need, Options, Pgbench, Run, Scratch, Server, Stop,
-};
+use support::{Chaos, Checksums, Cluster, DebianCluster, Ledger, Need, Options, Pgbench};
+use support::{Run, Scratch, Server, Site, Sql, Stop, Walden, require};
 
 #[test]
 fn a_cluster_of_13_starts_stops_and_restarts() {
@@ -160,6 +158,20 @@ fn a_debian_cluster_keeps_its_configuration_in_etc_and_leaves_nothing() {
     assert!(cluster.answers());
     drop(cluster);
     assert!(!etc.exists() && !data.exists());
+}
+
+#[test]
+fn the_runner_gives_walden_a_configuration_it_accepts() {
+    let scratch = Scratch::new();
+    let cluster = Sql::at(&scratch.folder("run"), 5432);
+    let walden = Walden::configure(&scratch, &Site::of(&cluster, &scratch.folder("data")));
+    let keys = walden.json(&["key", "list"]);
+    assert!(keys.to_string().contains("\"test\""), "{keys}");
+    assert!(fs::read_to_string(walden.configuration_file()).unwrap().contains(&cluster.connection()));
+    walden.try_run(&["key", "list", "--no-such-option"]).expect_code(2);
+    let plain = Scratch::new();
+    let walden = Walden::configure(&plain, &Site::of(&cluster, &plain.folder("data")).unencrypted());
+    walden.run(&["key", "list"]);
 }
 
 #[test]

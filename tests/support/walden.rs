@@ -89,7 +89,7 @@ impl Walden {
             scratch.folder(folder);
         }
         if site.encrypted {
-            let keys = ["key", "create", "--id", "test", "--bits", "2048"];
+            let keys = ["key", "create", "--id", "test", "--bits", "3072"];
             Run::of(walden.bare_command().args(keys).current_dir(&walden.folder), "").expect_success();
         }
         scratch.file("walden/walden.toml", &walden.configuration(site));
