@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use super::error::{Error, Verb};
 use super::jitter::Jitter;
 use super::key::ObjectKey;
-use super::store::{Folder, ObjectMeta, Store};
+use super::store::{Folder, ObjectMeta, Store, folder_name};
 
 /// The slowest line that is still waited for.
 pub const BYTES_PER_SECOND_MIN: u64 = 64 * 1024;
@@ -234,11 +234,12 @@ impl<S: Store> Store for Retrying<S> {
         limit: usize,
     ) -> Result<Vec<ObjectMeta>, Error> {
         let bytes = (limit as u64).saturating_mul(BYTES_PER_KEY);
-        self.retry(Verb::List, prefix, bytes, || self.inner.list(prefix, after, limit)).await
+        self.retry(Verb::List, folder_name(prefix), bytes, || self.inner.list(prefix, after, limit)).await
     }
 
     async fn list_folder(&self, prefix: &str) -> Result<Folder, Error> {
-        self.retry(Verb::ListFolder, prefix, BYTES_TIMED_MAX, || self.inner.list_folder(prefix)).await
+        self.retry(Verb::ListFolder, folder_name(prefix), BYTES_TIMED_MAX, || self.inner.list_folder(prefix))
+            .await
     }
 
     async fn delete(&self, key: &ObjectKey) -> Result<(), Error> {

@@ -138,6 +138,11 @@ pub(crate) fn folder_prefix(prefix: &str) -> Result<String, Error> {
     }
 }
 
+/// Names a folder in a message, where the whole store has no name of its own.
+pub(crate) fn folder_name(prefix: &str) -> &str {
+    if prefix.is_empty() { "/" } else { prefix }
+}
+
 /// Checks that a range holds at least one byte and at most [`RANGE_BYTES_MAX`], and returns its length.
 pub(crate) fn range_length(key: &ObjectKey, range: &Range<u64>) -> Result<u64, Error> {
     match range.end.checked_sub(range.start) {

@@ -17,7 +17,7 @@ use nix::sys::stat::{FileStat, fstatat};
 
 use super::super::error::{Error, Verb};
 use super::super::key::ObjectKey;
-use super::super::store::{FOLDER_ENTRIES_MAX, Folder, ObjectMeta};
+use super::super::store::{FOLDER_ENTRIES_MAX, Folder, ObjectMeta, folder_name};
 use super::errno::error_of;
 use super::folder::Root;
 use super::{is_regular, meta};
@@ -29,7 +29,7 @@ pub(super) fn list(
     after: Option<&ObjectKey>,
     limit: usize,
 ) -> Result<Vec<ObjectMeta>, Error> {
-    root.check_present(Verb::List, prefix)?;
+    root.check_present(Verb::List, folder_name(prefix))?;
     let mut walk = Walk { root, after: after.map_or("", ObjectKey::as_str), limit, found: Vec::new() };
     walk.folder(prefix)?;
     Ok(walk.found)
@@ -37,7 +37,7 @@ pub(super) fn list(
 
 /// Lists the folders and objects directly in `prefix`.
 pub(super) fn list_folder(root: &Root, prefix: &str) -> Result<Folder, Error> {
-    root.check_present(Verb::ListFolder, prefix)?;
+    root.check_present(Verb::ListFolder, folder_name(prefix))?;
     let mut folder = Folder::default();
     for entry in entries(root, Verb::ListFolder, prefix)? {
         match entry.name.strip_suffix('/') {
@@ -85,7 +85,7 @@ struct Entry {
 
 /// Reads a folder's entries, those that can be part of an object key, in the order of keys.
 fn entries(root: &Root, verb: Verb, prefix: &str) -> Result<Vec<Entry>, Error> {
-    let failed = |errno| error_of(verb, prefix, errno);
+    let failed = |errno| error_of(verb, folder_name(prefix), errno);
     let folder = match root.open_folder(prefix.strip_suffix('/').unwrap_or(prefix)) {
         Ok(folder) => folder,
         Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Vec::new()),

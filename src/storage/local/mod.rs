@@ -135,7 +135,7 @@ fn read_whole(root: &Root, key: &ObjectKey, size_max: u64) -> Result<Bytes, Erro
     if size > size_max {
         return Err(Error::TooLarge { key: key.to_string(), size, size_max });
     }
-    let mut body = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+    let mut body = reserve(key, size, size_max)?;
     file.take(size).read_to_end(&mut body).map_err(|error| io_error_of(Verb::Get, key.as_str(), error))?;
     match body.len() as u64 {
         received if received < size => {
@@ -143,6 +143,14 @@ fn read_whole(root: &Root, key: &ObjectKey, size_max: u64) -> Result<Bytes, Erro
         }
         _ => Ok(body.into()),
     }
+}
+
+/// Takes memory for a body; a caller's bound beyond what there is comes back as an error, not as the end of
+/// us.
+fn reserve(key: &ObjectKey, size: u64, size_max: u64) -> Result<Vec<u8>, Error> {
+    let mut body = Vec::new();
+    let reserved = usize::try_from(size).ok().and_then(|size| body.try_reserve_exact(size).ok());
+    reserved.map(|()| body).ok_or_else(|| Error::TooLarge { key: key.to_string(), size, size_max })
 }
 
 fn read_range(root: &Root, key: &ObjectKey, start: u64, length: u64) -> Result<Bytes, Error> {

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
@@ -17,7 +18,7 @@ use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat2};
 use nix::sys::stat::{Mode, fstat, fstatat};
 use nix::unistd::{UnlinkatFlags, fsync, linkat, unlinkat};
 
-use super::super::error::{Error, Verb};
+use super::super::error::{Error, ErrorKind, Verb};
 use super::super::key::ObjectKey;
 use super::errno::{error_of, io_error_of};
 use super::folder::Root;
@@ -56,11 +57,17 @@ pub(super) fn create(root: &Root, key: &ObjectKey, body: &Bytes) -> Result<(), E
         Ok(Moved::Created) => Ok(()),
         Ok(Moved::Taken) => Err(Error::AlreadyExists { key: key.to_string() }),
         Ok(Moved::Unsynced(errno)) => {
-            let source = Some(std::sync::Arc::new(std::io::Error::from(errno)) as _);
+            let source = Some(Arc::new(std::io::Error::from(errno)) as _);
             Err(Error::OutcomeUnknown { key: key.to_string(), source })
         }
         Err(errno) => Err(refusal(root, key, errno)),
     }
+}
+
+/// Says whether a move that failed this way may have happened: the other end of a network file system went
+/// away.
+fn may_have_moved(error: &Error, errno: Errno) -> bool {
+    error.kind() == ErrorKind::Unreachable || errno == Errno::EIO
 }
 
 /// Deletes an object, and the folders it leaves empty.
@@ -178,7 +185,7 @@ fn link(staged: &Staged<'_>, folder: BorrowedFd<'_>, name: &str) -> Result<(), E
     }
 }
 
-/// Words the refusals that an administrator can do something about.
+/// Words what kept a staged object from its key, plainly where an administrator can do something about it.
 fn refusal(root: &Root, key: &ObjectKey, errno: Errno) -> Error {
     let folder = root.path().join(folder_of(key));
     let why = match errno {
@@ -191,7 +198,13 @@ fn refusal(root: &Root, key: &ObjectKey, errno: Errno) -> Error {
         Errno::EMLINK | Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP => {
             "the file system can neither rename without replacing nor link".to_owned()
         }
-        _ => return error_of(Verb::Create, key.as_str(), errno),
+        _ => {
+            let error = error_of(Verb::Create, key.as_str(), errno);
+            if may_have_moved(&error, errno) {
+                return Error::OutcomeUnknown { key: key.to_string(), source: Some(Arc::new(error)) };
+            }
+            return error;
+        }
     };
     Error::Invalid { key: key.to_string(), reason: format!("could not create {key}: {why}"), source: None }
 }

@@ -1,6 +1,7 @@
 //! Tests of the store in a folder: what a crash, another process or an administrator leaves there.
 //!
-//! Three of them mount a small tmpfs; without the right to they say so, and fail where `CI` is set.
+//! Three of them mount a small tmpfs; without the right to they say so, and fail where `CI` is set. One
+//! runs this test binary again and kills it.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -99,6 +100,49 @@ async fn what_a_crash_left_is_hidden_and_swept_after_a_day() {
     assert_eq!(store.get(&key("site/a"), 1).await.unwrap(), "a");
 }
 
+/// Names the folder to write to in the process that `a_killed_writer_leaves_whole_objects_only` kills.
+const WRITER_FOLDER: &str = "WALDEN_TEST_WRITER_FOLDER";
+
+/// Content that tells a part from the whole: its length and every byte follow from the number.
+fn numbered(number: usize) -> Bytes {
+    vec![(number % 251) as u8; 300_000 + number].into()
+}
+
+#[tokio::test]
+async fn a_killed_writer_leaves_whole_objects_only() {
+    if let Some(folder) = std::env::var_os(WRITER_FOLDER) {
+        let store = LocalStore::open(Path::new(&folder), &SystemClock).unwrap();
+        for number in 0..100_000 {
+            store.create(&key(&format!("site/packs/{number}")), numbered(number)).await.unwrap();
+        }
+        unreachable!("is killed before it comes here");
+    }
+    let folder = TempDir::new().unwrap();
+    let mut writer = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "storage::local::tests::a_killed_writer_leaves_whole_objects_only"])
+        .env(WRITER_FOLDER, folder.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let store = open(&folder);
+    while store.list("", None, 5).await.unwrap().len() < 5 {
+        assert!(writer.try_wait().unwrap().is_none(), "the writer ended by itself");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+
+    let found = open(&folder).list("", None, 100_000).await.unwrap();
+    assert!(found.len() >= 5);
+    for meta in &found {
+        let number = meta.key.name().parse().unwrap();
+        assert_eq!(meta.size, numbered(number).len() as u64, "{}", meta.key);
+        assert!(store.get(&meta.key, u64::MAX).await.unwrap() == numbered(number), "{}", meta.key);
+    }
+    // Whoever comes next is in nobody's way.
+    store.create(&key("site/packs/next"), body("next")).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_staged_name_left_by_an_earlier_process_of_our_number_is_passed_over() {
     let folder = TempDir::new().unwrap();
@@ -184,6 +228,19 @@ async fn what_is_not_ours_is_passed_over_and_never_read() {
     assert_eq!(store.get(&key("site/fifo"), 10).await.unwrap_err().kind(), ErrorKind::Invalid);
     assert_eq!(store.head(&key("site")).await.unwrap_err().kind(), ErrorKind::Invalid);
     assert_eq!(store.get(&key("site"), 10).await.unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+#[tokio::test]
+async fn a_size_beyond_memory_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let store = open(&folder);
+    store.create(&key("site/a"), body("a")).await.unwrap();
+    let file = fs::OpenOptions::new().write(true).open(folder.path().join("site/a")).unwrap();
+    // As much as the file system can pretend to hold, all of it a hole.
+    let size = [1u64 << 62, 1 << 46, 1 << 43].into_iter().find(|&size| file.set_len(size).is_ok()).unwrap();
+    assert_eq!(store.get(&key("site/a"), 1 << 20).await.unwrap_err().kind(), ErrorKind::TooLarge);
+    assert_eq!(store.get_range(&key("site/a"), 0..size).await.unwrap_err().kind(), ErrorKind::TooLarge);
+    assert_eq!(store.get_range(&key("site/a"), 0..1).await.unwrap(), "a");
 }
 
 #[tokio::test]

@@ -17,6 +17,13 @@ pub(super) fn error_of(verb: Verb, key: &str, bucket: &str, error: object_store:
     if let Some(refusal) = find::<Refusal>(&error) {
         return refused(verb, key, bucket, refusal.clone());
     }
+    if is_about_a_certificate(&error) {
+        return Error::Invalid {
+            key: key.to_owned(),
+            reason: format!("could not {verb} {key}: the store's certificate is not trusted"),
+            source: Some(Arc::new(error)),
+        };
+    }
     let connected = find::<HttpError>(&error).map(HttpError::kind);
     let key = key.to_owned();
     let source: Source = Arc::new(error);
@@ -26,6 +33,21 @@ pub(super) fn error_of(verb: Verb, key: &str, bucket: &str, error: object_store:
         Some(_) => Error::Unreachable { verb, key, reason: None, source: Some(source) },
         None => Error::Other { verb, key, source },
     }
+}
+
+/// Says whether TLS ended over a certificate, which trying again does not change.
+fn is_about_a_certificate(error: &(dyn StdError + 'static)) -> bool {
+    // By its text, which stands in rustls: naming the type would take another dependency of the same
+    // version.
+    const TEXT: &str = "invalid peer certificate";
+    let mut current = Some(error);
+    while let Some(error) = current {
+        if error.to_string().contains(TEXT) {
+            return true;
+        }
+        current = error.source();
+    }
+    false
 }
 
 /// Says that a store does not speak the protocol as we know it.

@@ -28,7 +28,7 @@ use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode, 
 
 use super::error::{Error, Verb};
 use super::key::ObjectKey;
-use super::store::{FOLDER_ENTRIES_MAX, Folder, ObjectMeta, Store, folder_prefix, range_length};
+use super::store::{FOLDER_ENTRIES_MAX, Folder, ObjectMeta, Store, folder_name, folder_prefix, range_length};
 use super::traffic::KEYS_PER_REQUEST;
 pub use options::S3Options;
 
@@ -58,7 +58,7 @@ impl S3Store {
     }
 
     fn failed(&self, verb: Verb, key: &str, error: object_store::Error) -> Error {
-        answer::error_of(verb, key, &self.bucket, error)
+        answer::error_of(verb, folder_name(key), &self.bucket, error)
     }
 
     /// Receives a body of known size, or what came of it.

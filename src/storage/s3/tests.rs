@@ -316,3 +316,72 @@ async fn a_listing_out_of_order_is_refused() {
     assert_eq!(store.list("", None, 9).await.unwrap().len(), 2);
     assert_eq!(store.list("", Some(&key("a")), 9).await.unwrap_err().kind(), ErrorKind::Other);
 }
+
+/// A TLS server with a certificate of its own authority, run by the `openssl` command.
+struct TlsPeer {
+    folder: tempfile::TempDir,
+    port: u16,
+    process: std::process::Child,
+}
+
+impl TlsPeer {
+    fn start() -> Option<Self> {
+        use std::io::{BufRead, BufReader};
+        use std::process::{Command, Stdio};
+        let folder = tempfile::TempDir::new().unwrap();
+        let openssl = |arguments: &str| {
+            let mut command = Command::new("openssl");
+            command.args(arguments.split(' ')).current_dir(folder.path()).stderr(Stdio::null());
+            command
+        };
+        let made =
+            openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=authority")
+                .stdout(Stdio::null())
+                .status();
+        made.ok()?;
+        std::fs::write(folder.path().join("names"), "subjectAltName=IP:127.0.0.1").unwrap();
+        for step in [
+            "req -newkey rsa:2048 -nodes -keyout key.pem -out request.pem -subj /CN=store",
+            "x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -out cert.pem -extfile names",
+        ] {
+            assert!(openssl(step).stdout(Stdio::null()).status().unwrap().success(), "openssl {step}");
+        }
+        let mut process = openssl("s_server -accept 127.0.0.1:0 -cert cert.pem -key key.pem -www")
+            .stdout(Stdio::piped())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let said = BufReader::new(process.stdout.take().unwrap());
+        let port =
+            said.lines().find_map(|line| line.unwrap().strip_prefix("ACCEPT 127.0.0.1:")?.parse().ok());
+        Some(Self { folder, port: port.expect("s_server says where it listens"), process })
+    }
+}
+
+impl Drop for TlsPeer {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_is_trusted_by_the_file_that_names_its_authority_and_not_without() {
+    let Some(peer) = TlsPeer::start() else {
+        eprintln!("SKIPPED: the test of certificates needs the openssl command");
+        assert!(std::env::var_os("CI").is_none(), "needs the openssl command");
+        return;
+    };
+    let options = options(format!("https://127.0.0.1:{}", peer.port));
+    let stranger = S3Store::open(BUCKET, None, &options).unwrap();
+    let error = stranger.get(&key("a"), 1).await.unwrap_err();
+    assert!(error.to_string().ends_with("certificate is not trusted"), "{error:?}");
+    assert_eq!(error.kind(), ErrorKind::Invalid, "trying again would not help");
+
+    let trusting = S3Options { ca_file: Some(peer.folder.path().join("ca.pem")), ..options };
+    let store = S3Store::open(BUCKET, None, &trusting).unwrap();
+    // The page that s_server shows is no answer of S3's, but it came through TLS.
+    let error = store.get(&key("a"), 1).await.unwrap_err();
+    assert_ne!(error.kind(), ErrorKind::Invalid, "{error:?}");
+    assert_ne!(error.kind(), ErrorKind::Unreachable, "{error:?}");
+}
