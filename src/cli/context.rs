@@ -5,6 +5,7 @@
 
 use std::cell::OnceCell;
 use std::future::Future;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use crate::monitor::{Monitor, VoidMonitor};
 use super::error::CommandError;
 use super::exit::ExitKind;
 use super::output::{Format, Output};
+use super::progress::TerminalMonitor;
 
 /// Options of every command, before or after its name.
 #[derive(Debug, Clone, Args)]
@@ -67,12 +69,13 @@ pub struct Context {
     /// Where the report goes.
     pub output: Output,
     config: OnceCell<Config>,
+    progress: OnceCell<Option<Arc<TerminalMonitor>>>,
 }
 
 impl Context {
     /// Creates the context of one command.
     pub fn new(global: GlobalOptions, environment: Environment, output: Output) -> Self {
-        Self { global, environment, output, config: OnceCell::new() }
+        Self { global, environment, output, config: OnceCell::new(), progress: OnceCell::new() }
     }
 
     /// Returns the configuration, read at the first call.
@@ -98,9 +101,22 @@ impl Context {
         Arc::new(SystemClock)
     }
 
-    /// Returns whom engines report to.
+    /// Returns whom engines report to: a line on a terminal, or nobody.
     pub fn monitor(&self) -> Arc<dyn Monitor> {
-        Arc::new(VoidMonitor)
+        let shown = !self.global.no_progress && !self.global.quiet && std::io::stderr().is_terminal();
+        let terminal =
+            self.progress.get_or_init(|| shown.then(|| Arc::new(TerminalMonitor::new(self.clock()))));
+        match terminal {
+            Some(monitor) => monitor.clone(),
+            None => Arc::new(VoidMonitor),
+        }
+    }
+
+    /// Wipes the line of progress for good: before a failure is told, or another program takes the terminal.
+    pub fn end_progress(&self) {
+        if let Some(Some(monitor)) = self.progress.get() {
+            monitor.stop();
+        }
     }
 
     /// Runs a future on this thread, for commands that wait for one thing at a time and must start quickly.

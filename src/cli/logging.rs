@@ -7,6 +7,7 @@ use tracing_subscriber::EnvFilter;
 use super::context::{Context, GlobalOptions};
 use super::error::CommandError;
 use super::exit::ExitKind;
+use super::screen::LogWriter;
 
 /// Starts logging for the rest of the process.
 pub(super) fn start(context: &Context) -> Result<(), CommandError> {
@@ -20,7 +21,7 @@ pub(super) fn start(context: &Context) -> Result<(), CommandError> {
     };
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(LogWriter::default)
         .with_ansi(false)
         .with_target(false);
     // A second command in one process, as in tests, keeps the first one's logging.

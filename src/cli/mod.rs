@@ -11,6 +11,8 @@ mod exit;
 mod key;
 mod logging;
 mod output;
+mod progress;
+mod screen;
 mod text;
 
 use std::ffi::OsString;
@@ -83,6 +85,7 @@ fn run(
         logging::start(&context)?;
         command_line.command.run(&context)
     }));
+    context.end_progress();
     match outcome {
         Ok(outcome) => finish(&context.output, policy, outcome, stderr),
         // The hook has told of it already; what is left is the status, and the document for JSON.
