@@ -14,6 +14,7 @@ use clap::{ArgAction, Args};
 use crate::clock::{Clock, SystemClock};
 use crate::config::{Config, Environment, SiteConfig};
 use crate::monitor::{Monitor, VoidMonitor};
+use crate::storage::Traffic;
 
 use super::error::CommandError;
 use super::exit::ExitKind;
@@ -68,6 +69,8 @@ pub struct Context {
     pub environment: Environment,
     /// Where the report goes.
     pub output: Output,
+    /// What this command asks of stores.
+    pub traffic: Arc<Traffic>,
     config: OnceCell<Config>,
     progress: OnceCell<Option<Arc<TerminalMonitor>>>,
 }
@@ -75,7 +78,14 @@ pub struct Context {
 impl Context {
     /// Creates the context of one command.
     pub fn new(global: GlobalOptions, environment: Environment, output: Output) -> Self {
-        Self { global, environment, output, config: OnceCell::new(), progress: OnceCell::new() }
+        Self {
+            global,
+            environment,
+            output,
+            traffic: Arc::default(),
+            config: OnceCell::new(),
+            progress: OnceCell::new(),
+        }
     }
 
     /// Returns the configuration, read at the first call.

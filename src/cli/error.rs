@@ -8,6 +8,7 @@ use std::error::Error as StdError;
 use crate::codec;
 use crate::config;
 use crate::disk;
+use crate::repo;
 use crate::storage;
 
 use super::exit::ExitKind;
@@ -83,6 +84,7 @@ impl From<config::Error> for CommandError {
         let kind = match error.kind() {
             config::ErrorKind::Configuration => ExitKind::Configuration,
             config::ErrorKind::Disk => ExitKind::Failed,
+            config::ErrorKind::Store(kind) => of_store(kind),
         };
         let hint = error.hint();
         Self::from_module(kind, error, hint)
@@ -113,14 +115,36 @@ impl From<disk::Error> for CommandError {
 
 impl From<storage::Error> for CommandError {
     fn from(error: storage::Error) -> Self {
-        let kind = match error.kind() {
-            storage::ErrorKind::NotFound | storage::ErrorKind::AlreadyExists => ExitKind::Failed,
-            storage::ErrorKind::Unreachable | storage::ErrorKind::OutcomeUnknown => ExitKind::Unreachable,
-            storage::ErrorKind::Denied | storage::ErrorKind::Invalid => ExitKind::Configuration,
-            storage::ErrorKind::Truncated | storage::ErrorKind::TooLarge => ExitKind::Damaged,
-            storage::ErrorKind::Full | storage::ErrorKind::Other => ExitKind::Failed,
-        };
+        let kind = of_store(error.kind());
         Self::from_module(kind, error, None)
+    }
+}
+
+impl From<repo::Error> for CommandError {
+    fn from(error: repo::Error) -> Self {
+        let kind = match (error.kind(), &error) {
+            (_, repo::Error::Store(error)) => of_store(error.kind()),
+            (repo::ErrorKind::Absent, _) => ExitKind::Failed,
+            (repo::ErrorKind::Retry, _) => ExitKind::Unreachable,
+            (repo::ErrorKind::Damaged, _) => ExitKind::Damaged,
+            (repo::ErrorKind::Bug, _) => ExitKind::Bug,
+            (repo::ErrorKind::Input, repo::Error::NoPrivateKey { .. } | repo::Error::WrongKey { .. }) => {
+                ExitKind::Configuration
+            }
+            (repo::ErrorKind::Input, _) => ExitKind::Failed,
+        };
+        let hint = error.hint().map(str::to_owned);
+        Self::from_module(kind, error, hint)
+    }
+}
+
+fn of_store(kind: storage::ErrorKind) -> ExitKind {
+    match kind {
+        storage::ErrorKind::NotFound | storage::ErrorKind::AlreadyExists => ExitKind::Failed,
+        storage::ErrorKind::Unreachable | storage::ErrorKind::OutcomeUnknown => ExitKind::Unreachable,
+        storage::ErrorKind::Denied | storage::ErrorKind::Invalid => ExitKind::Configuration,
+        storage::ErrorKind::Truncated | storage::ErrorKind::TooLarge => ExitKind::Damaged,
+        storage::ErrorKind::Full | storage::ErrorKind::Other => ExitKind::Failed,
     }
 }
 

@@ -12,6 +12,7 @@ mod key;
 mod logging;
 mod output;
 mod progress;
+mod repository;
 mod screen;
 mod text;
 

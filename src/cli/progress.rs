@@ -124,7 +124,9 @@ fn describe(task: Task, done: u64, total: Option<u64>, elapsed: Duration) -> Str
     }
     let rate = (done as f64 / elapsed.as_secs_f64()) as u64;
     let _ = write!(text, ", {}/s", amount(rate));
-    if let Some(left) = total.and_then(|total| total.saturating_sub(done).checked_div(rate)).filter(|left| *left > 0) {
+    if let Some(left) =
+        total.and_then(|total| total.saturating_sub(done).checked_div(rate)).filter(|left| *left > 0)
+    {
         let _ = write!(text, ", {} left", duration(Duration::from_secs(left)));
     }
     text
@@ -150,7 +152,10 @@ mod tests {
         let files = Task::items("scan", "files", None);
         assert_eq!(describe(files, 1200, None, second), "scan: 1200 files, 1200/s");
         assert_eq!(describe(files, 0, Some(0), minute), "scan: 0 of 0 files, 0/s");
-        assert_eq!(describe(files, u64::MAX / 200, Some(7), second), "scan: 92233720368547758 of 7 files (100 %), 92233720368547760/s");
+        assert_eq!(
+            describe(files, u64::MAX / 200, Some(7), second),
+            "scan: 92233720368547758 of 7 files (100 %), 92233720368547760/s"
+        );
     }
 
     #[test]

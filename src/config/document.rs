@@ -104,7 +104,7 @@ fn check_value(key: &'static Key, header: &str, value: &Spanned<DeValue<'_>>, fi
         }
         (Value::Texts, DeValue::Array(values)) => {
             let others = values.iter().filter(|value| value.get_ref().as_str().is_none());
-            findings.extend(others.map(|other| wrong_type(key.name, key.value.describe(), header, other)));
+            findings.extend(others.map(|other| wrong_type(key, header, other)));
         }
         (Value::Table(section), DeValue::Table(table)) => check_table(section, &below, table, findings),
         (Value::NamedTables(section), DeValue::Table(tables)) => {
@@ -113,7 +113,16 @@ fn check_value(key: &'static Key, header: &str, value: &Spanned<DeValue<'_>>, fi
                     DeValue::Table(table) => {
                         check_table(section, &dotted(&below, name.get_ref()), table, findings);
                     }
-                    _ => findings.push(wrong_type(name.get_ref(), "a table", &below, value)),
+                    _ => findings.push(Finding {
+                        at: value.span().start,
+                        problem: Problem::WrongType {
+                            key: name.get_ref().to_string(),
+                            section: in_section(&below),
+                            expected: "a table",
+                            found: describe(value.get_ref()),
+                            example: "",
+                        },
+                    }),
                 }
             }
         }
@@ -121,20 +130,21 @@ fn check_value(key: &'static Key, header: &str, value: &Spanned<DeValue<'_>>, fi
             for value in values.iter() {
                 match value.get_ref() {
                     DeValue::Table(table) => check_table(section, &below, table, findings),
-                    _ => findings.push(wrong_type(key.name, key.value.describe(), header, value)),
+                    _ => findings.push(wrong_type(key, header, value)),
                 }
             }
         }
-        _ => findings.push(wrong_type(key.name, key.value.describe(), header, value)),
+        _ => findings.push(wrong_type(key, header, value)),
     }
 }
 
-fn wrong_type(key: &str, expected: &'static str, header: &str, value: &Spanned<DeValue<'_>>) -> Finding {
+fn wrong_type(key: &Key, header: &str, value: &Spanned<DeValue<'_>>) -> Finding {
     let problem = Problem::WrongType {
-        key: key.to_owned(),
+        key: key.name.to_owned(),
         section: in_section(header),
-        expected,
+        expected: key.value.describe(),
         found: describe(value.get_ref()),
+        example: key.example,
     };
     Finding { at: value.span().start, problem }
 }

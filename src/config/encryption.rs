@@ -5,15 +5,14 @@
 //! so that one configuration can serve both. Whatever a file turns out to be is complained of at its line.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::sync::Arc;
 
-use zeroize::Zeroizing;
-
-use crate::codec::{self, RecipientKey, RecipientPrivateKey, SigningKey, VerifyKey};
+use crate::codec::{self, Random, RecipientKey, RecipientPrivateKey, SigningKey, VerifyKey};
+use crate::repo::KeyringOptions;
 
 use super::error::{Error, Place, Problem, Result};
 use super::nearest::nearest;
-use super::secret_file::{read_public, read_secret};
+use super::secret_file::NamedFile;
 use super::table::{Entry, Table};
 
 /// Who can read, who vouches, who is trusted; ids lead to `keys`.
@@ -29,27 +28,32 @@ pub struct EncryptionConfig {
     pub trusted_signers: Vec<String>,
     /// The files of every key.
     pub keys: BTreeMap<String, KeyFiles>,
+    place: Place,
 }
 
 /// The files of one key that this host has.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyFiles {
     /// The recipient's public key.
-    pub public: Option<KeyFile>,
+    pub public: Option<NamedFile>,
     /// The recipient's private key.
-    pub private: Option<KeyFile>,
+    pub private: Option<NamedFile>,
     /// The signer's private key.
-    pub signing: Option<KeyFile>,
+    pub signing: Option<NamedFile>,
     /// The signer's public key.
-    pub verify: Option<KeyFile>,
+    pub verify: Option<NamedFile>,
+    place: Place,
 }
 
-/// A key file and the place that names it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyFile {
-    /// The file.
-    pub path: PathBuf,
-    place: Place,
+/// What a host is about to do with its keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyPurpose {
+    /// To list and check what there is: needs no secret.
+    Inspect,
+    /// To back up and archive: the recipients' public keys and the signing key.
+    Write,
+    /// To mount, clone, restore and fetch: the private keys.
+    Read,
 }
 
 /// The four kinds of key file.
@@ -87,7 +91,7 @@ impl KeyRole {
 
 impl KeyFiles {
     /// Returns the file of a role, if this host has it.
-    pub fn get(&self, role: KeyRole) -> Option<&KeyFile> {
+    pub fn get(&self, role: KeyRole) -> Option<&NamedFile> {
         match role {
             KeyRole::Public => self.public.as_ref(),
             KeyRole::Private => self.private.as_ref(),
@@ -97,58 +101,41 @@ impl KeyFiles {
     }
 
     fn read(table: &Table<'_>) -> Result<Self> {
-        let file = |role: KeyRole| -> Result<Option<KeyFile>> {
-            let place = table.text(role.config_key()).map(|entry| entry.place());
-            Ok(table.path(role.config_key())?.zip(place).map(|(path, place)| KeyFile { path, place }))
-        };
+        let file = |role: KeyRole| NamedFile::read(table, role.config_key());
         Ok(Self {
             public: file(KeyRole::Public)?,
             private: file(KeyRole::Private)?,
             signing: file(KeyRole::Signing)?,
             verify: file(KeyRole::Verify)?,
+            place: table.place(),
         })
     }
 }
 
-impl KeyFile {
-    /// Reads a recipient's public key.
-    pub fn public(&self) -> Result<RecipientKey> {
-        self.open(KeyRole::Public, RecipientKey::from_pem)
-    }
+/// Reads a recipient's public key.
+pub fn open_public(file: &NamedFile) -> Result<RecipientKey> {
+    parse(file, &file.public()?, RecipientKey::from_pem)
+}
 
-    /// Reads a recipient's private key, refusing a file that others can read.
-    pub fn private(&self) -> Result<RecipientPrivateKey> {
-        self.open(KeyRole::Private, RecipientPrivateKey::from_pem)
-    }
+/// Reads a recipient's private key, refusing a file that others can read.
+pub fn open_private(file: &NamedFile) -> Result<RecipientPrivateKey> {
+    parse(file, &file.secret()?, RecipientPrivateKey::from_pem)
+}
 
-    /// Reads a signer's private key, refusing a file that others can read.
-    pub fn signing(&self) -> Result<SigningKey> {
-        self.open(KeyRole::Signing, SigningKey::from_pem)
-    }
+/// Reads a signer's private key, refusing a file that others can read.
+pub fn open_signing(file: &NamedFile) -> Result<SigningKey> {
+    parse(file, &file.secret()?, SigningKey::from_pem)
+}
 
-    /// Reads a signer's public key.
-    pub fn verify(&self) -> Result<VerifyKey> {
-        self.open(KeyRole::Verify, VerifyKey::from_pem)
-    }
+/// Reads a signer's public key.
+pub fn open_verify(file: &NamedFile) -> Result<VerifyKey> {
+    parse(file, &file.public()?, VerifyKey::from_pem)
+}
 
-    fn open<K>(&self, role: KeyRole, parse: fn(&str) -> codec::Result<K>) -> Result<K> {
-        let what = "the key file";
-        let text = if role.is_secret() {
-            read_secret(what, &self.path)
-        } else {
-            read_public(what, &self.path).map(Zeroizing::new)
-        };
-        let text = text.map_err(|error| self.complain(role, error.to_string(), error.hint()))?;
-        parse(&text).map_err(|error| {
-            let reason = format!("\"{}\" is {error}", self.path.display());
-            self.complain(role, reason, error.hint())
-        })
-    }
-
-    fn complain(&self, role: KeyRole, reason: String, hint: Option<String>) -> Error {
-        let problem = Problem::File { key: role.config_key(), reason, hint };
-        Error::Content { place: self.place.clone(), problem }
-    }
+fn parse<K>(file: &NamedFile, text: &str, parse: fn(&str) -> codec::Result<K>) -> Result<K> {
+    let complain =
+        |error: codec::Error| file.complain(format!("\"{}\": {error}", file.path.display()), error.hint());
+    parse(text).map_err(complain)
 }
 
 impl EncryptionConfig {
@@ -158,8 +145,14 @@ impl EncryptionConfig {
             keys.insert(id.value, KeyFiles::read(&key)?);
         }
         let recipients = ids(table, "recipients", &keys, None)?.unwrap_or_default();
-        let config = Self {
-            wal_recipients: ids(table, "wal_recipients", &keys, None)?.unwrap_or_else(|| recipients.clone()),
+        let wal_recipients = ids(table, "wal_recipients", &keys, None)?;
+        if wal_recipients.as_ref().is_some_and(|wal| wal.is_empty() != recipients.is_empty()) {
+            let reason = "either both recipients and wal_recipients name keys, or none does";
+            let hint = "Half of a backup in clear text is a backup in clear text.".to_owned();
+            return Err(table.at("wal_recipients").bad(reason, hint));
+        }
+        Ok(Self {
+            wal_recipients: wal_recipients.unwrap_or_else(|| recipients.clone()),
             recipients,
             signer: match table.text("signer") {
                 Some(entry) => Some(check_id(entry, &keys, Some(KeyRole::Signing))?),
@@ -167,8 +160,65 @@ impl EncryptionConfig {
             },
             trusted_signers: ids(table, "trusted_signers", &keys, Some(KeyRole::Verify))?.unwrap_or_default(),
             keys,
+            place: table.place(),
+        })
+    }
+
+    /// Reads the key files that a host needs for `purpose`, and no others.
+    pub fn keyring_options(&self, purpose: KeyPurpose, random: Arc<dyn Random>) -> Result<KeyringOptions> {
+        let public = |ids: &[String]| -> Result<Vec<RecipientKey>> {
+            ids.iter().map(|id| self.open(id, KeyRole::Public, open_public)).collect()
         };
-        Ok(config)
+        let mut options = KeyringOptions {
+            recipients: Vec::new(),
+            wal_recipients: Vec::new(),
+            signer: None,
+            trusted_signers: self
+                .trusted_signers
+                .iter()
+                .map(|id| self.open(id, KeyRole::Verify, open_verify))
+                .collect::<Result<_>>()?,
+            private_keys: Vec::new(),
+            random,
+        };
+        match purpose {
+            KeyPurpose::Inspect => {}
+            KeyPurpose::Write => {
+                let Some(signer) = &self.signer else { return Err(self.no_signer()) };
+                options.signer = Some(self.open(signer, KeyRole::Signing, open_signing)?);
+                options.recipients = public(&self.recipients)?;
+                options.wal_recipients = public(&self.wal_recipients)?;
+            }
+            KeyPurpose::Read => {
+                let files = self.keys.values().filter_map(|files| files.private.as_ref());
+                options.private_keys = files.map(open_private).collect::<Result<_>>()?;
+            }
+        }
+        Ok(options)
+    }
+
+    fn open<K>(&self, id: &str, role: KeyRole, open: fn(&NamedFile) -> Result<K>) -> Result<K> {
+        match self.keys.get(id).and_then(|files| files.get(role)) {
+            Some(file) => open(file),
+            None => {
+                let place = self.keys.get(id).map_or(&self.place, |files| &files.place).clone();
+                let section = format!("in [encryption.keys.\"{id}\"]");
+                let hint =
+                    format!("This host needs the file that `walden key create --id {id}` wrote for it.");
+                let problem = Problem::MissingKey { key: role.config_key(), section, hint: Some(hint) };
+                Err(Error::Content { place, problem })
+            }
+        }
+    }
+
+    fn no_signer(&self) -> Error {
+        let hint = "A host that writes names the key that vouches for it, such as signer = \"2026-11\".";
+        let problem = Problem::MissingKey {
+            key: "signer",
+            section: "in [encryption]".to_owned(),
+            hint: Some(hint.to_owned()),
+        };
+        Error::Content { place: self.place.clone(), problem }
     }
 }
 

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::disk;
+use crate::storage;
 
 /// The result of an operation of this module.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -50,6 +51,9 @@ pub enum Error {
     /// A local file could not be looked at or created.
     #[error(transparent)]
     Disk(#[from] disk::Error),
+    /// The store could not be opened.
+    #[error(transparent)]
+    Store(#[from] storage::Error),
 }
 
 /// Where in a configuration file something stands.
@@ -81,16 +85,19 @@ pub enum Problem {
     NotYet { key: String, section: String },
     /// A value of another type.
     #[error("\"{key}\" {section} should be {expected}, but is {found}")]
-    WrongType { key: String, section: String, expected: &'static str, found: &'static str },
+    WrongType {
+        key: String,
+        section: String,
+        expected: &'static str,
+        found: &'static str,
+        example: &'static str,
+    },
     /// A value of the right type that means nothing.
     #[error("\"{key}\" {section}: {reason}")]
     BadValue { key: String, section: String, reason: String, hint: Option<String> },
     /// A key that must be there.
     #[error("\"{key}\" is missing in {section}")]
     MissingKey { key: &'static str, section: String, hint: Option<String> },
-    /// A file that a key names is not what it should be.
-    #[error("\"{key}\": {reason}")]
-    File { key: &'static str, reason: String, hint: Option<String> },
     /// A key names another place of the file that is not there.
     #[error("\"{key}\" {section} names {what} \"{name}\", which is not configured")]
     UnknownName { key: String, section: String, what: &'static str, name: String, nearest: Option<String> },
@@ -103,6 +110,8 @@ pub enum ErrorKind {
     Configuration,
     /// A local file or folder failed.
     Disk,
+    /// The store could not be opened; its own kind says why.
+    Store(storage::ErrorKind),
 }
 
 impl Error {
@@ -110,6 +119,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Disk(_) => ErrorKind::Disk,
+            Self::Store(error) => ErrorKind::Store(error.kind()),
             Self::NoFile { .. } | Self::Unreadable { .. } | Self::Content { .. } => ErrorKind::Configuration,
             Self::UnknownSite { .. } | Self::SiteNotChosen { .. } | Self::NoSite { .. } => {
                 ErrorKind::Configuration
@@ -138,7 +148,7 @@ impl Error {
                 Some("Run as that user, or choose another folder in [paths].".into())
             }
             Self::NotAFolder { .. } => Some("Choose another folder in [paths].".into()),
-            Self::Unreadable { .. } | Self::Environment { .. } | Self::Disk(_) => None,
+            Self::Unreadable { .. } | Self::Environment { .. } | Self::Disk(_) | Self::Store(_) => None,
         }
     }
 }
@@ -153,8 +163,9 @@ impl Problem {
                 "It belongs to a later release of Walden: remove it until then, so that nobody relies on it."
                     .into(),
             ),
-            Self::BadValue { hint, .. } | Self::MissingKey { hint, .. } | Self::File { hint, .. } => {
-                hint.clone()
+            Self::BadValue { hint, .. } | Self::MissingKey { hint, .. } => hint.clone(),
+            Self::WrongType { key, example, .. } if !example.is_empty() => {
+                Some(format!("Such as {key} = {example}."))
             }
             Self::Syntax { .. } | Self::WrongType { .. } | Self::UnknownName { .. } => None,
         }

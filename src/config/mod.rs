@@ -24,19 +24,32 @@ mod table;
 mod units;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::codec::Random;
+use crate::repo::Keyring;
 
 pub use compression::CompressionConfig;
-pub use encryption::{EncryptionConfig, KeyFile, KeyFiles, KeyRole};
+pub use encryption::{
+    EncryptionConfig, KeyFiles, KeyPurpose, KeyRole, open_private, open_public, open_signing, open_verify,
+};
 pub use environment::Environment;
 pub use error::{Error, ErrorKind, Place, Problem, Result};
 pub use limits::Limits;
 pub use nearest::nearest;
 pub use paths::{OwnedFolder, Paths};
+pub use secret_file::{NamedFile, read_secret};
 pub use site::{Node, ServerRole, SiteConfig};
 pub use storage::StorageConfig;
 
 use document::Source;
+use secret_file::check_mode;
+
+/// More than any configuration has; what is cut off there does not parse.
+const CONFIG_BYTES_MAX: u64 = 16 << 20;
 
 /// The whole configuration, with everything that was left out filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,12 +73,16 @@ impl Config {
     /// reads it.
     pub fn load(explicit: Option<&Path>, environment: &Environment) -> Result<Self> {
         let file = locate::locate(explicit, environment)?;
-        let text = std::fs::read_to_string(&file).map_err(|source| Error::Unreadable {
-            what: "the configuration file",
-            path: file.clone(),
-            source,
-        })?;
-        Self::parse(&text, &file, environment)
+        let unreadable =
+            |source| Error::Unreadable { what: "the configuration file", path: file.clone(), source };
+        let mut open = File::open(&file).map_err(unreadable)?;
+        let mut text = String::new();
+        (&mut open).take(CONFIG_BYTES_MAX).read_to_string(&mut text).map_err(unreadable)?;
+        let config = Self::parse(&text, &file, environment)?;
+        if config.sites.values().any(|site| site.storage.holds_secret()) {
+            check_mode("the configuration file, which holds a secret,", &file, &open)?;
+        }
+        Ok(config)
     }
 
     /// Reads the text of a configuration file; `file` is for messages and relative paths.
@@ -77,6 +94,13 @@ impl Config {
         let mut sites = BTreeMap::new();
         for (name, table) in root.named_tables("sites") {
             let site = SiteConfig::read(&name, &table, &storage)?;
+            if let Some(other) = sites.values().find(|other| site.collides_with(other)) {
+                let reason = format!(
+                    "its prefix \"{}\" lies in the same place as that of site \"{}\"",
+                    site.prefix, other.name
+                );
+                return Err(name.bad(reason, "Give each site a prefix of its own.".to_owned()));
+            }
             sites.insert(name.value, site);
         }
         let encryption = root.table("encryption");
@@ -92,6 +116,14 @@ impl Config {
             limits: Limits::read(&root.table("limits"))?,
             sites,
         })
+    }
+
+    /// Returns the keys that this host needs for `purpose`.
+    pub fn keyring(&self, purpose: KeyPurpose, random: Arc<dyn Random>) -> Result<Keyring> {
+        match &self.encryption {
+            Some(encryption) => Ok(Keyring::new(encryption.keyring_options(purpose, random)?)),
+            None => Ok(Keyring::unencrypted(random)),
+        }
     }
 
     /// Returns the site of that name, or the only one.

@@ -6,14 +6,50 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
-use super::error::{Error, Result};
+use super::error::{Error, Place, Problem, Result};
+use super::table::Table;
 
 /// The largest secret read; an RSA key of 8192 bits takes 6.4 kB.
 const SECRET_BYTES_MAX: u64 = 64 * 1024;
+
+/// A file that the configuration names, for reading it later and complaining at the place that names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedFile {
+    /// The file.
+    pub path: PathBuf,
+    place: Place,
+    key: String,
+    section: String,
+}
+
+impl NamedFile {
+    pub(super) fn read(table: &Table<'_>, key: &str) -> Result<Option<Self>> {
+        let Some(path) = table.path(key)? else { return Ok(None) };
+        let (place, key, section) = table.at(key).into_parts();
+        Ok(Some(Self { path, place, key, section }))
+    }
+
+    /// Returns the content of a file that others must not read.
+    pub(super) fn secret(&self) -> Result<Zeroizing<String>> {
+        read_secret("the file", &self.path).map_err(|error| self.complain(error.to_string(), error.hint()))
+    }
+
+    /// Returns the content of a file that is no secret.
+    pub(super) fn public(&self) -> Result<String> {
+        read_public("the file", &self.path).map_err(|error| self.complain(error.to_string(), error.hint()))
+    }
+
+    /// Complains about what the file turned out to be.
+    pub(super) fn complain(&self, reason: String, hint: Option<String>) -> Error {
+        let problem =
+            Problem::BadValue { key: self.key.clone(), section: self.section.clone(), reason, hint };
+        Error::Content { place: self.place.clone(), problem }
+    }
+}
 
 /// Reads a secret after checking who else could.
 pub fn read_secret(what: &'static str, path: &Path) -> Result<Zeroizing<String>> {

@@ -6,6 +6,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::storage::ObjectKey;
+
 use super::error::Result;
 use super::storage::StorageConfig;
 use super::table::{Entry, Table};
@@ -16,7 +18,7 @@ pub struct SiteConfig {
     /// The name, as `--site` takes it.
     pub name: String,
     /// The folder of the site in the repository.
-    pub prefix: String,
+    pub prefix: ObjectKey,
     /// The store.
     pub storage: StorageConfig,
     /// The server's data directory; `None`: ask the server.
@@ -48,6 +50,8 @@ pub enum ServerRole {
 }
 
 const SITE_NAME_LEN_MAX: usize = 64;
+/// Leaves room for the longest object key of a site.
+const PREFIX_LEN_MAX: usize = 200;
 const FETCH_WAIT_DEFAULT: Duration = Duration::from_secs(60);
 
 impl SiteConfig {
@@ -66,6 +70,13 @@ impl SiteConfig {
             fetch_wait: archive.duration("fetch_wait")?.map_or(FETCH_WAIT_DEFAULT, |entry| entry.value),
         })
     }
+
+    /// Returns whether both sites would write into one folder of one store.
+    pub(super) fn collides_with(&self, other: &Self) -> bool {
+        let (own, others) = (format!("{}/", self.prefix), format!("{}/", other.prefix));
+        self.storage.location == other.storage.location
+            && (own.starts_with(&others) || others.starts_with(&own))
+    }
 }
 
 fn check_name(name: &Entry<'_, String>) -> Result<()> {
@@ -77,13 +88,13 @@ fn check_name(name: &Entry<'_, String>) -> Result<()> {
     Err(name.bad("not a name for a site", hint))
 }
 
-fn prefix(name: &Entry<'_, String>, table: &Table<'_>) -> Result<String> {
-    let Some(entry) = table.text("prefix") else { return Ok(name.value.clone()) };
-    if entry.value.split('/').all(is_plain_name) {
-        return Ok(entry.value);
+fn prefix(name: &Entry<'_, String>, table: &Table<'_>) -> Result<ObjectKey> {
+    let entry = table.text("prefix").unwrap_or_else(|| name.clone());
+    match ObjectKey::parse(&entry.value) {
+        Ok(prefix) if entry.value.len() <= PREFIX_LEN_MAX => Ok(prefix),
+        Ok(_) => Err(entry.bad(format!("longer than {PREFIX_LEN_MAX} bytes"), None)),
+        Err(error) => Err(entry.bad(format!("not a folder for a site: {error}"), None)),
     }
-    let hint = "Take letters, digits, _, - and ., with / between folders.".to_owned();
-    Err(entry.bad(format!("\"{}\" is not a folder for a site", entry.value), hint))
 }
 
 fn is_plain_name(name: &str) -> bool {

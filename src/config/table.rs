@@ -109,6 +109,16 @@ impl<'a> Table<'a> {
         self.parsed(key, parse_size)
     }
 
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.get(key).is_some()
+    }
+
+    /// Returns the place of a key, for a complaint that its value alone does not justify.
+    pub(super) fn at(&self, key: &str) -> Entry<'a, ()> {
+        let at = self.get(key).map_or(self.at, |value| value.span().start);
+        Entry { value: (), source: self.source, key: key.to_owned(), header: self.header.clone(), at }
+    }
+
     /// Returns the table below a key; an empty one if it is not there.
     pub(super) fn table(&self, key: &str) -> Table<'a> {
         let value = self.get(key);
@@ -198,6 +208,11 @@ impl<'a, T> Entry<'a, T> {
             name: name.to_owned(),
             nearest,
         })
+    }
+
+    /// Returns the place, the key and the section in words, for a complaint that comes later.
+    pub(super) fn into_parts(self) -> (Place, String, String) {
+        (self.place(), self.key, in_section(&self.header))
     }
 
     /// Replaces the value by what it means.
