@@ -11,6 +11,7 @@ pub mod monitor;
 pub mod pg;
 
 pub mod codec;
+pub mod control;
 pub mod replication;
 pub mod storage;
 

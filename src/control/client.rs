@@ -1,0 +1,28 @@
+//! Sends one request and waits for its answer.
+//! Deliberately absent: a deadline; a stop takes as long as a checkpoint does, and the caller knows how long that is.
+
+use std::path::Path;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use crate::control::messages::{Reply, Request};
+use crate::control::{Error, LINE_BYTES_MAX};
+
+/// Asks whoever listens at `path`.
+///
+/// # Errors
+/// `NotRunning` where nobody does.
+pub async fn request(path: &Path, request: &Request) -> Result<Reply, Error> {
+    let failed = |source| Error::Io { path: path.to_owned(), source };
+    let malformed = |detail: String| Error::Malformed { path: path.to_owned(), detail };
+    let mut stream = UnixStream::connect(path)
+        .await
+        .map_err(|source| Error::NotRunning { path: path.to_owned(), source })?;
+    let mut line = serde_json::to_vec(request).map_err(|error| malformed(error.to_string()))?;
+    line.push(b'\n');
+    stream.write_all(&line).await.map_err(failed)?;
+    let mut answer = String::new();
+    BufReader::new(stream).take(LINE_BYTES_MAX).read_line(&mut answer).await.map_err(failed)?;
+    serde_json::from_str(&answer).map_err(|error| malformed(error.to_string()))
+}

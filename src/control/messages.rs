@@ -1,0 +1,98 @@
+//! What is asked and what is answered. Field names of the status are those of `clone status --output json`.
+//! Deliberately absent: versions; both ends are the same binary, and an unknown field or request is refused.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A request to a clone's supervisor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Tell how you are.
+    Status,
+    /// Stop PostgreSQL, sync, unmount and end.
+    Stop,
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// How the clone is.
+    Status(Box<CloneStatus>),
+    /// What was asked has been done.
+    Done,
+    /// It could not be done.
+    Failed { message: String },
+}
+
+/// The state of a clone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CloneState {
+    /// Its folder is being made.
+    Creating,
+    /// PostgreSQL replays WAL.
+    Recovering,
+    /// Recovery waits at its target.
+    Paused,
+    /// PostgreSQL takes connections.
+    Running,
+    /// Nothing of it runs.
+    Stopped,
+    /// It ended by itself, and the message says why.
+    Failed,
+}
+
+/// How a clone is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CloneStatus {
+    /// Its name.
+    pub name: String,
+    /// What it is doing.
+    pub state: CloneState,
+    /// Why it failed.
+    pub message: Option<String>,
+    /// The site and the basebackup it was made from.
+    pub site: String,
+    /// The id of the basebackup.
+    pub basebackup: String,
+    /// Where recovery ends, or ended.
+    pub target: String,
+    /// The port in the socket's name.
+    pub port: u16,
+    /// Where the socket is.
+    pub socket_directory: PathBuf,
+    /// PGDATA, within the mount.
+    pub data_directory: PathBuf,
+    /// The role that initdb created.
+    pub superuser: String,
+    /// The process that serves the mount.
+    pub supervisor_pid: Option<u32>,
+    /// The postmaster.
+    pub server_pid: Option<u32>,
+    /// Bytes of the basebackup that are local.
+    pub hydrated_bytes: u64,
+    /// Bytes of the basebackup.
+    pub total_bytes: u64,
+    /// Bytes read from the store, manifest, keys and WAL included.
+    pub bytes_fetched: u64,
+    /// Requests to the store.
+    pub requests: u64,
+    /// From the request to create or start it until it answered.
+    pub seconds_to_ready: Option<f64>,
+}
+
+impl std::fmt::Display for CloneState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Creating => "creating",
+            Self::Recovering => "recovering",
+            Self::Paused => "paused",
+            Self::Running => "running",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        })
+    }
+}

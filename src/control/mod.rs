@@ -1,0 +1,33 @@
+//! Messages between Walden's own processes, and the client that sends them.
+//!
+//! A clone's supervisor listens on a unix socket in a private folder; whoever may enter the folder may ask. One
+//! JSON line goes in, one comes out, and the connection ends. Deliberately absent: anything over a network, and what
+//! a request means; the processes that listen know that.
+
+mod client;
+mod messages;
+mod server;
+
+pub use client::request;
+pub use messages::{CloneState, CloneStatus, Reply, Request};
+pub use server::{Listener, Pending};
+
+use std::io;
+use std::path::PathBuf;
+
+/// What can go wrong between two of our processes.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens.
+    #[error("nothing answers at \"{}\": {source}", path.display())]
+    NotRunning { path: PathBuf, source: io::Error },
+    /// The connection broke, or its line did not end.
+    #[error("could not talk to \"{}\": {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    /// The other side speaks another release's language.
+    #[error("\"{}\" answered something that is not understood: {detail}", path.display())]
+    Malformed { path: PathBuf, detail: String },
+}
+
+/// No message is longer: states and counters, never data.
+const LINE_BYTES_MAX: u64 = 256 << 10;
