@@ -5,19 +5,31 @@
 //! no decoder panics or allocates by a number it read.
 
 mod lsn;
+mod oid;
 mod system_identifier;
 mod timeline;
 mod version;
 mod wal_segment;
 
 mod archive_file_name;
-mod control_file;
 mod timeline_history;
+
+mod backup_rule;
+mod data_path;
+mod relation_file;
+
+mod control_file;
+pub mod page;
 mod wal_page;
 
 pub use archive_file_name::{ArchiveFileName, ParseArchiveFileNameError};
+pub use backup_rule::{BackupRule, BackupRules, InitForks};
 pub use control_file::{CONTROL_FILE_SIZE, ClusterState, ControlFile, ControlFileError, RecoveryLimits};
+pub use data_path::{DATA_PATH_BYTES_MAX, DataPath, DataPathError};
 pub use lsn::{Lsn, ParseLsnError};
+pub use oid::Oid;
+pub use page::{PAGE_HEADER_BYTES, PageHeader, PageVerdict};
+pub use relation_file::{Fork, RelationFile};
 pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
 pub use timeline::{ParseTimelineError, TimelineId};
 pub use timeline_history::{HistoryError, TimelineHistory, TimelineSwitch};
