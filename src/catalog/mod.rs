@@ -9,6 +9,7 @@ pub mod recovery_plan;
 pub mod recovery_target;
 pub mod timeline_tree;
 pub mod wal_coverage;
+pub mod wal_reader;
 
 pub use basebackups::{BasebackupList, ListedBasebackup, ResolveError};
 pub use recovery_plan::{
@@ -17,3 +18,4 @@ pub use recovery_plan::{
 pub use recovery_target::{RecoveryTarget, Target, TargetAction};
 pub use timeline_tree::{Stretch, TimelineTree};
 pub use wal_coverage::{TimelineCoverage, WalCoverage, list_clusters};
+pub use wal_reader::{Found, Patience, WalReader};

@@ -103,11 +103,11 @@ impl WalCoverage {
     /// Lists every timeline of a cluster.
     pub async fn load(repository: &Repository, cluster: ClusterId) -> Result<Self, Error> {
         let layout = repository.layout();
-        let folder = repository.store().list_folder(&layout.wal(cluster)).await?;
+        let prefix = layout.wal(cluster);
+        let folder = repository.store().list_folder(&prefix).await?;
         let mut timelines = BTreeMap::new();
-        for timeline in
-            folder.folders.iter().filter_map(|folder| layout.parse_timeline_folder(cluster, folder))
-        {
+        let timeline_of = |name: &String| layout.parse_timeline_folder(cluster, &format!("{prefix}{name}"));
+        for timeline in folder.folders.iter().filter_map(timeline_of) {
             let coverage = Self::load_timeline(repository, cluster, timeline, WalSegmentNumber(0)).await?;
             timelines.insert(timeline, coverage);
         }
@@ -131,8 +131,11 @@ impl TimelineCoverage {
 
 /// Lists the clusters of a site.
 pub async fn list_clusters(repository: &Repository) -> Result<Vec<ClusterId>, Error> {
-    let folder = repository.store().list_folder(&repository.layout().clusters()).await?;
-    Ok(folder.folders.iter().filter_map(|folder| repository.layout().parse_cluster_folder(folder)).collect())
+    let layout = repository.layout();
+    let prefix = layout.clusters();
+    let folder = repository.store().list_folder(&prefix).await?;
+    let cluster_of = |name: &String| layout.parse_cluster_folder(&format!("{prefix}{name}"));
+    Ok(folder.folders.iter().filter_map(cluster_of).collect())
 }
 
 #[cfg(test)]

@@ -1,1 +1,15 @@
-//! WAL in and out: one segment pushed, one fetched.
+//! WAL in and out: one file pushed to the archive, one fetched back, and a list of what is there.
+//!
+//! `push` is the archive_command and `fetch` the restore_command; both are run by the server for every single file,
+//! so they start quickly and do one thing. `plan_file` is the recovery plan as it lies in a data directory.
+//! Deliberately absent: exit statuses (`cli`), the decision what a name is answered (`catalog`), receiving by
+//! streaming and any deletion.
+
+mod data_directory;
+mod error;
+pub mod fetch;
+pub mod list;
+pub mod plan_file;
+pub mod push;
+
+pub use error::{Error, ErrorKind};

@@ -1,0 +1,294 @@
+//! Reads the WAL archive of one cluster by PostgreSQL's file names: the one reader behind `wal fetch` and the mount.
+//!
+//! Three answers, never fewer: the file, *not there*, and *there but unreadable*. A store that does not answer is
+//! none of them: it is asked again until the caller's patience ends. What was read lately is kept in a bounded
+//! cache, because a copy arrives as many small reads; one read of a file is under way at a time.
+//!
+//! Deliberately absent: reading ahead along a timeline, which will fill the same cache.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::OnceCell;
+
+use crate::clock::Clock;
+use crate::codec::Digest;
+use crate::pg::{ArchiveFileName, WalSegmentName};
+use crate::repo::layout::{ObjectName, WalObjectName};
+use crate::repo::{ClusterId, Error, ErrorKind, Repository, wal_object};
+use crate::storage;
+
+/// How long a store that does not answer is asked again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// Until this moment of the clock's monotonic time; the first attempt is always made.
+    Until(Instant),
+    /// For ever; the caller ends the wait by dropping it.
+    Forever,
+}
+
+/// What the archive holds under a name.
+#[derive(Debug)]
+pub enum Found<T> {
+    /// The file, verified.
+    Present(T),
+    /// The store answered that it is not there.
+    Absent,
+    /// It is there, and waiting will not make it readable: damaged, not trusted, or sealed for somebody else.
+    Unreadable(Error),
+}
+
+/// Reads the archive of one cluster.
+#[derive(Debug)]
+pub struct WalReader {
+    repository: Repository,
+    cluster: ClusterId,
+    clock: Arc<dyn Clock>,
+    cache: Mutex<Cache>,
+    flights: Mutex<HashMap<ArchiveFileName, Arc<OnceCell<Bytes>>>>,
+}
+
+/// Files read lately, the least recently used first to go.
+#[derive(Debug)]
+struct Cache {
+    files: Vec<(ArchiveFileName, Bytes)>,
+    bytes_max: usize,
+}
+
+/// The pause after the first failure; it doubles up to [`PAUSE_MAX`].
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+/// The longest pause: a store that comes back is noticed this fast.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Partials of one segment; each is left by another server that was on the timeline.
+const PARTIALS_MAX: usize = 100;
+
+impl WalReader {
+    /// Creates a reader that keeps at most `cache_bytes_max` of files read lately.
+    pub fn new(
+        repository: Repository,
+        cluster: ClusterId,
+        clock: Arc<dyn Clock>,
+        cache_bytes_max: usize,
+    ) -> Self {
+        let cache = Cache { files: Vec::new(), bytes_max: cache_bytes_max };
+        Self { repository, cluster, clock, cache: Mutex::new(cache), flights: Mutex::default() }
+    }
+
+    /// Returns the cluster.
+    pub fn cluster(&self) -> ClusterId {
+        self.cluster
+    }
+
+    /// Returns the repository.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// Returns the clock that patience is measured by.
+    pub fn clock(&self) -> &dyn Clock {
+        &*self.clock
+    }
+
+    /// Reads a file, every byte verified.
+    ///
+    /// # Errors
+    /// The store's last answer, when patience ends before there is one that says something.
+    pub async fn read(&self, name: ArchiveFileName, patience: Patience) -> Result<Found<Bytes>, Error> {
+        if let Some(bytes) = self.cache().get(name) {
+            return Ok(Found::Present(bytes));
+        }
+        let flight = self.lock_flights().entry(name).or_default().clone();
+        let read = || async {
+            let bytes = flight.get_or_try_init(|| self.read_once(name)).await?;
+            Ok(bytes.clone())
+        };
+        let found = self.patiently(patience, &name.to_string(), read).await;
+        self.lock_flights().remove(&name);
+        if let Ok(Found::Present(bytes)) = &found {
+            self.cache().put(name, bytes.clone());
+        }
+        found
+    }
+
+    /// Returns how large a file is, from its signed header.
+    pub async fn size(&self, name: ArchiveFileName, patience: Patience) -> Result<Found<u64>, Error> {
+        if let Some(bytes) = self.cache().get(name) {
+            return Ok(Found::Present(bytes.len() as u64));
+        }
+        self.patiently(patience, &name.to_string(), || self.size_once(name)).await
+    }
+
+    /// Repeats `attempt` until the store says something or patience ends.
+    pub async fn patiently<T, F>(
+        &self,
+        patience: Patience,
+        what: &str,
+        attempt: impl Fn() -> F,
+    ) -> Result<Found<T>, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let mut pauses = Pauses::new();
+        loop {
+            let error = match attempt().await {
+                Ok(value) => return Ok(Found::Present(value)),
+                Err(error) if error.is_absent() => return Ok(Found::Absent),
+                Err(error) if !may_heal(&error) => return Ok(Found::Unreadable(error)),
+                Err(error) => error,
+            };
+            if !pauses.pause(patience, &*self.clock).await {
+                return Err(error);
+            }
+            tracing::warn!("waiting for the store, for {what}: {error}");
+        }
+    }
+
+    async fn read_once(&self, name: ArchiveFileName) -> Result<Bytes, Error> {
+        let (repository, cluster) = (&self.repository, self.cluster);
+        match name {
+            ArchiveFileName::Segment(segment) => {
+                wal_object::read_wal(repository, cluster, WalObjectName::Segment(segment)).await
+            }
+            ArchiveFileName::Partial(segment) => self.read_partial(segment).await,
+            ArchiveFileName::History(timeline) => {
+                wal_object::read_history(repository, cluster, timeline).await
+            }
+            ArchiveFileName::BackupHistory { segment, offset } => {
+                let name = WalObjectName::BackupHistory { segment, offset };
+                wal_object::read_wal(repository, cluster, name).await
+            }
+        }
+    }
+
+    async fn size_once(&self, name: ArchiveFileName) -> Result<u64, Error> {
+        let ArchiveFileName::Segment(segment) = name else {
+            // The others are small, or have to be read to be chosen among.
+            return Ok(self.read_once(name).await?.len() as u64);
+        };
+        let name = WalObjectName::Segment(segment);
+        Ok(wal_object::read_wal_header(&self.repository, self.cluster, name).await?.raw_size)
+    }
+
+    /// Reads the partial segment that holds the most WAL; one that is damaged does not hide another.
+    async fn read_partial(&self, segment: WalSegmentName) -> Result<Bytes, Error> {
+        let mut best: Option<(usize, Bytes)> = None;
+        let mut failure = None;
+        for name in self.partials(segment).await? {
+            match wal_object::read_wal(&self.repository, self.cluster, name).await {
+                Ok(bytes) => {
+                    let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
+                    if best.as_ref().is_none_or(|(most, _)| used > *most) {
+                        best = Some((used, bytes));
+                    }
+                }
+                Err(error) if may_heal(&error) => return Err(error),
+                Err(error) => failure = Some(error),
+            }
+        }
+        let absent = || {
+            let key = self.repository.layout().wal_object(self.cluster, WalObjectName::Segment(segment));
+            storage::Error::NotFound { key: format!("{key}.partial") }.into()
+        };
+        best.map(|(_, bytes)| bytes).ok_or_else(|| failure.unwrap_or_else(absent))
+    }
+
+    /// Lists the partials of a segment.
+    async fn partials(&self, segment: WalSegmentName) -> Result<Vec<WalObjectName>, Error> {
+        let layout = self.repository.layout();
+        let folder = layout.wal_log(self.cluster, segment.timeline(), segment.log());
+        let after = layout.wal_object(self.cluster, WalObjectName::Segment(segment));
+        let listed = self.repository.store().list(&folder, Some(&after), PARTIALS_MAX).await?;
+        let names = listed.iter().filter_map(|object| match layout.parse(&object.key) {
+            Some(ObjectName::Wal(_, name @ WalObjectName::Partial { .. })) => Some(name),
+            _ => None,
+        });
+        Ok(names.filter(|name| name.segment() == segment).collect())
+    }
+
+    fn cache(&self) -> std::sync::MutexGuard<'_, Cache> {
+        self.cache.lock().expect("no holder of this lock panics")
+    }
+
+    fn lock_flights(&self) -> std::sync::MutexGuard<'_, HashMap<ArchiveFileName, Arc<OnceCell<Bytes>>>> {
+        self.flights.lock().expect("no holder of this lock panics")
+    }
+}
+
+/// The name under which a partial with this content is archived.
+pub fn partial_object(segment: WalSegmentName, content: &[u8]) -> WalObjectName {
+    let Digest(digest) = Digest::of(content);
+    WalObjectName::Partial { segment, digest: [digest[0], digest[1], digest[2], digest[3]] }
+}
+
+/// Tells whether asking again later may bring another answer than this error.
+pub fn may_heal(error: &Error) -> bool {
+    match error.kind() {
+        ErrorKind::Retry => true,
+        ErrorKind::Absent | ErrorKind::Damaged | ErrorKind::Bug => false,
+        // Rights, credentials and mounts come back; a key that is not here does not come by waiting.
+        ErrorKind::Input => matches!(error, Error::Store(_)),
+    }
+}
+
+/// Pauses that grow, for as long as patience lasts.
+#[derive(Debug)]
+pub struct Pauses {
+    next: Duration,
+}
+
+impl Pauses {
+    /// Begins with the shortest.
+    pub fn new() -> Self {
+        Self { next: PAUSE_FIRST }
+    }
+
+    /// Waits a little and returns true, or returns false at once where patience has ended.
+    pub async fn pause(&mut self, patience: Patience, clock: &dyn Clock) -> bool {
+        let pause = match patience {
+            Patience::Forever => self.next,
+            Patience::Until(end) => {
+                let left = end.saturating_duration_since(clock.monotonic());
+                if left.is_zero() {
+                    return false;
+                }
+                self.next.min(left)
+            }
+        };
+        tokio::time::sleep(pause).await;
+        self.next = (self.next * 2).min(PAUSE_MAX);
+        true
+    }
+}
+
+impl Default for Pauses {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Cache {
+    fn get(&mut self, name: ArchiveFileName) -> Option<Bytes> {
+        let at = self.files.iter().position(|(cached, _)| *cached == name)?;
+        let file = self.files.remove(at);
+        let bytes = file.1.clone();
+        self.files.push(file);
+        Some(bytes)
+    }
+
+    fn put(&mut self, name: ArchiveFileName, bytes: Bytes) {
+        // Another partial may become the longest; everything else never changes.
+        if matches!(name, ArchiveFileName::Partial(_)) {
+            return;
+        }
+        self.files.retain(|(cached, _)| *cached != name);
+        self.files.push((name, bytes));
+        // The newest stays even where it alone is larger: it is about to be read.
+        while self.files.len() > 1
+            && self.files.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > self.bytes_max
+        {
+            self.files.remove(0);
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! One WAL file from the archive to where the server wants it: the restore_command.
+//!
+//! plan → the pure answer to the name → the file, verified, written whole. What recovery needs and does not come is
+//! asked for again until `wait` is over, and then it is an error: PostgreSQL would take anything gentler for the end
+//! of the archive and promote (failure 1). What lies outside the plan is absent without asking anybody.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::catalog::wal_reader::{Found, Patience, Pauses, WalReader, may_heal};
+use crate::catalog::{Answer, InArchive, RecoveryPlan, answer};
+use crate::clock::Clock;
+use crate::disk::durable::{TEMPORARY_PREFIX, write_file};
+use crate::pg::{ArchiveFileName, ControlFile};
+use crate::repo::{self, Repository};
+use crate::wal::Error;
+use crate::wal::data_directory::{cluster_of, read_at_most, read_control_file};
+use crate::wal::plan_file::{self, STANDBY_SIGNAL, owned_like};
+use crate::wal::push::check_segment;
+
+/// What is to be fetched, for whom.
+#[derive(Debug, Clone)]
+pub struct FetchOptions {
+    /// The server's data directory.
+    pub data_directory: PathBuf,
+    /// The file.
+    pub name: ArchiveFileName,
+    /// Where it is to be written, absolute or from the current directory.
+    pub target: PathBuf,
+    /// How long to ask again for what should be there.
+    pub wait: Duration,
+}
+
+/// How a fetch ended, apart from errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fetched {
+    /// The file is at its target.
+    Restored,
+    /// The archive has none, and recovery may go by that.
+    Absent,
+}
+
+/// Opens the repository whenever it is asked to, so that a store that is away is waited for.
+#[async_trait::async_trait]
+pub trait Opener: Send + Sync {
+    /// Opens the site's repository.
+    async fn open(&self) -> Result<Repository, repo::Error>;
+}
+
+/// Fetches one file.
+///
+/// # Errors
+/// Where recovery must not go on without the file, whatever the reason.
+pub async fn fetch(
+    options: &FetchOptions,
+    opener: &dyn Opener,
+    clock: Arc<dyn Clock>,
+) -> Result<Fetched, Error> {
+    let control = read_control_file(&options.data_directory)?;
+    let standby = options.data_directory.join(STANDBY_SIGNAL).exists();
+    let patience = Patience::Until(clock.monotonic() + options.wait);
+    let known = match standby {
+        true => Some(plan_file::standby_plan(cluster_of(&control))),
+        false => plan_file::read(&options.data_directory, &control)?,
+    };
+    if known.as_ref().is_some_and(|plan| is_outside(plan, options.name)) {
+        return Ok(Fetched::Absent);
+    }
+    let mut fetch = Fetch { options, control, clock, patience, plan: known };
+    let mut pauses = Pauses::new();
+    let mut damaged_reads = 0;
+    loop {
+        let error = match fetch.attempt(opener).await {
+            Ok(outcome) => return Ok(outcome),
+            Err(error) => error,
+        };
+        damaged_reads += u32::from(matches!(&error, Error::Repository(error) if is_damage(error)));
+        let again = is_worth_repeating(&error) && damaged_reads < DAMAGED_READS_MAX;
+        if !again || !pauses.pause(patience, &*fetch.clock).await {
+            return Err(error);
+        }
+        tracing::warn!("trying again: {error}");
+    }
+}
+
+/// A damaged object is read once more, in case the way was at fault and not the store.
+const DAMAGED_READS_MAX: u32 = 2;
+/// Nothing is read twice in one process.
+const CACHE_BYTES: usize = 0;
+
+struct Fetch<'a> {
+    options: &'a FetchOptions,
+    control: ControlFile,
+    clock: Arc<dyn Clock>,
+    patience: Patience,
+    plan: Option<RecoveryPlan>,
+}
+
+impl Fetch<'_> {
+    async fn attempt(&mut self, opener: &dyn Opener) -> Result<Fetched, Error> {
+        let repository = opener.open().await?;
+        if self.plan.is_none() {
+            let folder = &self.options.data_directory;
+            self.plan = Some(plan_file::create(&repository, folder, &self.control).await?);
+        }
+        let plan = self.plan.as_ref().expect("it has just been made where there was none");
+        let name = self.options.name;
+        if is_outside(plan, name) {
+            return Ok(Fetched::Absent);
+        }
+        let reader = WalReader::new(repository, plan.cluster, self.clock.clone(), CACHE_BYTES);
+        let (archive, found) = match reader.read(name, self.patience).await? {
+            Found::Present(bytes) => (InArchive::Present, Ok(bytes)),
+            Found::Absent => (InArchive::Absent, Err(Error::Missing { name: name.to_string() })),
+            Found::Unreadable(error) => (InArchive::Unknown, Err(error.into())),
+        };
+        let own_copy = archive == InArchive::Absent && self.has_valid_copy();
+        match (answer(plan, name, archive, own_copy), found) {
+            (Answer::Absent, _) => Ok(Fetched::Absent),
+            (Answer::Serve, Ok(bytes)) => {
+                self.deliver(&bytes)?;
+                Ok(Fetched::Restored)
+            }
+            (Answer::Serve | Answer::CannotTell, found) => {
+                Err(found.err().unwrap_or_else(|| Error::Missing { name: name.to_string() }))
+            }
+        }
+    }
+
+    /// Tells whether the server has the segment itself, as a whole file that is what its name says.
+    fn has_valid_copy(&self) -> bool {
+        let ArchiveFileName::Segment(segment) = self.options.name else { return false };
+        let path = self.options.data_directory.join("pg_wal").join(segment.to_string());
+        let size = u64::from(self.control.wal_segment_size.bytes());
+        read_at_most(&path, size).and_then(|bytes| check_segment(&bytes, segment, &self.control)).is_ok()
+    }
+
+    /// Writes the file whole and durably, so that the server never reads part of one.
+    fn deliver(&self, bytes: &Bytes) -> Result<(), Error> {
+        let target = &self.options.target;
+        remove_leftovers(target);
+        Ok(write_file(target, bytes, owned_like(&self.options.data_directory)?)?)
+    }
+}
+
+/// Tells whether a name is absent whatever the archive says.
+fn is_outside(plan: &RecoveryPlan, name: ArchiveFileName) -> bool {
+    answer(plan, name, InArchive::Present, false) == Answer::Absent
+}
+
+fn is_damage(error: &repo::Error) -> bool {
+    error.kind() == repo::ErrorKind::Damaged
+}
+
+/// Tells whether asking again may bring something else.
+fn is_worth_repeating(error: &Error) -> bool {
+    match error {
+        Error::Missing { .. } => true,
+        // An absent site.json may be a bucket that is mounted late; it is never the end of the archive.
+        Error::Repository(error) => may_heal(error) || is_damage(error) || error.is_absent(),
+        _ => false,
+    }
+}
+
+/// Removes what a fetch that was killed left beside the target; recovery runs one at a time.
+fn remove_leftovers(target: &Path) {
+    let (Some(folder), Some(name)) = (target.parent(), target.file_name()) else { return };
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let suffix = format!("-{}", name.to_string_lossy());
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let found = entry.file_name();
+        let found = found.to_string_lossy();
+        if found.starts_with(TEMPORARY_PREFIX) && found.ends_with(&suffix) {
+            // What cannot be removed is in nobody's way but the disk's.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! One WAL file from `pg_wal` into the archive: the archive_command.
+//!
+//! name → data directory → control file → the file, checked against both → sealed → created, or compared with what
+//! stands there. A file is archived only as what it is: a recycled segment under a future name, a truncated one, one
+//! of another cluster and anything from a clone are refused. `Ok` means that the archive has it durably.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+
+use crate::catalog::wal_reader::partial_object;
+use crate::codec::Compression;
+use crate::disk::CloneMarker;
+use crate::pg::{
+    ArchiveFileName, ControlFile, SEGMENT_HEADER_LEN, SegmentHeader, TimelineHistory, WalSegmentName,
+};
+use crate::repo::layout::WalObjectName;
+use crate::repo::wal_object::{
+    Archived, HistoryBranch, WAL_RAW_BYTES_MAX, WalKey, archive_history, archive_wal,
+};
+use crate::repo::{ClusterId, Repository};
+use crate::wal::Error;
+use crate::wal::data_directory::{cluster_of, of_wal_file, read_at_most, read_control_file};
+
+/// A file of `pg_wal` that was found to be what its name says.
+#[derive(Debug, Clone)]
+pub struct CheckedFile {
+    /// Its name.
+    pub name: ArchiveFileName,
+    /// The cluster that wrote it.
+    pub cluster: ClusterId,
+    content: Bytes,
+    branch: Option<HistoryBranch>,
+}
+
+/// Timeline and backup histories are some lines of text.
+const TEXT_BYTES_MAX: u64 = 1 << 20;
+/// The line of a backup history that names where the backup starts.
+const BACKUP_HISTORY_LINE: &str = "START WAL LOCATION:";
+
+/// Reads and checks the file at `path`, which is `pg_wal/NAME` of some data directory.
+pub fn check_file(path: &Path) -> Result<CheckedFile, Error> {
+    let data_directory = of_wal_file(path)?;
+    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let name: ArchiveFileName = name.parse()?;
+    if let Some(marker) = CloneMarker::detect(&data_directory)? {
+        return Err(Error::Clone { path: data_directory, name: marker.name });
+    }
+    let control = read_control_file(&data_directory)?;
+    let cluster = cluster_of(&control);
+    let mut branch = None;
+    let content = match name {
+        ArchiveFileName::Segment(segment) | ArchiveFileName::Partial(segment) => {
+            read_segment(path, segment, &control)?
+        }
+        ArchiveFileName::History(timeline) => {
+            let content = read_text(path)?;
+            let history = TimelineHistory::parse(timeline, &content)?;
+            let parent = history.parent();
+            branch = Some(HistoryBranch { parent: parent.timeline, switch: parent.lsn });
+            content.into_bytes()
+        }
+        ArchiveFileName::BackupHistory { segment, .. } => {
+            segment.number(cluster.segment_size)?;
+            let content = read_text(path)?;
+            if !content.contains(BACKUP_HISTORY_LINE) {
+                return Err(malformed(path, "it names no start of a backup"));
+            }
+            content.into_bytes()
+        }
+    };
+    Ok(CheckedFile { name, cluster, content: content.into(), branch })
+}
+
+/// Archives a file; returns when the archive has it durably.
+pub async fn push(
+    repository: &Repository,
+    file: &CheckedFile,
+    compression: Compression,
+) -> Result<Archived, Error> {
+    let key = WalKey::create(repository.keyring())?;
+    let name = match (file.name, file.branch) {
+        (ArchiveFileName::History(timeline), Some(branch)) => {
+            let content = &file.content;
+            return Ok(archive_history(repository, file.cluster, timeline, branch, content, &key).await?);
+        }
+        (ArchiveFileName::History(timeline), None) => {
+            return Err(crate::pg::HistoryError::Empty { timeline }.into());
+        }
+        (ArchiveFileName::Segment(segment), _) => WalObjectName::Segment(segment),
+        // Failure 12b: two servers may leave one timeline with different partials, and both are kept.
+        (ArchiveFileName::Partial(segment), _) => partial_object(segment, &file.content),
+        (ArchiveFileName::BackupHistory { segment, offset }, _) => {
+            WalObjectName::BackupHistory { segment, offset }
+        }
+    };
+    Ok(archive_wal(repository, file.cluster, name, &file.content, &key, compression).await?)
+}
+
+fn read_segment(path: &Path, segment: WalSegmentName, control: &ControlFile) -> Result<Vec<u8>, Error> {
+    let size = control.wal_segment_size;
+    if u64::from(size.bytes()) > WAL_RAW_BYTES_MAX {
+        return Err(Error::SegmentsTooLarge { size: size.bytes().into(), max: WAL_RAW_BYTES_MAX });
+    }
+    segment.number(size)?;
+    let bytes = read_at_most(path, size.bytes().into())?;
+    let header = check_segment(&bytes, segment, control)?;
+    if header.timeline > segment.timeline() {
+        return Err(Error::LaterTimeline { name: segment.to_string(), found: header.timeline });
+    }
+    Ok(bytes)
+}
+
+/// Checks that bytes are a segment of the cluster of a control file.
+pub(crate) fn check_segment(
+    bytes: &[u8],
+    segment: WalSegmentName,
+    control: &ControlFile,
+) -> Result<SegmentHeader, Error> {
+    let name = segment.to_string();
+    let header = SegmentHeader::parse(&bytes[..bytes.len().min(SEGMENT_HEADER_LEN)], &name)?;
+    header.check_cluster(segment, control.system_identifier)?;
+    let (found, expected) = (header.segment_size.bytes(), control.wal_segment_size.bytes());
+    if found != expected {
+        return Err(Error::OtherSegmentSize { name, found, expected });
+    }
+    header.check(segment, bytes.len() as u64)?;
+    Ok(header)
+}
+
+fn read_text(path: &Path) -> Result<String, Error> {
+    let bytes = read_at_most(path, TEXT_BYTES_MAX)?;
+    if bytes.len() as u64 > TEXT_BYTES_MAX {
+        return Err(malformed(path, "it is too long"));
+    }
+    String::from_utf8(bytes).map_err(|_| malformed(path, "it is not text"))
+}
+
+fn malformed(path: &Path, detail: &str) -> Error {
+    Error::Malformed { path: PathBuf::from(path), detail: detail.to_owned() }
+}
