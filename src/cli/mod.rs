@@ -15,6 +15,7 @@ mod progress;
 mod repository;
 mod screen;
 mod text;
+mod wal;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -45,12 +46,14 @@ struct CommandLine {
 #[derive(Debug, Subcommand)]
 enum Command {
     Key(key::Key),
+    Wal(wal::Wal),
 }
 
 impl Command {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         match self {
             Self::Key(command) => command.run(context),
+            Self::Wal(command) => command.run(context),
         }
     }
 }

@@ -6,9 +6,9 @@
 use std::sync::Arc;
 
 use crate::codec::{CpuPool, SystemRandom};
-use crate::config::{KeyPurpose, SiteConfig};
+use crate::config::{self, KeyPurpose, SiteConfig};
 use crate::repo::{Repository, RepositoryOptions};
-use crate::storage::Store;
+use crate::storage::{RetryOptions, Store};
 
 use super::context::Context;
 use super::error::CommandError;
@@ -16,7 +16,16 @@ use super::error::CommandError;
 impl Context {
     /// Opens the store of a site; what it is asked is counted in [`Context::traffic`].
     pub fn open_store(&self, site: &SiteConfig) -> Result<Arc<dyn Store>, CommandError> {
-        Ok(site.storage.open(&self.environment, self.traffic.clone(), self.clock())?)
+        Ok(self.open_store_retrying(site, RetryOptions::default())?)
+    }
+
+    /// Opens the store of a site for a caller that has its own idea of how often to try.
+    pub fn open_store_retrying(
+        &self,
+        site: &SiteConfig,
+        retry: RetryOptions,
+    ) -> config::Result<Arc<dyn Store>> {
+        site.storage.open(&self.environment, self.traffic.clone(), self.clock(), retry)
     }
 
     /// Opens the repository of a site that exists, with the keys for `purpose`.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::clock::Clock;
-use crate::storage::{self, Location, Options, S3Options, Secret, Store, Traffic};
+use crate::storage::{self, Location, Options, RetryOptions, S3Options, Secret, Store, Traffic};
 
 use super::environment::Environment;
 use super::error::{Place, Result};
@@ -67,18 +67,19 @@ impl StorageConfig {
         Ok(Self { place: url.place(), s3: S3Config::read(table)?, location })
     }
 
-    /// Opens the store; its traffic is counted in `traffic`.
+    /// Opens the store; its traffic is counted in `traffic`, and a failing call is repeated as `retry` says.
     pub fn open(
         &self,
         environment: &Environment,
         traffic: Arc<Traffic>,
         clock: Arc<dyn Clock>,
+        retry: RetryOptions,
     ) -> Result<Arc<dyn Store>> {
         let s3 = match self.location {
             Location::S3 { .. } => self.s3.options(environment)?,
             Location::File(_) | Location::Memory => S3Options::default(),
         };
-        Ok(storage::open(&self.location, &Options { s3, traffic, clock, ..Options::default() })?)
+        Ok(storage::open(&self.location, &Options { s3, traffic, clock, retry, ..Options::default() })?)
     }
 
     /// Returns whether the configuration file itself holds a secret.

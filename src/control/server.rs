@@ -53,7 +53,9 @@ impl Listener {
             let read = tokio::time::timeout(REQUEST_WAIT, read_request(stream)).await;
             match read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(pending) => return pending,
-                Err(error) => tracing::debug!("a request on {} was not understood: {error}", self.path.display()),
+                Err(error) => {
+                    tracing::debug!("a request on {} was not understood: {error}", self.path.display())
+                }
             }
         }
     }

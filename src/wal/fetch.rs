@@ -17,6 +17,7 @@ use crate::clock::Clock;
 use crate::disk::durable::{TEMPORARY_PREFIX, write_file};
 use crate::pg::{ArchiveFileName, ControlFile};
 use crate::repo::{self, Repository};
+use crate::storage::{self, Verb};
 use crate::wal::Error;
 use crate::wal::data_directory::{cluster_of, read_at_most, read_control_file};
 use crate::wal::plan_file::{self, STANDBY_SIGNAL, owned_like};
@@ -44,20 +45,13 @@ pub enum Fetched {
     Absent,
 }
 
-/// Opens the repository whenever it is asked to, so that a store that is away is waited for.
-#[async_trait::async_trait]
-pub trait Opener: Send + Sync {
-    /// Opens the site's repository.
-    async fn open(&self) -> Result<Repository, repo::Error>;
-}
-
-/// Fetches one file.
+/// Fetches one file; `open` opens the repository, as often as it takes, so that a store that is away is waited for.
 ///
 /// # Errors
 /// Where recovery must not go on without the file, whatever the reason.
 pub async fn fetch(
     options: &FetchOptions,
-    opener: &dyn Opener,
+    open: impl AsyncFn() -> Result<Repository, repo::Error>,
     clock: Arc<dyn Clock>,
 ) -> Result<Fetched, Error> {
     let control = read_control_file(&options.data_directory)?;
@@ -74,7 +68,7 @@ pub async fn fetch(
     let mut pauses = Pauses::new();
     let mut damaged_reads = 0;
     loop {
-        let error = match fetch.attempt(opener).await {
+        let error = match fetch.attempt_in_time(&open).await {
             Ok(outcome) => return Ok(outcome),
             Err(error) => error,
         };
@@ -89,6 +83,8 @@ pub async fn fetch(
 
 /// A damaged object is read once more, in case the way was at fault and not the store.
 const DAMAGED_READS_MAX: u32 = 2;
+/// An attempt has at least this long, however short the wait: a segment takes its time on a slow line.
+const ATTEMPT_MIN: Duration = Duration::from_secs(60);
 /// Nothing is read twice in one process.
 const CACHE_BYTES: usize = 0;
 
@@ -101,8 +97,27 @@ struct Fetch<'a> {
 }
 
 impl Fetch<'_> {
-    async fn attempt(&mut self, opener: &dyn Opener) -> Result<Fetched, Error> {
-        let repository = opener.open().await?;
+    /// Attempts it once, and gives up on a peer that neither answers nor fails (failure 39).
+    async fn attempt_in_time(
+        &mut self,
+        open: &impl AsyncFn() -> Result<Repository, repo::Error>,
+    ) -> Result<Fetched, Error> {
+        let (Patience::Until(end), name) = (self.patience, self.options.name) else {
+            return self.attempt(open).await;
+        };
+        let limit = end.saturating_duration_since(self.clock.monotonic()).max(ATTEMPT_MIN);
+        tokio::time::timeout(limit, self.attempt(open)).await.unwrap_or_else(|_| {
+            let reason = Some(format!("nothing came within {} s", limit.as_secs()));
+            let (verb, key) = (Verb::Get, name.to_string());
+            Err(repo::Error::from(storage::Error::Unreachable { verb, key, reason, source: None }).into())
+        })
+    }
+
+    async fn attempt(
+        &mut self,
+        open: &impl AsyncFn() -> Result<Repository, repo::Error>,
+    ) -> Result<Fetched, Error> {
+        let repository = open().await?;
         if self.plan.is_none() {
             let folder = &self.options.data_directory;
             self.plan = Some(plan_file::create(&repository, folder, &self.control).await?);

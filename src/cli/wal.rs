@@ -1,0 +1,335 @@
+//! `walden wal push|fetch|list`: PostgreSQL's archive_command and restore_command, and what the archive holds.
+//!
+//! The server runs push and fetch once for every file, so they work on one thread and open nothing they do not need.
+//! What a failure of fetch means to PostgreSQL is `exit`'s business; here every way out that is not a file in its
+//! place or a proven absence is an error.
+
+use std::cell::RefCell;
+use std::fmt::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::codec::SystemRandom;
+use crate::config::{self, KeyPurpose, SiteConfig};
+use crate::pg::{ArchiveFileName, WalSegmentName};
+use crate::repo::wal_object::Archived;
+use crate::repo::{self, Repository, RepositoryOptions};
+use crate::storage::RetryOptions;
+use crate::wal;
+use crate::wal::fetch::{FetchOptions, Fetched, fetch};
+use crate::wal::list::{ListedCluster, ListedTimeline, list};
+use crate::wal::push::{check_file, push};
+
+use super::context::Context;
+use super::error::CommandError;
+use super::exit::ExitKind;
+use super::output::Report;
+use super::text::{Align, TextStyle, TextTable, size};
+
+/// Archives WAL, fetches it back and lists it
+#[derive(Debug, Args)]
+pub struct Wal {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    Push(WalPush),
+    Fetch(WalFetch),
+    List(WalList),
+}
+
+/// Archives one file of pg_wal: archive_command = 'walden wal push %p'
+#[derive(Debug, Args)]
+struct WalPush {
+    /// The file, as PostgreSQL's %p gives it: pg_wal/NAME from the data directory
+    path: PathBuf,
+}
+
+/// Fetches one file from the archive: restore_command = 'walden wal fetch %f %p'
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exits with 0 when the file is there, 1 when the archive has none, 200 when it cannot tell."
+)]
+struct WalFetch {
+    /// The name of the file, PostgreSQL's %f
+    name: String,
+    /// Where to put it, PostgreSQL's %p
+    path: PathBuf,
+}
+
+/// Shows which WAL is in the archive, by cluster and timeline
+#[derive(Debug, Args)]
+struct WalList {}
+
+impl Wal {
+    pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
+        match &self.action {
+            Action::Push(command) => command.run(context),
+            Action::Fetch(command) => command.run(context),
+            Action::List(command) => command.run(context),
+        }
+    }
+}
+
+impl WalPush {
+    fn run(&self, context: &Context) -> Result<(), CommandError> {
+        let site = context.site()?;
+        let compression = context.config()?.compression.wal;
+        let file = check_file(&self.path)?;
+        let archived = context.block_on_one_thread(async {
+            let repository = context.open_or_create_repository(site).await?;
+            Ok::<_, CommandError>(push(&repository, &file, compression).await?)
+        })??;
+        context.output.print(&Pushed {
+            name: file.name.to_string(),
+            cluster: file.cluster.to_string(),
+            created: archived == Archived::Created,
+        })
+    }
+}
+
+/// What `wal push` did; silent as text, because the server's log is no place for good news.
+#[derive(Debug, Serialize)]
+struct Pushed {
+    name: String,
+    cluster: String,
+    created: bool,
+}
+
+impl Report for Pushed {
+    fn write_text(&self, _out: &mut String, _style: &TextStyle) -> fmt::Result {
+        Ok(())
+    }
+}
+
+/// One call of the store is repeated for this long at most; the fetch itself decides about the rest.
+const CALL_DEADLINE_MAX: Duration = Duration::from_secs(10);
+
+impl WalFetch {
+    fn run(&self, context: &Context) -> Result<(), CommandError> {
+        let name: ArchiveFileName = self.name.parse().map_err(wal::Error::from)?;
+        let site = context.site()?;
+        let options = FetchOptions {
+            data_directory: PathBuf::from("."),
+            name,
+            target: self.path.clone(),
+            wait: site.fetch_wait,
+        };
+        // A key that cannot be read does not come by waiting, so that is said before anything is asked.
+        context.config()?.keyring(KeyPurpose::Read, Arc::new(SystemRandom))?;
+        let refused = RefCell::new(None);
+        let fetched = context.block_on_one_thread(fetch(
+            &options,
+            async || open_for_fetch(context, site, &refused).await,
+            context.clock(),
+        ))?;
+        match fetched {
+            Ok(Fetched::Restored) => context.output.print(&FetchedFile { name: self.name.clone() }),
+            Ok(Fetched::Absent) => Err(CommandError::new(
+                ExitKind::Absent,
+                format!("{name} is not in the archive, or lies behind the end of the recovery plan"),
+            )),
+            Err(error) => Err(refused.take().map_or_else(|| error.into(), CommandError::from)),
+        }
+    }
+}
+
+/// Opens the repository; a complaint about the configuration is kept in `refused` for the message.
+async fn open_for_fetch(
+    context: &Context,
+    site: &SiteConfig,
+    refused: &RefCell<Option<config::Error>>,
+) -> Result<Repository, repo::Error> {
+    let retry = RetryOptions { deadline: site.fetch_wait.min(CALL_DEADLINE_MAX), ..RetryOptions::default() };
+    refused.take();
+    let opened = context.open_store_retrying(site, retry);
+    let keyring = context
+        .config()
+        .map_err(|error| repo::Error::Internal(error.message()))
+        .map(|config| config.keyring(KeyPurpose::Read, Arc::new(SystemRandom)));
+    match (opened, keyring?) {
+        (Ok(store), Ok(keyring)) => {
+            let (site, clock) = (site.prefix.clone(), context.clock());
+            Repository::open(RepositoryOptions { store, site, keyring, clock }).await
+        }
+        (Err(config::Error::Store(error)), _) => Err(error.into()),
+        (Err(error), _) | (_, Err(error)) => {
+            let message = error.to_string();
+            refused.replace(Some(error));
+            Err(repo::Error::Internal(message))
+        }
+    }
+}
+
+/// What `wal fetch` did; silent as text.
+#[derive(Debug, Serialize)]
+struct FetchedFile {
+    name: String,
+}
+
+impl Report for FetchedFile {
+    fn write_text(&self, _out: &mut String, _style: &TextStyle) -> fmt::Result {
+        Ok(())
+    }
+}
+
+impl WalList {
+    fn run(&self, context: &Context) -> Result<(), CommandError> {
+        let site = context.site()?;
+        let clusters = context.block_on_one_thread(async {
+            let repository = context.open_repository(site, KeyPurpose::Inspect).await?;
+            Ok::<_, CommandError>(list(&repository).await?)
+        })??;
+        let clusters = clusters.iter().map(ClusterReport::of).collect();
+        context.output.print(&WalReport { site: site.name.clone(), clusters })
+    }
+}
+
+/// What `wal list` found.
+#[derive(Debug, Serialize)]
+struct WalReport {
+    site: String,
+    clusters: Vec<ClusterReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct ClusterReport {
+    cluster: String,
+    system_identifier: String,
+    segment_bytes: u32,
+    timelines: Vec<TimelineReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct TimelineReport {
+    timeline: u32,
+    /// Whether the timeline's history file is there; timeline 1 never has one.
+    history: bool,
+    parent: Option<u32>,
+    switch_lsn: Option<String>,
+    segments: u64,
+    bytes: u64,
+    stored_bytes: u64,
+    newest_at: Option<Timestamp>,
+    runs: Vec<Run>,
+    partials: Vec<WalSegmentName>,
+}
+
+#[derive(Debug, Serialize)]
+struct Run {
+    first: WalSegmentName,
+    last: WalSegmentName,
+}
+
+impl ClusterReport {
+    fn of(listed: &ListedCluster) -> Self {
+        let cluster = listed.cluster;
+        Self {
+            cluster: cluster.to_string(),
+            system_identifier: cluster.system_identifier.to_string(),
+            segment_bytes: cluster.segment_size.bytes(),
+            timelines: listed
+                .timelines
+                .iter()
+                .map(|timeline| TimelineReport::of(timeline, cluster))
+                .collect(),
+        }
+    }
+}
+
+impl TimelineReport {
+    fn of(listed: &ListedTimeline, cluster: repo::ClusterId) -> Self {
+        Self {
+            timeline: listed.timeline.get(),
+            history: listed.branch.is_some(),
+            parent: listed.branch.map(|branch| branch.parent.get()),
+            switch_lsn: listed.branch.map(|branch| branch.switch.to_string()),
+            segments: listed.segments,
+            bytes: listed.segments * u64::from(cluster.segment_size.bytes()),
+            stored_bytes: listed.stored_bytes,
+            newest_at: listed.newest_at,
+            runs: listed.runs(cluster).into_iter().map(|(first, last)| Run { first, last }).collect(),
+            partials: listed.coverage.partials.clone(),
+        }
+    }
+}
+
+impl Report for WalReport {
+    fn write_text(&self, out: &mut String, style: &TextStyle) -> fmt::Result {
+        if self.clusters.is_empty() {
+            return writeln!(out, "There is no WAL in site {}.", self.site);
+        }
+        for cluster in &self.clusters {
+            let segment = size(cluster.segment_bytes.into());
+            writeln!(out, "Cluster {}, segments of {segment}", cluster.system_identifier)?;
+            let mut table = TextTable::new(&[
+                ("TIMELINE", Align::Right),
+                ("FROM", Align::Left),
+                ("FIRST", Align::Left),
+                ("LAST", Align::Left),
+                ("SEGMENTS", Align::Right),
+                ("STORED", Align::Right),
+                ("NEWEST", Align::Left),
+                ("", Align::Left),
+            ]);
+            for timeline in &cluster.timelines {
+                timeline.write_rows(&mut table, style);
+            }
+            table.write(out);
+            out.push('\n');
+        }
+        Ok(())
+    }
+}
+
+impl TimelineReport {
+    /// Writes a row for the timeline, and one for each further run behind a hole.
+    fn write_rows(&self, table: &mut TextTable, style: &TextStyle) {
+        let branch = self.parent.zip(self.switch_lsn.as_ref());
+        let from = branch.map_or(String::new(), |(parent, lsn)| format!("{parent} at {lsn}"));
+        let mut notes = Vec::new();
+        if self.runs.len() > 1 {
+            notes.push(format!("{} holes", self.runs.len() - 1));
+        }
+        if !self.partials.is_empty() {
+            notes.push(format!("{} partial", self.partials.len()));
+        }
+        let first = self.runs.first();
+        table.row([
+            self.timeline.to_string(),
+            from,
+            first.map_or_else(String::new, |run| run.first.to_string()),
+            first.map_or_else(String::new, |run| run.last.to_string()),
+            self.segments.to_string(),
+            size(self.stored_bytes),
+            self.newest_at.map_or_else(String::new, |time| style.time(time)),
+            notes.join(", "),
+        ]);
+        for run in self.runs.iter().skip(1) {
+            table.row([String::new(), String::new(), run.first.to_string(), run.last.to_string()]);
+        }
+    }
+}
+
+impl From<wal::Error> for CommandError {
+    fn from(error: wal::Error) -> Self {
+        if let wal::Error::Repository(error) = error {
+            return error.into();
+        }
+        let kind = match error.kind() {
+            wal::ErrorKind::Retry => ExitKind::Unreachable,
+            wal::ErrorKind::Input => ExitKind::Failed,
+            wal::ErrorKind::Damaged => ExitKind::Damaged,
+            wal::ErrorKind::Bug => ExitKind::Bug,
+        };
+        let hint = error.hint().map(str::to_owned);
+        Self { kind, error: error.into(), hint }
+    }
+}
