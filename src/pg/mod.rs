@@ -20,6 +20,7 @@ mod relation_file;
 
 mod control_file;
 pub mod page;
+mod postmaster_pid;
 mod wal_page;
 
 pub use archive_file_name::{ArchiveFileName, ParseArchiveFileNameError};
@@ -30,6 +31,7 @@ pub use lsn::{Lsn, ParseLsnError};
 pub use oid::Oid;
 pub use page::{PAGE_HEADER_BYTES, PageHeader, PageVerdict};
 pub use relation_file::{Fork, RelationFile};
+pub use postmaster_pid::{NoPostmasterPid, PostmasterPid, PostmasterStatus};
 pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
 pub use timeline::{ParseTimelineError, TimelineId};
 pub use timeline_history::{HistoryError, TimelineHistory, TimelineSwitch};

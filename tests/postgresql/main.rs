@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod session;
+
 use std::fs;
 use std::path::Path;
 use std::process::Command;
