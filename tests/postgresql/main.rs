@@ -5,6 +5,7 @@
 mod support;
 
 mod session;
+mod source;
 
 use std::fs;
 use std::path::Path;

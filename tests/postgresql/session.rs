@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use walden::replication::{ConnectOptions, Error, Param, Session};
 
-use crate::support::{Cluster, Need, Options, Run, require};
+use crate::support::{Cluster, Need, Run, require};
 
 fn connect(options: &ConnectOptions) -> Result<Session, Error> {
     runtime().block_on(Session::connect(options))
@@ -35,7 +35,8 @@ fn a_session_speaks_to_18_without_timeouts() {
 fn a_session_is_set_up(major: u32) {
     require!(Need::PostgreSQL(major));
     let cluster = Cluster::start(major);
-    cluster.sql("alter role postgres set statement_timeout = '5s'; alter role postgres set search_path = 'x'");
+    cluster
+        .sql("alter role postgres set statement_timeout = '5s'; alter role postgres set search_path = 'x'");
     cluster.sql("alter role postgres set idle_in_transaction_session_timeout = '5s'");
     runtime().block_on(async {
         let session = Session::connect(&ConnectOptions::new(cluster.connection())).await.unwrap();
@@ -67,9 +68,15 @@ fn a_lost_session_says_so_and_stays_lost() {
         let pid = session.backend_pid();
         cluster.sql(&format!("select pg_terminate_backend({pid})"));
         let lost = session.lost().await;
-        assert!(matches!(&lost, Error::Lost { detail } if detail.contains("terminating connection")), "{lost}");
+        assert!(
+            matches!(&lost, Error::Lost { detail } if detail.contains("terminating connection")),
+            "{lost}"
+        );
         let later = session.query("select 1", &[]).await.unwrap_err();
-        assert!(matches!(&later, Error::Lost { detail } if detail.contains("terminating connection")), "{later}");
+        assert!(
+            matches!(&later, Error::Lost { detail } if detail.contains("terminating connection")),
+            "{later}"
+        );
     });
 }
 
@@ -90,7 +97,8 @@ fn what_a_server_refuses_is_told_apart() {
     assert!(!wrong.to_string().contains("wrong\"") && !format!("{wrong:?}").contains("password 'wrong'"));
     connect(&as_guest.with("password", "right").unwrap()).unwrap();
     let mut by_file = as_guest.clone();
-    let line = format!("{}:*:*:guest:right\n", cluster.data_directory().parent().unwrap().join("run").display());
+    let line =
+        format!("{}:*:*:guest:right\n", cluster.data_directory().parent().unwrap().join("run").display());
     by_file.passfile = Some(cluster.scratch().file("pgpass", &line));
     connect(&by_file).unwrap();
     let nowhere = connect(&as_guest.with("dbname", "nowhere").unwrap().with("password", "right").unwrap());
@@ -142,9 +150,9 @@ fn tls_is_as_strict_as_sslmode_says() {
     for file in [&certificate, &key(&cluster)] {
         cluster.scratch().account().own(file);
     }
-    let port = free_port();
+    let port = cluster.port;
     cluster.sql("alter system set ssl = on");
-    cluster.set("listen_addresses", "127.0.0.1").set("port", &port.to_string());
+    cluster.set("listen_addresses", "127.0.0.1");
     fs::write(
         cluster.data_directory().join("pg_hba.conf"),
         "local all all trust\nhostssl all all 127.0.0.1/32 trust\n",
@@ -160,7 +168,8 @@ fn tls_is_as_strict_as_sslmode_says() {
     let sql = "select ssl from pg_stat_ssl where pid = pg_backend_pid()";
     drop(encrypted);
     runtime().block_on(async {
-        let options = ConnectOptions::new(format!("host=127.0.0.1 port={port} user=postgres sslmode=require"));
+        let options =
+            ConnectOptions::new(format!("host=127.0.0.1 port={port} user=postgres sslmode=require"));
         let session = Session::connect(&options).await.unwrap();
         assert!(session.query_one(sql, &[]).await.unwrap().bool("ssl").unwrap());
     });
@@ -207,7 +216,8 @@ fn a_pooler_is_recognized() {
 fn without_options(packet: &[u8]) -> Vec<u8> {
     let mut kept = packet[..4].to_vec();
     let words: Vec<&[u8]> = packet[4..].split(|byte| *byte == 0).collect();
-    for pair in words.chunks(2).filter(|pair| pair.len() == 2 && !pair[0].is_empty() && pair[0] != b"options") {
+    for pair in words.chunks(2).filter(|pair| pair.len() == 2 && !pair[0].is_empty() && pair[0] != b"options")
+    {
         for word in pair {
             kept.extend_from_slice(word);
             kept.push(0);
@@ -215,8 +225,4 @@ fn without_options(packet: &[u8]) -> Vec<u8> {
     }
     kept.push(0);
     kept
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
