@@ -191,10 +191,9 @@ const CONTROL: &str = "SELECT bytes_per_wal_segment::bigint AS segment_bytes, \
      data_page_checksum_version::bigint AS checksum_version, max_data_alignment::bigint AS alignment, \
      catalog_version_no::bigint AS catalog_version FROM pg_control_init(), pg_control_system()";
 
-const LIBRARIES: &str = "SELECT DISTINCT ON (collprovider) collprovider::text AS provider, \
-     pg_collation_actual_version(oid) AS version FROM pg_collation \
-     WHERE collprovider IN ('c', 'i') AND collname NOT IN ('C', 'POSIX', 'default') \
-     ORDER BY collprovider, oid";
+/// The C locale has no version, and one collation of each provider tells the library's.
+const LIBRARIES: &str = "SELECT collprovider::text AS provider, max(pg_collation_actual_version(oid)) AS version \
+     FROM pg_collation WHERE collprovider IN ('c', 'i') GROUP BY collprovider";
 
 const ARCHIVER: &str = "SELECT archived_count, last_archived_wal, failed_count, last_failed_wal, \
      (extract(epoch FROM last_archived_time) * 1000000)::bigint AS last_archived_at, \

@@ -254,7 +254,7 @@ impl Attempt<'_> {
             return self.refused_by_server(address, answer);
         }
         // The crate keeps its kinds of error to itself; their words are all it shows.
-        let detail = error.to_string();
+        let detail = super::session::describe(error);
         if let Some(detail) = detail.strip_prefix("error performing TLS handshake: ") {
             return Error::Tls { address, detail: detail.to_owned() };
         }

@@ -244,7 +244,7 @@ impl Session {
             Some(answer) if !ends_session(answer) => Err(sql_error(answer)),
             Some(answer) => Err(Error::Lost { detail: answer.message().to_owned() }),
             None if error.is_closed() || self.client.is_closed() => Err(self.lost().await),
-            None => Err(Error::Unexpected { detail: error.to_string() }),
+            None => Err(Error::Unexpected { detail: describe(&error) }),
         }
     }
 }
@@ -263,8 +263,13 @@ fn ends_session(answer: &DbError) -> bool {
     ["FATAL", "PANIC"].contains(&answer.severity()) || ["57P01", "57P02"].contains(&answer.code().code())
 }
 
-fn describe(error: &tokio_postgres::Error) -> String {
-    error.as_db_error().map_or_else(|| error.to_string(), |answer| answer.message().to_owned())
+/// Says what the server said, or else what happened together with why.
+pub(super) fn describe(error: &tokio_postgres::Error) -> String {
+    match (error.as_db_error(), std::error::Error::source(error)) {
+        (Some(answer), _) => answer.message().to_owned(),
+        (None, Some(source)) => format!("{error}: {source}"),
+        (None, None) => error.to_string(),
+    }
 }
 
 /// Not a secret, only different from every other session's: the standard library's hasher keys are random.
