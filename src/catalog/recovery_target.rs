@@ -68,7 +68,8 @@ impl RecoveryTarget {
             Target::Immediate => settings.push(("recovery_target", "immediate".to_owned())),
             // A zone is always written: the server's own TimeZone must not decide.
             Target::Time(time) => {
-                settings.push(("recovery_target_time", time.strftime("%Y-%m-%d %H:%M:%S%.6f+00").to_string()))
+                settings
+                    .push(("recovery_target_time", time.strftime("%Y-%m-%d %H:%M:%S%.6f+00").to_string()));
             }
             Target::Lsn(lsn) => settings.push(("recovery_target_lsn", lsn.to_string())),
             Target::Xid(xid) => settings.push(("recovery_target_xid", xid.clone())),

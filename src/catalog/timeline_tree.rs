@@ -69,7 +69,7 @@ impl TimelineTree {
             match branch {
                 // A parent is always the lower number; anything else would never end.
                 Some(branch) if branch.parent < current => {
-                    (current, end) = (branch.parent, Some(branch.switch))
+                    (current, end) = (branch.parent, Some(branch.switch));
                 }
                 _ => break,
             }

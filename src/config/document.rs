@@ -127,7 +127,7 @@ fn check_value(key: &'static Key, header: &str, value: &Spanned<DeValue<'_>>, fi
             }
         }
         (Value::Tables(section), DeValue::Array(values)) => {
-            for value in values.iter() {
+            for value in values {
                 match value.get_ref() {
                     DeValue::Table(table) => check_table(section, &below, table, findings),
                     _ => findings.push(wrong_type(key, header, value)),

@@ -208,7 +208,7 @@ fn prepare(path: &Path, options: &MountOptions) -> Result<PathBuf, MountError> {
 
 fn is_fuse(path: &Path) -> bool {
     const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
-    nix::sys::statfs::statfs(path).is_ok_and(|figures| figures.filesystem_type().0 as i64 == FUSE_SUPER_MAGIC)
+    nix::sys::statfs::statfs(path).is_ok_and(|figures| figures.filesystem_type().0 == FUSE_SUPER_MAGIC)
 }
 
 fn mount_as_root(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountError> {

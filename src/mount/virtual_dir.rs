@@ -121,7 +121,7 @@ impl DynamicDir for StaticDir {
 
     async fn list(&self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Vec<u8>, FileKind)>, LowerError> {
         use std::ops::Bound::{Excluded, Unbounded};
-        let from = after.map_or(Unbounded, |name| Excluded(name));
+        let from = after.map_or(Unbounded, Excluded);
         let names = self.names.range::<[u8], _>((from, Unbounded)).take(limit);
         Ok(names.map(|(name, item)| (name.clone(), item.kind())).collect())
     }

@@ -20,7 +20,7 @@ use tokio_rustls::rustls;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
@@ -62,7 +62,7 @@ pub(super) fn connector(settings: &TlsSettings, host: &str) -> Result<Connector,
 }
 
 fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
-    let provider = Arc::new(aws_lc_rs::default_provider());
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let verifier = Arc::new(Verifier::new(settings, provider.clone())?);
     let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()

@@ -164,7 +164,7 @@ mod tests {
     fn chunk(n: u32) -> ChunkRef {
         ChunkRef {
             pack: PackId {
-                origin: BasebackupId::from_parts(1, u16::from(n % 3 == 0)).unwrap(),
+                origin: BasebackupId::from_parts(1, u16::from(n.is_multiple_of(3))).unwrap(),
                 number: n % 5,
             },
             position: n,
