@@ -8,6 +8,7 @@ use std::error::Error as StdError;
 use crate::codec;
 use crate::config;
 use crate::disk;
+use crate::replication;
 use crate::repo;
 use crate::storage;
 
@@ -117,6 +118,19 @@ impl From<storage::Error> for CommandError {
     fn from(error: storage::Error) -> Self {
         let kind = of_store(error.kind());
         Self::from_module(kind, error, None)
+    }
+}
+
+impl From<replication::Error> for CommandError {
+    fn from(error: replication::Error) -> Self {
+        let kind = match (error.kind(), &error) {
+            (replication::ErrorKind::Retry, _) => ExitKind::Unreachable,
+            (replication::ErrorKind::Input, replication::Error::Sql { .. }) => ExitKind::Failed,
+            (replication::ErrorKind::Input, _) => ExitKind::Configuration,
+            (replication::ErrorKind::Bug, _) => ExitKind::Bug,
+        };
+        let hint = error.hint();
+        Self::from_module(kind, error, hint)
     }
 }
 

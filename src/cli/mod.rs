@@ -2,7 +2,8 @@
 //!
 //! arguments → clap → [`Context`] → the command's `run` → a report on standard output, or `error: …` and `hint: …`
 //! on standard error → an exit status. To add a command: a file with its arguments and `run`, and a line each in
-//! `mod`, [`Command`] and [`Command::run`]. A command whose time has not come is absent.
+//! `mod`, [`Command`] and [`Command::run`]; then `WALDEN_UPDATE_DOCS=1 cargo nextest run reference`. A command whose time
+//! has not come is absent.
 
 mod arguments;
 mod context;
@@ -12,8 +13,12 @@ mod key;
 mod logging;
 mod output;
 mod progress;
+#[cfg(test)]
+mod reference;
 mod repository;
 mod screen;
+#[cfg(test)]
+mod tests;
 mod text;
 mod wal;
 
@@ -42,6 +47,8 @@ struct CommandLine {
     #[command(subcommand)]
     command: Command,
 }
+
+const WHERE_HELP_IS: &str = "`walden --help` and `walden COMMAND --help` tell what there is.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -80,44 +87,49 @@ fn run(
         Ok(command_line) => command_line,
         Err(error) => {
             let output = Output::new(format, style, stdout);
-            return finish(&output, policy, answer_clap(&output, &error), stderr);
+            return conclude(&output, policy, Some(answer_clap(&output, &error)), stderr);
         }
     };
     let output = Output::new(command_line.global.format(), style, stdout);
     let context = Context::new(command_line.global, environment, output);
-    let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
+    let outcome = guarded(|| {
         logging::start(&context)?;
         command_line.command.run(&context)
-    }));
+    });
     context.end_progress();
-    match outcome {
-        Ok(outcome) => finish(&context.output, policy, outcome, stderr),
-        // The hook has told of it already; what is left is the status, and the document for JSON.
-        Err(_) => finish(&context.output, policy, Err(CommandError::panicked()), &mut io::sink()),
-    }
+    conclude(&context.output, policy, outcome, stderr)
 }
 
-/// Tells of a failure and returns the status.
-fn finish(
+/// Runs a command; `None` if it panicked.
+fn guarded(command: impl FnOnce() -> Result<(), CommandError>) -> Option<Result<(), CommandError>> {
+    panic::catch_unwind(AssertUnwindSafe(command)).ok()
+}
+
+/// Tells of a failure and returns the status; of a panic the hook has told already.
+fn conclude(
     output: &Output,
     policy: ExitPolicy,
-    outcome: Result<(), CommandError>,
+    outcome: Option<Result<(), CommandError>>,
     stderr: &mut dyn Write,
 ) -> u8 {
-    match outcome {
-        Ok(()) => policy.status(Ok(())),
-        Err(error) => {
-            output::write_failure(stderr, &error.message(), error.hint.as_deref());
-            output.print_failure(&error, policy);
-            policy.status(Err(error.kind))
-        }
+    let (outcome, stderr): (_, &mut dyn Write) = match outcome {
+        Some(outcome) => (outcome, stderr),
+        None => (Err(CommandError::panicked()), &mut io::sink()),
+    };
+    if let Err(error) = &outcome {
+        output::write_failure(stderr, &error.message(), error.hint.as_deref());
+        output.print_failure(error, policy);
     }
+    policy.status(outcome.map_err(|error| error.kind))
 }
 
 /// Prints the help that clap was asked for, or turns its complaint into ours.
 fn answer_clap(output: &Output, error: &clap::Error) -> Result<(), CommandError> {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => output.print_plain(&error.render().to_string()),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
+            Err(CommandError::usage("a command is missing").hint(WHERE_HELP_IS))
+        }
         _ => Err(complaint_of(error)),
     }
 }
@@ -136,7 +148,7 @@ fn complaint_of(error: &clap::Error) -> CommandError {
             .find_map(|kind| error.get(kind).map(ToString::to_string));
     let hint = match suggestion {
         Some(word) => format!("Did you mean \"{word}\"?"),
-        None => "`walden --help` and `walden COMMAND --help` tell what there is.".to_owned(),
+        None => WHERE_HELP_IS.to_owned(),
     };
     CommandError::usage(message).hint(hint)
 }

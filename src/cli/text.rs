@@ -67,7 +67,7 @@ pub enum Align {
     Right,
 }
 
-/// A table with aligned columns and one line of titles.
+/// A table with aligned columns and a line of titles, unless no column has one.
 #[derive(Debug, Clone)]
 pub struct TextTable {
     columns: Vec<(&'static str, Align)>,
@@ -98,7 +98,8 @@ impl TextTable {
         let lines = || std::iter::once(&titles).chain(&self.rows);
         let width = |column: usize| lines().map(|line| line[column].chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
-        for line in lines() {
+        let untitled = usize::from(titles.iter().all(String::is_empty));
+        for line in lines().skip(untitled) {
             let start = out.len();
             for (cell, ((_, align), width)) in line.iter().zip(self.columns.iter().zip(&widths)) {
                 let gap = if out.len() == start { "" } else { "  " };
@@ -158,6 +159,15 @@ mod tests {
         assert_eq!(style(TimeZone::UTC).time(time), "2026-07-01 10:15:00+00:00");
         let east = TimeZone::fixed(jiff::tz::offset(2));
         assert_eq!(style(east).time(time), "2026-07-01 12:15:00+02:00");
+    }
+
+    #[test]
+    fn a_table_without_titles_has_no_line_of_titles() {
+        let mut table = TextTable::new(&[("", Align::Left), ("", Align::Left)]);
+        table.row(["a".into(), "b".into()]);
+        let mut out = String::new();
+        table.write(&mut out);
+        assert_eq!(out, "a  b\n");
     }
 
     #[test]

@@ -78,13 +78,28 @@ impl Environment {
         let Some(value) = self.get(name) else { return Ok(None) };
         match value.to_str() {
             Some(text) => Ok(Some(text.to_owned())),
-            None => Err(Error::Environment { name, reason: "not valid UTF-8".to_owned() }),
+            None => Err(not_text(name)),
         }
+    }
+
+    /// Returns what libpq would look at: the PG* variables and HOME.
+    pub(super) fn postgresql(&self) -> Result<BTreeMap<String, String>> {
+        let wanted = |name: &str| name.starts_with("PG") || name == "HOME";
+        let named = self.variables.iter().filter_map(|(name, value)| Some((name.to_str()?, value)));
+        let text = |(name, value): (&str, &OsString)| match value.to_str() {
+            Some(value) => Ok((name.to_owned(), value.to_owned())),
+            None => Err(not_text(name)),
+        };
+        named.filter(|(name, _)| wanted(name)).map(text).collect()
     }
 
     fn get(&self, name: &str) -> Option<&OsStr> {
         self.variables.get(OsStr::new(name)).map(OsString::as_os_str).filter(|value| !value.is_empty())
     }
+}
+
+fn not_text(name: &str) -> Error {
+    Error::Environment { name: name.to_owned(), reason: "not valid UTF-8".to_owned() }
 }
 
 #[cfg(test)]
@@ -108,5 +123,9 @@ mod tests {
         environment.variables.insert("WALDEN_SITE".into(), OsString::from_vec(vec![0xff]));
         let error = environment.site().unwrap_err();
         assert_eq!(error.to_string(), "the environment variable WALDEN_SITE is not valid UTF-8");
+        assert_eq!(environment.postgresql().unwrap(), BTreeMap::new());
+        environment.variables.insert("PGUSER".into(), OsString::from_vec(vec![0xff]));
+        let error = environment.postgresql().unwrap_err();
+        assert_eq!(error.to_string(), "the environment variable PGUSER is not valid UTF-8");
     }
 }

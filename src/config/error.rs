@@ -35,7 +35,7 @@ pub enum Error {
     NoSite { path: PathBuf },
     /// An environment variable is not what it should be.
     #[error("the environment variable {name} is {reason}")]
-    Environment { name: &'static str, reason: String },
+    Environment { name: String, reason: String },
     /// A secret can be read by others than its owner.
     #[error("{what} \"{}\" has mode {mode:04o}: {reader} can use it", path.display())]
     Exposed { what: &'static str, path: PathBuf, mode: u32, reader: &'static str },
@@ -96,7 +96,7 @@ pub enum Problem {
     #[error("\"{key}\" {section}: {reason}")]
     BadValue { key: String, section: String, reason: String, hint: Option<String> },
     /// A key that must be there.
-    #[error("\"{key}\" is missing in {section}")]
+    #[error("\"{key}\" is missing {section}")]
     MissingKey { key: &'static str, section: String, hint: Option<String> },
     /// A key names another place of the file that is not there.
     #[error("\"{key}\" {section} names {what} \"{name}\", which is not configured")]
@@ -137,6 +137,9 @@ impl Error {
             Self::NoFile { .. } => Some("Write one (docs/configuration.md), or name it with --config.".into()),
             Self::Content { problem, .. } => problem.hint(),
             Self::UnknownSite { nearest: Some(nearest), .. } => Some(format!("Did you mean \"{nearest}\"?")),
+            Self::UnknownSite { configured, .. } if configured.is_empty() => {
+                Some("No site is configured.".into())
+            }
             Self::UnknownSite { configured, .. } => Some(format!("Configured: {}.", configured.join(", "))),
             Self::SiteNotChosen { .. } => Some("Choose one with --site or WALDEN_SITE.".into()),
             Self::NoSite { .. } => {

@@ -16,11 +16,15 @@ mod limits;
 mod locate;
 mod nearest;
 mod paths;
+#[cfg(test)]
+mod reference;
 mod schema;
 mod secret_file;
 mod site;
 mod storage;
 mod table;
+#[cfg(test)]
+mod tests;
 mod units;
 
 use std::collections::BTreeMap;
@@ -79,7 +83,7 @@ impl Config {
         let mut text = String::new();
         (&mut open).take(CONFIG_BYTES_MAX).read_to_string(&mut text).map_err(unreadable)?;
         let config = Self::parse(&text, &file, environment)?;
-        if config.sites.values().any(|site| site.storage.holds_secret()) {
+        if config.sites.values().any(SiteConfig::holds_secret) {
             check_mode("the configuration file, which holds a secret,", &file, &open)?;
         }
         Ok(config)

@@ -6,8 +6,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::storage::ObjectKey;
+use crate::replication::ConnectOptions;
+use crate::storage::{ObjectKey, Secret};
 
+use super::environment::Environment;
 use super::error::Result;
 use super::storage::StorageConfig;
 use super::table::{Entry, Table};
@@ -34,8 +36,8 @@ pub struct SiteConfig {
 /// A server of a site.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
-    /// The connection, in libpq's syntax or as a URL.
-    pub connection: String,
+    /// The connection, in libpq's syntax or as a URL; there may be a password in it.
+    pub connection: Secret,
     /// The role in which the server is preferred.
     pub prefer: ServerRole,
 }
@@ -69,6 +71,11 @@ impl SiteConfig {
             nodes: nodes(table)?,
             fetch_wait: archive.duration("fetch_wait")?.map_or(FETCH_WAIT_DEFAULT, |entry| entry.value),
         })
+    }
+
+    /// Returns whether the configuration file itself holds a secret of this site.
+    pub(super) fn holds_secret(&self) -> bool {
+        self.storage.holds_secret() || self.nodes.iter().any(Node::holds_password)
     }
 
     /// Returns whether both sites would write into one folder of one store.
@@ -109,7 +116,7 @@ fn nodes(table: &Table<'_>) -> Result<Vec<Node>> {
             let hint = "Write it as another [[…nodes]].".to_owned();
             return Err(connection.bad("there are nodes as well", hint));
         }
-        return Ok(vec![Node { connection: connection.value, prefer: ServerRole::Primary }]);
+        return Ok(vec![Node { connection: check_connection(connection)?, prefer: ServerRole::Primary }]);
     }
     tables.iter().map(node).collect()
 }
@@ -120,5 +127,58 @@ fn node(table: &Table<'_>) -> Result<Node> {
         Some("standby") => ServerRole::Standby,
         _ => ServerRole::Primary,
     };
-    Ok(Node { connection: connection.value, prefer })
+    Ok(Node { connection: check_connection(connection)?, prefer })
+}
+
+/// Refuses what libpq would refuse, while the line is known.
+fn check_connection(entry: Entry<'_, String>) -> Result<Secret> {
+    match ConnectOptions::new(&entry.value).with("application_name", "walden") {
+        Ok(_) => Ok(Secret::from(entry.value)),
+        Err(error) => Err(entry.bad(error.to_string(), error.hint())),
+    }
+}
+
+impl Node {
+    /// Returns what a session takes: the connection, and the PG* variables for what it leaves open.
+    pub fn connect_options(&self, environment: &Environment) -> Result<ConnectOptions> {
+        Ok(ConnectOptions { env: environment.postgresql()?, ..ConnectOptions::new(self.connection.expose()) })
+    }
+
+    /// Returns whether the connection itself holds a password.
+    fn holds_password(&self) -> bool {
+        let text = self.connection.expose();
+        let login = text.split_once("://").and_then(|(_, rest)| rest.rsplit_once('@'));
+        text.contains("password") || login.is_some_and(|(login, _)| login.contains(':'))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passwords_are_noticed_in_both_forms() {
+        for (connection, holds) in [
+            ("host=a user=b", false),
+            ("host=a password=b", true),
+            ("postgres://user@host:5432/db", false),
+            ("postgres://user:secret@host/db", true),
+            ("postgres://host/db?password=secret", true),
+            ("host=a passfile=/x", false),
+        ] {
+            let node = Node { connection: Secret::from(connection.to_owned()), prefer: ServerRole::Primary };
+            assert_eq!(node.holds_password(), holds, "{connection}");
+        }
+    }
+
+    #[test]
+    fn the_variables_of_libpq_come_along_and_nothing_else() {
+        let node = Node { connection: Secret::from("host=a".to_owned()), prefer: ServerRole::Primary };
+        let variables = [("PGUSER", "walden"), ("HOME", "/home/ann"), ("AWS_SECRET_ACCESS_KEY", "hunter2")];
+        let options = node.connect_options(&Environment::of(0, &variables)).unwrap();
+        assert_eq!(options.conninfo, "host=a");
+        let passed: Vec<_> =
+            options.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        assert_eq!(passed, [("HOME", "/home/ann"), ("PGUSER", "walden")]);
+    }
 }

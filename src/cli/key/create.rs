@@ -59,7 +59,7 @@ impl KeyCreate {
 
 /// What `key create` made.
 #[derive(Debug, Serialize)]
-struct CreatedKey {
+pub(super) struct CreatedKey {
     id: String,
     bits: u32,
     recipient: String,
@@ -68,10 +68,10 @@ struct CreatedKey {
     private_key_file: PathBuf,
     signing_key_file: PathBuf,
     verify_key_file: PathBuf,
-    configuration: String,
+    pub(super) configuration: String,
 }
 
-fn create_in(folder: &Path, id: &str, bits: u32) -> Result<CreatedKey, CommandError> {
+pub(super) fn create_in(folder: &Path, id: &str, bits: u32) -> Result<CreatedKey, CommandError> {
     let file = |role: KeyRole| folder.join(format!("{id}.{}", extension(role)));
     // Looked at first, because an RSA key of 8192 bits takes a while; `create_file` refuses as well.
     if let Some(path) = KeyRole::ALL.map(file).into_iter().find(|path| path.symlink_metadata().is_ok()) {

@@ -109,9 +109,9 @@ fn roles(id: &str, encryption: &EncryptionConfig) -> Vec<&'static str> {
     let among = |ids: &[String]| ids.iter().any(|other| other == id);
     let roles = [
         ("recipient", among(&encryption.recipients)),
-        ("WAL recipient", among(&encryption.wal_recipients)),
+        ("wal_recipient", among(&encryption.wal_recipients)),
         ("signer", encryption.signer.as_deref() == Some(id)),
-        ("trusted signer", among(&encryption.trusted_signers)),
+        ("trusted_signer", among(&encryption.trusted_signers)),
     ];
     roles.into_iter().filter(|(_, has)| *has).map(|(role, _)| role).collect()
 }
@@ -124,20 +124,19 @@ impl Report for KeyReport {
         if !self.signed {
             writeln!(out, "Backups are not signed by this host: no signer is configured.")?;
         }
-        for key in &self.keys {
-            writeln!(
-                out,
-                "\n{}: {}",
-                key.id,
-                if key.roles.is_empty() { "unused".to_owned() } else { key.roles.join(", ") }
-            )?;
+        for (position, key) in self.keys.iter().enumerate() {
+            let roles = if key.roles.is_empty() { "unused".to_owned() } else { key.roles.join(", ") };
+            let gap = if position == 0 { "" } else { "\n" };
+            writeln!(out, "{gap}{}: {}", key.id, roles.replace('_', " "))?;
             let mut table = TextTable::new(&[("", Align::Left), ("", Align::Left), ("", Align::Left)]);
             for file in &key.files {
                 let present = if file.present { "" } else { "not on this host" };
                 table.row([file.key.to_owned(), file.path.display().to_string(), present.to_owned()]);
             }
             for (what, id) in [("recipient", &key.recipient), ("signer", &key.signer)] {
-                table.row(id.iter().flat_map(|id| [what.to_owned(), id.clone()]));
+                if let Some(id) = id {
+                    table.row([what.to_owned(), id.clone()]);
+                }
             }
             table.write(out);
             for problem in &key.problems {

@@ -29,3 +29,9 @@ impl Key {
         }
     }
 }
+
+/// Creates a key in `folder` and returns the lines that make it known, for tests of what reads them.
+#[cfg(test)]
+pub(super) fn create_in(folder: &std::path::Path, id: &str, bits: u32) -> Result<String, CommandError> {
+    create::create_in(folder, id, bits).map(|key| key.configuration)
+}
