@@ -8,7 +8,7 @@
 //! .walden/lock              held by the process that fills it
 //! .walden/names.journal     names of the lower that are gone (mount::upper)
 //! .walden/held/…            PG_VERSION and pg_control, so that PostgreSQL refuses the bare directory
-//! .walden/tmp/…             files on their way to their place; emptied when the area is opened
+//! .walden/tmp/…             files on their way to their place; emptied by whoever opens it
 //! ```
 //!
 //! A mount hides it, a backup skips it, and completion removes it. While it exists the directory is incomplete.
@@ -52,13 +52,12 @@ pub struct PrivateArea {
 }
 
 impl PrivateArea {
-    /// Opens the area of `parent`, creating what is missing of it, and empties its `tmp/`.
+    /// Opens the area of `parent`, creating what is missing of it.
     pub fn create(parent: &Path, owner: Option<Owner>) -> Result<Self, Error> {
         let area = Self { directory: parent.join(DIRECTORY_NAME) };
         let create = Create { owner, ..Create::PRIVATE_DIRECTORY };
         durable::create_dir(&area.directory, create)?;
         durable::create_dir(&area.held_directory(), create)?;
-        area.clear_temporary()?;
         durable::create_dir(&area.temporary_directory(), create)?;
         Ok(area)
     }
@@ -76,6 +75,21 @@ impl PrivateArea {
     /// Locks the area for this process; the lock ends when the value is dropped.
     pub fn lock(&self) -> Result<LockFile, Error> {
         LockFile::acquire(&self.directory.join("lock"))
+    }
+
+    /// Removes what a crash left of files on their way; only for who holds the lock.
+    pub fn clear_temporary(&self, _held: &LockFile) -> Result<(), Error> {
+        let path = self.temporary_directory();
+        for entry in fs::read_dir(&path).map_err(Error::at("open directory", &path))? {
+            let left = entry.map_err(Error::at("read directory", &path))?.path();
+            let removed = if left.is_dir() && !left.is_symlink() {
+                fs::remove_dir_all(&left)
+            } else {
+                fs::remove_file(&left)
+            };
+            removed.map_err(Error::at("remove", &left))?;
+        }
+        Ok(())
     }
 
     /// Binds the directory to a basebackup, or checks that it is bound to this very one.
@@ -148,15 +162,6 @@ impl PrivateArea {
     fn binding_path(&self) -> PathBuf {
         self.directory.join("binding.json")
     }
-
-    fn clear_temporary(&self) -> Result<(), Error> {
-        let path = self.temporary_directory();
-        match fs::remove_dir_all(&path) {
-            Ok(()) => Ok(()),
-            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(Error::at("remove", &path)(source)),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -176,6 +181,7 @@ mod tests {
         fs::write(area.temporary_directory().join("left over"), b"x").unwrap();
 
         let again = PrivateArea::create(scratch.path(), None).unwrap();
+        again.clear_temporary(&again.lock().unwrap()).unwrap();
         assert_eq!(fs::read_dir(again.temporary_directory()).unwrap().count(), 0);
         again.bind(&binding("20261120T101500Z-3fa9")).unwrap();
         let refused = again.bind(&binding("20261121T101500Z-0000")).unwrap_err();

@@ -24,6 +24,7 @@ pub mod virtual_dir;
 
 pub mod lower_volume;
 pub mod memory_lower;
+pub mod upper;
 
 mod fuse;
 pub mod holders;

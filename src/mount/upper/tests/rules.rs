@@ -1,0 +1,316 @@
+//! What must never happen to an upper, each with the failure it comes from.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use crate::disk;
+use crate::mount::fs::{FileKind, RenameMode, Seek, SetAttributes, SetTime, Volume};
+use crate::mount::memory_lower::MemoryLower;
+use crate::mount::upper::tests::world::{TREE, World, binding, caller, open, same};
+use crate::mount::upper::{OpenError, UpperStats};
+
+const RELATION: &str = "base/1/16384";
+
+fn expected(world: &World, path: &str, range: std::ops::Range<u64>) -> Vec<u8> {
+    world.lower.content(world.lower.at(path), range)
+}
+
+#[tokio::test]
+async fn reading_changes_nothing_anyone_can_see() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let (file, directory) = (world.attributes(RELATION).await, world.attributes("base/1").await);
+    let whole = world.read_all(RELATION).await.unwrap();
+    same(&whole, &expected(&world, RELATION, 0..file.size), "whole");
+    let (after, directory_after) = (world.attributes(RELATION).await, world.attributes("base/1").await);
+    assert_eq!(
+        (file.size, file.mode, file.mtime, file.owner),
+        (after.size, after.mode, after.mtime, after.owner)
+    );
+    assert_eq!((directory.mode, directory.mtime), (directory_after.mode, directory_after.mtime));
+    assert!(after.blocks * 512 >= after.size);
+}
+
+#[tokio::test]
+async fn what_was_fetched_is_not_fetched_again_not_even_by_the_next_process() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    world.read_all(RELATION).await.unwrap();
+    let fetches = world.lower.fetches();
+    world.read_all(RELATION).await.unwrap();
+    assert_eq!(world.lower.fetches(), fetches);
+    let lower = world.lower.clone();
+    drop(world);
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    world.read_all(RELATION).await.unwrap();
+    assert_eq!(world.lower.fetches(), fetches);
+    assert_eq!(world.upper.stats().fetches, 0);
+}
+
+#[tokio::test]
+async fn a_page_that_is_written_whole_is_never_fetched_and_a_ragged_edge_once() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    world.write(RELATION, 8192, &[7; 8192]).await.unwrap();
+    assert_eq!(world.lower.fetches(), 0);
+    world.write(RELATION, 100, &[8; 10]).await.unwrap();
+    assert_eq!(world.lower.fetches(), 1);
+    let mut content = expected(&world, RELATION, 0..32768);
+    content[8192..16384].fill(7);
+    content[100..110].fill(8);
+    same(&world.read(RELATION, 0, 32768).await.unwrap(), &content, "mixed");
+    // The chunk that came for the edge covered all of this; only what was not local was taken from it.
+    assert_eq!(world.lower.fetches(), 1);
+    assert_eq!(world.upper.stats().filled_bytes, 65536 - 8192);
+}
+
+/// Failure 36: a chunk marked present after a partial read served zeros.
+#[tokio::test]
+async fn a_partial_fetch_marks_nothing_it_did_not_bring() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    world.lower.short.store(true, Ordering::SeqCst);
+    assert_eq!(world.read(RELATION, 60_000, 5000).await, Err(Errno::EIO));
+    // The first half came whole and counts.
+    same(&world.read(RELATION, 0, 4096).await.unwrap(), &expected(&world, RELATION, 0..4096), "first half");
+    world.lower.short.store(false, Ordering::SeqCst);
+    let whole = world.read_all(RELATION).await.unwrap();
+    same(&whole, &expected(&world, RELATION, 0..whole.len() as u64), "whole");
+}
+
+#[tokio::test]
+async fn a_failed_fetch_is_an_error_and_then_tried_again() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    world.lower.fail_next_fetches(2);
+    assert_eq!(world.read(RELATION, 0, 10).await, Err(Errno::EIO));
+    assert_eq!(world.write(RELATION, 5, b"x").await, Err(Errno::EIO));
+    assert_eq!(world.read(RELATION, 0, 10).await.unwrap(), expected(&world, RELATION, 0..10));
+    world.lower.damage(RELATION);
+    assert_eq!(world.read(RELATION, 100_000, 10).await, Err(Errno::EIO));
+    assert_eq!(world.read(RELATION, 0, 10).await.unwrap(), expected(&world, RELATION, 0..10));
+}
+
+#[tokio::test]
+async fn a_chunk_is_fetched_once_for_all_who_want_it() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = Arc::new(World::new(scratch.path()).await);
+    let file = world.open_file(RELATION).await.unwrap();
+    let readers = (0..32u64).map(|page| {
+        let file = file.clone();
+        tokio::spawn(async move { file.read(&caller(), page % 8 * 8192, 8192).await.unwrap().len() })
+    });
+    for reader in readers.collect::<Vec<_>>() {
+        assert_eq!(reader.await.unwrap(), 8192);
+    }
+    assert_eq!(world.lower.fetches(), 1);
+}
+
+#[tokio::test]
+async fn a_reader_that_gives_up_leaves_the_others_unharmed() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let file = world.open_file(RELATION).await.unwrap();
+    let away = world.lower.gate.clone().write_owned().await;
+    let read = |offset| {
+        let file = file.clone();
+        tokio::spawn(async move { file.read(&caller(), offset, 100).await })
+    };
+    let (first, second) = (read(0), read(8192));
+    while world.lower.fetches() == 0 {
+        tokio::task::yield_now().await;
+    }
+    first.abort();
+    assert!(first.await.is_err());
+    drop(away);
+    assert_eq!(second.await.unwrap().unwrap(), expected(&world, RELATION, 8192..8292));
+}
+
+#[tokio::test]
+async fn what_was_cut_off_never_comes_back() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    world.truncate(RELATION, 70_001).await.unwrap();
+    world.truncate(RELATION, 200_000).await.unwrap();
+    let mut content = expected(&world, RELATION, 0..70_001);
+    content.resize(200_000, 0);
+    same(&world.read_all(RELATION).await.unwrap(), &content, RELATION);
+    let lower = world.lower.clone();
+    drop(world);
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    same(&world.read_all(RELATION).await.unwrap(), &content, RELATION);
+}
+
+#[tokio::test]
+async fn fallocated_room_is_not_taken_for_content() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let size = world.attributes(RELATION).await.size;
+    let file = world.open_file(RELATION).await.unwrap();
+    file.allocate(0, size + 65536, false).await.unwrap();
+    drop(file);
+    let lower = world.lower.clone();
+    drop(world);
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    let mut content = expected(&world, RELATION, 0..size);
+    content.resize(size as usize + 65536, 0);
+    same(&world.read_all(RELATION).await.unwrap(), &content, RELATION);
+}
+
+#[tokio::test]
+async fn what_has_yet_to_be_fetched_is_data_to_lseek() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let size = world.attributes(RELATION).await.size;
+    let file = world.open_file(RELATION).await.unwrap();
+    assert_eq!(file.seek(5, Seek::Data).await, Ok(5));
+    assert_eq!(file.seek(5, Seek::Hole).await, Ok(size));
+    assert_eq!(file.seek(size, Seek::Data).await, Err(Errno::ENXIO));
+    let native = world.create("new").await.unwrap();
+    native.write(&caller(), 1 << 20, vec![1; 4096].into()).await.unwrap();
+    assert_eq!(native.seek(0, Seek::Data).await, Ok(1 << 20));
+    assert_eq!(native.seek(0, Seek::Hole).await, Ok(0));
+}
+
+/// Failure 27a: a half-filled data directory was started.
+#[tokio::test]
+async fn the_bare_upper_has_nothing_to_start_from() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    assert_eq!(world.read_all("PG_VERSION").await.unwrap(), expected(&world, "PG_VERSION", 0..3));
+    world.write("global/pg_control", 0, &[9; 8192]).await.unwrap();
+    world.write("PG_VERSION", 0, b"99\n").await.unwrap();
+    assert_eq!(world.names("").await, ["PG_VERSION", "base", "empty", "global", "link", "pg_stat", "top"]);
+    assert_eq!(world.names("global").await, ["pg_control"]);
+    for path in ["PG_VERSION", "global/pg_control"] {
+        assert!(!scratch.path().join(path).exists(), "{path}");
+    }
+    same(&fs::read(scratch.path().join(".walden/held/pg_control")).unwrap(), &[9; 8192], "held back");
+    // Replaced by rename, as PostgreSQL does with others of its files, they are still held back.
+    world.create("new").await.unwrap().write(&caller(), 0, "15\n".into()).await.unwrap();
+    world.rename("new", "PG_VERSION", RenameMode::Replace).await.unwrap();
+    assert!(!scratch.path().join("PG_VERSION").exists());
+    assert_eq!(world.read_all("PG_VERSION").await.unwrap(), b"15\n");
+}
+
+#[tokio::test]
+async fn walden_s_own_folder_cannot_be_seen_or_touched() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    assert_eq!(world.find(".walden").await.unwrap_err(), Errno::ENOENT);
+    assert_eq!(world.make_directory(".walden").await, Err(Errno::EPERM));
+    assert_eq!(world.create(".walden").await.map(drop), Err(Errno::EPERM));
+    assert_eq!(world.rename("top", ".walden", RenameMode::Replace).await, Err(Errno::EPERM));
+    assert_eq!(world.remove_directory(".walden").await, Err(Errno::ENOENT));
+    world.make_directory("base/.walden").await.unwrap();
+}
+
+#[tokio::test]
+async fn another_basebackup_and_another_process_are_refused() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let second = open(&world.lower, scratch.path()).await.unwrap_err();
+    assert!(matches!(second, OpenError::Disk(disk::Error::Locked { .. })));
+    drop(world);
+    let lower = Arc::new(MemoryLower::build(&TREE));
+    let options = crate::mount::upper::UpperOptions {
+        directory: scratch.path().to_owned(),
+        binding: disk::Binding { manifest_digest: "cd".into(), ..binding() },
+        owner: disk::Owner::current(),
+        holds_back: true,
+    };
+    let other = crate::mount::upper::Upper::open(lower, options).await.unwrap_err();
+    assert!(matches!(other, OpenError::Disk(disk::Error::BoundElsewhere { .. })), "{other}");
+}
+
+#[tokio::test]
+async fn an_unlinked_file_lives_while_it_is_open() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let (untouched, touched) =
+        (world.open_file("base/1/16385").await.unwrap(), world.open_file(RELATION).await.unwrap());
+    touched.write(&caller(), 0, vec![1; 8192].into()).await.unwrap();
+    for path in ["base/1/16385", RELATION] {
+        world.unlink(path).await.unwrap();
+        assert_eq!(world.find(path).await.unwrap_err(), Errno::ENOENT);
+    }
+    assert_eq!(world.names("base/1").await, [""; 0]);
+    // The first of them never had a place in the upper.
+    same(
+        &untouched.read(&caller(), 0, 8192).await.unwrap(),
+        &expected(&world, "base/1/16385", 0..8192),
+        "untouched",
+    );
+    untouched.write(&caller(), 10, vec![2; 5].into()).await.unwrap();
+    assert_eq!(untouched.read(&caller(), 9, 3).await.unwrap()[1..], [2, 2]);
+    assert_eq!(touched.read(&caller(), 8190, 4).await.unwrap()[..2], [1, 1]);
+    assert_eq!(touched.read(&caller(), 8192, 9).await.unwrap(), expected(&world, RELATION, 8192..8201));
+    drop((untouched, touched));
+    assert_eq!(fs::read_dir(scratch.path().join(".walden/tmp")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn attributes_of_the_lower_s_own_can_be_changed() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let at = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::new(1_800_000_000, 5);
+    for path in [RELATION, "base", "link"] {
+        let found = world.find(path).await.unwrap();
+        let mode = (path != "link").then_some(0o640);
+        let set = SetAttributes { mode, mtime: Some(SetTime::At(at)), ..SetAttributes::default() };
+        world.upper.set_attributes(&caller(), found.id, set).await.unwrap();
+    }
+    let lower = world.lower.clone();
+    drop(world);
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    for path in [RELATION, "base"] {
+        assert_eq!(world.attributes(path).await.mode, 0o640, "{path}");
+        assert_eq!(world.attributes(path).await.mtime, at, "{path}");
+    }
+    assert_eq!(
+        (world.attributes("link").await.kind, world.attributes("link").await.mtime),
+        (FileKind::Symlink, at)
+    );
+    assert_eq!(world.lower.fetches(), 0);
+}
+
+#[tokio::test]
+async fn a_directory_of_the_lower_moves_with_all_that_is_in_it() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    world.unlink("base/1/16385").await.unwrap();
+    world.rename("base/1", "base/3", RenameMode::Replace).await.unwrap();
+    assert_eq!(world.names("base").await, ["2", "3"]);
+    let lower = world.lower.clone();
+    drop(world);
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    assert_eq!(world.names("base/3").await, ["16384"]);
+    assert_eq!(
+        world.read("base/3/16384", 66_000, 9).await.unwrap(),
+        expected(&world, RELATION, 66_000..66_009)
+    );
+    world.make_directory("base/1").await.unwrap();
+    assert_eq!(world.names("base/1").await, [""; 0]);
+}
+
+#[tokio::test]
+async fn nothing_is_remembered_about_what_the_kernel_forgot() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let root = world.upper.root();
+    let base = world.upper.lookup(&caller(), root, b"base").await.unwrap();
+    let one = world.upper.lookup(&caller(), base.id, b"1").await.unwrap();
+    let file = world.upper.lookup(&caller(), one.id, b"16384").await.unwrap();
+    let open = world.upper.open(&caller(), file.id, true).await.unwrap();
+    // Out of order, as the kernel may: the directories stay for the sake of the file.
+    world.upper.forget(base.id, 1);
+    world.upper.forget(one.id, 1);
+    world.upper.forget(file.id, 1);
+    assert_eq!(open.file.read(&caller(), 0, 5).await.unwrap(), expected(&world, RELATION, 0..5));
+    drop(open);
+    assert_eq!(world.upper.shared.lock().table.len(), 1);
+    assert_eq!(world.upper.stats(), UpperStats { fetches: 1, ..world.upper.stats() });
+}
