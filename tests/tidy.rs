@@ -74,11 +74,11 @@ const CRATES: &[(&str, &[&str])] = &[
     ("zstd", &["src/codec/"]),
 ];
 
-/// What reaches outside the process, and the one place that may: (rule, code, places).
+/// What reaches outside the process, or decides what is where, and the one place that may: (rule, code, places).
 const EFFECTS: &[(&str, &[&str], &[&str])] = &[
     (
         "clock",
-        &["Timestamp::now", "Zoned::now", "SystemTime::now", "Instant::now", "clock_gettime"],
+        &["Timestamp::now", "Zoned::now", "SystemTime::now", "Instant::now", ".elapsed()", "clock_gettime"],
         &["src/clock.rs"],
     ),
     (
@@ -91,6 +91,9 @@ const EFFECTS: &[(&str, &[&str], &[&str])] = &[
         &["print!", "println!", "eprint!", "eprintln!", "stdout()", "stderr()"],
         &["src/cli/", "src/main.rs"],
     ),
+    // The configuration proves that a prefix can be one.
+    ("object keys", &["ObjectKey"], &["src/repo/", "src/storage/", "src/config/"]),
+    ("deletion", &["store.delete(", "store().delete("], &["src/storage/"]),
 ];
 
 #[test]
@@ -867,7 +870,12 @@ mod rules {
 
     #[test]
     fn effects() {
-        for bad in ["jiff::Timestamp::now()", "tokio::time::Instant::now()", "std::time::SystemTime::now()"] {
+        for bad in [
+            "jiff::Timestamp::now()",
+            "tokio::time::Instant::now()",
+            "std::time::SystemTime::now()",
+            "start.elapsed()",
+        ] {
             caught("clock", "src/repo/pack.rs", &format!("fn f() {{ {bad}; }}"));
         }
         for bad in ["std::env::var(\"A\")", "std::env::vars()", "env::var_os(\"A\")"] {
@@ -875,6 +883,10 @@ mod rules {
         }
         for bad in ["println!(\"a\")", "eprint!(\"a\")", "std::io::stdout().lock()"] {
             caught("printing", "src/repo/pack.rs", &format!("fn f() {{ {bad}; }}"));
+        }
+        caught("object keys", "src/wal/push.rs", "use crate::storage::ObjectKey;");
+        for bad in ["self.store.delete(key)", "repository.store().delete(key)"] {
+            caught("deletion", "src/wal/push.rs", &format!("fn f() {{ {bad}; }}"));
         }
         fine("src/clock.rs", "fn f() { Timestamp::now(); }");
         fine("src/config/mod.rs", "fn f() { std::env::var(\"A\"); }");
