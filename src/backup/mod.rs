@@ -1,9 +1,33 @@
 //! Takes a basebackup: plan, read, hash, compress, seal, pack, upload, commit.
+//!
+//! ```text
+//! source (server in backup mode) ─ data_directory (walk) ─ plan ─▶ pipeline ─▶ packer ─▶ repo
+//! ```
+//! `run` does it in order and decides what counts. Whatever fails, nothing does: the outcome is the last object that
+//! is created. Deliberately absent: incremental basebackups, and reading through `BASE_BACKUP`.
+
+mod error;
 
 mod server_facts;
 mod server_identity;
 mod source;
 
+mod data_directory;
+mod links;
+mod plan;
+
+mod page_cache;
+mod page_check;
+mod read_pages;
+mod read_small;
+mod source_file;
+
+mod packer;
+mod pipeline;
+
+pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
+pub use error::Error;
+pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};
 pub use server_facts::{ArchiverStatus, Database, ServerFacts, Tablespace};
 pub use server_identity::{Difference, DirectoryIdentity, ServerIdentity, parent_process};
 pub use source::{

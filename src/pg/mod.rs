@@ -19,18 +19,22 @@ mod data_path;
 mod relation_file;
 
 mod control_file;
+mod crc32c;
 pub mod page;
 mod postmaster_pid;
+mod relation_map;
 mod wal_page;
 
 pub use archive_file_name::{ArchiveFileName, ParseArchiveFileNameError};
 pub use backup_rule::{BackupRule, BackupRules, InitForks};
 pub use control_file::{CONTROL_FILE_SIZE, ClusterState, ControlFile, ControlFileError, RecoveryLimits};
+pub use crc32c::Crc32c;
 pub use data_path::{DATA_PATH_BYTES_MAX, DataPath, DataPathError};
 pub use lsn::{Lsn, ParseLsnError};
 pub use oid::Oid;
 pub use page::{PAGE_HEADER_BYTES, PageHeader, PageVerdict};
 pub use relation_file::{Fork, RelationFile};
+pub use relation_map::{RelationMap, RelationMapError};
 pub use postmaster_pid::{NoPostmasterPid, PostmasterPid, PostmasterStatus};
 pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
 pub use timeline::{ParseTimelineError, TimelineId};

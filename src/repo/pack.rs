@@ -63,6 +63,11 @@ impl PackBuilder {
         Self { id, salt, key: key.frame_key(&salt, identity), bytes, digester, chunks: 0 }
     }
 
+    /// Returns which pack it will be.
+    pub fn id(&self) -> PackId {
+        self.id
+    }
+
     /// Returns whether another chunk still fits.
     pub fn has_room(&self) -> bool {
         self.bytes.len() + CHUNK_ROOM <= PACK_BYTES_MAX as usize
