@@ -220,8 +220,7 @@ fn source_findings(source: &Source, layers: &Layers) -> Vec<Finding> {
 
 fn header(source: &Source) -> Vec<Finding> {
     let lines = source.text.lines().take_while(|l| l.starts_with("//!")).count();
-    let short =
-        source.path.starts_with("tests/") || ["mod.rs", "main.rs", "tests.rs"].contains(&source.file_name());
+    let short = source.is_all_tests() || ["mod.rs", "main.rs"].contains(&source.file_name());
     let least = if short { 1 } else { HEADER_LINES.start };
     if (least..HEADER_LINES.end).contains(&lines) {
         return Vec::new();
@@ -555,6 +554,10 @@ impl Source {
 
     fn is_test(&self, at: usize) -> bool {
         self.tests.iter().any(|range| range.contains(&at))
+    }
+
+    fn is_all_tests(&self) -> bool {
+        self.path.starts_with("tests/") || self.tests.first().is_some_and(|all| all.len() == self.text.len())
     }
 
     fn line(&self, at: usize) -> usize {
