@@ -8,6 +8,7 @@ mod lsn;
 mod oid;
 mod system_identifier;
 mod timeline;
+mod transaction;
 mod version;
 mod wal_segment;
 
@@ -18,8 +19,10 @@ mod backup_rule;
 mod data_path;
 mod relation_file;
 
-mod control_file;
 mod crc32c;
+mod field_reader;
+
+mod control_file;
 pub mod page;
 mod postmaster_pid;
 mod relation_map;
@@ -27,18 +30,21 @@ mod wal_page;
 
 pub use archive_file_name::{ArchiveFileName, ParseArchiveFileNameError};
 pub use backup_rule::{BackupRule, BackupRules, InitForks};
-pub use control_file::{CONTROL_FILE_SIZE, ClusterState, ControlFile, ControlFileError, RecoveryLimits};
-pub use crc32c::Crc32c;
+pub use control_file::{
+    CONTROL_FILE_SIZE, ClusterState, ControlFile, ControlFileError, RecoveryLimits, WalLevel,
+};
+pub use crc32c::{Crc32c, Crc32cDigest};
 pub use data_path::{DATA_PATH_BYTES_MAX, DataPath, DataPathError};
 pub use lsn::{Lsn, ParseLsnError};
 pub use oid::Oid;
 pub use page::{PAGE_HEADER_BYTES, PageHeader, PageVerdict};
+pub use postmaster_pid::{NoPostmasterPid, PostmasterPid, PostmasterStatus};
 pub use relation_file::{Fork, RelationFile};
 pub use relation_map::{RelationMap, RelationMapError};
-pub use postmaster_pid::{NoPostmasterPid, PostmasterPid, PostmasterStatus};
 pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
 pub use timeline::{ParseTimelineError, TimelineId};
 pub use timeline_history::{HistoryError, TimelineHistory, TimelineSwitch};
+pub use transaction::{FullTransactionId, TransactionId};
 pub use version::{MajorVersion, VersionError};
 pub use wal_page::{SEGMENT_HEADER_LEN, SegmentError, SegmentHeader};
 pub use wal_segment::{WalSegmentError, WalSegmentName, WalSegmentNumber, WalSegmentSize};
