@@ -145,3 +145,51 @@ impl Context {
 fn no_runtime(error: &std::io::Error) -> CommandError {
     CommandError::new(ExitKind::Failed, format!("could not start the async runtime: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::text::TextStyle;
+    use super::*;
+
+    const TWO_SITES: &str = "[storage]\nurl = \"memory://\"\n[sites.a]\n[sites.b]\n";
+
+    fn context(site: Option<&str>, variables: &[(&str, &str)], config: PathBuf) -> Context {
+        let global = GlobalOptions {
+            config: Some(config),
+            site: site.map(str::to_owned),
+            output: None,
+            json: false,
+            verbose: 0,
+            quiet: false,
+            no_progress: true,
+        };
+        let environment = Environment::of(0, variables);
+        let style = TextStyle { time_zone: environment.time_zone.clone() };
+        Context::new(global, environment, Output::new(Format::Text, style, Box::new(std::io::sink())))
+    }
+
+    #[test]
+    fn the_site_of_the_command_line_comes_before_that_of_the_environment() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), TWO_SITES).unwrap();
+        let site = |site, variables: &[(&str, &str)]| {
+            let context = context(site, variables, file.path().to_owned());
+            context.site().map(|site| site.name.clone()).map_err(|error| error.message())
+        };
+        let environment = [("WALDEN_SITE", "b")];
+        assert_eq!(site(Some("a"), &environment), Ok("a".to_owned()));
+        assert_eq!(site(None, &environment), Ok("b".to_owned()));
+        assert_eq!(site(None, &[]), Err("there are 2 sites, and none was chosen: a, b".to_owned()));
+        assert_eq!(site(Some("c"), &environment), Err("unknown site \"c\"".to_owned()));
+    }
+
+    #[test]
+    fn futures_run_on_either_runtime_and_panics_come_through() {
+        let context = context(None, &[], PathBuf::from("/nonexistent"));
+        assert_eq!(context.block_on(async { tokio::spawn(async { 7 }).await.unwrap() }).unwrap(), 7);
+        assert_eq!(context.block_on_one_thread(async { 7 }).unwrap(), 7);
+        assert!(context.progress.get().is_none());
+        context.monitor().count("retry", 1);
+        context.end_progress();
+    }
+}

@@ -11,6 +11,7 @@ mod error;
 mod exit;
 mod key;
 mod logging;
+mod module_errors;
 mod output;
 mod progress;
 #[cfg(test)]
@@ -57,6 +58,14 @@ enum Command {
 }
 
 impl Command {
+    /// Returns how its outcome becomes a status; until a command line has parsed, `arguments` guesses.
+    fn exit_policy(&self) -> ExitPolicy {
+        match self {
+            Self::Key(_) => ExitPolicy::Usual,
+            Self::Wal(command) => command.exit_policy(),
+        }
+    }
+
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         match self {
             Self::Key(command) => command.run(context),
@@ -90,6 +99,7 @@ fn run(
             return conclude(&output, policy, Some(answer_clap(&output, &error)), stderr);
         }
     };
+    let policy = command_line.command.exit_policy();
     let output = Output::new(command_line.global.format(), style, stdout);
     let context = Context::new(command_line.global, environment, output);
     let outcome = guarded(|| {

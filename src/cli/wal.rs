@@ -27,7 +27,7 @@ use crate::wal::push::{check_file, push};
 
 use super::context::Context;
 use super::error::CommandError;
-use super::exit::ExitKind;
+use super::exit::{ExitKind, ExitPolicy};
 use super::output::Report;
 use super::text::{Align, TextStyle, TextTable, size};
 
@@ -69,6 +69,14 @@ struct WalFetch {
 struct WalList {}
 
 impl Wal {
+    /// Returns how the outcome becomes a status: for fetch by what PostgreSQL makes of it.
+    pub(super) fn exit_policy(&self) -> ExitPolicy {
+        match self.action {
+            Action::Fetch(_) => ExitPolicy::RestoreCommand,
+            Action::Push(_) | Action::List(_) => ExitPolicy::Usual,
+        }
+    }
+
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         match &self.action {
             Action::Push(command) => command.run(context),

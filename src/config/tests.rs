@@ -7,6 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use proptest::prelude::*;
+
 use crate::codec::{CodecId, Compression};
 use crate::storage::Location;
 
@@ -435,5 +437,28 @@ fn a_file_with_a_secret_in_it_is_for_its_owner_alone() {
         fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
         let config = load().unwrap();
         assert!(!format!("{config:?}").contains("hunter2"), "{config:?}");
+    }
+}
+
+proptest! {
+    /// Whatever an editor did to a file, the answer is a configuration or a complaint about a line that is there.
+    #[test]
+    fn a_mangled_configuration_is_read_or_complained_of(
+        cut in any::<prop::sample::Index>(),
+        len in 0..40_usize,
+        inserted in "[ -~\n]{0,12}",
+    ) {
+        let characters: Vec<char> = WHOLE.chars().collect();
+        let from = cut.index(characters.len());
+        let to = (from + len).min(characters.len());
+        let text: String = characters[..from].iter().copied().chain(inserted.chars()).chain(characters[to..].iter().copied()).collect();
+        if let Err(Error::Content { place, .. }) = parse(&text) {
+            prop_assert!((1..=text.lines().count() + 1).contains(&place.line), "{place}");
+        }
+    }
+
+    #[test]
+    fn arbitrary_text_does_not_panic(text in "\\PC{0,200}") {
+        let _ = parse(&text);
     }
 }

@@ -1,0 +1,144 @@
+//! From the error of every module to the failure of a command.
+//!
+//! Each `From` maps its module's own kinds exhaustively, so that a new kind below is a compile error here and never a
+//! wrong exit status.
+
+use crate::catalog;
+use crate::codec;
+use crate::config;
+use crate::control;
+use crate::disk;
+use crate::replication;
+use crate::repo;
+use crate::storage;
+
+use super::error::CommandError;
+use super::exit::ExitKind;
+
+impl From<config::Error> for CommandError {
+    fn from(error: config::Error) -> Self {
+        let kind = match error.kind() {
+            config::ErrorKind::Configuration => ExitKind::Configuration,
+            config::ErrorKind::Disk => ExitKind::Failed,
+            config::ErrorKind::Store(kind) => of_store(kind),
+        };
+        let hint = error.hint();
+        Self::of_module(kind, error, hint)
+    }
+}
+
+impl From<codec::Error> for CommandError {
+    fn from(error: codec::Error) -> Self {
+        let kind = match error.kind() {
+            codec::ErrorKind::Damaged => ExitKind::Damaged,
+            codec::ErrorKind::WrongKey | codec::ErrorKind::FixInput => ExitKind::Configuration,
+            codec::ErrorKind::Bug => ExitKind::Bug,
+        };
+        let hint = error.hint();
+        Self::of_module(kind, error, hint)
+    }
+}
+
+impl From<disk::Error> for CommandError {
+    fn from(error: disk::Error) -> Self {
+        let kind = match error.kind() {
+            disk::ErrorKind::Retry | disk::ErrorKind::Input => ExitKind::Failed,
+            disk::ErrorKind::Damaged => ExitKind::Damaged,
+        };
+        Self::of_module(kind, error, None)
+    }
+}
+
+impl From<storage::Error> for CommandError {
+    fn from(error: storage::Error) -> Self {
+        let kind = of_store(error.kind());
+        Self::of_module(kind, error, None)
+    }
+}
+
+impl From<replication::Error> for CommandError {
+    fn from(error: replication::Error) -> Self {
+        let kind = match (error.kind(), &error) {
+            (replication::ErrorKind::Retry, _) => ExitKind::Unreachable,
+            (replication::ErrorKind::Input, replication::Error::Sql { .. }) => ExitKind::Failed,
+            (replication::ErrorKind::Input, _) => ExitKind::Configuration,
+            (replication::ErrorKind::Bug, _) => ExitKind::Bug,
+        };
+        let hint = error.hint();
+        Self::of_module(kind, error, hint)
+    }
+}
+
+impl From<repo::Error> for CommandError {
+    fn from(error: repo::Error) -> Self {
+        let kind = match (error.kind(), &error) {
+            (_, repo::Error::Store(error)) => of_store(error.kind()),
+            (repo::ErrorKind::Absent, _) => ExitKind::Failed,
+            (repo::ErrorKind::Retry, _) => ExitKind::Unreachable,
+            (repo::ErrorKind::Damaged, _) => ExitKind::Damaged,
+            (repo::ErrorKind::Bug, _) => ExitKind::Bug,
+            (repo::ErrorKind::Input, repo::Error::NoPrivateKey { .. } | repo::Error::WrongKey { .. }) => {
+                ExitKind::Configuration
+            }
+            (repo::ErrorKind::Input, _) => ExitKind::Failed,
+        };
+        let hint = error.hint().map(str::to_owned);
+        Self::of_module(kind, error, hint)
+    }
+}
+
+fn of_store(kind: storage::ErrorKind) -> ExitKind {
+    match kind {
+        storage::ErrorKind::NotFound | storage::ErrorKind::AlreadyExists => ExitKind::Failed,
+        storage::ErrorKind::Unreachable | storage::ErrorKind::OutcomeUnknown => ExitKind::Unreachable,
+        storage::ErrorKind::Denied | storage::ErrorKind::Invalid => ExitKind::Configuration,
+        storage::ErrorKind::Truncated | storage::ErrorKind::TooLarge => ExitKind::Damaged,
+        storage::ErrorKind::Full | storage::ErrorKind::Other => ExitKind::Failed,
+    }
+}
+
+impl From<catalog::ResolveError> for CommandError {
+    fn from(error: catalog::ResolveError) -> Self {
+        let kind = match &error {
+            catalog::ResolveError::NoBasebackup
+            | catalog::ResolveError::NotFound { .. }
+            | catalog::ResolveError::TooFarBack { .. } => ExitKind::Failed,
+            catalog::ResolveError::Ambiguous { .. } => ExitKind::Usage,
+            catalog::ResolveError::Unreadable { .. } => ExitKind::Damaged,
+        };
+        let hint = error.hint().map(str::to_owned);
+        Self::of_module(kind, error, hint)
+    }
+}
+
+impl From<catalog::PlanError> for CommandError {
+    fn from(error: catalog::PlanError) -> Self {
+        let hint = error.hint().to_owned();
+        Self::of_module(ExitKind::Failed, error, Some(hint))
+    }
+}
+
+impl From<control::Error> for CommandError {
+    fn from(error: control::Error) -> Self {
+        let kind = match &error {
+            control::Error::NotRunning { .. } | control::Error::Io { .. } => ExitKind::Failed,
+            control::Error::Malformed { .. } => ExitKind::Bug,
+        };
+        Self::of_module(kind, error, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_does_not_answer_is_not_damaged_data() {
+        let key = || "a/b".to_owned();
+        let verb = storage::error::Verb::Get;
+        let unreachable = storage::Error::Unreachable { verb, key: key(), reason: None, source: None };
+        let truncated = storage::Error::Truncated { key: key(), expected: 2, received: 1 };
+        assert_eq!(CommandError::from(unreachable).kind, ExitKind::Unreachable);
+        assert_eq!(CommandError::from(truncated).kind, ExitKind::Damaged);
+    }
+}
