@@ -138,12 +138,20 @@ impl Lower for MemoryLower {
     }
 
     async fn lookup(&self, directory: NodeId, name: &[u8]) -> Result<Option<(NodeId, Node)>, LowerError> {
-        let found = self.entry(directory)?.children.get(name);
+        let entry = self.entry(directory)?;
+        if entry.node.kind != NodeKind::Directory {
+            return Err(LowerError::Contract { detail: format!("{directory:?} is not a directory") });
+        }
+        let found = entry.children.get(name);
         Ok(found.map(|id| (*id, self.entries[id.0 as usize].node)))
     }
 
     async fn list(&self, directory: NodeId) -> Result<Vec<Child>, LowerError> {
-        let children = &self.entry(directory)?.children;
+        let entry = self.entry(directory)?;
+        if entry.node.kind != NodeKind::Directory {
+            return Err(LowerError::Contract { detail: format!("{directory:?} is not a directory") });
+        }
+        let children = &entry.children;
         Ok(children.iter().map(|(name, id)| (name.clone(), *id, self.entries[id.0 as usize].node)).collect())
     }
 

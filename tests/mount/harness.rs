@@ -66,7 +66,8 @@ pub fn run(place: &Path, script: &str) -> Output {
     Command::new("bash").args(["-euo", "pipefail", "-c", script]).current_dir(place).output().unwrap()
 }
 
-fn can_mount() -> bool {
+/// Tells whether this machine can mount; fails where it must.
+pub fn can_mount() -> bool {
     let root = walden::disk::Owner::current().is_root();
     if root && Path::new("/dev/fuse").exists() {
         return true;

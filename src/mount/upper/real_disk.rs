@@ -1,4 +1,6 @@
 //! The local file system behind [`LocalDisk`]: system calls relative to one open directory.
+//!
+//! Nothing here decides anything; every method is one call and the translation of its answer.
 
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
@@ -329,7 +331,7 @@ fn time_specs(times: Times) -> (TimeSpec, TimeSpec) {
         Some(SetTime::Now) => TimeSpec::UTIME_NOW,
         Some(SetTime::At(at)) => match at.duration_since(SystemTime::UNIX_EPOCH) {
             Ok(since) => TimeSpec::from_duration(since),
-            Err(before) => TimeSpec::from(-TimeSpec::from_duration(before.duration())),
+            Err(before) => -TimeSpec::from_duration(before.duration()),
         },
     };
     (spec(times.atime), spec(times.mtime))

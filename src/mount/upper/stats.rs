@@ -1,4 +1,6 @@
 //! What an upper has fetched, counted since it was opened.
+//!
+//! Counters only: nothing here is read back to decide something.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -99,10 +99,12 @@ impl Upper {
         Ok(Some(LowerNode { id: at.0, path: path.to_vec(), node: at.1 }))
     }
 
-    /// Asks what the lower has in a directory.
+    /// Asks what the lower has in a directory; anything else has nothing in it.
     async fn children(&self, caller: &Caller, id: LocalId) -> Result<Vec<Child>, Errno> {
         let node = self.shared.lock().table.get(id)?.node.clone();
-        let Some(lower) = &node.lower else { return Ok(Vec::new()) };
+        let Some(lower) = node.lower.as_ref().filter(|_| node.kind == FileKind::Directory) else {
+            return Ok(Vec::new());
+        };
         caller.killable(async { of_lower(self.shared.lower.list(lower.id).await) }).await
     }
 

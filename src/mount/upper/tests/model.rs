@@ -1,4 +1,6 @@
 //! A file system in memory, as simple as can be: what the upper must behave like.
+//!
+//! Paths lead to entries, hard links share their content, errors are those of Linux.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

@@ -1,4 +1,6 @@
-//! What must never happen to an upper, each with the failure it comes from.
+//! What must never happen to an upper, one test each.
+//!
+//! Where the rule comes from a failure seen elsewhere, its number stands beside it.
 
 use std::fs;
 use std::sync::Arc;

@@ -115,16 +115,6 @@ impl Run {
         use Operation::*;
         let (world, model) = (&self.world, &mut self.model);
         match *operation {
-            Read(p, offset, length) => {
-                let got = world.read(PATHS[p], offset as u64, length as u32).await;
-                let expected = model.file(PATHS[p]).map(|file| model::read(&file, offset, length));
-                same_outcome(got, expected);
-            }
-            Write(p, offset, length) => {
-                let data = self.data(length);
-                let got = self.world.write(PATHS[p], offset as u64, &data).await;
-                assert_eq!(got, self.model.file(PATHS[p]).map(|file| model::write(&file, offset, &data)));
-            }
             Truncate(p, size) => {
                 // The kernel cuts nothing but files.
                 if matches!(model.file(PATHS[p]), Err(Errno::EISDIR | Errno::ELOOP)) {
@@ -157,6 +147,29 @@ impl Run {
                 let expected = model.link(PATHS[from], PATHS[to]);
                 assert_eq!(world.link(PATHS[from], PATHS[to]).await, expected);
             }
+            SyncDirectory(p) => {
+                if model.is_directory(PATHS[p]) {
+                    world.sync_directory(PATHS[p]).await.unwrap();
+                }
+            }
+            _ => self.apply_to_content(operation).await,
+        }
+    }
+
+    async fn apply_to_content(&mut self, operation: &Operation) {
+        use Operation::*;
+        let (world, model) = (&self.world, &mut self.model);
+        match *operation {
+            Read(p, offset, length) => {
+                let got = world.read(PATHS[p], offset as u64, length as u32).await;
+                let expected = model.file(PATHS[p]).map(|file| model::read(&file, offset, length));
+                same_outcome(got, expected);
+            }
+            Write(p, offset, length) => {
+                let data = self.data(length);
+                let got = self.world.write(PATHS[p], offset as u64, &data).await;
+                assert_eq!(got, self.model.file(PATHS[p]).map(|file| model::write(&file, offset, &data)));
+            }
             Open(slot, p) => {
                 let got = world.open_file(PATHS[p]).await;
                 match (got, model.file(PATHS[p])) {
@@ -181,12 +194,7 @@ impl Run {
                     file.sync(true).await.unwrap();
                 }
             }
-            SyncDirectory(p) => {
-                if model.is_directory(PATHS[p]) {
-                    world.sync_directory(PATHS[p]).await.unwrap();
-                }
-            }
-            Reopen => unreachable!("the loop does it"),
+            _ => unreachable!("{operation:?} is applied elsewhere"),
         }
     }
 

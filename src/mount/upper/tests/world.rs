@@ -1,4 +1,6 @@
 //! An upper in a scratch folder, driven by paths.
+//!
+//! What the kernel does between a program and the upper (following paths, refusing what makes no sense) is done here.
 
 use std::collections::BTreeMap;
 use std::path::Path;
