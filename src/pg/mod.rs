@@ -22,13 +22,18 @@ mod relation_file;
 mod crc32c;
 mod field_reader;
 
+mod backup_label;
+mod backup_manifest;
 mod control_file;
 pub mod page;
 mod postmaster_pid;
 mod relation_map;
+mod tablespace_map;
 mod wal_page;
 
 pub use archive_file_name::{ArchiveFileName, ParseArchiveFileNameError};
+pub use backup_label::{BackupFrom, BackupLabel, BackupLabelError};
+pub use backup_manifest::{BackupManifest, ManifestChecksum, ManifestDigest, ManifestWalRange};
 pub use backup_rule::{BackupRule, BackupRules, InitForks};
 pub use control_file::{
     CONTROL_FILE_SIZE, ClusterState, ControlFile, ControlFileError, RecoveryLimits, WalLevel,
@@ -42,6 +47,7 @@ pub use postmaster_pid::{NoPostmasterPid, PostmasterPid, PostmasterStatus};
 pub use relation_file::{Fork, RelationFile};
 pub use relation_map::{RelationMap, RelationMapError};
 pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
+pub use tablespace_map::{TablespaceLink, TablespaceMapError, parse_tablespace_map};
 pub use timeline::{ParseTimelineError, TimelineId};
 pub use timeline_history::{HistoryError, TimelineHistory, TimelineSwitch};
 pub use transaction::{FullTransactionId, TransactionId};
