@@ -29,7 +29,7 @@ mod units;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -52,8 +52,8 @@ pub use storage::StorageConfig;
 use document::Source;
 use secret_file::check_mode;
 
-/// More than any configuration has; what is cut off there does not parse.
-const CONFIG_BYTES_MAX: u64 = 16 << 20;
+/// More than any configuration has, and far below what would be noticed.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
 /// The whole configuration, with everything that was left out filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +81,10 @@ impl Config {
             |source| Error::Unreadable { what: "the configuration file", path: file.clone(), source };
         let mut open = File::open(&file).map_err(unreadable)?;
         let mut text = String::new();
-        (&mut open).take(CONFIG_BYTES_MAX).read_to_string(&mut text).map_err(unreadable)?;
+        (&mut open).take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text).map_err(unreadable)?;
+        if text.len() as u64 > CONFIG_BYTES_MAX {
+            return Err(unreadable(io::Error::new(io::ErrorKind::InvalidData, "the file is too long")));
+        }
         let config = Self::parse(&text, &file, environment)?;
         if config.sites.values().any(SiteConfig::holds_secret) {
             check_mode("the configuration file, which holds a secret,", &file, &open)?;
@@ -95,6 +98,10 @@ impl Config {
         let parsed = source.parse()?;
         let root = source.root(&parsed);
         let storage = root.table("storage");
+        if storage.is_present() {
+            // Also where every site has a store of its own: nobody should wonder which one is used.
+            StorageConfig::read(&storage)?;
+        }
         let mut sites = BTreeMap::new();
         for (name, table) in root.named_tables("sites") {
             let site = SiteConfig::read(&name, &table, &storage)?;

@@ -98,6 +98,14 @@ fn a_whole_configuration_is_read() {
 }
 
 #[test]
+fn relative_paths_stay_where_they_are_when_the_working_directory_changes() {
+    let text = "[paths]\nstate = \"state\"\nrun = \"../run\"\n";
+    let here = std::env::current_dir().unwrap();
+    let paths = Config::parse(text, Path::new("walden.toml"), &Environment::of(0, &[])).unwrap().paths;
+    assert_eq!((paths.state, paths.run), (here.join("state"), here.join("../run")));
+}
+
+#[test]
 fn little_is_needed() {
     let config = parse("[storage]\nurl = \"memory://\"\n[sites.main]\n").unwrap();
     assert_eq!(config.encryption, None);
@@ -261,6 +269,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "1: \"url\" is missing in [storage]",
         "Such as url = \"file:///var/lib/walden/repo\".",
     ),
+    ("[storage]\n", "1: \"url\" is missing in [storage]", "Such as url = \"file:///var/lib/walden/repo\"."),
     (
         "[storage]\n[sites.main]\n",
         "1: \"url\" is missing in [storage]",
@@ -411,6 +420,8 @@ fn a_file_with_a_secret_in_it_is_for_its_owner_alone() {
         load().unwrap_err().to_string(),
         format!("could not read the configuration file \"{shown}\": No such file or directory (os error 2)")
     );
+    fs::write(&file, " ".repeat(5 << 20)).unwrap();
+    assert!(load().unwrap_err().to_string().ends_with("walden.toml\": the file is too long"));
     let storage = "[storage]\nurl = \"s3://bucket\"\naccess_key_id = \"a\"\n";
     for (secret, refused) in [
         ("secret_access_key_file = \"s\"\n[sites.main]\n", false),
