@@ -108,6 +108,20 @@ pub async fn list(repository: &Repository) -> Result<BasebackupList, repo::Error
     Ok(list)
 }
 
+/// Looks one basebackup up by its id: nothing where it is not complete, abandoned or expired.
+///
+/// # Errors
+/// Where the store cannot tell, and where the record is damaged or not trusted.
+pub async fn find(
+    repository: &Repository,
+    id: BasebackupId,
+) -> Result<Option<ListedBasebackup>, repo::Error> {
+    match look_up(repository, id).await? {
+        State::Complete(listed) => Ok(Some(*listed)),
+        State::Unfinished | State::Gone => Ok(None),
+    }
+}
+
 enum State {
     Complete(Box<ListedBasebackup>),
     Unfinished,

@@ -130,19 +130,7 @@ impl WalReader {
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let mut pauses = Pauses::new();
-        loop {
-            let error = match attempt().await {
-                Ok(value) => return Ok(Found::Present(value)),
-                Err(error) if error.is_absent() => return Ok(Found::Absent),
-                Err(error) if !may_heal(&error) => return Ok(Found::Unreadable(error)),
-                Err(error) => error,
-            };
-            if !pauses.pause(patience, &*self.clock).await {
-                return Err(error);
-            }
-            tracing::warn!("waiting for the store, for {what}: {error}");
-        }
+        patiently(&*self.clock, patience, what, attempt).await
     }
 
     async fn read_once(&self, name: ArchiveFileName) -> Result<Bytes, Error> {
@@ -213,6 +201,34 @@ impl WalReader {
 
     fn lock_flights(&self) -> std::sync::MutexGuard<'_, HashMap<ArchiveFileName, Arc<OnceCell<Bytes>>>> {
         self.flights.lock().expect("no holder of this lock panics")
+    }
+}
+
+/// Repeats `attempt` until the store says something or patience ends; `what` is for the log.
+///
+/// # Errors
+/// The last failure, when patience ends.
+pub async fn patiently<T, F>(
+    clock: &dyn Clock,
+    patience: Patience,
+    what: &str,
+    attempt: impl Fn() -> F,
+) -> Result<Found<T>, Error>
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let mut pauses = Pauses::new();
+    loop {
+        let error = match attempt().await {
+            Ok(value) => return Ok(Found::Present(value)),
+            Err(error) if error.is_absent() => return Ok(Found::Absent),
+            Err(error) if !may_heal(&error) => return Ok(Found::Unreadable(error)),
+            Err(error) => error,
+        };
+        if !pauses.pause(patience, clock).await {
+            return Err(error);
+        }
+        tracing::warn!("waiting for the store, for {what}: {error}");
     }
 }
 

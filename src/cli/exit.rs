@@ -43,6 +43,22 @@ const NOT_THERE: u8 = 1;
 const STANDBY_SIGNAL: &str = "standby.signal";
 
 impl ExitKind {
+    /// Every kind.
+    const ALL: [Self; 7] = [
+        Self::Failed,
+        Self::Usage,
+        Self::Configuration,
+        Self::Damaged,
+        Self::Unreachable,
+        Self::Absent,
+        Self::Bug,
+    ];
+
+    /// Returns the kind that [`ExitKind::name`] calls so.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
     /// Returns the word for JSON.
     pub fn name(self) -> &'static str {
         match self {

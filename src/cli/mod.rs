@@ -7,11 +7,14 @@
 
 mod arguments;
 mod context;
+mod detached;
 mod error;
 mod exit;
+mod internal;
 mod key;
 mod logging;
 mod module_errors;
+mod mount;
 mod output;
 mod progress;
 #[cfg(test)]
@@ -21,6 +24,7 @@ mod screen;
 #[cfg(test)]
 mod tests;
 mod text;
+mod unmount;
 mod wal;
 
 use std::ffi::OsString;
@@ -55,13 +59,17 @@ const WHERE_HELP_IS: &str = "`walden --help` and `walden COMMAND --help` tell wh
 enum Command {
     Key(key::Key),
     Wal(wal::Wal),
+    Mount(mount::Mount),
+    Unmount(unmount::Unmount),
+    #[command(hide = true)]
+    Internal(internal::Internal),
 }
 
 impl Command {
     /// Returns how its outcome becomes a status; until a command line has parsed, `arguments` guesses.
     fn exit_policy(&self) -> ExitPolicy {
         match self {
-            Self::Key(_) => ExitPolicy::Usual,
+            Self::Key(_) | Self::Mount(_) | Self::Unmount(_) | Self::Internal(_) => ExitPolicy::Usual,
             Self::Wal(command) => command.exit_policy(),
         }
     }
@@ -70,6 +78,9 @@ impl Command {
         match self {
             Self::Key(command) => command.run(context),
             Self::Wal(command) => command.run(context),
+            Self::Mount(command) => command.run(context),
+            Self::Unmount(command) => command.run(context),
+            Self::Internal(command) => command.run(context),
         }
     }
 }

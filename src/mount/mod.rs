@@ -22,6 +22,14 @@ pub mod patience;
 pub mod tree;
 pub mod virtual_dir;
 
+mod basebackup_dir;
+mod inventory;
+mod open_basebackups;
+pub mod repo_lower;
+pub mod site_tree;
+pub mod wal_dir;
+mod wal_file;
+
 pub mod lower_volume;
 pub mod memory_lower;
 pub mod upper;

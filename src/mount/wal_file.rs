@@ -1,0 +1,151 @@
+//! A WAL file of the mount: decoded when it is opened, or empty where it cannot be had.
+//!
+//! An error would be taken for the end of the archive by whoever copies the file for PostgreSQL. A file of length 0
+//! is not: the server refuses it for its size, and can go on once the archive is repaired. So what is damaged, and
+//! what is missing in the middle, is empty; what the store does not answer for is waited for.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::catalog::wal_reader::{Found, Patience, WalReader};
+use crate::mount::fs::IoMode;
+use crate::mount::lower::LowerError;
+use crate::mount::repo_lower::lower_error;
+use crate::mount::virtual_dir::{VirtualFile, VirtualReader};
+use crate::pg::ArchiveFileName;
+
+/// A file that is in the archive and never changes: a segment, a history.
+#[derive(Debug)]
+pub(crate) struct WalFile {
+    pub(crate) reader: Arc<WalReader>,
+    pub(crate) name: ArchiveFileName,
+    pub(crate) size: u64,
+}
+
+/// A file of length 0, which stands for *cannot tell*.
+#[derive(Debug)]
+pub(crate) struct EmptyFile;
+
+/// A partial segment as it is now; a later one may hold more.
+#[derive(Debug, Clone)]
+pub(crate) struct PartialFile {
+    pub(crate) content: Bytes,
+    pub(crate) identity: u64,
+}
+
+#[derive(Debug)]
+struct WalFileReader {
+    reader: Arc<WalReader>,
+    name: ArchiveFileName,
+}
+
+/// `cp` gives a copy the mode of the original, and PostgreSQL opens its copy for writing.
+const MODE: u32 = 0o600;
+/// No file that is there has this identity.
+const EMPTY: u64 = 1;
+
+impl WalFileReader {
+    /// Returns the content, or nothing of it; waits for the store however long that takes.
+    async fn content(&self) -> Result<Bytes, LowerError> {
+        let object = self.name;
+        match self.reader.read(object, Patience::Forever).await {
+            Ok(Found::Present(bytes)) => Ok(bytes),
+            Ok(Found::Absent) => {
+                tracing::error!("WAL file {object} has gone from the archive and is served with length 0");
+                Ok(Bytes::new())
+            }
+            Ok(Found::Unreadable(error)) => {
+                tracing::error!("WAL file {object} is served with length 0: {error}");
+                Ok(Bytes::new())
+            }
+            Err(error) => Err(lower_error(&error)),
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl VirtualFile for WalFile {
+    fn identity(&self) -> u64 {
+        0
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn mode(&self) -> u32 {
+        MODE
+    }
+
+    async fn open(&self) -> Result<(Arc<dyn VirtualReader>, IoMode), LowerError> {
+        let reader = WalFileReader { reader: self.reader.clone(), name: self.name };
+        // The whole of it is verified before the first byte is given out.
+        let whole = reader.content().await?.len() as u64 == self.size;
+        if whole { Ok((Arc::new(reader), IoMode::Cached)) } else { EmptyFile.open().await }
+    }
+}
+
+#[async_trait::async_trait]
+impl VirtualReader for WalFileReader {
+    async fn read(&self, offset: u64, length: u32) -> Result<Bytes, LowerError> {
+        Ok(part(&self.content().await?, offset, length))
+    }
+}
+
+#[async_trait::async_trait]
+impl VirtualFile for EmptyFile {
+    fn identity(&self) -> u64 {
+        EMPTY
+    }
+
+    fn size(&self) -> u64 {
+        0
+    }
+
+    fn mode(&self) -> u32 {
+        MODE
+    }
+
+    async fn open(&self) -> Result<(Arc<dyn VirtualReader>, IoMode), LowerError> {
+        Ok((Arc::new(EmptyFile), IoMode::Direct))
+    }
+}
+
+#[async_trait::async_trait]
+impl VirtualReader for EmptyFile {
+    async fn read(&self, _offset: u64, _length: u32) -> Result<Bytes, LowerError> {
+        Ok(Bytes::new())
+    }
+}
+
+#[async_trait::async_trait]
+impl VirtualFile for PartialFile {
+    fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    fn size(&self) -> u64 {
+        self.content.len() as u64
+    }
+
+    fn mode(&self) -> u32 {
+        MODE
+    }
+
+    async fn open(&self) -> Result<(Arc<dyn VirtualReader>, IoMode), LowerError> {
+        Ok((Arc::new(self.clone()), IoMode::Direct))
+    }
+}
+
+#[async_trait::async_trait]
+impl VirtualReader for PartialFile {
+    async fn read(&self, offset: u64, length: u32) -> Result<Bytes, LowerError> {
+        Ok(part(&self.content, offset, length))
+    }
+}
+
+fn part(content: &Bytes, offset: u64, length: u32) -> Bytes {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(content.len());
+    content.slice(start..start.saturating_add(length as usize).min(content.len()))
+}
