@@ -7,6 +7,7 @@
 
 mod arguments;
 mod context;
+mod demo;
 mod detached;
 mod error;
 mod exit;
@@ -57,6 +58,7 @@ const WHERE_HELP_IS: &str = "`walden --help` and `walden COMMAND --help` tell wh
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::Demo),
     Key(key::Key),
     Wal(wal::Wal),
     Mount(mount::Mount),
@@ -69,13 +71,16 @@ impl Command {
     /// Returns how its outcome becomes a status; until a command line has parsed, `arguments` guesses.
     fn exit_policy(&self) -> ExitPolicy {
         match self {
-            Self::Key(_) | Self::Mount(_) | Self::Unmount(_) | Self::Internal(_) => ExitPolicy::Usual,
+            Self::Demo(_) | Self::Key(_) | Self::Mount(_) | Self::Unmount(_) | Self::Internal(_) => {
+                ExitPolicy::Usual
+            }
             Self::Wal(command) => command.exit_policy(),
         }
     }
 
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         match self {
+            Self::Demo(command) => command.run(context),
             Self::Key(command) => command.run(context),
             Self::Wal(command) => command.run(context),
             Self::Mount(command) => command.run(context),

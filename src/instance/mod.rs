@@ -1,1 +1,3 @@
 //! A PostgreSQL running on a writable mount: clones, and the demo.
+
+pub mod demo;
