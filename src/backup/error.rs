@@ -4,32 +4,124 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::backup::source::SourceError;
 use crate::codec;
+use crate::disk;
+use crate::pg::{ControlFileError, TimelineId, WalSegmentName};
 use crate::repo;
 
 /// What failed.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The source cannot be read.
+    /// A file or directory of the source cannot be read.
     #[error("could not {action} \"{}\": {source}", path.display())]
-    Source { action: &'static str, path: PathBuf, source: io::Error },
+    Read { action: &'static str, path: PathBuf, source: io::Error },
+    /// `pg_control` is not one that Walden understands.
+    #[error("\"{}\" cannot be used: {source}", path.display())]
+    ControlFile { path: PathBuf, source: ControlFileError },
     /// A name of the source cannot stand in a basebackup: the path is too long.
     #[error("cannot back up a file with this name: {0}")]
     Name(#[from] repo::entry::InvalidPath),
+    /// The server's side failed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repo::Error),
+    /// A local file of Walden's failed.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
     /// A job on the CPU pool failed.
     #[error("cannot compress: {0}")]
     Codec(#[from] codec::Error),
+    /// The data directory is a clone's.
+    #[error("\"{}\" is the data directory of clone \"{clone}\"", path.display())]
+    Clone { path: PathBuf, clone: String },
+    /// The server's pages have another size than PostgreSQL's usual one.
+    #[error("the server has pages of {0} bytes, only 8192 are supported")]
+    BlockSize(u32),
+    /// The server archives no WAL.
+    #[error("the server does not archive WAL: {reason}")]
+    NotArchiving { reason: &'static str },
+    /// WAL that the basebackup needs did not come.
+    #[error("WAL segment {segment} did not arrive in the archive within {} s", waited.as_secs())]
+    WalMissing { segment: WalSegmentName, waited: Duration },
+    /// The history file without which recovery cannot follow the timeline is nowhere.
+    #[error("the history file of timeline {timeline} is neither in pg_wal nor in the archive")]
+    HistoryMissing { timeline: TimelineId },
+}
+
+/// What the caller can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// Something on this host, of the server or of the store failed; a later attempt may work.
+    Retry,
+    /// The configuration of Walden or of the server has to change first.
+    Input,
+    /// Data is damaged or not trusted.
+    Damaged,
+    /// It is our fault.
+    Bug,
 }
 
 impl Error {
+    /// Returns what the caller can do.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::InvalidData => ErrorKind::Damaged,
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => ErrorKind::Input,
+            Self::Read { .. } | Self::WalMissing { .. } | Self::HistoryMissing { .. } => ErrorKind::Retry,
+            Self::ControlFile { source: ControlFileError::Checksum, .. } => ErrorKind::Damaged,
+            Self::ControlFile { .. }
+            | Self::Name(_)
+            | Self::Clone { .. }
+            | Self::BlockSize(_)
+            | Self::NotArchiving { .. } => ErrorKind::Input,
+            Self::Source(SourceError::Session(_) | SourceError::ServerChanged { .. }) => ErrorKind::Retry,
+            Self::Source(_) => ErrorKind::Input,
+            Self::Repository(error) => match error.kind() {
+                repo::ErrorKind::Absent | repo::ErrorKind::Retry => ErrorKind::Retry,
+                repo::ErrorKind::Input => ErrorKind::Input,
+                repo::ErrorKind::Damaged => ErrorKind::Damaged,
+                repo::ErrorKind::Bug => ErrorKind::Bug,
+            },
+            Self::Disk(error) => match error.kind() {
+                disk::ErrorKind::Retry => ErrorKind::Retry,
+                disk::ErrorKind::Input => ErrorKind::Input,
+                disk::ErrorKind::Damaged => ErrorKind::Damaged,
+            },
+            Self::Codec(_) => ErrorKind::Bug,
+        }
+    }
+
+    /// Returns what the user should do, where that is not plain from the message.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                "Run walden as the owner of the data directory, or as root."
+            }
+            Self::Clone { .. } => "A clone is no server to back up; see \"walden clone finalize --adopt\".",
+            Self::NotArchiving { .. } => {
+                "Set archive_mode = on and archive_command = 'walden wal push %p' in postgresql.conf."
+            }
+            Self::WalMissing { .. } => {
+                "pg_stat_archiver and the server's log say why archiving fails; on a standby the primary has to \
+                 finish the segment (SELECT pg_switch_wal())."
+            }
+            Self::HistoryMissing { .. } => "Archive it with \"walden wal push\" from a server that has it.",
+            Self::Source(error) => return error.hint(),
+            Self::Repository(error) => return error.hint().map(str::to_owned),
+            _ => return None,
+        };
+        Some(hint.to_owned())
+    }
+
     /// Returns a closure for `map_err` that names the action and the path.
     pub(crate) fn reading(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Source { action, path: path.to_owned(), source }
+        move |source| Self::Read { action, path: path.to_owned(), source }
     }
 }

@@ -174,6 +174,11 @@ impl Packer {
         Ok(())
     }
 
+    /// Returns what has been packed so far; contents of larger files are not yet filled in.
+    pub fn packed(&self) -> &Packed {
+        &self.packed
+    }
+
     /// Ends the start-up set: what follows is not fetched ahead.
     pub fn end_start_set(&mut self) {
         self.in_start_set = false;

@@ -1,0 +1,314 @@
+//! A basebackup from the first question to the commit.
+//!
+//! check → `begin` → start the backup on the server → walk, plan, copy → `pg_control` → stop → `backup_label`,
+//! `backup_manifest` → WAL in the archive → commit. The session is watched all the time: with it the backup ends.
+//! Nothing is undone on failure, because nothing counts before the last step; what was uploaded is left for the
+//! sweep. Dropping the future at any point is the same as a failure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::backup::data_directory::{SourceTree, WalkOptions};
+use crate::backup::error::Error;
+use crate::backup::live_directory::{read_control_file, read_identity};
+use crate::backup::packer::{Packed, Packer};
+use crate::backup::page_check::PageCheck;
+use crate::backup::pipeline::{Budget, copy};
+use crate::backup::plan::{PlanOptions, plan_copy};
+use crate::backup::read_pages::JobContext;
+use crate::backup::server_facts::ServerFacts;
+use crate::backup::server_manifest::{ManifestFacts, server_manifest};
+use crate::backup::server_record::{empty_record, server_record};
+use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, check_directory};
+use crate::backup::source_file::{DirectorySource, FileState};
+use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
+use crate::codec::{Compression, CpuPool};
+use crate::disk::CloneMarker;
+use crate::monitor::{Monitor, Task};
+use crate::pg::{ControlFile, Lsn, RelationMap, WalSegmentNumber};
+use crate::replication::{ConnectOptions, Session};
+use crate::repo::{
+    self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
+    documents::BackupRecord,
+    entry::TreePath,
+    manifest::ManifestContent,
+};
+
+/// How a basebackup is taken.
+#[derive(Debug, Clone)]
+pub struct BackupOptions {
+    /// The server.
+    pub connection: ConnectOptions,
+    /// Its data directory; none: where the server says it is.
+    pub data_directory: Option<PathBuf>,
+    /// What the user calls it.
+    pub label: Option<String>,
+    /// How the server begins.
+    pub checkpoint: Checkpoint,
+    /// How chunks are compressed.
+    pub compression: Compression,
+    /// How much of the machine is taken.
+    pub budget: Budget,
+    /// How long the archive may take to have the WAL.
+    pub wal_patience: Duration,
+    /// This host, for people.
+    pub host: String,
+}
+
+/// What became of it.
+#[derive(Debug, Clone)]
+pub struct BackupOutcome {
+    /// The basebackup.
+    pub record: BackupRecord,
+    /// How long it took, by this host's clock.
+    pub took: Duration,
+    /// Files that were gone before they could be read.
+    pub vanished: u64,
+    /// Files that became shorter while they were read.
+    pub shrunk: u64,
+}
+
+/// What is known of the server and its directory before anything is written.
+struct Source {
+    session: Session,
+    facts: ServerFacts,
+    data_directory: PathBuf,
+    control: ControlFile,
+    cluster: ClusterId,
+}
+
+/// What was copied while the server was in backup mode.
+struct Copied {
+    tree: Arc<SourceTree>,
+    packed: Packed,
+    named: NamedChunks,
+    stopped: Stopped,
+    started: (Lsn, Timestamp),
+}
+
+/// The database whose catalogs a start reads first.
+const POSTGRES: &str = "postgres";
+const PAGE_BYTES: u32 = 8192;
+
+/// Takes a full basebackup; `archive` makes the archive of a cluster to be asked for its WAL.
+pub async fn run(
+    repository: &Repository,
+    options: &BackupOptions,
+    pool: &CpuPool,
+    archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
+    monitor: &dyn Monitor,
+) -> Result<BackupOutcome, Error> {
+    let began = repository.clock().monotonic();
+    let source = look_at(options).await?;
+    let (cluster, data_directory) = (source.cluster, source.data_directory.clone());
+    let begin = BeginOptions {
+        cluster,
+        timeline: source.facts.identity.timeline,
+        wal_floor: source.control.redo,
+        parent: None,
+        host: options.host.clone(),
+        pid: std::process::id(),
+    };
+    let writer = Arc::new(BasebackupWriter::begin(repository, begin).await?);
+    tracing::info!("basebackup {} of cluster {cluster} begins", writer.id());
+    let facts = source.facts.clone();
+    let wal_floor = source.control.redo;
+    let copied = copy_in_backup_mode(source, options, pool, writer.clone(), monitor).await?;
+    archive_histories(repository, cluster, copied.stopped.timeline, &data_directory).await?;
+    let needed = needed_wal(cluster, &copied);
+    wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
+
+    let Copied { tree, packed, named, stopped, started } = copied;
+    let mut record = empty_record(writer.id(), cluster, stopped.timeline, (started.0, stopped.lsn));
+    record.label = options.label.clone();
+    (record.started_at, record.stopped_at, record.wal_floor) = (started.1, stopped.at, wal_floor);
+    record.server = server_record(&facts, &options.host, tree.outside_configuration.clone());
+    record.size = packed.size;
+    let mut entries = packed.entries;
+    entries.extend(tree.entries.iter().cloned());
+    let content = ManifestContent {
+        entries,
+        tablespaces: tree.tablespaces.clone(),
+        links: tree.links.clone(),
+        start_set: packed.start_set,
+    };
+    let writer = Arc::into_inner(writer)
+        .ok_or_else(|| repo::Error::Internal("an upload outlived the copy".to_owned()))?;
+    let completion = Completion { record, content, named, compression: options.compression };
+    let record = writer.finish(completion).await?;
+    Ok(BackupOutcome {
+        record,
+        took: repository.clock().monotonic().duration_since(began),
+        vanished: tree.vanished + packed.vanished,
+        shrunk: packed.shrunk,
+    })
+}
+
+/// Looks at the server and its directory, and refuses what cannot become a basebackup.
+async fn look_at(options: &BackupOptions) -> Result<Source, Error> {
+    let session = Session::connect(&options.connection).await.map_err(crate::backup::SourceError::from)?;
+    let facts = ServerFacts::gather(&session).await?;
+    let data_directory =
+        options.data_directory.clone().unwrap_or_else(|| facts.data_directory().to_owned());
+    if let Some(marker) = CloneMarker::detect(&data_directory)? {
+        return Err(Error::Clone { path: data_directory, clone: marker.name });
+    }
+    let directory = data_directory.clone();
+    let (identity, control) = blocking(move || {
+        Ok((read_identity(&directory)?, read_control_file(&directory)?.2))
+    })
+    .await?;
+    check_directory(&facts.identity, &identity)?;
+    if control.block_size != PAGE_BYTES {
+        return Err(Error::BlockSize(control.block_size));
+    }
+    check_archiving(&facts)?;
+    for unreadable in &facts.unreadable {
+        tracing::warn!("the role may not see {unreadable}");
+    }
+    let cluster = ClusterId {
+        system_identifier: control.system_identifier,
+        segment_size: control.wal_segment_size,
+    };
+    Ok(Source { session, facts, data_directory, control, cluster })
+}
+
+/// A primary without archiving would only be found out after hours of copying.
+fn check_archiving(facts: &ServerFacts) -> Result<(), Error> {
+    if facts.identity.in_recovery {
+        return Ok(());
+    }
+    if !facts.archives() {
+        return Err(Error::NotArchiving { reason: "archive_mode is off" });
+    }
+    let is_empty = |name| facts.setting(name).is_none_or(str::is_empty);
+    if is_empty("archive_command") && is_empty("archive_library") {
+        return Err(Error::NotArchiving { reason: "archive_command is empty" });
+    }
+    Ok(())
+}
+
+async fn copy_in_backup_mode(
+    source: Source,
+    options: &BackupOptions,
+    pool: &CpuPool,
+    writer: Arc<BasebackupWriter>,
+    monitor: &dyn Monitor,
+) -> Result<Copied, Error> {
+    let Source { session, facts, data_directory, control, .. } = source;
+    let label = options.label.clone().unwrap_or_else(|| format!("walden {}", writer.id()));
+    let start = StartOptions { checkpoint: options.checkpoint, label };
+    let session = BackupSession::start_on(session, facts, start).await?;
+    let started = (session.started().lsn, session.started().at);
+    let mut packer = Packer::new(writer, options.compression, options.budget.uploads);
+    let copying =
+        copy_files(&data_directory, session.facts(), &control, started.0, options, pool, &mut packer, monitor);
+    let tree = tokio::select! {
+        tree = copying => tree?,
+        lost = session.lost() => return Err(lost.into()),
+    };
+    let directory = data_directory.clone();
+    let ((bytes, state, _), identity) =
+        blocking(move || Ok((read_control_file(&directory)?, read_identity(&directory)?))).await?;
+    session.check_directory(&identity)?;
+    packer.push_bytes(TreePath::new("data/global/pg_control")?, state, bytes).await?;
+    let facts = session.facts().clone();
+    let stopped = session.stop().await?;
+
+    let written = |size: usize| FileState { size: size as u64, mode: 0o600, modified: stopped.at };
+    let backup_label = bytes::Bytes::from(stopped.backup_label.clone());
+    packer.push_bytes(TreePath::new("data/backup_label")?, written(backup_label.len()), backup_label).await?;
+    let manifest = ManifestFacts {
+        version: facts.version,
+        system_identifier: facts.identity.system_identifier,
+        timeline: stopped.timeline,
+        wal: (started.0, stopped.lsn),
+    };
+    let packed = packer.packed();
+    let text = bytes::Bytes::from(server_manifest(&manifest, &packed.entries, &packed.checksums, &tree.entries));
+    packer.push_bytes(TreePath::new("data/backup_manifest")?, written(text.len()), text).await?;
+    let (packed, named) = packer.finish().await?;
+    Ok(Copied { tree, packed, named, stopped, started })
+}
+
+#[expect(clippy::too_many_arguments, reason = "the one place where server, machine and packs come together")]
+async fn copy_files(
+    data_directory: &Path,
+    facts: &ServerFacts,
+    control: &ControlFile,
+    start_lsn: Lsn,
+    options: &BackupOptions,
+    pool: &CpuPool,
+    packer: &mut Packer,
+    monitor: &dyn Monitor,
+) -> Result<Arc<SourceTree>, Error> {
+    let walk = walk_options(data_directory, facts);
+    let (tree, mapped) = blocking(move || {
+        let tree = SourceTree::walk(&walk)?;
+        let mapped = mapped_relations(&tree);
+        Ok((Arc::new(tree), mapped))
+    })
+    .await?;
+    tree.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    let postgres = facts.databases.iter().find(|database| database.name == POSTGRES).map(|database| database.oid.0);
+    let plan = plan_copy(&tree.files, &PlanOptions { postgres, mapped });
+    tracing::debug!("{plan}");
+    let has_checksums = control.data_checksum_version != 0;
+    let context = JobContext {
+        source: Arc::new(DirectorySource::new(tree.clone())),
+        page_check: has_checksums.then(|| PageCheck::new(start_lsn, control.relation_segment_pages)),
+        compression: options.compression,
+    };
+    let progress = monitor.start(Task::bytes("backup", plan.bytes));
+    copy(&plan, &tree.files, Arc::new(context), pool, options.budget, packer, &progress).await?;
+    Ok(tree)
+}
+
+fn walk_options(data_directory: &Path, facts: &ServerFacts) -> WalkOptions {
+    WalkOptions {
+        data_directory: data_directory.to_owned(),
+        version_directory: format!("PG_{}_{}", facts.version.number(), facts.catalog_version),
+        tablespace_names: facts.tablespaces.iter().map(|it| (it.oid.0, it.name.clone())).collect(),
+        configuration: facts.configuration_files.clone(),
+    }
+}
+
+/// Reads the maps of all databases; one that cannot be read now only costs its catalogs their place in the plan.
+fn mapped_relations(tree: &SourceTree) -> BTreeMap<u32, BTreeSet<u32>> {
+    let mut mapped = BTreeMap::new();
+    for file in tree.files.iter().filter(|file| file.path.split().1 == b"pg_filenode.map") {
+        let parts: Vec<&[u8]> = file.path.as_bytes().split(|byte| *byte == b'/').collect();
+        let [b"data", b"base", database, _] = parts[..] else {
+            continue;
+        };
+        let database = std::str::from_utf8(database).ok().and_then(|digits| digits.parse().ok());
+        let map = std::fs::read(tree.source_path(file)).ok().and_then(|bytes| RelationMap::parse(&bytes).ok());
+        if let (Some(database), Some(map)) = (database, map) {
+            mapped.insert(database, map.mappings.iter().map(|(_, number)| number.0).collect());
+        }
+    }
+    mapped
+}
+
+fn needed_wal(cluster: ClusterId, copied: &Copied) -> NeededWal {
+    let size = cluster.segment_size;
+    NeededWal {
+        timeline: copied.stopped.timeline,
+        first: WalSegmentNumber::containing(copied.started.0, size),
+        last: WalSegmentNumber::ending_at(copied.stopped.lsn, size),
+        size,
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(repo::Error::Internal(error.to_string()).into()),
+    }
+}
