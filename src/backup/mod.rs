@@ -25,11 +25,20 @@ mod source_file;
 mod packer;
 mod pipeline;
 
+mod live_directory;
+mod run;
+mod server_manifest;
+mod server_record;
+mod wal_wait;
+
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
-pub use error::Error;
+pub use error::{Error, ErrorKind};
+pub use pipeline::Budget;
 pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};
+pub use run::{BackupOptions, BackupOutcome, run};
 pub use server_facts::{ArchiverStatus, Database, ServerFacts, Tablespace};
 pub use server_identity::{Difference, DirectoryIdentity, ServerIdentity, parent_process};
 pub use source::{
     BackupSession, Checkpoint, SourceError, StartOptions, Started, Stopped, check_directory, switch_wal,
 };
+pub use wal_wait::{NeededWal, RepositoryArchive, WalArchive};

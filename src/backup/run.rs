@@ -23,7 +23,7 @@ use crate::backup::read_pages::JobContext;
 use crate::backup::server_facts::ServerFacts;
 use crate::backup::server_manifest::{ManifestFacts, server_manifest};
 use crate::backup::server_record::{empty_record, server_record};
-use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, check_directory};
+use crate::backup::source::{BackupSession, Checkpoint, SourceError, StartOptions, Stopped, check_directory};
 use crate::backup::source_file::{DirectorySource, FileState};
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
 use crate::codec::{Compression, CpuPool};
@@ -33,9 +33,7 @@ use crate::pg::{ControlFile, Lsn, RelationMap, WalSegmentNumber};
 use crate::replication::{ConnectOptions, Session};
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
-    documents::BackupRecord,
-    entry::TreePath,
-    manifest::ManifestContent,
+    documents::BackupRecord, entry::TreePath, manifest::ManifestContent,
 };
 
 /// How a basebackup is taken.
@@ -73,8 +71,8 @@ pub struct BackupOutcome {
 }
 
 /// What is known of the server and its directory before anything is written.
-struct Source {
-    session: Session,
+#[derive(Clone)]
+struct Origin {
     facts: ServerFacts,
     data_directory: PathBuf,
     control: ControlFile,
@@ -103,22 +101,20 @@ pub async fn run(
     monitor: &dyn Monitor,
 ) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
-    let source = look_at(options).await?;
-    let (cluster, data_directory) = (source.cluster, source.data_directory.clone());
+    let (session, origin) = look_at(options).await?;
+    let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     let begin = BeginOptions {
         cluster,
-        timeline: source.facts.identity.timeline,
-        wal_floor: source.control.redo,
+        timeline: origin.facts.identity.timeline,
+        wal_floor,
         parent: None,
         host: options.host.clone(),
         pid: std::process::id(),
     };
     let writer = Arc::new(BasebackupWriter::begin(repository, begin).await?);
     tracing::info!("basebackup {} of cluster {cluster} begins", writer.id());
-    let facts = source.facts.clone();
-    let wal_floor = source.control.redo;
-    let copied = copy_in_backup_mode(source, options, pool, writer.clone(), monitor).await?;
-    archive_histories(repository, cluster, copied.stopped.timeline, &data_directory).await?;
+    let copied = copy_in_backup_mode(session, &origin, options, pool, writer.clone(), monitor).await?;
+    archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
     let needed = needed_wal(cluster, &copied);
     wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
 
@@ -126,7 +122,8 @@ pub async fn run(
     let mut record = empty_record(writer.id(), cluster, stopped.timeline, (started.0, stopped.lsn));
     record.label = options.label.clone();
     (record.started_at, record.stopped_at, record.wal_floor) = (started.1, stopped.at, wal_floor);
-    record.server = server_record(&facts, &options.host, tree.outside_configuration.clone());
+    record.server =
+        server_record(&origin.facts, &origin.control, &options.host, tree.outside_configuration.clone());
     record.size = packed.size;
     let mut entries = packed.entries;
     entries.extend(tree.entries.iter().cloned());
@@ -149,19 +146,16 @@ pub async fn run(
 }
 
 /// Looks at the server and its directory, and refuses what cannot become a basebackup.
-async fn look_at(options: &BackupOptions) -> Result<Source, Error> {
-    let session = Session::connect(&options.connection).await.map_err(crate::backup::SourceError::from)?;
+async fn look_at(options: &BackupOptions) -> Result<(Session, Origin), Error> {
+    let session = Session::connect(&options.connection).await.map_err(SourceError::from)?;
     let facts = ServerFacts::gather(&session).await?;
-    let data_directory =
-        options.data_directory.clone().unwrap_or_else(|| facts.data_directory().to_owned());
+    let data_directory = options.data_directory.clone().unwrap_or_else(|| facts.data_directory().to_owned());
     if let Some(marker) = CloneMarker::detect(&data_directory)? {
         return Err(Error::Clone { path: data_directory, clone: marker.name });
     }
     let directory = data_directory.clone();
-    let (identity, control) = blocking(move || {
-        Ok((read_identity(&directory)?, read_control_file(&directory)?.2))
-    })
-    .await?;
+    let (identity, control) =
+        blocking(move || Ok((read_identity(&directory)?, read_control_file(&directory)?.2))).await?;
     check_directory(&facts.identity, &identity)?;
     if control.block_size != PAGE_BYTES {
         return Err(Error::BlockSize(control.block_size));
@@ -170,11 +164,9 @@ async fn look_at(options: &BackupOptions) -> Result<Source, Error> {
     for unreadable in &facts.unreadable {
         tracing::warn!("the role may not see {unreadable}");
     }
-    let cluster = ClusterId {
-        system_identifier: control.system_identifier,
-        segment_size: control.wal_segment_size,
-    };
-    Ok(Source { session, facts, data_directory, control, cluster })
+    let cluster =
+        ClusterId { system_identifier: control.system_identifier, segment_size: control.wal_segment_size };
+    Ok((session, Origin { facts, data_directory, control, cluster }))
 }
 
 /// A primary without archiving would only be found out after hours of copying.
@@ -193,20 +185,20 @@ fn check_archiving(facts: &ServerFacts) -> Result<(), Error> {
 }
 
 async fn copy_in_backup_mode(
-    source: Source,
+    session: Session,
+    origin: &Origin,
     options: &BackupOptions,
     pool: &CpuPool,
     writer: Arc<BasebackupWriter>,
     monitor: &dyn Monitor,
 ) -> Result<Copied, Error> {
-    let Source { session, facts, data_directory, control, .. } = source;
+    let Origin { facts, data_directory, .. } = origin;
     let label = options.label.clone().unwrap_or_else(|| format!("walden {}", writer.id()));
     let start = StartOptions { checkpoint: options.checkpoint, label };
-    let session = BackupSession::start_on(session, facts, start).await?;
+    let session = BackupSession::start_on(session, facts.clone(), start).await?;
     let started = (session.started().lsn, session.started().at);
     let mut packer = Packer::new(writer, options.compression, options.budget.uploads);
-    let copying =
-        copy_files(&data_directory, session.facts(), &control, started.0, options, pool, &mut packer, monitor);
+    let copying = copy_files(origin, started.0, options, pool, &mut packer, monitor);
     let tree = tokio::select! {
         tree = copying => tree?,
         lost = session.lost() => return Err(lost.into()),
@@ -216,7 +208,6 @@ async fn copy_in_backup_mode(
         blocking(move || Ok((read_control_file(&directory)?, read_identity(&directory)?))).await?;
     session.check_directory(&identity)?;
     packer.push_bytes(TreePath::new("data/global/pg_control")?, state, bytes).await?;
-    let facts = session.facts().clone();
     let stopped = session.stop().await?;
 
     let written = |size: usize| FileState { size: size as u64, mode: 0o600, modified: stopped.at };
@@ -229,23 +220,22 @@ async fn copy_in_backup_mode(
         wal: (started.0, stopped.lsn),
     };
     let packed = packer.packed();
-    let text = bytes::Bytes::from(server_manifest(&manifest, &packed.entries, &packed.checksums, &tree.entries));
+    let text =
+        bytes::Bytes::from(server_manifest(&manifest, &packed.entries, &packed.checksums, &tree.entries));
     packer.push_bytes(TreePath::new("data/backup_manifest")?, written(text.len()), text).await?;
     let (packed, named) = packer.finish().await?;
     Ok(Copied { tree, packed, named, stopped, started })
 }
 
-#[expect(clippy::too_many_arguments, reason = "the one place where server, machine and packs come together")]
 async fn copy_files(
-    data_directory: &Path,
-    facts: &ServerFacts,
-    control: &ControlFile,
+    origin: &Origin,
     start_lsn: Lsn,
     options: &BackupOptions,
     pool: &CpuPool,
     packer: &mut Packer,
     monitor: &dyn Monitor,
 ) -> Result<Arc<SourceTree>, Error> {
+    let Origin { facts, data_directory, control, .. } = origin;
     let walk = walk_options(data_directory, facts);
     let (tree, mapped) = blocking(move || {
         let tree = SourceTree::walk(&walk)?;
@@ -254,7 +244,8 @@ async fn copy_files(
     })
     .await?;
     tree.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    let postgres = facts.databases.iter().find(|database| database.name == POSTGRES).map(|database| database.oid.0);
+    let postgres =
+        facts.databases.iter().find(|database| database.name == POSTGRES).map(|database| database.oid.0);
     let plan = plan_copy(&tree.files, &PlanOptions { postgres, mapped });
     tracing::debug!("{plan}");
     let has_checksums = control.data_checksum_version != 0;
@@ -286,7 +277,8 @@ fn mapped_relations(tree: &SourceTree) -> BTreeMap<u32, BTreeSet<u32>> {
             continue;
         };
         let database = std::str::from_utf8(database).ok().and_then(|digits| digits.parse().ok());
-        let map = std::fs::read(tree.source_path(file)).ok().and_then(|bytes| RelationMap::parse(&bytes).ok());
+        let map =
+            std::fs::read(tree.source_path(file)).ok().and_then(|bytes| RelationMap::parse(&bytes).ok());
         if let (Some(database), Some(map)) = (database, map) {
             mapped.insert(database, map.mappings.iter().map(|(_, number)| number.0).collect());
         }

@@ -38,7 +38,12 @@ impl ManifestDigest for Sha256 {
 }
 
 /// Writes the manifest of `files` with their CRCs, and of what `links` reach among them.
-pub fn server_manifest(facts: &ManifestFacts, files: &[Entry], checksums: &[Crc32c], links: &[Entry]) -> Vec<u8> {
+pub fn server_manifest(
+    facts: &ManifestFacts,
+    files: &[Entry],
+    checksums: &[Crc32c],
+    links: &[Entry],
+) -> Vec<u8> {
     let mut manifest = BackupManifest::new(facts.version, facts.system_identifier, Sha256::new());
     for (entry, crc) in files.iter().zip(checksums) {
         push(&mut manifest, &entry.path, entry, *crc);
@@ -114,8 +119,12 @@ mod tests {
 
     #[test]
     fn files_stand_under_the_servers_names_and_under_those_of_links() {
-        let files =
-            [file("data/base/5/1"), file("data/x"), file("tablespaces/7/PG_15_1/5/2"), file("config/etc/a.conf")];
+        let files = [
+            file("data/base/5/1"),
+            file("data/x"),
+            file("tablespaces/7/PG_15_1/5/2"),
+            file("config/etc/a.conf"),
+        ];
         let links = [
             entry("data/five", Node::Symlink(b"base/5".to_vec())),
             entry("data/base/x", Node::Symlink(b"../x".to_vec())),

@@ -5,15 +5,19 @@ use jiff::Timestamp;
 
 use crate::backup::server_facts::ServerFacts;
 use crate::codec::Digest;
-use crate::pg::{Lsn, TimelineId};
+use crate::pg::{ControlFile, Lsn, TimelineId};
 use crate::repo::{
     BasebackupId, ClusterId,
     documents::{BackupRecord, DatabaseCollation, ManifestPin, ObjectPin, ServerRecord, SizeRecord},
 };
 
 /// Returns the record of a server.
-pub fn server_record(facts: &ServerFacts, host: &str, outside_configuration: Vec<String>) -> ServerRecord {
-    let number = |name: &str| facts.setting(name).and_then(|value| value.parse().ok()).unwrap_or(0);
+pub fn server_record(
+    facts: &ServerFacts,
+    control: &ControlFile,
+    host: &str,
+    outside_configuration: Vec<String>,
+) -> ServerRecord {
     let versions = facts.databases.iter().filter_map(|database| {
         let version = database.collation_version.clone()?;
         Some(DatabaseCollation { database: database.name.clone(), version })
@@ -22,11 +26,11 @@ pub fn server_record(facts: &ServerFacts, host: &str, outside_configuration: Vec
         version: facts.version_text.clone(),
         major: facts.version.number(),
         catalog_version: facts.catalog_version,
-        control_version: 0,
+        control_version: control.control_version,
         data_checksums: facts.data_checksums,
-        block_size: number("block_size"),
-        relation_segment_pages: number("segment_size"),
-        maximum_alignment: facts.maximum_alignment,
+        block_size: control.block_size,
+        relation_segment_pages: control.relation_segment_pages,
+        maximum_alignment: control.maximum_alignment,
         platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         libc: facts.libc_version.clone(),
         icu: facts.icu_version.clone(),
@@ -38,7 +42,12 @@ pub fn server_record(facts: &ServerFacts, host: &str, outside_configuration: Vec
 }
 
 /// Returns a record in which everything that the writer fills in, and everything optional, is empty.
-pub fn empty_record(id: BasebackupId, cluster: ClusterId, timeline: TimelineId, lsns: (Lsn, Lsn)) -> BackupRecord {
+pub fn empty_record(
+    id: BasebackupId,
+    cluster: ClusterId,
+    timeline: TimelineId,
+    lsns: (Lsn, Lsn),
+) -> BackupRecord {
     let nothing = Digest([0; 32]);
     BackupRecord {
         id,

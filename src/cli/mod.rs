@@ -6,6 +6,7 @@
 //! has not come is absent.
 
 mod arguments;
+mod backup;
 mod context;
 mod demo;
 mod detached;
@@ -13,6 +14,7 @@ mod error;
 mod exit;
 mod internal;
 mod key;
+mod list;
 mod logging;
 mod module_errors;
 mod mount;
@@ -22,6 +24,7 @@ mod progress;
 mod reference;
 mod repository;
 mod screen;
+mod show;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -59,7 +62,10 @@ const WHERE_HELP_IS: &str = "`walden --help` and `walden COMMAND --help` tell wh
 #[derive(Debug, Subcommand)]
 enum Command {
     Demo(demo::Demo),
+    Backup(backup::Backup),
     Key(key::Key),
+    List(list::List),
+    Show(show::Show),
     Wal(wal::Wal),
     Mount(mount::Mount),
     Unmount(unmount::Unmount),
@@ -71,9 +77,10 @@ impl Command {
     /// Returns how its outcome becomes a status; until a command line has parsed, `arguments` guesses.
     fn exit_policy(&self) -> ExitPolicy {
         match self {
-            Self::Demo(_) | Self::Key(_) | Self::Mount(_) | Self::Unmount(_) | Self::Internal(_) => {
+            Self::Demo(_) | Self::Backup(_) | Self::Key(_) | Self::List(_) | Self::Show(_) => {
                 ExitPolicy::Usual
             }
+            Self::Mount(_) | Self::Unmount(_) | Self::Internal(_) => ExitPolicy::Usual,
             Self::Wal(command) => command.exit_policy(),
         }
     }
@@ -81,7 +88,10 @@ impl Command {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         match self {
             Self::Demo(command) => command.run(context),
+            Self::Backup(command) => command.run(context),
             Self::Key(command) => command.run(context),
+            Self::List(command) => command.run(context),
+            Self::Show(command) => command.run(context),
             Self::Wal(command) => command.run(context),
             Self::Mount(command) => command.run(context),
             Self::Unmount(command) => command.run(context),

@@ -3,6 +3,7 @@
 //! Each `From` maps its module's own kinds exhaustively, so that a new kind below is a compile error here and never a
 //! wrong exit status.
 
+use crate::backup;
 use crate::catalog;
 use crate::codec;
 use crate::config;
@@ -94,6 +95,24 @@ fn of_store(kind: storage::ErrorKind) -> ExitKind {
         storage::ErrorKind::Denied | storage::ErrorKind::Invalid => ExitKind::Configuration,
         storage::ErrorKind::Truncated | storage::ErrorKind::TooLarge => ExitKind::Damaged,
         storage::ErrorKind::Full | storage::ErrorKind::Other => ExitKind::Failed,
+    }
+}
+
+impl From<backup::Error> for CommandError {
+    fn from(error: backup::Error) -> Self {
+        let kind = match error {
+            backup::Error::Repository(error) => return error.into(),
+            backup::Error::Disk(error) => return error.into(),
+            backup::Error::Source(backup::SourceError::Session(error)) => return error.into(),
+            _ => match error.kind() {
+                backup::ErrorKind::Retry => ExitKind::Failed,
+                backup::ErrorKind::Input => ExitKind::Configuration,
+                backup::ErrorKind::Damaged => ExitKind::Damaged,
+                backup::ErrorKind::Bug => ExitKind::Bug,
+            },
+        };
+        let hint = error.hint();
+        Self::of_module(kind, error, hint)
     }
 }
 

@@ -1,0 +1,231 @@
+//! `walden backup`: a full basebackup of a running server from its data directory.
+//!
+//! Damaged pages do not fail it, because a backup of a damaged cluster is worth more than none; they are warned of,
+//! counted and recorded. An interrupt ends the session, and with it the backup on the server; what has been uploaded
+//! by then counts for nothing.
+
+use std::fmt::{self, Write};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::backup::{self, BackupOptions, BackupOutcome, Budget, Checkpoint, RepositoryArchive, WalArchive};
+use crate::config::SiteConfig;
+use crate::replication::ConnectOptions;
+use crate::repo::ClusterId;
+
+use super::context::Context;
+use super::error::CommandError;
+use super::exit::ExitKind;
+use super::output::Report;
+use super::text::{TextStyle, duration, size};
+
+/// Takes a basebackup of a running server
+#[derive(Debug, Args)]
+pub struct Backup {
+    /// Takes a full basebackup; every one is, as yet
+    #[arg(long)]
+    full: bool,
+
+    /// How the server begins: with a checkpoint at once, or spread over time
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = CheckpointArgument::Fast)]
+    checkpoint: CheckpointArgument,
+
+    /// A name for the basebackup, by which commands find it
+    #[arg(long, value_name = "L")]
+    label: Option<String>,
+
+    /// How long the archive may take to have the WAL that the basebackup needs, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    wal_timeout: u32,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CheckpointArgument {
+    Fast,
+    Spread,
+}
+
+impl Backup {
+    pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
+        check_label(self.label.as_deref())?;
+        let site = context.site()?;
+        context.warn_of_missing_protection()?;
+        let options = self.options(context, site)?;
+        let outcome = context.block_on(async {
+            tokio::select! {
+                outcome = take(context, site, &options) => outcome,
+                signal = interrupted() => Err(signal),
+            }
+        })??;
+        context.end_progress();
+        context.output.print(&BackupReport::from(outcome))
+    }
+
+    fn options(&self, context: &Context, site: &SiteConfig) -> Result<BackupOptions, CommandError> {
+        let config = context.config()?;
+        let limits = config.limits;
+        Ok(BackupOptions {
+            connection: connection(context, site)?,
+            data_directory: site.data_directory.clone(),
+            label: self.label.clone(),
+            checkpoint: match self.checkpoint {
+                CheckpointArgument::Fast => Checkpoint::Fast,
+                CheckpointArgument::Spread => Checkpoint::Spread,
+            },
+            compression: config.compression.basebackup,
+            budget: Budget::new(limits.memory_bytes, limits.threads, limits.transfers),
+            wal_patience: Duration::from_secs(self.wal_timeout.into()),
+            host: host_name(),
+        })
+    }
+}
+
+async fn take(
+    context: &Context,
+    site: &SiteConfig,
+    options: &BackupOptions,
+) -> Result<BackupOutcome, CommandError> {
+    let repository = context.open_or_create_repository(site).await?;
+    let pool = context.cpu_pool()?;
+    let archive = |cluster: ClusterId| -> Box<dyn WalArchive> {
+        Box::new(RepositoryArchive { repository: repository.clone(), cluster })
+    };
+    let monitor = context.monitor();
+    Ok(backup::run(&repository, options, &pool, archive, &*monitor).await?)
+}
+
+/// Returns how to reach the server: a data directory has one, the first that is named.
+fn connection(context: &Context, site: &SiteConfig) -> Result<ConnectOptions, CommandError> {
+    let Some(node) = site.nodes.first() else {
+        let message = format!("site \"{}\" has no server to connect to", site.name);
+        let hint = format!("Set connection = \"…\" in [sites.{}].", site.name);
+        return Err(CommandError::new(ExitKind::Configuration, message).hint(hint));
+    };
+    Ok(node.connect_options(&context.environment)?)
+}
+
+/// Refuses a label that would stand for something else where a basebackup is named.
+fn check_label(label: Option<&str>) -> Result<(), CommandError> {
+    let refused =
+        |label: &str| label.is_empty() || label.starts_with("latest") || label.contains(char::is_control);
+    match label.filter(|label| refused(label)) {
+        Some(label) => Err(CommandError::usage(format!("\"{}\" is not a label", label.escape_debug()))
+            .hint("Take any text on one line that does not begin with \"latest\".")),
+        None => Ok(()),
+    }
+}
+
+/// Waits for SIGINT or SIGTERM.
+async fn interrupted() -> CommandError {
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        // Without handlers the signals end the process, which ends the session as well.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    CommandError::failed("interrupted: the basebackup was given up")
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().to_owned()
+}
+
+/// What `walden backup` prints.
+#[derive(Debug, Serialize)]
+struct BackupReport {
+    id: String,
+    label: Option<String>,
+    cluster: String,
+    timeline: u32,
+    start_lsn: String,
+    stop_lsn: String,
+    started_at: String,
+    stopped_at: String,
+    files: u64,
+    database_bytes: u64,
+    stored_bytes: u64,
+    ratio: f64,
+    seconds: f64,
+    damaged_pages: u64,
+    vanished_files: u64,
+    shrunk_files: u64,
+}
+
+impl From<BackupOutcome> for BackupReport {
+    fn from(outcome: BackupOutcome) -> Self {
+        let BackupOutcome { record, took, vanished, shrunk } = outcome;
+        let seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
+        Self {
+            id: record.id.to_string(),
+            label: record.label,
+            cluster: record.cluster.to_string(),
+            timeline: record.timeline.get(),
+            start_lsn: record.start_lsn.to_string(),
+            stop_lsn: record.stop_lsn.to_string(),
+            started_at: record.started_at.to_string(),
+            stopped_at: record.stopped_at.to_string(),
+            files: record.size.files,
+            database_bytes: record.size.database_bytes,
+            stored_bytes: record.size.stored_bytes,
+            ratio: ratio(record.size.database_bytes, record.size.stored_bytes),
+            seconds,
+            damaged_pages: record.size.damaged_pages,
+            vanished_files: vanished,
+            shrunk_files: shrunk,
+        }
+    }
+}
+
+/// Returns raw bytes for each stored one, to two digits.
+pub(super) fn ratio(raw: u64, stored: u64) -> f64 {
+    (raw as f64 / stored.max(1) as f64 * 100.0).round() / 100.0
+}
+
+impl Report for BackupReport {
+    fn write_text(&self, out: &mut String, _style: &TextStyle) -> fmt::Result {
+        write!(out, "basebackup {}", self.id)?;
+        if let Some(label) = &self.label {
+            write!(out, " \"{label}\"")?;
+        }
+        writeln!(out)?;
+        let rate = (self.database_bytes as f64 / self.seconds.max(0.001)) as u64;
+        writeln!(
+            out,
+            "{} files, {} in {} ({}/s), {} stored ({}:1)",
+            self.files,
+            size(self.database_bytes),
+            duration(Duration::from_secs_f64(self.seconds)),
+            size(rate),
+            size(self.stored_bytes),
+            self.ratio
+        )?;
+        writeln!(out, "timeline {}, {} to {}", self.timeline, self.start_lsn, self.stop_lsn)?;
+        if self.damaged_pages > 0 {
+            writeln!(out, "WARNING: {} pages have a wrong checksum in the source", self.damaged_pages)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_does_not_look_like_something_else() {
+        for good in [None, Some("before upgrade"), Some("nächtlich")] {
+            assert!(check_label(good).is_ok());
+        }
+        for bad in ["", "latest", "latest~1", "two\nlines"] {
+            assert_eq!(check_label(Some(bad)).unwrap_err().kind, ExitKind::Usage, "{bad:?}");
+        }
+    }
+}
