@@ -13,3 +13,6 @@ pub mod plan_file;
 pub mod push;
 
 pub use error::{Error, ErrorKind};
+
+#[cfg(test)]
+mod tests;
