@@ -7,10 +7,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use crate::instance::launch;
+
 use super::context::Context;
 use super::detached;
 use super::error::CommandError;
 use super::mount;
+use super::serve_clone::ServeClone;
 
 /// Processes that walden starts of itself
 #[derive(Debug, Args)]
@@ -22,6 +25,9 @@ pub struct Internal {
 #[derive(Debug, Subcommand)]
 enum Action {
     Serve(Serve),
+    ServeClone(ServeClone),
+    /// Becomes a postmaster that can write nowhere but in its clone
+    RunPostgres,
 }
 
 /// Serves a mount of a site
@@ -40,6 +46,8 @@ impl Internal {
         detached::leave_session();
         match &self.action {
             Action::Serve(serve) => mount::serve(context, &serve.dir, serve.allow_other),
+            Action::ServeClone(command) => command.run(context),
+            Action::RunPostgres => Err(CommandError::failed(launch::run().to_string())),
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod arguments;
 mod backup;
+mod clone;
 mod context;
 mod demo;
 mod detached;
@@ -20,10 +21,12 @@ mod module_errors;
 mod mount;
 mod output;
 mod progress;
+mod recovery_target;
 #[cfg(test)]
 mod reference;
 mod repository;
 mod screen;
+mod serve_clone;
 mod show;
 #[cfg(test)]
 mod tests;
@@ -69,6 +72,7 @@ enum Command {
     Wal(wal::Wal),
     Mount(mount::Mount),
     Unmount(unmount::Unmount),
+    Clone(clone::Clone),
     #[command(hide = true)]
     Internal(internal::Internal),
 }
@@ -80,7 +84,7 @@ impl Command {
             Self::Demo(_) | Self::Backup(_) | Self::Key(_) | Self::List(_) | Self::Show(_) => {
                 ExitPolicy::Usual
             }
-            Self::Mount(_) | Self::Unmount(_) | Self::Internal(_) => ExitPolicy::Usual,
+            Self::Mount(_) | Self::Unmount(_) | Self::Clone(_) | Self::Internal(_) => ExitPolicy::Usual,
             Self::Wal(command) => command.exit_policy(),
         }
     }
@@ -95,6 +99,7 @@ impl Command {
             Self::Wal(command) => command.run(context),
             Self::Mount(command) => command.run(context),
             Self::Unmount(command) => command.run(context),
+            Self::Clone(command) => command.run(context),
             Self::Internal(command) => command.run(context),
         }
     }

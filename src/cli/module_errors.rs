@@ -9,6 +9,7 @@ use crate::codec;
 use crate::config;
 use crate::control;
 use crate::disk;
+use crate::instance::create::CreateError;
 use crate::replication;
 use crate::repo;
 use crate::storage;
@@ -47,6 +48,22 @@ impl From<disk::Error> for CommandError {
             disk::ErrorKind::Damaged => ExitKind::Damaged,
         };
         Self::of_module(kind, error, None)
+    }
+}
+
+impl From<CreateError> for CommandError {
+    fn from(error: CreateError) -> Self {
+        let hint = error.hint();
+        match error {
+            CreateError::Repository(error) => error.into(),
+            CreateError::Basebackup(error) => error.into(),
+            CreateError::Disk(error) => Self { hint, ..error.into() },
+            CreateError::Plan(_)
+            | CreateError::NoneBefore(_)
+            | CreateError::Programs(_)
+            | CreateError::RootOwner
+            | CreateError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
+        }
     }
 }
 

@@ -58,6 +58,19 @@ impl Environment {
         self.uid == 0
     }
 
+    /// Returns what a PostgreSQL that walden starts is given: paths, language and zone, nothing of libpq's.
+    pub fn for_postgres(&self) -> Vec<(String, String)> {
+        let passed = ["PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ"];
+        let mut variables: Vec<(String, String)> = passed
+            .into_iter()
+            .filter_map(|name| Some((name.to_owned(), self.text(name).ok().flatten()?)))
+            .collect();
+        if !variables.iter().any(|(name, _)| name == "PATH") {
+            variables.push(("PATH".to_owned(), "/usr/local/bin:/usr/bin:/bin".to_owned()));
+        }
+        variables
+    }
+
     /// Returns whether colours are unwelcome (`NO_COLOR`).
     pub fn no_color(&self) -> bool {
         self.get("NO_COLOR").is_some()

@@ -60,7 +60,7 @@ fn count(table: &Table<'_>, key: &str, max: i64) -> Result<Option<usize>> {
 }
 
 /// Returns the machine's memory, 0 where the kernel does not tell.
-fn machine_memory() -> u64 {
+pub fn machine_memory() -> u64 {
     std::fs::read_to_string("/proc/meminfo").ok().as_deref().and_then(total_of_meminfo).unwrap_or(0)
 }
 

@@ -42,7 +42,7 @@ pub use encryption::{
 };
 pub use environment::Environment;
 pub use error::{Error, ErrorKind, Place, Problem, Result};
-pub use limits::Limits;
+pub use limits::{Limits, machine_memory};
 pub use nearest::nearest;
 pub use paths::{OwnedFolder, Paths};
 pub use secret_file::{NamedFile, read_secret};

@@ -98,6 +98,11 @@ impl Repository {
         &*self.shared.clock
     }
 
+    /// Returns the clock, for those who keep it.
+    pub fn shared_clock(&self) -> Arc<dyn Clock> {
+        self.shared.clock.clone()
+    }
+
     pub(crate) fn identity(
         &self,
         kind: ObjectKind,

@@ -1,0 +1,94 @@
+//! `walden clone …`: writable instances of a basebackup, private to this host.
+//!
+//! `create` decides and starts, the others look at the folder and ask the supervisor. A clone whose supervisor does
+//! not answer is what its folder says it was last.
+
+mod create;
+mod delete;
+mod log;
+mod psql;
+mod start;
+mod status;
+mod stop;
+
+use clap::{Args, Subcommand};
+
+use crate::control::{self, CloneState, CloneStatus, Reply, Request};
+use crate::disk;
+use crate::instance::clone_folder::CloneFolder;
+use crate::instance::supervise::resting_status;
+
+use super::context::Context;
+use super::error::CommandError;
+
+pub(super) use start::HandedOver;
+
+/// Makes and runs writable clones of a basebackup
+#[derive(Debug, Args)]
+pub struct Clone {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    Create(create::CloneCreate),
+    List(status::CloneList),
+    Start(start::CloneStart),
+    Stop(stop::CloneStop),
+    Status(status::CloneStatusCommand),
+    Log(log::CloneLog),
+    Psql(psql::ClonePsql),
+    Delete(delete::CloneDelete),
+}
+
+impl Clone {
+    pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
+        match &self.action {
+            Action::Create(command) => command.run(context),
+            Action::List(command) => command.run(context),
+            Action::Start(command) => command.run(context),
+            Action::Stop(command) => command.run(context),
+            Action::Status(command) => command.run(context),
+            Action::Log(command) => command.run(context),
+            Action::Psql(command) => command.run(context),
+            Action::Delete(command) => command.run(context),
+        }
+    }
+}
+
+/// Returns the folder of a clone that exists.
+fn existing(context: &Context, name: &str) -> Result<CloneFolder, CommandError> {
+    let clones = &context.config()?.paths.clones;
+    let folder = CloneFolder::new(clones, name).map_err(|error| CommandError::usage(error.to_string()))?;
+    if folder.path().is_dir() {
+        return Ok(folder);
+    }
+    Err(CommandError::failed(format!("there is no clone \"{name}\" in \"{}\"", clones.display()))
+        .hint("\"walden clone list\" shows the clones."))
+}
+
+/// Asks the supervisor how the clone is; where nobody answers, its folder.
+async fn status_of(folder: &CloneFolder) -> Result<CloneStatus, CommandError> {
+    match control::request(&folder.control_socket(), &Request::Status).await {
+        Ok(Reply::Status(status)) => return Ok(*status),
+        Ok(other) => return Err(CommandError::failed(format!("the supervisor answered {other:?}"))),
+        Err(control::Error::NotRunning { .. }) => {}
+        Err(error) => return Err(CommandError::failed(error.to_string())),
+    }
+    let (spec, mut last) = (folder.read_spec()?, folder.read_state()?);
+    // Whoever said "running" last and does not answer now was killed.
+    if matches!(last.state, CloneState::Running | CloneState::Paused) && !is_supervised(folder)? {
+        last.state = CloneState::Stopped;
+    }
+    Ok(resting_status(folder, &spec, &last))
+}
+
+/// Returns whether a supervisor is alive, answering or not.
+fn is_supervised(folder: &CloneFolder) -> Result<bool, CommandError> {
+    match folder.lock() {
+        Ok(_) => Ok(false),
+        Err(disk::Error::Locked { .. }) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,56 @@
+//! `walden clone stop`: PostgreSQL stops, what it wrote is synced, the mount goes. The clone's data stays.
+//! The answer comes when all of that has been done; a clone of which nothing runs is stopped already.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::control::{self, Reply, Request};
+use crate::instance::clone_folder::CloneFolder;
+
+use super::super::context::Context;
+use super::super::error::CommandError;
+use super::status::StatusReport;
+use super::{existing, is_supervised, status_of};
+
+/// Stops a clone; "clone start" goes on with its data
+#[derive(Debug, Args)]
+pub(super) struct CloneStop {
+    /// The name of the clone
+    name: String,
+}
+
+/// Between the answer and the end of the process lie a few system calls.
+const EXIT_POLL: Duration = Duration::from_millis(10);
+const EXIT_POLLS_MAX: u32 = 3000;
+
+impl CloneStop {
+    pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
+        let folder = existing(context, &self.name)?;
+        let status = context.block_on_one_thread(async {
+            stop(&folder).await?;
+            status_of(&folder).await
+        })??;
+        context.output.print(&StatusReport(status))
+    }
+}
+
+/// Stops a clone and waits until its supervisor is gone.
+pub(super) async fn stop(folder: &CloneFolder) -> Result<(), CommandError> {
+    match control::request(&folder.control_socket(), &Request::Stop).await {
+        Ok(Reply::Failed { message }) => return Err(CommandError::failed(message)),
+        // A supervisor that failed while stopping has closed the connection; its folder tells the rest.
+        Ok(_)
+        | Err(
+            control::Error::NotRunning { .. } | control::Error::Io { .. } | control::Error::Malformed { .. },
+        ) => {}
+    }
+    for _ in 0..EXIT_POLLS_MAX {
+        if !is_supervised(folder)? {
+            return Ok(());
+        }
+        tokio::time::sleep(EXIT_POLL).await;
+    }
+    Err(CommandError::failed(format!("the supervisor of clone \"{}\" does not end", folder.name()))
+        .hint(format!("See \"{}\".", folder.mount_log().display())))
+}

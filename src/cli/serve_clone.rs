@@ -1,0 +1,60 @@
+//! `walden internal serve-clone`: the supervisor of one clone, started by `clone create` and `clone start`.
+//! What was spent before it began is handed over as arguments, so that its figures are those of the whole.
+
+use std::time::Duration;
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::{KeyPurpose, machine_memory};
+use crate::instance::clone_folder::CloneFolder;
+use crate::instance::supervise::{SuperviseOptions, supervise};
+
+use super::clone::HandedOver;
+use super::context::Context;
+use super::error::CommandError;
+
+/// Mounts a clone, runs its PostgreSQL and answers for it
+#[derive(Debug, Args)]
+pub(super) struct ServeClone {
+    name: String,
+    #[command(flatten)]
+    spent: HandedOver,
+}
+
+impl ServeClone {
+    pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
+        let (config, site) = (context.config()?, context.site()?);
+        let folder = CloneFolder::new(&config.paths.clones, &self.name)
+            .map_err(|error| CommandError::usage(error.to_string()))?;
+        let now = context.clock().monotonic();
+        let spent = Duration::try_from_secs_f64(self.spent.spent_seconds).unwrap_or_default();
+        context.block_on(async {
+            let repository = context.open_repository(site, KeyPurpose::Read).await?;
+            let options = SuperviseOptions {
+                folder,
+                repository,
+                traffic: context.traffic.clone(),
+                spent_requests: self.spent.spent_requests,
+                spent_bytes: self.spent.spent_bytes,
+                host_memory_bytes: machine_memory(),
+                environment: context.environment.for_postgres(),
+                asked_at: now.checked_sub(spent).unwrap_or(now),
+            };
+            supervise(options, terminated()).await.map_err(|error| CommandError::failed(error.to_string()))
+        })?
+    }
+}
+
+/// Resolves when this process is asked to end.
+async fn terminated() {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

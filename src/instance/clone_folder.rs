@@ -1,0 +1,285 @@
+//! The folder of a clone: what stands where, and what is remembered there.
+//!
+//! ```text
+//! <clones>/<name>/clone.json    what it was made from and how it is run
+//!                 plan.json     what its recovery may ask of the archive
+//!                 state.json    how it ended, for when nothing of it runs
+//!                 upper/        what differs from the basebackup
+//!                 mnt/          the mount: data, tablespaces, wal
+//!                 pg_wal/       WAL of the clone itself, not through the mount
+//!                 tablespaces/  places that replayed WAL believes to be elsewhere
+//!                 config/       generated configuration files
+//!                 run/          sockets: PostgreSQL's and the supervisor's
+//!                 server.log, mount.log
+//! ```
+//! Mode 0700, owned by whom PostgreSQL runs as. The supervisor holds the lock; whoever holds it is alone.
+
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::RecoveryTarget;
+use crate::control::CloneState;
+use crate::disk::durable::{self, Create};
+use crate::disk::{self, LockFile, Owner};
+use crate::pg::TimelineId;
+use crate::repo::lease::Pin;
+use crate::repo::{BasebackupId, ClusterId};
+
+/// A clone's folder, which may or may not exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneFolder {
+    path: PathBuf,
+    name: String,
+}
+
+/// What a clone was made from and how it is run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloneSpec {
+    /// Version of this file, 1.
+    pub format: u32,
+    /// The clone's name.
+    pub name: String,
+    /// The site in the configuration.
+    pub site: String,
+    /// The basebackup.
+    pub basebackup: BasebackupId,
+    /// BLAKE3 of its manifest: the upper belongs to this one and no other.
+    pub manifest_digest: String,
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// Its major version.
+    pub major: u32,
+    /// PostgreSQL's programs.
+    pub bin_directory: PathBuf,
+    /// Where recovery ends.
+    pub target: RecoveryTarget,
+    /// The timeline it follows.
+    pub timeline: TimelineId,
+    /// Whether sessions are let in before the target is reached.
+    pub read_early: bool,
+    /// The port in the socket's name.
+    pub port: u16,
+    /// The role that initdb created.
+    pub superuser: String,
+    /// Whom PostgreSQL runs as: user and group.
+    pub owner: (u32, u32),
+    /// What keeps the basebackup; nothing where the store takes no writes.
+    pub pin: Option<Pin>,
+    /// Absolute paths that replayed WAL writes to, each with the folder that stands in for it.
+    pub stand_ins: Vec<(PathBuf, PathBuf)>,
+    /// When it was made.
+    pub created_at: Timestamp,
+}
+
+/// How a clone ended, or that it is still on its way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastState {
+    /// What it was doing.
+    pub state: CloneState,
+    /// Why it failed.
+    pub message: Option<String>,
+}
+
+/// A name that cannot be a clone's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("\"{0}\" is not a name for a clone: letters, digits, - and _, at most {NAME_LEN_MAX}")]
+pub struct InvalidCloneName(String);
+
+/// Socket paths end at 107 bytes, and the name is part of them.
+const NAME_LEN_MAX: usize = 40;
+
+impl CloneFolder {
+    /// Returns the folder of the clone `name` below `clones`.
+    pub fn new(clones: &Path, name: &str) -> Result<Self, InvalidCloneName> {
+        let valid = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+        let first = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+        if !first || name.len() > NAME_LEN_MAX || !name.bytes().all(valid) {
+            return Err(InvalidCloneName(name.to_owned()));
+        }
+        Ok(Self { path: clones.join(name), name: name.to_owned() })
+    }
+
+    /// Lists the clones below `clones`, by name.
+    pub fn list(clones: &Path) -> Result<Vec<Self>, disk::Error> {
+        let entries = match std::fs::read_dir(clones) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(disk::Error::Io { action: "list", path: clones.to_owned(), source }),
+        };
+        let mut folders: Vec<Self> = entries
+            .filter_map(|entry| Self::new(clones, entry.ok()?.file_name().to_str()?).ok())
+            .filter(|folder| folder.spec_file().exists())
+            .collect();
+        folders.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(folders)
+    }
+
+    /// Returns the clone's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns the folder itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns where the plan of its recovery is.
+    pub fn plan_file(&self) -> PathBuf {
+        self.path.join("plan.json")
+    }
+
+    /// Returns where the upper is.
+    pub fn upper(&self) -> PathBuf {
+        self.path.join("upper")
+    }
+
+    /// Returns the mount point.
+    pub fn mount_point(&self) -> PathBuf {
+        self.path.join("mnt")
+    }
+
+    /// Returns PGDATA, within the mount.
+    pub fn data_directory(&self) -> PathBuf {
+        self.mount_point().join("data")
+    }
+
+    /// Returns where a tablespace of the basebackup stands, within the mount.
+    pub fn tablespace(&self, oid: u32) -> PathBuf {
+        self.mount_point().join("tablespaces").join(oid.to_string())
+    }
+
+    /// Returns where the clone's own WAL is.
+    pub fn pg_wal(&self) -> PathBuf {
+        self.path.join("pg_wal")
+    }
+
+    /// Returns where places that replayed WAL believes to be elsewhere are.
+    pub fn stand_ins(&self) -> PathBuf {
+        self.path.join("tablespaces")
+    }
+
+    /// Returns where the generated configuration files are.
+    pub fn config(&self) -> PathBuf {
+        self.path.join("config")
+    }
+
+    /// Returns where the sockets are.
+    pub fn run(&self) -> PathBuf {
+        self.path.join("run")
+    }
+
+    /// Returns the supervisor's socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.run().join("walden.sock")
+    }
+
+    /// Returns PostgreSQL's log.
+    pub fn server_log(&self) -> PathBuf {
+        self.path.join("server.log")
+    }
+
+    /// Returns the supervisor's log.
+    pub fn mount_log(&self) -> PathBuf {
+        self.path.join("mount.log")
+    }
+
+    /// Makes the folder and those in it; fails where it exists.
+    pub fn create(&self, owner: Owner) -> Result<(), disk::Error> {
+        let private = Create::PRIVATE_DIRECTORY.owned_by(owner);
+        durable::create_dir(&self.path, private)?;
+        for folder in
+            [self.upper(), self.pg_wal(), self.stand_ins(), self.config(), self.run(), self.mount_point()]
+        {
+            durable::create_dir(&folder, private)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the lock that says a supervisor is alive.
+    pub fn lock(&self) -> Result<LockFile, disk::Error> {
+        LockFile::acquire(&self.path.join("lock"))
+    }
+
+    /// Writes what the clone is.
+    pub fn write_spec(&self, spec: &CloneSpec) -> Result<(), disk::Error> {
+        write_json(&self.spec_file(), spec, "the description of a clone")
+    }
+
+    /// Reads what the clone is.
+    pub fn read_spec(&self) -> Result<CloneSpec, disk::Error> {
+        read_json(&self.spec_file(), "the description of a clone")
+    }
+
+    /// Remembers how the clone is, for when nobody answers.
+    pub fn write_state(&self, state: &LastState) -> Result<(), disk::Error> {
+        write_json(&self.path.join("state.json"), state, "the state of a clone")
+    }
+
+    /// Returns what was remembered last.
+    pub fn read_state(&self) -> Result<LastState, disk::Error> {
+        read_json(&self.path.join("state.json"), "the state of a clone")
+    }
+
+    fn spec_file(&self) -> PathBuf {
+        self.path.join("clone.json")
+    }
+}
+
+/// Writes a document durably.
+pub fn write_json<T: Serialize>(path: &Path, value: &T, what: &'static str) -> Result<(), disk::Error> {
+    let malformed = |error: serde_json::Error| disk::Error::Malformed {
+        path: path.to_owned(),
+        what,
+        detail: error.to_string(),
+    };
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(malformed)?;
+    bytes.push(b'\n');
+    durable::write_file(path, &bytes, Create::PRIVATE_FILE)
+}
+
+/// Reads a document.
+pub fn read_json<T: DeserializeOwned>(path: &Path, what: &'static str) -> Result<T, disk::Error> {
+    let bytes = std::fs::read(path).map_err(|source| disk::Error::Io {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    })?;
+    serde_json::from_slice(&bytes).map_err(|error| disk::Error::Malformed {
+        path: path.to_owned(),
+        what,
+        detail: error.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_a_name_and_not_a_path() {
+        for bad in ["", ".", "..", "a/b", "-x", "a b", "ä", &"x".repeat(41)] {
+            assert!(CloneFolder::new(Path::new("/clones"), bad).is_err(), "{bad:?}");
+        }
+        let folder = CloneFolder::new(Path::new("/clones"), "yesterday_2").unwrap();
+        assert_eq!(folder.data_directory(), Path::new("/clones/yesterday_2/mnt/data"));
+    }
+
+    #[test]
+    fn a_folder_is_made_once_and_listed_when_it_has_a_description() {
+        let clones = tempfile::tempdir().unwrap();
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        folder.create(Owner::current()).unwrap();
+        assert!(folder.create(Owner::current()).is_err());
+        assert!(CloneFolder::list(clones.path()).unwrap().is_empty());
+        folder.write_state(&LastState { state: CloneState::Creating, message: None }).unwrap();
+        assert_eq!(folder.read_state().unwrap().state, CloneState::Creating);
+        std::fs::write(folder.spec_file(), "{}").unwrap();
+        assert_eq!(CloneFolder::list(clones.path()).unwrap(), [folder.clone()]);
+        assert!(folder.read_spec().unwrap_err().to_string().contains("clone.json"));
+    }
+}

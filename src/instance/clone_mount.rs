@@ -1,0 +1,179 @@
+//! The writable mount of a clone: one upper for the data directory, one for each tablespace, and the archive.
+//!
+//! ```text
+//! mnt/data                 the data directory of the basebackup, with everything changed since
+//! mnt/tablespaces/<oid>    its tablespaces
+//! mnt/wal                  the archive, by the clone's plan
+//! ```
+//! A dead mount that a killed supervisor left is detached first; the caller holds the folder's lock, so nobody else
+//! can be behind it. Closing syncs every upper before the mount goes.
+
+use std::os::unix::ffi::OsStringExt;
+use std::sync::Arc;
+
+use crate::catalog::RecoveryPlan;
+use crate::catalog::wal_reader::WalReader;
+use crate::disk::durable::{self, Create};
+use crate::disk::{self, Binding, Owner};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec};
+use crate::mount::mounting::{self, MountError, MountOptions, Mounted};
+use crate::mount::repo_lower::RepoLower;
+use crate::mount::tree::Tree;
+use crate::mount::upper::{OpenError, Upper, UpperOptions};
+use crate::mount::virtual_dir::{Item, StaticDir};
+use crate::mount::wal_dir::WalDir;
+use crate::repo::entry::TreePath;
+use crate::repo::{self, Basebackup, FileReader, Repository};
+
+/// A clone's mount.
+#[derive(Debug)]
+pub struct CloneMount {
+    mounted: Option<Mounted>,
+    uppers: Vec<Upper>,
+    reader: Arc<FileReader>,
+}
+
+/// Why a clone's mount is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum MountFailure {
+    /// The repository.
+    #[error(transparent)]
+    Repository(#[from] repo::Error),
+    /// The basebackup is another one than the clone was made from.
+    #[error("basebackup {0} is not the one that this clone was made from")]
+    OtherBasebackup(repo::BasebackupId),
+    /// The upper.
+    #[error(transparent)]
+    Upper(#[from] OpenError),
+    /// The folder.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    /// The mount itself.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// What was written could not be made durable.
+    #[error("could not sync the clone's files: {0}")]
+    Sync(nix::errno::Errno),
+    /// A task of ours ended without an answer.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// Decoded chunks kept in memory: what is read goes into the upper, so few are asked for twice.
+const CHUNK_CACHE_BYTES: usize = 32 << 20;
+/// Decoded segments kept in memory, so that a copy in small reads decodes each once.
+const WAL_CACHE_BYTES: usize = 64 << 20;
+/// Stored bytes of the start-up set that a start fetches unasked.
+const START_SET_BYTES: u64 = 4 << 20;
+
+impl CloneMount {
+    /// Opens the basebackup and the uppers of a clone and mounts them.
+    pub async fn open(
+        repository: &Repository,
+        folder: &CloneFolder,
+        spec: &CloneSpec,
+        plan: RecoveryPlan,
+    ) -> Result<Self, MountFailure> {
+        let mount_point = folder.mount_point();
+        if mounting::is_mount_point(&mount_point) {
+            mounting::detach(&mount_point)?;
+        }
+        let basebackup = Arc::new(Basebackup::open(repository, spec.basebackup).await?);
+        if basebackup.record().manifest.digest.to_string() != spec.manifest_digest {
+            return Err(MountFailure::OtherBasebackup(spec.basebackup));
+        }
+        let reader = Arc::new(FileReader::new(basebackup.clone(), CHUNK_CACHE_BYTES));
+        reader.prefetch_start_set(START_SET_BYTES).await?;
+        let owner = Owner { uid: spec.owner.0, gid: spec.owner.1 };
+        let data = open_upper(folder, spec, &reader, "data", "data", true).await?;
+        let mut uppers = vec![data.clone()];
+        let mut tablespaces = StaticDir::new(spec.created_at);
+        for tablespace in &basebackup.start().tablespaces {
+            if tablespace.location.is_empty() {
+                continue;
+            }
+            let oid = tablespace.oid.to_string();
+            let path = format!("tablespaces/{oid}");
+            let upper = open_upper(folder, spec, &reader, &format!("tablespace-{oid}"), &path, false).await?;
+            tablespaces = tablespaces.with(&oid, Item::Volume(Arc::new(upper.clone())));
+            uppers.push(upper);
+        }
+        let wal =
+            WalReader::new(repository.clone(), spec.cluster, repository.shared_clock(), WAL_CACHE_BYTES);
+        let root = StaticDir::new(spec.created_at)
+            .with("data", Item::Volume(Arc::new(data)))
+            .with("tablespaces", Item::Directory(Arc::new(tablespaces)))
+            .with("wal", Item::Directory(Arc::new(WalDir::new(Arc::new(wal), Some(plan)))));
+        let tree = Tree::new(Item::Directory(Arc::new(root)), owner);
+        let options = MountOptions::new(format!("walden:{}", spec.name), false);
+        let runtime = tokio::runtime::Handle::current();
+        let mounted =
+            tokio::task::spawn_blocking(move || mounting::mount(tree, &mount_point, &options, &runtime))
+                .await
+                .map_err(|error| MountFailure::Internal(error.to_string()))??;
+        Ok(Self { mounted: Some(mounted), uppers, reader })
+    }
+
+    /// Makes everything that was written durable.
+    pub async fn sync(&self) -> Result<(), MountFailure> {
+        let uppers = self.uppers.clone();
+        let sync = move || uppers.iter().try_for_each(Upper::sync_all).map_err(MountFailure::Sync);
+        tokio::task::spawn_blocking(sync).await.map_err(|error| MountFailure::Internal(error.to_string()))?
+    }
+
+    /// Lets go of what was fetched ahead for the start.
+    pub fn started(&self) {
+        self.reader.forget_prefetched();
+    }
+
+    /// Returns how many bytes of the basebackup are in the upper since this mount began.
+    pub fn hydrated_bytes(&self) -> u64 {
+        self.uppers.iter().map(|upper| upper.stats().filled_bytes).sum()
+    }
+
+    /// Returns how many bytes the basebackup has.
+    pub fn total_bytes(&self) -> u64 {
+        self.reader.basebackup().record().size.database_bytes
+    }
+
+    /// Makes everything durable and unmounts.
+    pub async fn close(&mut self) -> Result<(), MountFailure> {
+        let synced = self.sync().await;
+        if let Some(mut mounted) = self.mounted.take() {
+            let unmount = move || match mounted.unmount() {
+                Err(MountError::Busy { path, holders }) => {
+                    tracing::warn!("\"{}\" is still in use: {holders:?}", path.display());
+                    mounted.detach()
+                }
+                other => other,
+            };
+            tokio::task::spawn_blocking(unmount)
+                .await
+                .map_err(|error| MountFailure::Internal(error.to_string()))??;
+        }
+        synced
+    }
+}
+
+async fn open_upper(
+    folder: &CloneFolder,
+    spec: &CloneSpec,
+    reader: &Arc<FileReader>,
+    name: &str,
+    path: &str,
+    holds_back: bool,
+) -> Result<Upper, MountFailure> {
+    let owner = Owner { uid: spec.owner.0, gid: spec.owner.1 };
+    let directory = folder.upper().join(name);
+    durable::create_dir_all(&directory, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
+    // The links of pg_tblspc lead to where this mount has the tablespaces, and nowhere else (failure 27b).
+    let tablespaces = folder.mount_point().join("tablespaces/").into_os_string().into_vec();
+    let root = TreePath::new(path).map_err(|error| MountFailure::Internal(error.to_string()))?;
+    let lower = Arc::new(RepoLower::new(reader.clone(), root).with_tablespace_folder(&tablespaces));
+    let binding = Binding {
+        basebackup: spec.basebackup.to_string(),
+        manifest_digest: spec.manifest_digest.clone(),
+        part: path.to_owned(),
+    };
+    Ok(Upper::open(lower, UpperOptions { directory, binding, owner, holds_back }).await?)
+}

@@ -1,0 +1,231 @@
+//! Making a clone: which basebackup, what its recovery may ask for, what has to stand in for foreign paths.
+//!
+//! Everything is decided and checked before the folder exists; what is written then is the decision. The basebackup
+//! is pinned first, so that no sweep can take it while the clone lives. Starting it is the supervisor's work.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use crate::catalog::basebackups::{self, BasebackupList, ListedBasebackup, ResolveError};
+use crate::catalog::{
+    PlanError, RecoveryPlan, RecoveryTarget, Target, TargetAction, TimelineTree, WalCoverage, plan_recovery,
+};
+use crate::control::CloneState;
+use crate::disk::durable::{self, Create};
+use crate::disk::{self, Owner};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
+use crate::instance::isolation::{config_files, socket_path};
+use crate::pg::{TimelineId, WalSegmentNumber};
+use crate::repo::documents::BackupRecord;
+use crate::repo::lease::Pin;
+use crate::repo::manifest::Tablespace;
+use crate::repo::{self, Basebackup, Repository};
+use crate::storage;
+
+/// What the user asked for.
+#[derive(Debug, Clone)]
+pub struct CreateOptions {
+    /// The site in the configuration.
+    pub site: String,
+    /// The basebackup; chosen by the target where none is named.
+    pub basebackup: Option<String>,
+    /// Where recovery ends.
+    pub target: RecoveryTarget,
+    /// The port in the socket's name.
+    pub port: u16,
+    /// Whether sessions are let in before the target.
+    pub read_early: bool,
+    /// PostgreSQL's programs, where the configuration names them.
+    pub bin_directory: Option<PathBuf>,
+    /// Whom PostgreSQL runs as.
+    pub owner: Owner,
+}
+
+/// Why a clone cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The repository.
+    #[error(transparent)]
+    Repository(#[from] repo::Error),
+    /// The basebackup that was named.
+    #[error(transparent)]
+    Basebackup(#[from] ResolveError),
+    /// The target.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// No basebackup ends before the target.
+    #[error("no basebackup ended before {0}")]
+    NoneBefore(String),
+    /// The folder.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    /// PostgreSQL's programs.
+    #[error(transparent)]
+    Programs(#[from] crate::instance::programs::ProgramsError),
+    /// The socket's path.
+    #[error("the path of the socket, \"{}\", is longer than a socket's may be", .0.display())]
+    SocketPath(PathBuf),
+    /// PostgreSQL refuses to run as root.
+    #[error("PostgreSQL does not run as root, and the clones folder belongs to root")]
+    RootOwner,
+}
+
+impl CreateError {
+    /// Returns what the user should do.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Repository(error) => return error.hint().map(str::to_owned),
+            Self::Basebackup(error) => return error.hint().map(str::to_owned),
+            Self::Plan(error) => error.hint().to_owned(),
+            Self::NoneBefore(_) => "\"walden list\" shows when each basebackup ended.".to_owned(),
+            Self::SocketPath(_) => "Set [paths] clones to a shorter path.".to_owned(),
+            Self::RootOwner => {
+                "Give the folder to the user that is to run PostgreSQL, such as postgres.".to_owned()
+            }
+            Self::Programs(error) => return error.hint(),
+            Self::Disk(disk::Error::Exists { .. }) => "\"walden clone delete\" removes a clone.".to_owned(),
+            Self::Disk(_) => return None,
+        })
+    }
+}
+
+/// What was decided.
+#[derive(Debug)]
+pub struct ClonePlan {
+    /// The basebackup.
+    pub record: BackupRecord,
+    /// What recovery may ask for.
+    pub plan: RecoveryPlan,
+    /// The timeline it follows.
+    pub timeline: TimelineId,
+}
+
+/// Decides what a clone stands on, without writing anything.
+pub async fn plan_clone(
+    repository: &Repository,
+    basebackup: Option<&str>,
+    target: &RecoveryTarget,
+) -> Result<ClonePlan, CreateError> {
+    let list = basebackups::list(repository).await?;
+    let record = choose(&list, basebackup, target)?.record.clone();
+    let tree = TimelineTree::load(repository, record.cluster).await?;
+    let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
+    let mut coverage = WalCoverage::default();
+    let from = WalSegmentNumber::containing(record.start_lsn, record.cluster.segment_size);
+    for stretch in tree.way_to(timeline).into_iter().filter(|stretch| stretch.timeline >= record.timeline) {
+        let held = WalCoverage::load_timeline(repository, record.cluster, stretch.timeline, from).await?;
+        coverage.timelines.insert(stretch.timeline, held);
+    }
+    let (plan, timeline) = plan_recovery(&record, &tree, &coverage, target)?;
+    Ok(ClonePlan { record, plan, timeline })
+}
+
+/// Makes the folder of a clone; it can be started afterwards.
+pub async fn create(
+    repository: &Repository,
+    folder: &CloneFolder,
+    options: &CreateOptions,
+) -> Result<CloneSpec, CreateError> {
+    if options.owner.is_root() {
+        return Err(CreateError::RootOwner);
+    }
+    socket_path(&folder.run(), options.port).map_err(CreateError::SocketPath)?;
+    let ClonePlan { record, plan, timeline } =
+        plan_clone(repository, options.basebackup.as_deref(), &options.target).await?;
+    let bin_directory =
+        crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
+    let basebackup = Basebackup::open(repository, record.id).await?;
+    folder.create(options.owner)?;
+    let outcome = async {
+        let pin = match Pin::create(repository, record.id, &format!("clone {}", folder.name())).await {
+            Ok(pin) => Some(pin),
+            Err(repo::Error::Store(error)) if error.kind() == storage::ErrorKind::Denied => None,
+            Err(error) => return Err(error.into()),
+        };
+        let spec = CloneSpec {
+            format: 1,
+            name: folder.name().to_owned(),
+            site: options.site.clone(),
+            basebackup: record.id,
+            manifest_digest: record.manifest.digest.to_string(),
+            cluster: record.cluster,
+            major: record.server.major,
+            bin_directory,
+            target: options.target.clone(),
+            timeline,
+            read_early: options.read_early,
+            port: options.port,
+            superuser: record.server.superuser.clone(),
+            owner: (options.owner.uid, options.owner.gid),
+            pin,
+            stand_ins: stand_ins(folder, &basebackup),
+            created_at: repository.clock().now(),
+        };
+        write_folder(folder, &spec, &plan, options.owner)?;
+        Ok(spec)
+    };
+    let outcome: Result<CloneSpec, CreateError> = outcome.await;
+    if outcome.is_err() {
+        // Nothing is mounted yet, and nothing in it is anybody's work.
+        let _ = std::fs::remove_dir_all(folder.path());
+    }
+    outcome
+}
+
+/// Chooses the newest basebackup that ended before the target, or the one that is named.
+fn choose<'a>(
+    list: &'a BasebackupList,
+    named: Option<&str>,
+    target: &RecoveryTarget,
+) -> Result<&'a ListedBasebackup, CreateError> {
+    if let Some(name) = named {
+        return Ok(list.resolve(name)?);
+    }
+    let ended_before = |record: &BackupRecord| match &target.target {
+        Target::Time(time) => record.stopped_at < *time,
+        Target::Lsn(lsn) => record.stop_lsn <= *lsn,
+        _ => true,
+    };
+    if list.complete.is_empty() {
+        return Ok(list.resolve("latest")?);
+    }
+    let chosen = list.complete.iter().rev().find(|listed| ended_before(&listed.record));
+    chosen.ok_or_else(|| CreateError::NoneBefore(target.target.to_string()))
+}
+
+/// Tablespaces that are not directories of `pg_tblspc` itself.
+fn outside_tablespaces(basebackup: &Basebackup) -> impl Iterator<Item = &Tablespace> {
+    basebackup.start().tablespaces.iter().filter(|tablespace| !tablespace.location.is_empty())
+}
+
+/// Places of the source that replay may write to: where its tablespaces were, whatever is there on this host.
+fn stand_ins(folder: &CloneFolder, basebackup: &Basebackup) -> Vec<(PathBuf, PathBuf)> {
+    outside_tablespaces(basebackup)
+        .map(|tablespace| {
+            let location = PathBuf::from(OsString::from_vec(tablespace.location.clone()));
+            (location, folder.tablespace(tablespace.oid))
+        })
+        .collect()
+}
+
+fn write_folder(
+    folder: &CloneFolder,
+    spec: &CloneSpec,
+    plan: &RecoveryPlan,
+    owner: Owner,
+) -> Result<(), disk::Error> {
+    for (name, text) in config_files(folder.name()) {
+        let file = folder.config().join(name);
+        durable::write_file(&file, text.as_bytes(), Create::PRIVATE_FILE.owned_by(owner))?;
+    }
+    durable::write_file(&folder.server_log(), b"", Create::PRIVATE_FILE.owned_by(owner))?;
+    write_json(&folder.plan_file(), plan, "a recovery plan")?;
+    folder.write_state(&LastState { state: CloneState::Creating, message: None })?;
+    folder.write_spec(spec)
+}
+
+/// Returns the action that a clone takes where none is named.
+pub const fn default_action() -> TargetAction {
+    TargetAction::Promote
+}

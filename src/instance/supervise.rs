@@ -1,0 +1,309 @@
+//! The one process of a running clone: it mounts, starts PostgreSQL, answers requests, and takes everything down.
+//!
+//! mount → first start only: links, marker, signal file → sync → PostgreSQL → requests until it ends or is told to →
+//! stop → sync → unmount. The order on the way down is what makes everything that was fsynced be there at the next
+//! start. When this process is killed PostgreSQL dies with it (`launch`), and the next start begins with detaching
+//! the dead mount. Deliberately absent: starting again by itself after a failure.
+
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::catalog::RecoveryPlan;
+use crate::control::{self, CloneState, CloneStatus, Listener, Pending, Reply, Request};
+use crate::disk::durable::{self, Create};
+use crate::disk::{self, CloneMarker, Owner};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, read_json};
+use crate::instance::clone_mount::{CloneMount, MountFailure};
+use crate::instance::isolation::{CloneFacts, clone_settings};
+use crate::instance::launch::{Isolation, Launch};
+use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
+use crate::pg::{ControlFile, ControlFileError};
+use crate::replication::Session;
+use crate::repo::{self, Repository};
+use crate::storage::Traffic;
+
+/// What a supervisor is given.
+#[derive(Debug)]
+pub struct SuperviseOptions {
+    /// The clone.
+    pub folder: CloneFolder,
+    /// The site it was made from, opened for reading.
+    pub repository: Repository,
+    /// What the store is asked.
+    pub traffic: Arc<Traffic>,
+    /// Requests to the store, and bytes read from it, before this process began.
+    pub spent_requests: u64,
+    /// See `spent_requests`.
+    pub spent_bytes: u64,
+    /// Memory of the host.
+    pub host_memory_bytes: u64,
+    /// The environment that PostgreSQL is given.
+    pub environment: Vec<(String, String)>,
+    /// When the user asked for it.
+    pub asked_at: Instant,
+}
+
+/// Why a supervisor gave up.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperviseError {
+    /// The folder.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    /// The mount.
+    #[error(transparent)]
+    Mount(#[from] MountFailure),
+    /// The repository.
+    #[error(transparent)]
+    Repository(#[from] repo::Error),
+    /// PostgreSQL.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    /// The socket.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A file in the data directory.
+    #[error("could not {action} \"{path}\": {source}")]
+    Prepare { action: &'static str, path: String, source: io::Error },
+    /// The control file.
+    #[error(transparent)]
+    ControlFile(#[from] ControlFileError),
+}
+
+/// A fast stop writes a checkpoint through the mount; after this it is told to end at once.
+const STOP_WAIT: Duration = Duration::from_secs(60);
+
+/// Runs a clone until it is told to stop or ends by itself; `terminated` resolves when this process is to end.
+pub async fn supervise(
+    options: SuperviseOptions,
+    terminated: impl Future<Output = ()>,
+) -> Result<(), SuperviseError> {
+    let folder = options.folder.clone();
+    let _lock = folder.lock()?;
+    let outcome = run(options, terminated).await;
+    let (state, message) = match &outcome {
+        Ok(()) => (CloneState::Stopped, None),
+        Err(error) => (CloneState::Failed, Some(error.to_string())),
+    };
+    folder.write_state(&LastState { state, message })?;
+    outcome
+}
+
+async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) -> Result<(), SuperviseError> {
+    let folder = &options.folder;
+    let spec = folder.read_spec()?;
+    let plan: RecoveryPlan = read_json(&folder.plan_file(), "a recovery plan")?;
+    folder.write_state(&LastState { state: CloneState::Recovering, message: None })?;
+    let listener = Listener::bind(&folder.control_socket())?;
+    let mut mount = CloneMount::open(&options.repository, folder, &spec, plan).await?;
+    let outcome = run_server(&options, &spec, &listener, &mount, terminated).await;
+    // Whatever happened, what PostgreSQL was told is durable is made so, and nothing stays mounted.
+    let closed = mount.close().await;
+    let (stopped_by, ()) = (outcome?, closed?);
+    if let Some(pending) = stopped_by {
+        folder.write_state(&LastState { state: CloneState::Stopped, message: None })?;
+        pending.answer(&Reply::Done).await;
+    }
+    Ok(())
+}
+
+/// Returns the request that stopped it, if it was one.
+async fn run_server(
+    options: &SuperviseOptions,
+    spec: &CloneSpec,
+    listener: &Listener,
+    mount: &CloneMount,
+    terminated: impl Future<Output = ()>,
+) -> Result<Option<Pending>, SuperviseError> {
+    let folder = options.folder.clone();
+    let (prepared_folder, prepared_spec) = (folder.clone(), spec.clone());
+    let control = blocking(move || prepare(&prepared_folder, &prepared_spec)).await?;
+    mount.sync().await?;
+    let endpoint =
+        Endpoint { socket_directory: folder.run(), port: spec.port, superuser: spec.superuser.clone() };
+    let recovering = folder.data_directory().join("recovery.signal").exists();
+    let mut server = Server::start(&launch(options, spec, &control, recovering), endpoint.clone()).await?;
+    let mut progress = Progress { state: CloneState::Recovering, seconds_to_ready: None };
+    let mut session: Option<Session> = None;
+    tokio::pin!(terminated);
+    let stopped_by = loop {
+        tokio::select! {
+            next = server.next(session.is_none()) => {
+                let ready = next?;
+                progress.state = state_of(&ready).await?;
+                let now = options.repository.clock().monotonic();
+                progress.seconds_to_ready = Some(now.saturating_duration_since(options.asked_at).as_secs_f64());
+                folder.write_state(&LastState { state: progress.state, message: None })?;
+                session = Some(ready);
+                mount.started();
+            }
+            pending = listener.next() => match pending.request {
+                Request::Stop => break Some(pending),
+                Request::Status => {
+                    if let Some(session) = &session && progress.state != CloneState::Running {
+                        progress.state = state_of(session).await.unwrap_or(progress.state);
+                    }
+                    let status = status(options, spec, mount, &server, &progress);
+                    pending.answer(&Reply::Status(Box::new(status))).await;
+                }
+            },
+            () = &mut terminated => break None,
+        }
+    };
+    drop(session);
+    server.stop(StopMode::Fast, STOP_WAIT).await?;
+    Ok(stopped_by)
+}
+
+struct Progress {
+    state: CloneState,
+    seconds_to_ready: Option<f64>,
+}
+
+fn status(
+    options: &SuperviseOptions,
+    spec: &CloneSpec,
+    mount: &CloneMount,
+    server: &Server,
+    progress: &Progress,
+) -> CloneStatus {
+    let traffic = options.traffic.snapshot();
+    CloneStatus {
+        state: progress.state,
+        supervisor_pid: Some(std::process::id()),
+        server_pid: Some(server.pid()),
+        hydrated_bytes: mount.hydrated_bytes(),
+        total_bytes: mount.total_bytes(),
+        bytes_fetched: options.spent_bytes + traffic.bytes_read,
+        requests: options.spent_requests + traffic.requests(),
+        seconds_to_ready: progress.seconds_to_ready,
+        ..resting_status(&options.folder, spec, &LastState { state: progress.state, message: None })
+    }
+}
+
+/// Returns the status of a clone of which nothing runs.
+pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) -> CloneStatus {
+    CloneStatus {
+        name: spec.name.clone(),
+        state: last.state,
+        message: last.message.clone(),
+        site: spec.site.clone(),
+        basebackup: spec.basebackup.to_string(),
+        target: spec.target.target.to_string(),
+        port: spec.port,
+        socket_directory: folder.run(),
+        data_directory: folder.data_directory(),
+        superuser: spec.superuser.clone(),
+        supervisor_pid: None,
+        server_pid: None,
+        hydrated_bytes: 0,
+        total_bytes: 0,
+        bytes_fetched: 0,
+        requests: 0,
+        seconds_to_ready: None,
+    }
+}
+
+/// Asks the server whether it is still in recovery, and whether it waits there.
+async fn state_of(session: &Session) -> Result<CloneState, ServerError> {
+    let sql = "select case when not pg_is_in_recovery() then 'running' \
+               when pg_get_wal_replay_pause_state() = 'paused' then 'paused' else 'recovering' end";
+    // 13 has no pg_get_wal_replay_pause_state.
+    let old = "select case when not pg_is_in_recovery() then 'running' \
+               when pg_is_wal_replay_paused() then 'paused' else 'recovering' end";
+    let sql = if session.version().number() >= 14 { sql } else { old };
+    let rows = session.simple(sql).await?;
+    let word = rows.first().and_then(|row| row.first()).and_then(Option::as_deref);
+    Ok(match word {
+        Some("running") => CloneState::Running,
+        Some("paused") => CloneState::Paused,
+        _ => CloneState::Recovering,
+    })
+}
+
+/// Makes the data directory the clone's own, once, and reads its control file.
+fn prepare(folder: &CloneFolder, spec: &CloneSpec) -> Result<ControlFile, SuperviseError> {
+    let data = folder.data_directory();
+    let owner = Owner { uid: spec.owner.0, gid: spec.owner.1 };
+    let step = |action, path: &Path| {
+        let path = path.display().to_string();
+        move |source| SuperviseError::Prepare { action, path, source }
+    };
+    let pid_file = data.join("postmaster.pid");
+    if CloneMarker::detect(&data)?.is_none() {
+        let wal = data.join("pg_wal");
+        std::fs::remove_dir_all(&wal).map_err(step("remove", &wal))?;
+        symlink(folder.pg_wal(), &wal).map_err(step("link", &wal))?;
+        for name in ["standby.signal", "tablespace_map"] {
+            remove_if_there(&data.join(name)).map_err(step("remove", &data.join(name)))?;
+        }
+        durable::write_file(&data.join("recovery.signal"), b"", Create::PRIVATE_FILE.owned_by(owner))?;
+        // Last: it says that everything above has been done.
+        let marker = CloneMarker {
+            name: spec.name.clone(),
+            site: spec.site.clone(),
+            basebackup: spec.basebackup.to_string(),
+        };
+        marker.write(&data, Create { mode: 0o600, owner: Some(owner) })?;
+    } else {
+        // Whoever wrote it died with the last supervisor: the lock is ours.
+        remove_if_there(&pid_file).map_err(step("remove", &pid_file))?;
+    }
+    let control = data.join("global/pg_control");
+    let bytes = std::fs::read(&control).map_err(step("read", &control))?;
+    Ok(ControlFile::parse(&bytes)?)
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn launch(options: &SuperviseOptions, spec: &CloneSpec, control: &ControlFile, recovering: bool) -> Launch {
+    let folder = &options.folder;
+    let settings = clone_settings(&CloneFacts {
+        name: spec.name.clone(),
+        major: spec.major,
+        socket_directory: folder.run(),
+        port: spec.port,
+        config_directory: folder.config(),
+        wal_directory: folder.mount_point().join("wal"),
+        limits: control.limits,
+        recovery: recovering.then(|| (spec.target.clone(), spec.timeline)),
+        read_early: spec.read_early,
+        host_memory_bytes: options.host_memory_bytes,
+    });
+    let mut arguments = vec!["-D".into(), folder.data_directory().into_os_string()];
+    for setting in &settings {
+        arguments.push("-c".into());
+        arguments.push(format!("{}={}", setting.name, setting.value).into());
+    }
+    Launch {
+        program: spec.bin_directory.join("postgres"),
+        arguments,
+        data_directory: folder.data_directory(),
+        owner: spec.owner,
+        isolation: Isolation { writable: vec![folder.path().to_owned()], stand_ins: spec.stand_ins.clone() },
+        log_file: folder.server_log(),
+        environment: options.environment.clone(),
+        supervisor: std::process::id(),
+    }
+}
+
+/// Runs what goes through our own mount on a thread that may block.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SuperviseError> + Send + 'static,
+) -> Result<T, SuperviseError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(error) => Err(SuperviseError::Prepare {
+            action: "finish work in",
+            path: "the data directory".to_owned(),
+            source: io::Error::other(error),
+        }),
+    }
+}
