@@ -15,3 +15,5 @@ pub mod programs;
 pub mod server;
 
 pub mod demo;
+pub mod landlock;
+pub mod mount_namespace;
