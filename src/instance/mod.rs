@@ -17,3 +17,4 @@ pub mod server;
 pub mod demo;
 pub mod landlock;
 pub mod mount_namespace;
+pub mod preload;
