@@ -19,7 +19,8 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{Gid, Uid, pivot_root};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Gid, Uid, fork, pivot_root};
 
 /// A directory with more entries is not rebuilt to make room for a missing path in it: each costs a mount.
 const REBUILT_ENTRIES_MAX: usize = 1000;
@@ -49,9 +50,10 @@ pub enum NamespaceError {
 /// `writable` directories stay as they are, with the mounts below them; each of `stand_ins` is a path with the folder
 /// that appears there instead; all else can be read only. As an ordinary user the process must have a single thread.
 pub fn enter(writable: &[PathBuf], stand_ins: &[(PathBuf, PathBuf)]) -> Result<(), NamespaceError> {
+    if !Uid::effective().is_root() {
+        try_in_a_child()?;
+    }
     unshare_mounts().map_err(|source| NamespaceError::Unavailable { source })?;
-    // Ours never reach the host; the host's unmounts reach us, so that we pin nobody's file system.
-    change(Path::new("/"), None, MsFlags::MS_REC | MsFlags::MS_SLAVE, "make private")?;
     forget_other_clones(writable);
     for (path, folder) in stand_ins {
         make_place(path)?;
@@ -71,12 +73,37 @@ pub fn enter(writable: &[PathBuf], stand_ins: &[(PathBuf, PathBuf)]) -> Result<(
 fn unshare_mounts() -> io::Result<()> {
     let (uid, gid) = (Uid::effective(), Gid::effective());
     if uid.is_root() {
-        return Ok(unshare(CloneFlags::CLONE_NEWNS)?);
+        unshare(CloneFlags::CLONE_NEWNS)?;
+    } else {
+        unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
+        fs::write("/proc/self/setgroups", "deny")?;
+        fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
+        fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))?;
     }
-    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
-    fs::write("/proc/self/setgroups", "deny")?;
-    fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
-    fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))
+    // Ours never reach the host; the host's unmounts reach us, so that we pin nobody's file system.
+    Ok(mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?)
+}
+
+/// Finds out whether an ordinary user may do it, in a process that can be thrown away: some hosts allow the user
+/// namespace and then nothing in it, and who has entered one cannot go back and do without.
+#[allow(unsafe_code, reason = "fork, from a process of one thread")]
+fn try_in_a_child() -> Result<(), NamespaceError> {
+    let unavailable = |source: io::Error| NamespaceError::Unavailable { source };
+    // SAFETY: the caller's process has a single thread, as the kernel demands of it anyway; the child makes its few
+    // system calls and ends without running anything of ours.
+    match unsafe { fork() }.map_err(|errno| unavailable(errno.into()))? {
+        ForkResult::Child => {
+            let status = unshare_mounts().err().map_or(0, |e| e.raw_os_error().unwrap_or(libc::EPERM));
+            // SAFETY: nothing is left to be run at the end of this process.
+            unsafe { libc::_exit(status) }
+        }
+        ForkResult::Parent { child } => match waitpid(child, None) {
+            Ok(WaitStatus::Exited(_, 0)) => Ok(()),
+            Ok(WaitStatus::Exited(_, errno)) => Err(unavailable(io::Error::from_raw_os_error(errno))),
+            Ok(_) => Err(unavailable(io::Error::other("the attempt ended early"))),
+            Err(errno) => Err(unavailable(errno.into())),
+        },
+    }
 }
 
 /// Drops the mounts of other clones, which would otherwise live on here after they were unmounted on the host, and
