@@ -285,7 +285,7 @@ mod tests {
         folder.write_state(&LastState { state: CloneState::Creating, message: None }).unwrap();
         assert_eq!(folder.read_state().unwrap().state, CloneState::Creating);
         std::fs::write(folder.spec_file(), "{}").unwrap();
-        assert_eq!(CloneFolder::list(clones.path()).unwrap(), [folder.clone()]);
+        assert_eq!(CloneFolder::list(clones.path()).unwrap(), std::slice::from_ref(&folder));
         assert!(folder.read_spec().unwrap_err().to_string().contains("clone.json"));
     }
 }
