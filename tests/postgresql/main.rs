@@ -4,8 +4,6 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod backup;
-mod isolation;
 mod session;
 mod source;
 

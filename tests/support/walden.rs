@@ -101,6 +101,11 @@ impl Walden {
         Self { root: true, ..self.clone() }
     }
 
+    /// Returns the binary, where PostgreSQL's account can run it.
+    pub fn binary(&self) -> &Path {
+        &self.binary
+    }
+
     /// Returns where the `file://` repository is.
     pub fn repository(&self) -> PathBuf {
         self.folder.join("repository")

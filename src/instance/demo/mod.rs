@@ -169,7 +169,7 @@ impl Demo<'_> {
         let before = cluster.transactions().await?;
         let timer = self.begin(Step::Backup);
         let backup: BackupDocument = walden.run(As::Server, &["backup"]).await?;
-        let took = timer.elapsed();
+        let took = timer.took();
         let transactions = self.stage.cluster()?.transactions().await?.saturating_sub(before);
         let what = format!("basebackup {}; {transactions} transactions meanwhile", backup.id);
         self.done(timer.report_after(took, what).with(backup.stored_bytes, backup.requests));
@@ -193,7 +193,7 @@ impl Demo<'_> {
     async fn mount(&mut self) -> Result<MountFigures, DemoError> {
         let timer = self.begin(Step::Mount);
         let folder = self.stage.mount().await?;
-        let took = timer.elapsed();
+        let took = timer.took();
         let figures = stage::look_around(folder, took).await?;
         let what = format!("{} files of the basebackup, {} segments", figures.files, figures.wal_segments);
         self.done(timer.report(what).with(figures.bytes, None));
@@ -207,7 +207,7 @@ impl Demo<'_> {
         let account = i64::from(self.scale) * 100_000 / 2 + 1;
         let look_up = format!("select abalance::bigint from public.pgbench_accounts where aid = {account}");
         Session::connect(&server).await?.query_one(&look_up, &[]).await?.int("abalance")?;
-        let took = timer.elapsed();
+        let took = timer.took();
         let status = self.stage.clone_status(CLONE).await?;
         let what = "recovered to the end of the archive, first query answered";
         self.done(timer.report_after(took, what).with(status.bytes_fetched, Some(status.requests)));
@@ -270,12 +270,12 @@ struct Timer {
 }
 
 impl Timer {
-    fn elapsed(&self) -> Duration {
+    fn took(&self) -> Duration {
         self.clock.monotonic().saturating_duration_since(self.started)
     }
 
     fn report(&self, what: impl Into<String>) -> StepReport {
-        self.report_after(self.elapsed(), what)
+        self.report_after(self.took(), what)
     }
 
     fn report_after(&self, took: Duration, what: impl Into<String>) -> StepReport {
