@@ -1,0 +1,12 @@
+//! WAL out of real servers and back into them, and the mount: nothing that can fail looks like the end of the archive.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod scene;
+
+mod archiving;
+mod mount;
+mod never_promotes;
+mod recovery;
+mod statuses;

@@ -1,0 +1,189 @@
+//! A server whose WAL is archived by the binary, a copy of it from before, and recoveries of that copy.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::support::{Account, Cluster, Mounted, Options, Run, Server, Site, Stop, Walden, wait_for};
+
+/// What a restore_command that goes through the mount is documented to be; for a standby it is the first half.
+const DOCUMENTED: &str = "cp DIR/wal/%f %p || { test -e DIR/wal/%f.absent && exit 1; exit 200; }";
+
+/// Rows that are put into the server after the copy, one for each segment that is archived.
+pub struct Scene {
+    pub cluster: Cluster,
+    pub walden: Walden,
+    /// The archived segments, oldest first; each holds the commit of one row of table `r`.
+    pub segments: Vec<String>,
+    copy: PathBuf,
+}
+
+impl Scene {
+    /// Starts a server of a major version, copies it, and archives some segments after that.
+    #[track_caller]
+    pub fn new(major: u32, segments: usize) -> Self {
+        let options = Options::default().initdb("--wal-segsize=1");
+        let mut cluster = Cluster::start_with(major, options);
+        let site = Site::of(&cluster, cluster.data_directory())
+            .bin_directory(&cluster.bin_directory())
+            .lines("[sites.main.archive]\nfetch_wait = \"2s\"\n");
+        let walden = Walden::configure(cluster.scratch(), &site);
+        cluster.set_archive_command(&walden.archive_command());
+        cluster.sql("create table r (n int)");
+        let copy = cluster.scratch().path().join("copy");
+        cluster.stop(Stop::Fast);
+        copy_all(cluster.data_directory(), &copy);
+        // Every segment, the first one too, has to come from the archive.
+        shell(&copy, "find pg_wal -type f -delete");
+        cluster.start();
+        let mut scene = Self { cluster, walden, segments: Vec::new(), copy };
+        for _ in 0..segments {
+            scene.archive_row();
+        }
+        scene
+    }
+
+    /// Commits one more row and archives the segment it is in.
+    #[track_caller]
+    pub fn archive_row(&mut self) {
+        self.cluster.sql(&format!("insert into r values ({})", self.segments.len()));
+        self.segments.push(self.cluster.archive_wal());
+    }
+
+    /// Makes a server on a fresh copy that will recover, not yet started; it does not archive.
+    #[track_caller]
+    pub fn recovering(&self, name: &str, restore_command: &str) -> Server {
+        self.server_with_signal(name, restore_command, "recovery.signal")
+    }
+
+    /// Makes a standby without a primary on a fresh copy.
+    #[track_caller]
+    pub fn standby(&self, name: &str, restore_command: &str) -> Server {
+        let mut server = self.server_with_signal(name, restore_command, "standby.signal");
+        server.set("wal_retrieve_retry_interval", "100ms").set("hot_standby", "on");
+        server
+    }
+
+    fn server_with_signal(&self, name: &str, restore_command: &str, signal: &str) -> Server {
+        let scratch = self.cluster.scratch();
+        let data = scratch.path().join(name);
+        copy_all(&self.copy, &data);
+        scratch.file(&format!("{name}/{signal}"), "");
+        let mut server = Server::new(self.cluster.major(), &data, &scratch.folder("run"));
+        // Connections are let in when recovery has ended, and not before.
+        server.set("restore_command", restore_command).set("archive_mode", "off").set("hot_standby", "off");
+        server
+    }
+
+    /// Mounts the site at `mnt`, as root where the test is root, because others may not open `/dev/fuse` there.
+    #[track_caller]
+    pub fn mount(&self) -> Mounted {
+        let folder = self.mount_point();
+        if nix::unistd::geteuid().is_root() { self.walden.as_root() } else { self.walden.clone() }
+            .mount(&folder)
+    }
+
+    /// Returns where [`Scene::mount`] mounts.
+    pub fn mount_point(&self) -> PathBuf {
+        self.cluster.scratch().folder("mnt")
+    }
+
+    /// Returns the documented restore_command of a recovery through the mount.
+    pub fn cp(&self) -> String {
+        DOCUMENTED.replace("DIR", &self.cluster.scratch().path().join("mnt").display().to_string())
+    }
+
+    /// Returns the documented restore_command of a standby through the mount.
+    pub fn plain_cp(&self) -> String {
+        format!("cp {}/wal/%f %p", self.cluster.scratch().path().join("mnt").display())
+    }
+
+    /// Returns the file of an archived segment in the repository.
+    #[track_caller]
+    pub fn object(&self, segment: &str) -> PathBuf {
+        find(&self.walden.repository(), segment)
+            .unwrap_or_else(|| panic!("{segment} is not in the repository"))
+    }
+
+    /// Says how many rows a server has that are those archived here.
+    pub fn rows(server: &Server) -> usize {
+        server.sql("select count(*) from r").parse().unwrap()
+    }
+
+    /// Checks that a recovery ends with the server refusing to go on, for the reason given, and not with promotion.
+    #[track_caller]
+    pub fn assert_stops(&self, mut server: Server, why: &str) {
+        let log = match recover(&mut server) {
+            Err(log) => log,
+            Ok(()) => panic!("promoted with {} of {} rows", Self::rows(&server), self.segments.len()),
+        };
+        assert!(log.contains("FATAL"), "{log}");
+        assert!(log.contains(why), "no \"{why}\" in:\n{log}");
+        assert!(!log.contains("archive recovery complete"), "{log}");
+        assert!(server.data_directory().join("recovery.signal").exists());
+    }
+
+    /// Checks that a recovery ends with every row.
+    #[track_caller]
+    pub fn assert_recovers(&self, mut server: Server) -> Server {
+        recover(&mut server).unwrap_or_else(|log| panic!("{log}"));
+        assert_eq!(Self::rows(&server), self.segments.len(), "{}", server.log());
+        server
+    }
+}
+
+/// Starts a server and waits until it has ended its recovery, or itself: then its log is returned.
+#[track_caller]
+pub fn recover(server: &mut Server) -> Result<(), String> {
+    server.spawn();
+    let recovered = wait_for("recovery to end one way or the other", || match server.is_running() {
+        true => server.answers().then_some(true),
+        false => Some(false),
+    });
+    if recovered { Ok(()) } else { Err(server.log()) }
+}
+
+/// Copies a running server with PostgreSQL's own program.
+#[track_caller]
+pub fn base_backup(server: &Server, to: &Path, options: &[&str]) {
+    let mut command = Account::of_postgresql().command(server.bin_directory().join("pg_basebackup"));
+    command.arg("-D").arg(to).args(["-c", "fast", "-d"]).arg(server.connection()).args(options);
+    Run::of(&mut command, "").expect_success();
+}
+
+/// Copies a folder with everything in it, as PostgreSQL's account.
+#[track_caller]
+pub fn copy_all(from: &Path, to: &Path) {
+    Run::of(Account::of_postgresql().command("cp").arg("-a").arg(from).arg(to), "").expect_success();
+}
+
+/// Runs a shell script in a folder, as PostgreSQL's account, and returns what it printed.
+#[track_caller]
+pub fn shell(folder: &Path, script: &str) -> String {
+    let mut command = Account::of_postgresql().command("bash");
+    command.args(["-euo", "pipefail", "-c", script]).current_dir(folder);
+    Run::of(&mut command, "").expect_success().stdout
+}
+
+/// Kills the process that serves a mount, without a chance to unmount.
+#[track_caller]
+pub fn kill_mount(point: &Path) {
+    let pids =
+        Run::of(Command::new("pgrep").args(["-f", &format!("internal serve {}", point.display())]), "");
+    let pid: i32 = pids.expect_success().stdout.trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+fn find(folder: &Path, name: &str) -> Option<PathBuf> {
+    for entry in fs::read_dir(folder).ok()?.flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            if let Some(found) = find(&path, name) {
+                return Some(found);
+            }
+        } else if entry.file_name() == name {
+            return Some(path);
+        }
+    }
+    None
+}
