@@ -18,7 +18,7 @@ use crate::config::{KeyPurpose, SiteConfig};
 use crate::disk::Owner;
 use crate::mount::site_tree::SiteTree;
 use crate::mount::{self, MountError, MountOptions, Mounted};
-use crate::storage::Location;
+use crate::storage::{Location, RetryOptions};
 
 use super::context::Context;
 use super::detached;
@@ -52,6 +52,8 @@ struct MountReport {
     log: Option<PathBuf>,
 }
 
+/// One call of the store is repeated for this long; whoever reads decides how long to go on waiting.
+const CALL_DEADLINE: Duration = Duration::from_secs(5);
 /// How long retention is told that nothing is read any more; leases also end by themselves.
 const END_OF_LEASES_MAX: Duration = Duration::from_secs(10);
 
@@ -96,7 +98,8 @@ pub(super) fn serve(context: &Context, dir: &Path, allow_other: bool) -> Result<
     refuse_inside_repository(&dir, site)?;
     context.block_on(async {
         let mut signals = Signals::listen()?;
-        let repository = context.open_repository(site, KeyPurpose::Read).await?;
+        let retry = RetryOptions { deadline: CALL_DEADLINE, ..RetryOptions::default() };
+        let repository = context.open_repository_retrying(site, KeyPurpose::Read, retry).await?;
         let tree = SiteTree::open(repository, context.clock(), owner_of(&dir)?).await?;
         let mut options = MountOptions::new(format!("walden:{}", site.name), true);
         options.allow_other |= allow_other;
@@ -169,25 +172,22 @@ impl Signals {
     }
 }
 
-/// Resolves the mount point, unless the mount of a process that died lies on it.
+/// Resolves the mount point; a mount whose process has died is taken off it first (failure 38).
 fn mount_point(dir: &Path) -> Result<PathBuf, CommandError> {
-    match dir.canonicalize() {
-        Ok(dir) => Ok(dir),
-        Err(_) if mount::mounting::is_dead(dir) => detached::absolute(dir),
-        Err(error) => {
-            let message = format!("could not find the directory \"{}\": {error}", dir.display());
-            Err(CommandError::usage(message).hint("Create it first: an empty directory."))
-        }
+    if mount::mounting::is_dead(dir) {
+        tracing::warn!("detaching the mount on \"{}\", whose process has died", dir.display());
+        mount::mounting::detach(dir)?;
     }
+    dir.canonicalize().map_err(|error| {
+        let message = format!("could not find the directory \"{}\": {error}", dir.display());
+        CommandError::usage(message).hint("Create it first: an empty directory.")
+    })
 }
 
 /// Returns who everything in the mount belongs to: whoever mounts, or for root the owner of the directory.
 fn owner_of(dir: &Path) -> Result<Owner, CommandError> {
     let caller = Owner::current();
-    if !caller.is_root() || mount::mounting::is_dead(dir) {
-        return Ok(caller);
-    }
-    Ok(Owner::of(dir)?)
+    Ok(if caller.is_root() { Owner::of(dir)? } else { caller })
 }
 
 /// Lists what the mount reads itself (failure 33).

@@ -34,7 +34,18 @@ impl Context {
         site: &SiteConfig,
         purpose: KeyPurpose,
     ) -> Result<Repository, CommandError> {
-        let options = self.repository_options(site, purpose)?;
+        self.open_repository_retrying(site, purpose, RetryOptions::default()).await
+    }
+
+    /// Opens the repository of a site that exists, for a caller that has its own idea of how often to try.
+    pub async fn open_repository_retrying(
+        &self,
+        site: &SiteConfig,
+        purpose: KeyPurpose,
+        retry: RetryOptions,
+    ) -> Result<Repository, CommandError> {
+        let store = self.open_store_retrying(site, retry)?;
+        let options = RepositoryOptions { store, ..self.repository_options(site, purpose)? };
         Repository::open(options).await.map_err(|error| {
             let absent = error.is_absent();
             let error = CommandError::from(error);

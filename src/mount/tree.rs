@@ -8,6 +8,7 @@
 //! Operations on names go to the volume the directory is in; between volumes, rename and link are `EXDEV`.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
@@ -399,7 +400,9 @@ impl Items {
     fn number(&mut self, parent: Ino, name: &[u8], found: Found) -> Ino {
         let identity = match &found.item {
             Item::File(file) => file.identity(),
-            Item::Directory(_) | Item::Symlink(_) | Item::Volume(_) => 0,
+            // The kernel keeps what it has read of a link, so another target is another node.
+            Item::Symlink(target) => BuildHasherDefault::<DefaultHasher>::default().hash_one(target),
+            Item::Directory(_) | Item::Volume(_) => 0,
         };
         let key = (parent.0, name.to_vec(), identity);
         let number = *self.numbers.entry(key.clone()).or_insert_with(|| {

@@ -79,13 +79,16 @@ impl Scene {
     #[track_caller]
     pub fn mount(&self) -> Mounted {
         let folder = self.mount_point();
+        if !folder.exists() && !is_mounted(&folder) {
+            self.cluster.scratch().folder("mnt");
+        }
         if nix::unistd::geteuid().is_root() { self.walden.as_root() } else { self.walden.clone() }
             .mount(&folder)
     }
 
     /// Returns where [`Scene::mount`] mounts.
     pub fn mount_point(&self) -> PathBuf {
-        self.cluster.scratch().folder("mnt")
+        self.cluster.scratch().path().join("mnt")
     }
 
     /// Returns the documented restore_command of a recovery through the mount.
@@ -172,6 +175,12 @@ pub fn kill_mount(point: &Path) {
         Run::of(Command::new("pgrep").args(["-f", &format!("internal serve {}", point.display())]), "");
     let pid: i32 = pids.expect_success().stdout.trim().parse().unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+/// Tells whether something is mounted there, dead or alive.
+fn is_mounted(folder: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    mounts.lines().any(|line| line.split(' ').nth(1) == folder.to_str())
 }
 
 fn find(folder: &Path, name: &str) -> Option<PathBuf> {
