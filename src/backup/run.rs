@@ -101,6 +101,7 @@ pub async fn run(
     monitor: &dyn Monitor,
 ) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
+    repository.check_store().await?;
     let (session, origin) = look_at(options).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     let begin = BeginOptions {

@@ -45,6 +45,9 @@ pub enum Error {
     /// Something else stands where this object was to be created.
     #[error("{object} already exists with different content")]
     Different { object: String },
+    /// The store does not keep what the repository's safety rests on.
+    #[error("the store does not {lacks}, which it has to")]
+    UnsuitableStore { lacks: &'static str },
     /// Something is larger than the format allows.
     #[error("{what} of {size} bytes is larger than the {max} that are supported")]
     TooLarge { what: String, size: u64, max: u64 },
@@ -94,6 +97,7 @@ impl Error {
             | Self::Abandoned(_)
             | Self::Expired(_)
             | Self::Different { .. }
+            | Self::UnsuitableStore { .. }
             | Self::TooLarge { .. }
             | Self::InvalidName(_) => ErrorKind::Input,
             Self::Codec(_) | Self::Internal(_) => ErrorKind::Bug,
@@ -123,6 +127,9 @@ impl Error {
             }
             Self::NewerFormat { .. } => "Use the release of walden that wrote it, or a newer one.",
             Self::Incomplete(_) => "It is still running, or it was killed; take another basebackup.",
+            Self::UnsuitableStore { .. } => {
+                "Two writers would overwrite each other; use a store with conditional puts, or switch them on there."
+            }
             Self::Different { .. } => "Another cluster or another host archives into this site.",
             _ => return None,
         })

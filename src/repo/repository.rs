@@ -7,7 +7,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::clock::Clock;
-use crate::codec::Random;
+use crate::codec::{Random, RandomExt};
 use crate::pg::TimelineId;
 use crate::repo::documents::SiteRecord;
 use crate::repo::error::Error;
@@ -66,11 +66,17 @@ impl Repository {
         match read_site(&*options.store, &layout).await {
             Ok(record) => Ok((Self::assemble(options, layout, record), false)),
             Err(error) if error.is_absent() => {
+                probe(&*options.store, &layout, options.keyring.random()).await?;
                 let record = create_site(&*options.store, &layout, options.keyring.random()).await?;
                 Ok((Self::assemble(options, layout, record), true))
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Tries whether the store keeps what everything rests on: create-only puts, and reads that see them (failure 42).
+    pub async fn check_store(&self) -> Result<(), Error> {
+        probe(self.store(), self.layout(), self.keyring().random()).await
     }
 
     /// Returns the store.
@@ -121,6 +127,15 @@ impl Repository {
     fn assemble(options: RepositoryOptions, layout: Layout, record: SiteRecord) -> Self {
         let RepositoryOptions { store, keyring, clock, .. } = options;
         Self { shared: Arc::new(Shared { store, layout, site: record.site, keyring, clock }) }
+    }
+}
+
+async fn probe(store: &dyn Store, layout: &Layout, random: &dyn Random) -> Result<(), Error> {
+    let found = storage::probe(store, &layout.probe(&random.array())).await?;
+    match (found.create_only, found.read_after_write) {
+        (true, true) => Ok(()),
+        (false, _) => Err(Error::UnsuitableStore { lacks: "refuse a second put of the same key" }),
+        (_, false) => Err(Error::UnsuitableStore { lacks: "show an object to a read that follows its put" }),
     }
 }
 

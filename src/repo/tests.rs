@@ -1,8 +1,10 @@
 //! Basebackups written and read back whole: full, incremental, damaged, foreign.
 //! Everything here goes through the public face of `repo` and a store in memory.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use proptest::prelude::*;
 
@@ -20,7 +22,7 @@ use crate::repo::wal_object::{Archived, WalKey, archive_wal, read_wal};
 use crate::repo::{
     Basebackup, BasebackupId, ErrorKind, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
 };
-use crate::storage::{MemoryStore, ObjectKey, Store};
+use crate::storage::{self, Folder, MemoryStore, ObjectKey, ObjectMeta, Store};
 
 /// Keys are slow to make and the same for all tests.
 fn keys() -> &'static NewKeys {
@@ -230,6 +232,59 @@ async fn a_damaged_object_is_never_served() {
                 assert!(outcome.is_err() || slack, "{} was served damaged", object.key);
             }
         }
+    }
+}
+
+/// Failure 42: "create only if absent" claimed by a store that does not honour it.
+#[tokio::test]
+async fn a_store_that_overwrites_is_refused_before_anything_is_written() {
+    let store = Arc::new(Overwriting(MemoryStore::new()));
+    let clock = Arc::new(ManualClock::new(time()));
+    let site = ObjectKey::parse("main").unwrap();
+    let options = RepositoryOptions { store: store.clone(), site, keyring: keyring(keys()), clock };
+    let error = Repository::open_or_create(options).await.unwrap_err();
+    assert!(error.to_string().contains("refuse a second put"), "{error}");
+    assert!(store.list("", None, 10).await.unwrap().is_empty());
+}
+
+/// Answers every create with success, and keeps what came last.
+#[derive(Debug)]
+struct Overwriting(MemoryStore);
+
+#[async_trait::async_trait]
+impl Store for Overwriting {
+    async fn create(&self, key: &ObjectKey, body: Bytes) -> Result<(), storage::Error> {
+        self.0.delete(key).await?;
+        self.0.create(key, body).await
+    }
+
+    async fn get(&self, key: &ObjectKey, size_max: u64) -> Result<Bytes, storage::Error> {
+        self.0.get(key, size_max).await
+    }
+
+    async fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes, storage::Error> {
+        self.0.get_range(key, range).await
+    }
+
+    async fn head(&self, key: &ObjectKey) -> Result<ObjectMeta, storage::Error> {
+        self.0.head(key).await
+    }
+
+    async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&ObjectKey>,
+        limit: usize,
+    ) -> Result<Vec<ObjectMeta>, storage::Error> {
+        self.0.list(prefix, after, limit).await
+    }
+
+    async fn list_folder(&self, prefix: &str) -> Result<Folder, storage::Error> {
+        self.0.list_folder(prefix).await
+    }
+
+    async fn delete(&self, key: &ObjectKey) -> Result<(), storage::Error> {
+        self.0.delete(key).await
     }
 }
 
