@@ -31,6 +31,9 @@ mod server_manifest;
 mod server_record;
 mod wal_wait;
 
+#[cfg(test)]
+mod tests;
+
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
 pub use error::{Error, ErrorKind};
 pub use pipeline::Budget;

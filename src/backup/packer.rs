@@ -90,7 +90,7 @@ impl Packer {
         let chunks = self.append_all(together.frames).await?;
         for small in together.files {
             let file = &files[small.number];
-            self.packed.shrunk += u64::from(u64::from(small.len) < file.size.min(small.state.size));
+            self.packed.shrunk += u64::from(u64::from(small.len) < file.size);
             self.note_damage(file, &small.damaged);
             let content = match small.place {
                 SmallPlace::Inline(bytes) => Content::Inline(bytes),

@@ -17,6 +17,7 @@ use super::error::CommandError;
 /// Mounts a clone, runs its PostgreSQL and answers for it
 #[derive(Debug, Args)]
 pub(super) struct ServeClone {
+    /// The name of the clone
     name: String,
     #[command(flatten)]
     spent: HandedOver,

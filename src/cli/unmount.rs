@@ -73,8 +73,8 @@ fn is_ours(mounts: &str, dir: &Path) -> bool {
         })
         .collect();
     let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    let on_dir = fields.filter(|fields| fields.get(1) == Some(&escaped.as_str()));
-    on_dir.last().is_some_and(|fields| fields.get(2) == Some(&FILE_SYSTEM))
+    let mut on_dir = fields.filter(|fields| fields.get(1) == Some(&escaped.as_str()));
+    on_dir.next_back().is_some_and(|fields| fields.get(2) == Some(&FILE_SYSTEM))
 }
 
 #[cfg(test)]

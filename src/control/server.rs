@@ -54,7 +54,7 @@ impl Listener {
             match read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(pending) => return pending,
                 Err(error) => {
-                    tracing::debug!("a request on {} was not understood: {error}", self.path.display())
+                    tracing::debug!("a request on {} was not understood: {error}", self.path.display());
                 }
             }
         }

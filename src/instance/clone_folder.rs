@@ -14,6 +14,7 @@
 //! ```
 //! Mode 0700, owned by whom PostgreSQL runs as. The supervisor holds the lock; whoever holds it is alone.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -191,7 +192,12 @@ impl CloneFolder {
     /// Makes the folder and those in it; fails where it exists.
     pub fn create(&self, owner: Owner) -> Result<(), disk::Error> {
         let private = Create::PRIVATE_DIRECTORY.owned_by(owner);
-        durable::create_dir(&self.path, private)?;
+        // Exclusive: what stands there already is somebody's clone, or on its way to be one.
+        std::fs::DirBuilder::new().mode(0o700).create(&self.path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::AlreadyExists => disk::Error::Exists { path: self.path.clone() },
+            _ => disk::Error::Io { action: "create", path: self.path.clone(), source },
+        })?;
+        owner.give(&self.path)?;
         for folder in
             [self.upper(), self.pg_wal(), self.stand_ins(), self.config(), self.run(), self.mount_point()]
         {
@@ -279,7 +285,7 @@ mod tests {
         folder.write_state(&LastState { state: CloneState::Creating, message: None }).unwrap();
         assert_eq!(folder.read_state().unwrap().state, CloneState::Creating);
         std::fs::write(folder.spec_file(), "{}").unwrap();
-        assert_eq!(CloneFolder::list(clones.path()).unwrap(), [folder.clone()]);
+        assert_eq!(CloneFolder::list(clones.path()).unwrap(), std::slice::from_ref(&folder));
         assert!(folder.read_spec().unwrap_err().to_string().contains("clone.json"));
     }
 }

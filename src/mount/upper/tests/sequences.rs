@@ -125,7 +125,7 @@ impl Run {
             }
             Create(p) => assert_eq!(world.create(PATHS[p]).await.map(drop), model.create(PATHS[p]).map(drop)),
             MakeDirectory(p) => {
-                assert_eq!(world.make_directory(PATHS[p]).await, model.make_directory(PATHS[p]))
+                assert_eq!(world.make_directory(PATHS[p]).await, model.make_directory(PATHS[p]));
             }
             Unlink(p) => assert_eq!(world.unlink(PATHS[p]).await, model.unlink(PATHS[p])),
             RemoveDirectory(p) => {
