@@ -325,6 +325,15 @@ fn a_basebackup_of_a_standby_starts_after_replay() {
     let copy = recover(&walden, 15, &data, &cluster.scratch().folder("run-copy"));
     Ledger::assert_holds(&copy, acknowledged);
     source.assert_same(&Checksums::of(&copy));
+    drop(copy);
+
+    // Promoted, it archives on a timeline of its own, whose history the backup makes sure of.
+    standby.sql("select pg_promote()");
+    standby.set_archive_command(&walden.archive_command());
+    let promoted = from_standby.json(&["backup"]);
+    assert_eq!(promoted["timeline"], 2, "{promoted}");
+    let histories = walden.repository().join("main/clusters").join(promoted["cluster"].as_str().unwrap());
+    assert!(histories.join("history/00000002.history").exists());
 }
 
 fn standby_site(standby: &Sql, data: &Path, walden: &Walden) -> Site {
