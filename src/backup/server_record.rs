@@ -37,6 +37,7 @@ pub fn server_record(
         collation_versions: versions.collect(),
         superuser: facts.bootstrap_role.clone(),
         host: host.to_owned(),
+        preload_libraries: facts.setting("shared_preload_libraries").unwrap_or_default().to_owned(),
         outside_configuration,
     }
 }

@@ -70,6 +70,9 @@ pub struct CloneSpec {
     pub owner: (u32, u32),
     /// What keeps the basebackup; nothing where the store takes no writes.
     pub pin: Option<Pin>,
+    /// Libraries to preload: those of the source that stay inside a clone and are on this host.
+    #[serde(default)]
+    pub preload: String,
     /// Absolute paths that replayed WAL writes to, each with the folder that stands in for it.
     pub stand_ins: Vec<(PathBuf, PathBuf)>,
     /// When it was made.

@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::catalog::basebackups::{self, BasebackupList, ListedBasebackup, ResolveError};
 use crate::catalog::{
@@ -16,6 +16,7 @@ use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
 use crate::instance::isolation::{config_files, socket_path};
+use crate::instance::preload::{is_in, plan_preload};
 use crate::pg::{TimelineId, WalSegmentNumber};
 use crate::repo::documents::BackupRecord;
 use crate::repo::lease::Pin;
@@ -151,7 +152,7 @@ pub async fn create(
             manifest_digest: record.manifest.digest.to_string(),
             cluster: record.cluster,
             major: record.server.major,
-            bin_directory,
+            bin_directory: bin_directory.clone(),
             target: options.target.clone(),
             timeline,
             read_early: options.read_early,
@@ -159,6 +160,7 @@ pub async fn create(
             superuser: record.server.superuser.clone(),
             owner: (options.owner.uid, options.owner.gid),
             pin,
+            preload: preload_setting(&record.server.preload_libraries, &bin_directory),
             stand_ins: stand_ins(folder, &basebackup),
             created_at: repository.clock().now(),
         };
@@ -192,6 +194,17 @@ fn choose<'a>(
     }
     let chosen = list.complete.iter().rev().find(|listed| ended_before(&listed.record));
     chosen.ok_or_else(|| CreateError::NoneBefore(target.target.to_string()))
+}
+
+/// Decides what the clone's server preloads, and says what it leaves out.
+fn preload_setting(source: &str, bin_directory: &Path) -> String {
+    // Debian has libraries beside the programs, a plain build one level further down.
+    let folders = ["../lib", "../lib/postgresql"].map(|folder| bin_directory.join(folder));
+    let plan = plan_preload(source, &[], |name| folders.iter().any(|folder| is_in(folder, name)));
+    for (name, reason) in &plan.left_out {
+        tracing::warn!("the clone does not preload {name}: {reason}");
+    }
+    plan.setting()
 }
 
 /// Tablespaces that are not directories of `pg_tblspc` itself.

@@ -28,6 +28,8 @@ pub struct CloneFacts {
     pub limits: RecoveryLimits,
     /// Where recovery ends, and on which timeline; nothing once recovery is over.
     pub recovery: Option<(RecoveryTarget, TimelineId)>,
+    /// Libraries to preload.
+    pub preload: String,
     /// Whether sessions are let in before the target.
     pub read_early: bool,
     /// Memory of the host.
@@ -57,6 +59,8 @@ pub fn clone_settings(facts: &CloneFacts) -> Vec<Setting> {
     keep_to_itself(facts.major, &mut settings);
     fit_the_host(facts, &mut settings);
     recover(facts, &mut settings);
+    let reason = "a library that is missing here stops the start, and some reach outside";
+    settings.push(Setting { name: "shared_preload_libraries", value: facts.preload.clone(), reason });
     settings
 }
 
@@ -133,7 +137,6 @@ fn keep_to_itself(major: u32, settings: &mut Vec<Setting>) {
     }
     set("session_preload_libraries", "", "a library that is missing here ends every session");
     set("local_preload_libraries", "", "a library that is missing here ends every session");
-    set("shared_preload_libraries", "", "a library that is missing here stops the start");
     set("ssl", "off", "the certificate is the source's");
     set("wal_level", "replica", "a clone is no publisher");
 }
@@ -228,6 +231,7 @@ mod tests {
                 ..RecoveryLimits::default()
             },
             recovery: Some((RecoveryTarget::latest(TargetAction::Promote), TimelineId::FIRST)),
+            preload: String::new(),
             read_early: false,
             host_memory_bytes: 24 << 30,
         }

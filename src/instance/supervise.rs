@@ -274,6 +274,7 @@ fn launch(options: &SuperviseOptions, spec: &CloneSpec, control: &ControlFile, r
         wal_directory: folder.mount_point().join("wal"),
         limits: control.limits,
         recovery: recovering.then(|| (spec.target.clone(), spec.timeline)),
+        preload: spec.preload.clone(),
         read_early: spec.read_early,
         host_memory_bytes: options.host_memory_bytes,
     });

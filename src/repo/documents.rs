@@ -110,6 +110,9 @@ pub struct ServerRecord {
     pub superuser: String,
     /// Host name of the server, or of the host that read its directory.
     pub host: String,
+    /// What the server preloads, as it was set.
+    #[serde(default)]
+    pub preload_libraries: String,
     /// Names of the configuration files outside PGDATA, below `config/`: main, hba, ident.
     pub outside_configuration: Vec<String>,
 }
