@@ -215,3 +215,213 @@ impl DynamicDir for ClustersDir {
         Ok(behind(names, after, limit))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::clock::ManualClock;
+    use crate::codec::{Compression, SeededRandom};
+    use crate::mount::caller::Caller;
+    use crate::mount::errno::Errno;
+    use crate::mount::tree::Ino;
+    use crate::pg::Lsn;
+    use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
+    use crate::repo::documents::ServerRecord;
+    use crate::repo::manifest::{OutsideLink, Tablespace};
+    use crate::repo::{BasebackupId, Keyring, RepositoryOptions};
+    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
+
+    use super::*;
+
+    type TestStore = Recording<Faulty<Arc<MemoryStore>>>;
+
+    struct Site {
+        store: Arc<TestStore>,
+        clock: ManualClock,
+        repository: Repository,
+    }
+
+    impl Site {
+        async fn new() -> Self {
+            let store: Arc<TestStore> = Arc::new(Recording::new(Faulty::new(Arc::default())));
+            let clock = ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap());
+            let options = RepositoryOptions {
+                store: store.clone(),
+                site: ObjectKey::parse("main").unwrap(),
+                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(5))),
+                clock: Arc::new(clock.clone()),
+            };
+            Self { repository: Repository::open_or_create(options).await.unwrap().0, store, clock }
+        }
+
+        async fn back_up(&self) -> BasebackupId {
+            self.clock.advance(Duration::from_secs(3600));
+            let options = BuilderOptions {
+                cluster: "7301234567890123456-16".parse().unwrap(),
+                timeline: 1.try_into().unwrap(),
+                lsns: (Lsn(1 << 24), Lsn(2 << 24)),
+                time: self.clock.now(),
+                compression: Compression::zstd(1),
+                server: ServerRecord::default(),
+            };
+            let mut builder = BasebackupBuilder::begin(&self.repository, options, None).await.unwrap();
+            for directory in ["data", "data/base", "data/pg_tblspc", "tablespaces", "tablespaces/16400"] {
+                builder.directory(directory);
+            }
+            let path = crate::repo::entry::TreePath::new("data/log").unwrap();
+            builder.outside_link(OutsideLink { path, target: b"/var/log/postgresql".to_vec() });
+            let (location, name) = (b"/srv/fast".to_vec(), "fast".to_owned());
+            builder.tablespace(Tablespace { oid: 16400, location, name });
+            let (location, name) = (Vec::new(), "here".to_owned());
+            builder.tablespace(Tablespace { oid: 16401, location, name });
+            builder.file("data/base/1", &[7; 100_000]).await.unwrap();
+            builder.file("data/PG_VERSION", b"15\n").await.unwrap();
+            builder.file("data/tablespace_map", b"16400 /srv/fast\n").await.unwrap();
+            builder.file("tablespaces/16400/1", &[9; 9000]).await.unwrap();
+            builder.finish().await.unwrap().id
+        }
+
+        async fn tree(&self) -> (SiteTree, Arc<Tree>) {
+            let clock = Arc::new(self.clock.clone());
+            let site = SiteTree::open(self.repository.clone(), clock, Owner::current()).await.unwrap();
+            let tree = site.tree();
+            (site, tree)
+        }
+
+        fn count(&self, part: &str) -> usize {
+            self.store.calls().iter().filter(|call| call.key.contains(part)).count()
+        }
+    }
+
+    async fn walk(tree: &Tree, path: &str) -> Result<Ino, Errno> {
+        let mut at = Ino::ROOT;
+        for name in path.split('/') {
+            at = tree.lookup(&Caller::internal(), at, name.as_bytes()).await?.id;
+        }
+        Ok(at)
+    }
+
+    async fn names(tree: &Tree, path: &str) -> Vec<String> {
+        let ino = if path.is_empty() { Ino::ROOT } else { walk(tree, path).await.unwrap() };
+        let handle = tree.open_directory(ino).await.unwrap();
+        let mut names = Vec::new();
+        let take = |_, entry: &crate::mount::fs::ListEntry<Ino>| {
+            names.push(String::from_utf8(entry.name.clone()).unwrap());
+            true
+        };
+        tree.directory(handle).unwrap().read(&Caller::internal(), 0, take).await.unwrap();
+        names.retain(|name| !name.starts_with('.'));
+        names.sort();
+        names
+    }
+
+    async fn read(tree: &Tree, path: &str) -> Result<Vec<u8>, Errno> {
+        let ino = walk(tree, path).await?;
+        let (handle, _) = tree.open(&Caller::internal(), ino, false).await?;
+        let file = tree.file(handle)?;
+        Ok(file.read(&Caller::internal(), 0, 1 << 20).await?.to_vec())
+    }
+
+    async fn link(tree: &Tree, path: &str) -> String {
+        let ino = walk(tree, path).await.unwrap();
+        String::from_utf8(tree.read_link(&Caller::internal(), ino).await.unwrap()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_basebackup_is_shown_whole_and_no_link_leaves_it() {
+        let site = Site::new().await;
+        let id = site.back_up().await;
+        let (_open, tree) = site.tree().await;
+        assert_eq!(names(&tree, "").await, [BASEBACKUPS, CLUSTERS, WAL]);
+        assert_eq!(names(&tree, "basebackups").await, [id.to_string(), "latest".to_owned()]);
+        assert_eq!(link(&tree, "basebackups/latest").await, id.to_string());
+        let top = format!("basebackups/{id}");
+        assert_eq!(names(&tree, &top).await, ["backup.json", "data", "links.txt", "tablespaces", "wal"]);
+        assert_eq!(names(&tree, &format!("{top}/data")).await, ["PG_VERSION", "base", "pg_tblspc"]);
+        assert_eq!(walk(&tree, &format!("{top}/data/tablespace_map")).await, Err(Errno::ENOENT));
+        assert_eq!(names(&tree, &format!("{top}/data/pg_tblspc")).await, ["16400"]);
+        assert_eq!(link(&tree, &format!("{top}/data/pg_tblspc/16400")).await, "../../tablespaces/16400");
+        assert_eq!(link(&tree, &format!("{top}/wal")).await, "../../clusters/7301234567890123456-16/wal");
+        assert_eq!(
+            read(&tree, &format!("{top}/links.txt")).await.unwrap(),
+            b"data/log -> /var/log/postgresql\n"
+        );
+        assert_eq!(read(&tree, &format!("{top}/data/base/1")).await.unwrap(), [7; 100_000]);
+        assert_eq!(read(&tree, &format!("{top}/tablespaces/16400/1")).await.unwrap(), [9; 9000]);
+        let record = read(&tree, &format!("{top}/backup.json")).await.unwrap();
+        let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+        assert_eq!(record["id"], id.to_string());
+    }
+
+    #[tokio::test]
+    async fn listing_again_costs_one_request_and_what_is_new_appears() {
+        let site = Site::new().await;
+        for _ in 0..20 {
+            site.back_up().await;
+        }
+        let (_open, tree) = site.tree().await;
+        site.store.take_calls();
+        assert_eq!(names(&tree, "basebackups").await.len(), 21);
+        assert_eq!(site.store.take_calls().len(), 1);
+        let new = site.back_up().await;
+        assert_eq!(link(&tree, "basebackups/latest").await, new.to_string());
+        // A name is looked up without any listing, and a mark of retention is seen after a while.
+        site.store.take_calls();
+        walk(&tree, &format!("basebackups/{new}")).await.unwrap();
+        assert_eq!(site.store.count(Verb::ListFolder) + site.store.count(Verb::List), 0);
+        site.repository.store().create(&site.repository.layout().expired(new), "x".into()).await.unwrap();
+        site.clock.advance(RECHECK);
+        assert!(!names(&tree, "basebackups").await.contains(&new.to_string()));
+        assert_eq!(walk(&tree, &format!("basebackups/{new}")).await, Err(Errno::ENOENT));
+    }
+
+    /// Longer than anything is remembered without being looked at again.
+    const RECHECK: Duration = Duration::from_secs(3600);
+
+    #[tokio::test]
+    async fn what_is_read_is_leased_until_the_mount_ends() {
+        let site = Site::new().await;
+        let mut ids = Vec::new();
+        for _ in 0..6 {
+            ids.push(site.back_up().await);
+        }
+        let (open, tree) = site.tree().await;
+        names(&tree, "basebackups").await;
+        assert_eq!(site.count("/leases/"), 0, "looking is not reading");
+        // More than are kept open at once, and the first again.
+        for id in ids.iter().chain(&ids[..1]) {
+            let path = format!("basebackups/{id}/data/base/1");
+            assert_eq!(read(&tree, &path).await.unwrap().len(), 100_000);
+        }
+        assert_eq!(site.count("/leases/"), ids.len());
+        open.end_leases().await;
+        assert_eq!(site.count("/end"), ids.len());
+    }
+
+    #[tokio::test]
+    async fn a_store_that_refuses_writes_is_read_all_the_same() {
+        let site = Site::new().await;
+        let id = site.back_up().await;
+        let denied = Fault::Before(crate::storage::ErrorKind::Denied);
+        site.store.inner().inject(Rule::on(Verb::Create, denied));
+        let (_open, tree) = site.tree().await;
+        assert_eq!(read(&tree, &format!("basebackups/{id}/data/PG_VERSION")).await.unwrap(), b"15\n");
+    }
+
+    /// Failure 22: a damaged object is an error, for the files in it and for those alone.
+    #[tokio::test]
+    async fn a_damaged_pack_is_an_input_output_error() {
+        let site = Site::new().await;
+        let id = site.back_up().await;
+        let packs = site.repository.layout().packs(id);
+        for object in site.repository.store().list(&packs, None, 10).await.unwrap() {
+            site.store.inner().inner().tamper(&object.key, |bytes| {
+                let mut bytes = bytes.unwrap().to_vec();
+                bytes.iter_mut().skip(100).for_each(|byte| *byte ^= 1);
+                Some(bytes.into())
+            });
+        }
+        let (_open, tree) = site.tree().await;
+        assert_eq!(read(&tree, &format!("basebackups/{id}/data/base/1")).await, Err(Errno::EIO));
+        assert_eq!(read(&tree, &format!("basebackups/{id}/data/PG_VERSION")).await.unwrap(), b"15\n");
+    }
+}

@@ -339,3 +339,271 @@ fn file_name(object: WalObjectName) -> ArchiveFileName {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::clock::SystemClock;
+    use crate::codec::{Compression, SeededRandom};
+    use crate::pg::{Lsn, WalSegmentNumber};
+    use crate::repo::wal_object::{WalKey, archive_history, archive_wal};
+    use crate::repo::{ClusterId, Keyring, Repository, RepositoryOptions};
+    use crate::storage::{self, Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    struct Archive {
+        store: Arc<Recording<Faulty<Arc<MemoryStore>>>>,
+        repository: Repository,
+    }
+
+    impl Archive {
+        async fn new() -> Self {
+            let store = Arc::new(Recording::new(Faulty::new(Arc::default())));
+            let options = RepositoryOptions {
+                store: store.clone(),
+                site: ObjectKey::parse("main").unwrap(),
+                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
+                clock: Arc::new(SystemClock),
+            };
+            Self { repository: Repository::open_or_create(options).await.unwrap().0, store }
+        }
+
+        /// Archives segments of timelines 1, 2, …, and histories `(timeline, parent, switch in segments)`.
+        async fn of(segments: &[(u32, u64)], histories: &[(u32, u32, f64)]) -> Self {
+            let archive = Self::new().await;
+            let key = WalKey::create(archive.repository.keyring()).unwrap();
+            let (repository, zstd) = (&archive.repository, Compression::zstd(1));
+            for (timeline, number) in segments {
+                let object = WalObjectName::Segment(segment(*timeline, *number));
+                let raw = [*number as u8; 300_000];
+                archive_wal(repository, cluster(), object, &raw, &key, zstd).await.unwrap();
+            }
+            for (timeline, parent, switch) in histories {
+                let switch = Lsn((switch * MIB as f64) as u64);
+                let branch = HistoryBranch { parent: tli(*parent), switch };
+                let text = format!("{parent}\t{switch}\tx\n");
+                let raw = text.as_bytes();
+                archive_history(repository, cluster(), tli(*timeline), branch, raw, &key).await.unwrap();
+            }
+            archive
+        }
+
+        fn dir(&self, plan: Option<RecoveryPlan>) -> WalDir {
+            let clock = Arc::new(SystemClock);
+            let reader = WalReader::new(self.repository.clone(), cluster(), clock, 8 << 20);
+            WalDir::new(Arc::new(reader), plan)
+        }
+
+        fn tamper(&self, timeline: u32, number: u64, damage: impl FnOnce(&[u8]) -> Vec<u8>) {
+            let object = WalObjectName::Segment(segment(timeline, number));
+            let key = self.repository.layout().wal_object(cluster(), object);
+            self.store.inner().inner().tamper(&key, |bytes| bytes.map(|bytes| damage(&bytes).into()));
+        }
+    }
+
+    fn cluster() -> ClusterId {
+        "7301234567890123456-1".parse().unwrap()
+    }
+
+    fn tli(number: u32) -> TimelineId {
+        TimelineId::new(number).unwrap()
+    }
+
+    fn segment(timeline: u32, number: u64) -> WalSegmentName {
+        WalSegmentName::new(tli(timeline), WalSegmentNumber(number), cluster().segment_size)
+    }
+
+    /// What a copy of the name would be: its length and whether its absence is proven.
+    #[derive(Debug, PartialEq)]
+    enum Seen {
+        Bytes(usize),
+        ProvenAbsent,
+    }
+
+    async fn see(dir: &WalDir, name: &str) -> Seen {
+        let found = dir.lookup(name.as_bytes()).await.unwrap();
+        let proof = dir.lookup(format!("{name}{ABSENT}").as_bytes()).await.unwrap();
+        // Never both, and never neither: either would let a recovery end that must not.
+        assert_eq!(found.is_none(), proof.is_some(), "{name}");
+        let Some(FoundItem { item: Item::File(file), .. }) = found else { return Seen::ProvenAbsent };
+        let (reader, _) = file.open().await.unwrap();
+        Seen::Bytes(reader.read(0, u32::MAX).await.unwrap().len())
+    }
+
+    async fn see_segment(dir: &WalDir, timeline: u32, number: u64) -> Seen {
+        see(dir, &segment(timeline, number).to_string()).await
+    }
+
+    #[tokio::test]
+    async fn absence_is_proven_only_behind_everything_that_shows_a_segment_was_written() {
+        // 1 was left in segment 5 by 2, whose archive begins there; 3 left 2 at the end of segment 7.
+        let archive =
+            Archive::of(&[(1, 2), (1, 4), (2, 5), (2, 6), (3, 8)], &[(2, 1, 5.5), (3, 2, 8.0)]).await;
+        let dir = archive.dir(None);
+        for (timeline, number, seen) in [
+            (1, 2, Seen::Bytes(300_000)),
+            // A later one is there, or expired ones before it.
+            (1, 3, Seen::Bytes(0)),
+            (1, 1, Seen::Bytes(0)),
+            // The switch-point segment is read from the child, and nothing of 1 lies behind it.
+            (1, 5, Seen::ProvenAbsent),
+            (1, 6, Seen::ProvenAbsent),
+            // Nothing later on its own timeline, but 3 goes through it.
+            (2, 7, Seen::Bytes(0)),
+            (2, 8, Seen::ProvenAbsent),
+            (3, 8, Seen::Bytes(300_000)),
+            (3, 9, Seen::ProvenAbsent),
+            (4, 9, Seen::ProvenAbsent),
+        ] {
+            assert_eq!(see_segment(&dir, timeline, number).await, seen, "{timeline} {number}");
+        }
+        assert_eq!(see(&dir, "00000002.history").await, Seen::Bytes(13));
+        assert_eq!(see(&dir, "00000004.history").await, Seen::ProvenAbsent);
+        for stranger in ["", "x", "RECOVERYXLOG", ".absent", "000000010000000000000002.tmp"] {
+            assert!(dir.lookup(stranger.as_bytes()).await.unwrap().is_none(), "{stranger}");
+        }
+    }
+
+    #[tokio::test]
+    async fn damage_anywhere_is_a_file_without_content() {
+        for damage in [
+            |bytes: &[u8]| bytes[..bytes.len() - 1].to_vec(),
+            |bytes: &[u8]| bytes[..10].to_vec(),
+            |bytes: &[u8]| [&bytes[..20], &[bytes[20] ^ 1], &bytes[21..]].concat(),
+            |bytes: &[u8]| [&bytes[..bytes.len() - 9], &[0xee; 9]].concat(),
+        ] {
+            let archive = Archive::of(&[(1, 2), (1, 3)], &[]).await;
+            archive.tamper(1, 3, damage);
+            let dir = archive.dir(None);
+            assert_eq!(see_segment(&dir, 1, 3).await, Seen::Bytes(0));
+            assert_eq!(see_segment(&dir, 1, 2).await, Seen::Bytes(300_000));
+        }
+        // Another segment's object under this name is not this segment.
+        let archive = Archive::of(&[(1, 2), (1, 3)], &[]).await;
+        let store = archive.store.inner().inner();
+        let object = WalObjectName::Segment(segment(1, 2));
+        let other = store.get(&archive.repository.layout().wal_object(cluster(), object), 1 << 30).await;
+        archive.tamper(1, 3, |_| other.unwrap().to_vec());
+        assert_eq!(see_segment(&archive.dir(None), 1, 3).await, Seen::Bytes(0));
+    }
+
+    /// Waits until the store has been asked this often since `calls` was emptied.
+    async fn asked(archive: &Archive, times: usize) {
+        while archive.store.calls().len() < times {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Failure 1: a store that does not answer is waited for, whatever it was asked.
+    #[tokio::test]
+    async fn no_name_is_answered_while_the_store_is_away() {
+        let archive = Archive::of(&[(1, 2)], &[(2, 1, 2.5)]).await;
+        for kind in [storage::ErrorKind::Unreachable, storage::ErrorKind::Denied, storage::ErrorKind::Other] {
+            let dir = Arc::new(archive.dir(None));
+            let (there, absent) = (segment(1, 2).to_string(), segment(1, 3).to_string());
+            let names = [(there, true), (absent, false)].into_iter();
+            let names = names.chain([("00000002.history".into(), true), ("00000003.history".into(), false)]);
+            let names: Vec<(String, bool)> = names
+                .flat_map(|(name, there)| [(format!("{name}{ABSENT}"), !there), (name, there)])
+                .collect();
+            archive.store.inner().inject(Rule::always(Fault::Before(kind)));
+            archive.store.take_calls();
+            let waiting: Vec<_> = names
+                .iter()
+                .map(|(name, _)| {
+                    let (dir, name) = (dir.clone(), name.clone());
+                    tokio::spawn(async move { dir.lookup(name.as_bytes()).await.unwrap().is_some() })
+                })
+                .collect();
+            asked(&archive, 3 * names.len()).await;
+            for ((name, there), waiting) in names.iter().zip(&waiting) {
+                assert!(!waiting.is_finished(), "{name} was answered, {kind:?}, {there}");
+            }
+            archive.store.inner().heal();
+            for ((name, there), waiting) in names.iter().zip(waiting) {
+                assert_eq!(waiting.await.unwrap(), *there, "{name}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_history_that_cannot_be_read_is_waited_for_and_never_empty() {
+        let archive = Archive::of(&[(1, 2)], &[(2, 1, 2.5)]).await;
+        let key = archive.repository.layout().history(cluster(), tli(2));
+        let mut whole = None;
+        archive.store.inner().inner().tamper(&key, |bytes| {
+            whole = bytes.clone();
+            bytes.map(|bytes| bytes.slice(..bytes.len() - 1))
+        });
+        let dir = Arc::new(archive.dir(None));
+        archive.store.take_calls();
+        let waiting = tokio::spawn(async move { see(&dir, "00000002.history").await });
+        asked(&archive, 3).await;
+        assert!(!waiting.is_finished());
+        archive.store.inner().inner().tamper(&key, |_| whole);
+        assert_eq!(waiting.await.unwrap(), Seen::Bytes(13));
+    }
+
+    #[tokio::test]
+    async fn a_site_that_is_gone_proves_nothing() {
+        let archive = Archive::of(&[(1, 2)], &[]).await;
+        archive.store.inner().inner().tamper(&archive.repository.layout().site(), |_| None);
+        assert_eq!(see_segment(&archive.dir(None), 1, 3).await, Seen::Bytes(0));
+    }
+
+    #[tokio::test]
+    async fn with_a_plan_the_plan_decides_where_the_archive_ends() {
+        let archive = Archive::of(&[(1, 2), (1, 3), (1, 5), (1, 6)], &[]).await;
+        let span = crate::catalog::TimelineSpan {
+            timeline: tli(1),
+            first: segment(1, 2),
+            last: Some(segment(1, 5)),
+            history: false,
+        };
+        let plan = RecoveryPlan {
+            format: 1,
+            cluster: cluster(),
+            basebackup: None,
+            spans: vec![span],
+            standby: false,
+        };
+        let dir = archive.dir(Some(plan));
+        assert_eq!(see_segment(&dir, 1, 3).await, Seen::Bytes(300_000));
+        assert_eq!(see_segment(&dir, 1, 4).await, Seen::Bytes(0));
+        archive.store.take_calls();
+        // Behind the plan's end nobody is asked, and what is there is not shown.
+        assert_eq!(see_segment(&dir, 1, 6).await, Seen::ProvenAbsent);
+        assert_eq!(archive.store.take_calls(), []);
+        assert_eq!(see(&dir, "00000002.history").await, Seen::ProvenAbsent);
+        let listed = dir.list(None, 100).await.unwrap();
+        let names: Vec<WalSegmentName> =
+            listed.iter().map(|(name, _)| std::str::from_utf8(name).unwrap().parse().unwrap()).collect();
+        assert_eq!(names, [segment(1, 2), segment(1, 3), segment(1, 5)]);
+    }
+
+    #[tokio::test]
+    async fn a_listing_comes_in_batches_in_the_order_of_names_and_a_lookup_lists_nothing() {
+        let segments: Vec<(u32, u64)> = (0..30).map(|n| (1 + n / 15, 4090 + u64::from(n % 15))).collect();
+        let archive = Archive::of(&segments, &[(2, 1, 4090.5), (7, 2, 4100.0)]).await;
+        let dir = archive.dir(None);
+        let whole = dir.list(None, 1000).await.unwrap();
+        assert_eq!(whole.len(), 32);
+        assert!(whole.is_sorted_by(|(one, _), (other, _)| one < other));
+        let mut batches: Vec<(Vec<u8>, FileKind)> = Vec::new();
+        loop {
+            let after = batches.last().map(|(name, _)| name.clone());
+            let batch = dir.list(after.as_deref(), 7).await.unwrap();
+            let last = batch.len() < 7;
+            batches.extend(batch);
+            if last {
+                break;
+            }
+        }
+        assert_eq!(batches, whole);
+        archive.store.take_calls();
+        assert_eq!(see_segment(&dir, 1, 4092).await, Seen::Bytes(300_000));
+        assert!(archive.store.calls().iter().all(|call| !matches!(call.verb, Verb::List | Verb::ListFolder)));
+    }
+}
