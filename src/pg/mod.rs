@@ -29,7 +29,14 @@ pub mod page;
 mod postmaster_pid;
 mod relation_map;
 mod tablespace_map;
+
+mod resource_manager;
 mod wal_page;
+mod wal_payload;
+mod wal_record;
+mod wal_record_stream;
+#[cfg(test)]
+mod wal_samples;
 
 pub use archive_file_name::{ArchiveFileName, ParseArchiveFileNameError};
 pub use backup_label::{BackupFrom, BackupLabel, BackupLabelError};
@@ -46,11 +53,22 @@ pub use page::{PAGE_HEADER_BYTES, PageHeader, PageVerdict};
 pub use postmaster_pid::{NoPostmasterPid, PostmasterPid, PostmasterStatus};
 pub use relation_file::{Fork, RelationFile};
 pub use relation_map::{RelationMap, RelationMapError};
+pub use resource_manager::ResourceManager;
 pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
 pub use tablespace_map::{TablespaceLink, TablespaceMapError, parse_tablespace_map};
 pub use timeline::{ParseTimelineError, TimelineId};
 pub use timeline_history::{HistoryError, TimelineHistory, TimelineSwitch};
 pub use transaction::{FullTransactionId, TransactionId};
 pub use version::{MajorVersion, VersionError};
-pub use wal_page::{SEGMENT_HEADER_LEN, SegmentError, SegmentHeader};
+pub use wal_page::{
+    SEGMENT_HEADER_LEN, SegmentError, SegmentHeader, WalLongHeader, WalPageError, WalPageHeader,
+    check_segment_header,
+};
+pub use wal_payload::{CheckpointRecord, ParameterChange, TransactionEnd, WalPayload};
+pub use wal_record::{
+    BlockReference, PageImage, RelationLocator, WalRecord, WalRecordError, WalRecordHeader,
+};
+pub use wal_record_stream::{
+    EndOfWal, EndReason, RECORD_BYTES_KEPT_MAX, WalGapError, WalRecordStream, WalStep,
+};
 pub use wal_segment::{WalSegmentError, WalSegmentName, WalSegmentNumber, WalSegmentSize};

@@ -1,4 +1,6 @@
 //! Transaction numbers, and the server's way to tell time.
+//!
+//! Both are as they stand in files; what they mean for a recovery target is `catalog`'s.
 
 use std::fmt;
 

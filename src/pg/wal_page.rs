@@ -2,19 +2,62 @@
 //!
 //! The archiver is handed file names; only the header says whether the file is what its name claims. A recycled
 //! segment carries the address of its former life (failure 5), a truncated one is too short (failure 11).
-//! Layout by xlog_internal.h: magic 2, info 2, timeline 4, page address 8, rest of a record 4; on a segment's first
-//! page then, 8-aligned, system identifier 8, segment size 4, page size 4.
+//! Layout by `xlog_internal.h`: magic 2, flags 2, timeline 4, page address 8, rest of a record 4, padding 4; on a
+//! segment's first page then system identifier 8, segment size 4, page size 4.
 
-use crate::pg::lsn::Lsn;
-use crate::pg::system_identifier::SystemIdentifier;
-use crate::pg::timeline::TimelineId;
-use crate::pg::wal_segment::{WalSegmentName, WalSegmentSize};
+use super::field_reader::FieldReader;
+use super::lsn::Lsn;
+use super::system_identifier::SystemIdentifier;
+use super::timeline::TimelineId;
+use super::version::MajorVersion;
+use super::wal_segment::{WalSegmentName, WalSegmentSize};
+
+/// The header of any WAL page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WalPageHeader {
+    /// Which release wrote it, by the magic number.
+    pub version: MajorVersion,
+    /// The timeline it was written on.
+    pub timeline: TimelineId,
+    /// The position of its first byte.
+    pub address: Lsn,
+    /// How many bytes of a record that began earlier are still to come, those on later pages too; none if the page
+    /// begins with a record of its own.
+    pub continuation: Option<u32>,
+    /// The record that would continue here was never completed: a new one stands in its place (14 and later, and
+    /// late releases of 13).
+    pub overwrites_continuation: bool,
+    /// What only the first page of a segment says.
+    pub long: Option<WalLongHeader>,
+}
+
+/// What only the first page of a segment says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WalLongHeader {
+    pub system_identifier: SystemIdentifier,
+    pub segment_size: WalSegmentSize,
+    /// Bytes of a WAL page.
+    pub page_bytes: u32,
+}
+
+/// Why bytes are not the header of a WAL page.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WalPageError {
+    #[error("there is no WAL page header")]
+    NoHeader,
+    #[error("the WAL page magic {magic:#06x} is of no supported release of PostgreSQL")]
+    UnknownMagic { magic: u16 },
+    #[error("the WAL page header has unknown flags {flags:#06x}")]
+    UnknownFlags { flags: u16 },
+    #[error("the WAL page header has an invalid {what}")]
+    Field { what: &'static str },
+}
 
 /// The header of a segment's first page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentHeader {
     /// Which release wrote it.
-    pub magic: u16,
+    pub version: MajorVersion,
     /// The timeline it was written on.
     pub timeline: TimelineId,
     /// The position of its first byte.
@@ -23,13 +66,14 @@ pub struct SegmentHeader {
     pub system_identifier: SystemIdentifier,
     /// The size of the cluster's segments.
     pub segment_size: WalSegmentSize,
+    /// Bytes of a WAL page.
+    pub page_bytes: u32,
 }
 
 /// Why bytes are not the segment that their name claims.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SegmentError {
-    /// There is no header.
-    #[error("{name} does not begin with a WAL page header")]
+    #[error("{name} does not begin with the header of a WAL segment")]
     NoHeader { name: String },
     /// A release that is not supported wrote it.
     #[error("{name} has WAL page magic {magic:#06x}, which no supported release of PostgreSQL writes")]
@@ -40,6 +84,8 @@ pub enum SegmentError {
     /// Another cluster wrote it.
     #[error("{name} belongs to the cluster with system identifier {found}, not {expected}")]
     OtherCluster { name: String, found: SystemIdentifier, expected: SystemIdentifier },
+    #[error("{name} is of a cluster with segments of {found} bytes, not {expected}")]
+    OtherSegmentSize { name: String, found: u32, expected: u32 },
     /// The file is shorter or longer than a segment.
     #[error("{name} has {found} bytes, and a WAL segment of this cluster has {expected}")]
     OtherLength { name: String, found: u64, expected: u64 },
@@ -48,38 +94,79 @@ pub enum SegmentError {
     InvalidName { name: String, size: u32 },
 }
 
-/// Magic numbers of 13, 14, 15, 16, 17 and 18.
-const MAGICS: [u16; 6] = [0xD106, 0xD10D, 0xD110, 0xD113, 0xD116, 0xD118];
+const CONTINUATION: u16 = 0x0001;
 const LONG_HEADER: u16 = 0x0002;
+const REMOVABLE: u16 = 0x0004;
+const OVERWRITES_CONTINUATION: u16 = 0x0008;
+/// Bytes of the header of a page inside a segment.
+const SHORT_HEADER_LEN: usize = 24;
 /// Bytes that [`SegmentHeader::parse`] needs.
 pub const SEGMENT_HEADER_LEN: usize = 40;
+
+impl WalPageHeader {
+    /// Reads the header at the front of a page's bytes.
+    pub fn parse(bytes: &[u8]) -> Result<Self, WalPageError> {
+        let mut fields = FieldReader::new(bytes);
+        let magic = fields.u16().filter(|magic| *magic != 0).ok_or(WalPageError::NoHeader)?;
+        let version = MajorVersion::from_wal_page_magic(magic).ok_or(WalPageError::UnknownMagic { magic })?;
+        let flags = fields.u16().ok_or(WalPageError::NoHeader)?;
+        if flags & !(CONTINUATION | LONG_HEADER | REMOVABLE | OVERWRITES_CONTINUATION) != 0 {
+            return Err(WalPageError::UnknownFlags { flags });
+        }
+        let timeline = fields.u32().ok_or(WalPageError::NoHeader)?;
+        let address = Lsn(fields.u64().ok_or(WalPageError::NoHeader)?);
+        let continuation = fields.u32().ok_or(WalPageError::NoHeader)?;
+        fields.skip(4).ok_or(WalPageError::NoHeader)?;
+        let long = (flags & LONG_HEADER != 0).then(|| WalLongHeader::read(&mut fields)).transpose()?;
+        Ok(Self {
+            version,
+            timeline: TimelineId::new(timeline).ok_or(WalPageError::Field { what: "timeline" })?,
+            address,
+            continuation: (flags & CONTINUATION != 0).then_some(continuation),
+            overwrites_continuation: flags & OVERWRITES_CONTINUATION != 0,
+            long,
+        })
+    }
+
+    /// Returns the bytes of the header itself.
+    pub fn header_len(&self) -> usize {
+        if self.long.is_some() { SEGMENT_HEADER_LEN } else { SHORT_HEADER_LEN }
+    }
+}
+
+impl WalLongHeader {
+    fn read(fields: &mut FieldReader<'_>) -> Result<Self, WalPageError> {
+        let system_identifier = SystemIdentifier(fields.u64().ok_or(WalPageError::NoHeader)?);
+        let segment_size = fields.u32().ok_or(WalPageError::NoHeader)?;
+        let segment_size =
+            WalSegmentSize::new(segment_size).map_err(|_| WalPageError::Field { what: "segment size" })?;
+        let page_bytes = fields.u32().ok_or(WalPageError::NoHeader)?;
+        let valid = page_bytes.is_power_of_two() && (1 << 10..=1 << 16).contains(&page_bytes);
+        if !valid {
+            return Err(WalPageError::Field { what: "page size" });
+        }
+        Ok(Self { system_identifier, segment_size, page_bytes })
+    }
+}
 
 impl SegmentHeader {
     /// Reads the header at the front of a segment's bytes.
     pub fn parse(bytes: &[u8], name: &str) -> Result<Self, SegmentError> {
         let no_header = || SegmentError::NoHeader { name: name.to_owned() };
-        let bytes: &[u8; SEGMENT_HEADER_LEN] = bytes.first_chunk().ok_or_else(no_header)?;
-        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-        let u32_at =
-            |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().expect("fields end before 40"));
-        let u64_at =
-            |at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().expect("fields end before 40"));
-        let magic = u16_at(0);
-        if magic == 0 {
-            return Err(no_header());
-        }
-        if !MAGICS.contains(&magic) {
-            return Err(SegmentError::UnknownMagic { name: name.to_owned(), magic });
-        }
-        if u16_at(2) & LONG_HEADER == 0 {
-            return Err(no_header());
-        }
+        let page = WalPageHeader::parse(bytes).map_err(|error| match error {
+            WalPageError::UnknownMagic { magic } => {
+                SegmentError::UnknownMagic { name: name.to_owned(), magic }
+            }
+            _ => no_header(),
+        })?;
+        let long = page.long.ok_or_else(no_header)?;
         Ok(Self {
-            magic,
-            timeline: TimelineId::new(u32_at(4)).ok_or_else(no_header)?,
-            address: Lsn(u64_at(8)),
-            system_identifier: SystemIdentifier(u64_at(24)),
-            segment_size: WalSegmentSize::new(u32_at(32)).map_err(|_| no_header())?,
+            version: page.version,
+            timeline: page.timeline,
+            address: page.address,
+            system_identifier: long.system_identifier,
+            segment_size: long.segment_size,
+            page_bytes: long.page_bytes,
         })
     }
 
@@ -117,11 +204,32 @@ impl SegmentHeader {
     }
 }
 
+/// Checks all a header can tell: that a file of `length` bytes beginning with `bytes` is the segment `name` of the
+/// cluster expected.
+pub fn check_segment_header(
+    bytes: &[u8],
+    length: u64,
+    name: WalSegmentName,
+    expected: (SystemIdentifier, WalSegmentSize),
+) -> Result<SegmentHeader, SegmentError> {
+    let header = SegmentHeader::parse(bytes, &name.to_string())?;
+    header.check_cluster(name, expected.0)?;
+    let (found, expected) = (header.segment_size.bytes(), expected.1.bytes());
+    if found != expected {
+        return Err(SegmentError::OtherSegmentSize { name: name.to_string(), found, expected });
+    }
+    header.check(name, length)?;
+    Ok(header)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    const SIZE: u32 = 16 << 20;
+    const CLUSTER: SystemIdentifier = SystemIdentifier(77);
 
     fn header(address: u64) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -130,43 +238,82 @@ mod tests {
         bytes.extend_from_slice(&1u32.to_le_bytes());
         bytes.extend_from_slice(&address.to_le_bytes());
         bytes.extend_from_slice(&[0; 8]);
-        bytes.extend_from_slice(&77u64.to_le_bytes());
-        bytes.extend_from_slice(&(16u32 << 20).to_le_bytes());
+        bytes.extend_from_slice(&CLUSTER.0.to_le_bytes());
+        bytes.extend_from_slice(&SIZE.to_le_bytes());
         bytes.extend_from_slice(&8192u32.to_le_bytes());
         bytes
     }
 
+    fn check(bytes: &[u8], length: u64, name: &str) -> Result<SegmentHeader, SegmentError> {
+        let size = WalSegmentSize::new(SIZE).unwrap();
+        check_segment_header(bytes, length, name.parse().unwrap(), (CLUSTER, size))
+    }
+
+    #[test]
+    fn segments_of_real_servers_are_what_they_are() {
+        let samples: [(MajorVersion, &[u8], &str); 6] = [
+            (MajorVersion::V13, include_bytes!("../../tests/data/wal/13-start"), "00000001000000000000000A"),
+            (MajorVersion::V14, include_bytes!("../../tests/data/wal/14-start"), "00000001000000000000000B"),
+            (MajorVersion::V15, include_bytes!("../../tests/data/wal/15-start"), "000000010000000000000009"),
+            (MajorVersion::V16, include_bytes!("../../tests/data/wal/16-start"), "000000010000000000000009"),
+            (MajorVersion::V17, include_bytes!("../../tests/data/wal/17-start"), "000000010000000000000009"),
+            (MajorVersion::V18, include_bytes!("../../tests/data/wal/18-start"), "000000010000000000000009"),
+        ];
+        for (version, bytes, name) in samples {
+            let header = SegmentHeader::parse(bytes, name).unwrap();
+            assert_eq!((header.version, header.timeline), (version, TimelineId::FIRST));
+            assert_eq!((header.segment_size.bytes(), header.page_bytes), (1 << 20, 8192));
+            header.check(name.parse().unwrap(), 1 << 20).unwrap();
+            let second = WalPageHeader::parse(&bytes[8192..]).unwrap();
+            assert_eq!(second.address, header.address + 8192);
+            assert_eq!((second.version, second.long, second.header_len()), (version, None, 24));
+        }
+    }
+
     #[test]
     fn a_segment_is_what_its_header_says() {
-        let segment: WalSegmentName = "000000010000000000000002".parse().unwrap();
-        let parsed = SegmentHeader::parse(&header(2 << 24), "x").unwrap();
-        parsed.check(segment, 16 << 20).unwrap();
-        parsed.check_cluster(segment, SystemIdentifier(77)).unwrap();
-        assert!(matches!(
-            parsed.check_cluster(segment, SystemIdentifier(78)),
-            Err(SegmentError::OtherCluster { .. })
-        ));
+        let parsed = check(&header(2 << 24), SIZE.into(), "000000010000000000000002").unwrap();
+        assert_eq!((parsed.version, parsed.address), (MajorVersion::V15, Lsn(2 << 24)));
         // A new timeline's first segment begins with a copy of the old one's.
-        let copied: WalSegmentName = "000000020000000000000002".parse().unwrap();
-        parsed.check(copied, 16 << 20).unwrap();
+        check(&header(2 << 24), SIZE.into(), "000000020000000000000002").unwrap();
     }
 
     /// Failure 5: a recycled segment with a future name was archived. Failure 11: so was a truncated one.
     #[test]
-    fn a_recycled_or_truncated_segment_is_not_what_its_name_claims() {
-        let segment: WalSegmentName = "000000010000000000000009".parse().unwrap();
-        let recycled = SegmentHeader::parse(&header(2 << 24), "x").unwrap();
-        assert!(matches!(recycled.check(segment, 16 << 20), Err(SegmentError::OtherAddress { .. })));
-        let truncated = SegmentHeader::parse(&header(9 << 24), "x").unwrap();
-        assert!(matches!(truncated.check(segment, 1 << 20), Err(SegmentError::OtherLength { .. })));
-        assert!(matches!(SegmentHeader::parse(&[0; 64], "x"), Err(SegmentError::NoHeader { .. })));
-        assert!(matches!(SegmentHeader::parse(&header(0)[..30], "x"), Err(SegmentError::NoHeader { .. })));
+    fn a_file_that_is_not_what_its_name_claims_is_refused() {
+        let name = "000000010000000000000009";
+        let error = |bytes: &[u8], length| check(bytes, length, name).unwrap_err();
+        let good = header(9 << 24);
+        assert!(matches!(error(&header(2 << 24), SIZE.into()), SegmentError::OtherAddress { .. }));
+        assert!(matches!(error(&good, 1 << 20), SegmentError::OtherLength { .. }));
+        assert!(matches!(error(&[0; 64], SIZE.into()), SegmentError::NoHeader { .. }));
+        assert!(matches!(error(&good[..30], SIZE.into()), SegmentError::NoHeader { .. }));
+        let altered = |at: usize, bytes: &[u8]| {
+            let mut header = good.clone();
+            header[at..at + bytes.len()].copy_from_slice(bytes);
+            error(&header, SIZE.into())
+        };
+        assert!(matches!(altered(0, &[0x01, 0xD1]), SegmentError::UnknownMagic { magic: 0xD101, .. }));
+        assert!(matches!(altered(2, &[0]), SegmentError::NoHeader { .. }));
+        assert!(matches!(altered(3, &[1]), SegmentError::NoHeader { .. }));
+        assert!(matches!(altered(4, &[0]), SegmentError::NoHeader { .. }));
+        assert!(matches!(altered(24, &[78]), SegmentError::OtherCluster { .. }));
+        assert!(matches!(altered(32, &(32u32 << 20).to_le_bytes()), SegmentError::OtherSegmentSize { .. }));
+        assert!(matches!(altered(32, &[1]), SegmentError::NoHeader { .. }));
+        assert!(matches!(
+            check(&good, SIZE.into(), "000000010000000000000100").unwrap_err(),
+            SegmentError::InvalidName { .. }
+        ));
     }
 
     proptest! {
         #[test]
-        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+        fn any_bytes_are_read_or_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..60)) {
             let _ = SegmentHeader::parse(&bytes, "x");
+            if bytes.len() > 3 {
+                bytes[..4].copy_from_slice(&[0x10, 0xD1, 0x02, 0x00]);
+                let _ = SegmentHeader::parse(&bytes, "x");
+            }
         }
     }
 }
