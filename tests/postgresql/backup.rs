@@ -292,6 +292,30 @@ fn a_terminated_or_killed_backup_leaves_the_server_and_no_basebackup() {
 }
 
 #[test]
+fn a_lost_session_fails_the_backup_while_it_copies() {
+    require!(Need::PostgreSQL(15));
+    let cluster = Cluster::start(15);
+    let walden = archiving(&cluster);
+    // All zero and nowhere stored, but it takes a while to read.
+    let sparse = cluster.data_directory().join("sparse");
+    fs::File::create(&sparse).unwrap().set_len(256 << 30).unwrap();
+    Account::of_postgresql().own(&sparse);
+    let mut child = walden.command().arg("backup").spawn().unwrap();
+    let sessions = "from pg_stat_activity where application_name = 'walden'";
+    let copying = || {
+        fs::read_dir(format!("/proc/{}/fd", child.id())).is_ok_and(|fds| {
+            fds.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path == sparse))
+        })
+    };
+    crate::support::wait_for("the copy of the large file", || copying().then_some(()));
+    assert_eq!(cluster.sql(&format!("select count(pg_terminate_backend(pid)) {sessions}")), "1");
+    assert_eq!(child.wait().unwrap().code(), Some(4));
+    let listed = walden.json(&["list"]);
+    assert_eq!(listed["basebackups"].as_array().unwrap().len(), 0, "{listed}");
+    assert_eq!(cluster.sql(&format!("select count(*) {sessions}")), "0");
+}
+
+#[test]
 fn a_basebackup_of_a_standby_starts_after_replay() {
     require!(Need::PostgreSQL(15));
     let cluster = Cluster::start(15);
