@@ -186,14 +186,24 @@ impl BasebackupList {
         let count = self.complete.len();
         let listed = match count.checked_sub(back.saturating_add(1)) {
             Some(at) => &self.complete[at],
-            None if count == 0 => return Err(ResolveError::NoBasebackup),
+            None if count == 0 => {
+                return Err(self.unreadable_among(|_| true).unwrap_or(ResolveError::NoBasebackup));
+            }
             None => return Err(ResolveError::TooFarBack { name: name.to_owned(), count }),
         };
-        // A damaged record may hide a newer one: taking the next without a word would be wrong data in silence.
-        match self.unreadable.iter().rev().find(|(id, _)| *id > listed.record.id) {
-            Some((id, error)) => Err(ResolveError::Unreadable { id: *id, reason: error.to_string() }),
+        match self.unreadable_among(|id| id > listed.record.id) {
+            Some(error) => Err(error),
             None => Ok(listed),
         }
+    }
+
+    /// Returns why the newest of the basebackups that `meant` names cannot be used, where a record cannot be read.
+    ///
+    /// Whoever chooses for the user asks this first: taking an older one without a word would be wrong data in
+    /// silence.
+    pub fn unreadable_among(&self, meant: impl Fn(BasebackupId) -> bool) -> Option<ResolveError> {
+        let (id, error) = self.unreadable.iter().rev().find(|(id, _)| meant(*id))?;
+        Some(ResolveError::Unreadable { id: *id, reason: error.to_string() })
     }
 }
 

@@ -132,7 +132,12 @@ impl Config {
     /// Returns the keys that this host needs for `purpose`.
     pub fn keyring(&self, purpose: KeyPurpose, random: Arc<dyn Random>) -> Result<Keyring> {
         match &self.encryption {
-            Some(encryption) => Ok(Keyring::new(encryption.keyring_options(purpose, random)?)),
+            Some(encryption) => {
+                let keyring = Keyring::new(encryption.keyring_options(purpose, random)?);
+                // A host that reads has no use for the recipients' keys, but their names say what it may expect.
+                let expected = !encryption.recipients.is_empty();
+                Ok(if expected { keyring.expecting_encryption() } else { keyring })
+            }
             None => Ok(Keyring::unencrypted(random)),
         }
     }

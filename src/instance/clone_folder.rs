@@ -86,6 +86,16 @@ pub struct LastState {
     pub state: CloneState,
     /// Why it failed.
     pub message: Option<String>,
+    /// Whether it failed of damaged or untrusted data.
+    #[serde(default)]
+    pub damaged: bool,
+}
+
+impl LastState {
+    /// A state in which nothing has failed.
+    pub fn sound(state: CloneState) -> Self {
+        Self { state, message: None, damaged: false }
+    }
 }
 
 /// A name that cannot be a clone's.
@@ -285,7 +295,7 @@ mod tests {
         folder.create(Owner::current()).unwrap();
         assert!(folder.create(Owner::current()).is_err());
         assert!(CloneFolder::list(clones.path()).unwrap().is_empty());
-        folder.write_state(&LastState { state: CloneState::Creating, message: None }).unwrap();
+        folder.write_state(&LastState::sound(CloneState::Creating)).unwrap();
         assert_eq!(folder.read_state().unwrap().state, CloneState::Creating);
         std::fs::write(folder.spec_file(), "{}").unwrap();
         assert_eq!(CloneFolder::list(clones.path()).unwrap(), std::slice::from_ref(&folder));

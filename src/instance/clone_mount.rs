@@ -126,6 +126,11 @@ impl CloneMount {
         self.reader.forget_prefetched();
     }
 
+    /// Returns the first damage of the basebackup that this mount met.
+    pub fn damage(&self) -> Option<&str> {
+        self.reader.damage()
+    }
+
     /// Returns how many bytes of the basebackup are in the upper since this mount began.
     pub fn hydrated_bytes(&self) -> u64 {
         self.uppers.iter().map(|upper| upper.stats().filled_bytes).sum()

@@ -21,7 +21,7 @@ use crate::pg::{TimelineId, WalSegmentNumber};
 use crate::repo::documents::BackupRecord;
 use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
-use crate::repo::{self, Basebackup, Repository};
+use crate::repo::{self, Basebackup, BasebackupId, Repository};
 use crate::storage;
 
 /// What the user asked for.
@@ -193,7 +193,16 @@ fn choose<'a>(
         return Ok(list.resolve("latest")?);
     }
     let chosen = list.complete.iter().rev().find(|listed| ended_before(&listed.record));
-    chosen.ok_or_else(|| CreateError::NoneBefore(target.target.to_string()))
+    // One that began behind the target would not have been chosen, whatever its record says.
+    let began_before = |id: BasebackupId| match &target.target {
+        Target::Time(time) => id.time() < *time,
+        _ => true,
+    };
+    let newer = |id| chosen.is_none_or(|listed| id > listed.record.id);
+    match list.unreadable_among(|id| newer(id) && began_before(id)) {
+        Some(error) => Err(error.into()),
+        None => chosen.ok_or_else(|| CreateError::NoneBefore(target.target.to_string())),
+    }
 }
 
 /// Decides what the clone's server preloads, and says what it leaves out.
@@ -234,7 +243,7 @@ fn write_folder(
     }
     durable::write_file(&folder.server_log(), b"", Create::PRIVATE_FILE.owned_by(owner))?;
     write_json(&folder.plan_file(), plan, "a recovery plan")?;
-    folder.write_state(&LastState { state: CloneState::Creating, message: None })?;
+    folder.write_state(&LastState::sound(CloneState::Creating))?;
     folder.write_spec(spec)
 }
 

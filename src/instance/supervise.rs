@@ -70,6 +70,27 @@ pub enum SuperviseError {
     /// The control file.
     #[error(transparent)]
     ControlFile(#[from] ControlFileError),
+    /// Something failed after damage was met.
+    #[error("{damage}; {error}")]
+    Damaged { damage: String, error: Box<SuperviseError> },
+}
+
+impl SuperviseError {
+    /// Says whether data of the repository is damaged or not to be trusted.
+    fn is_damage(&self) -> bool {
+        match self {
+            Self::Repository(error) | Self::Mount(MountFailure::Repository(error)) => {
+                error.kind() == repo::ErrorKind::Damaged
+            }
+            Self::Damaged { .. } => true,
+            Self::Disk(_)
+            | Self::Mount(_)
+            | Self::Server(_)
+            | Self::Control(_)
+            | Self::Prepare { .. }
+            | Self::ControlFile(_) => false,
+        }
+    }
 }
 
 /// A fast stop writes a checkpoint through the mount; after this it is told to end at once.
@@ -83,11 +104,15 @@ pub async fn supervise(
     let folder = options.folder.clone();
     let _lock = folder.lock()?;
     let outcome = run(options, terminated).await;
-    let (state, message) = match &outcome {
-        Ok(()) => (CloneState::Stopped, None),
-        Err(error) => (CloneState::Failed, Some(error.to_string())),
+    let last = match &outcome {
+        Ok(()) => LastState::sound(CloneState::Stopped),
+        Err(error) => LastState {
+            state: CloneState::Failed,
+            message: Some(error.to_string()),
+            damaged: error.is_damage(),
+        },
     };
-    folder.write_state(&LastState { state, message })?;
+    folder.write_state(&last)?;
     outcome
 }
 
@@ -95,15 +120,20 @@ async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) ->
     let folder = &options.folder;
     let spec = folder.read_spec()?;
     let plan: RecoveryPlan = read_json(&folder.plan_file(), "a recovery plan")?;
-    folder.write_state(&LastState { state: CloneState::Recovering, message: None })?;
+    folder.write_state(&LastState::sound(CloneState::Recovering))?;
     let listener = Listener::bind(&folder.control_socket())?;
     let mut mount = CloneMount::open(&options.repository, folder, &spec, plan).await?;
     let outcome = run_server(&options, &spec, &listener, &mount, terminated).await;
+    let outcome = outcome.map_err(|error| match mount.damage() {
+        // PostgreSQL only saw that a read failed.
+        Some(damage) => SuperviseError::Damaged { damage: damage.to_owned(), error: Box::new(error) },
+        None => error,
+    });
     // Whatever happened, what PostgreSQL was told is durable is made so, and nothing stays mounted.
     let closed = mount.close().await;
     let (stopped_by, ()) = (outcome?, closed?);
     if let Some(pending) = stopped_by {
-        folder.write_state(&LastState { state: CloneState::Stopped, message: None })?;
+        folder.write_state(&LastState::sound(CloneState::Stopped))?;
         pending.answer(&Reply::Done).await;
     }
     Ok(())
@@ -135,7 +165,7 @@ async fn run_server(
                 progress.state = state_of(&ready).await?;
                 let now = options.repository.clock().monotonic();
                 progress.seconds_to_ready = Some(now.saturating_duration_since(options.asked_at).as_secs_f64());
-                folder.write_state(&LastState { state: progress.state, message: None })?;
+                folder.write_state(&LastState::sound(progress.state))?;
                 session = Some(ready);
                 mount.started();
             }
@@ -179,7 +209,7 @@ fn status(
         bytes_fetched: options.spent_bytes + traffic.bytes_read,
         requests: options.spent_requests + traffic.requests(),
         seconds_to_ready: progress.seconds_to_ready,
-        ..resting_status(&options.folder, spec, &LastState { state: progress.state, message: None })
+        ..resting_status(&options.folder, spec, &LastState::sound(progress.state))
     }
 }
 

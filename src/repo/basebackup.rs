@@ -26,6 +26,7 @@ use crate::repo::refs::{REFS_BYTES_MAX, Refs};
 use crate::repo::repository::Repository;
 use crate::repo::sealed::SealedHead;
 use crate::repo::signed::{DOCUMENT_BYTES_MAX, open_document};
+use crate::storage;
 
 /// A basebackup whose index is open.
 #[derive(Debug)]
@@ -215,7 +216,8 @@ impl Basebackup {
             .range(range.start + 1..range.end + 1)
             .ok_or_else(|| Error::damaged(&object, "it has fewer frames than its start frame names"))?;
         let key = self.repository.layout().manifest(self.record.id);
-        let bytes = self.repository.store().get_range(&key, bytes_range.clone()).await?;
+        let bytes = self.repository.store().get_range(&key, bytes_range.clone()).await;
+        let bytes = bytes.map_err(|error| missing_is_damage(error, &object))?;
         let mut blocks = Vec::with_capacity(range.len());
         for n in range {
             let block = open_block(&self.head, &self.start, n, bytes_range.start, &bytes, &object)?;
@@ -260,7 +262,8 @@ async fn read_manifest_start(
     if wanted > MANIFEST_START_BYTES_MAX || pin.head_size > pin.start_size || pin.start_size > pin.size {
         return Err(damaged("backup.json names impossible sizes"));
     }
-    let bytes = repository.store().get_range(&repository.layout().manifest(id), 0..wanted).await?;
+    let bytes = repository.store().get_range(&repository.layout().manifest(id), 0..wanted).await;
+    let bytes = bytes.map_err(|error| missing_is_damage(error, &object))?;
     let head_bytes = &bytes[..pin.head_size as usize];
     if Digest::of(head_bytes) != pin.head_digest {
         return Err(damaged("its beginning is not the one backup.json names"));
@@ -301,9 +304,15 @@ fn open_block(
 
 async fn read_refs(repository: &Repository, record: &BackupRecord) -> Result<Refs, Error> {
     let object = format!("refs of basebackup {}", record.id);
-    let bytes = repository.store().get(&repository.layout().refs(record.id), REFS_BYTES_MAX).await?;
+    let bytes = repository.store().get(&repository.layout().refs(record.id), REFS_BYTES_MAX).await;
+    let bytes = bytes.map_err(|error| missing_is_damage(error, &object))?;
     if bytes.len() as u64 != record.refs.size || Digest::of(&bytes) != record.refs.digest {
         return Err(Error::damaged(object, "it is not the one backup.json names"));
     }
     Refs::decode(&bytes, &object)
+}
+
+/// The commit says that the object is there: when the store says it is not, something took it away.
+fn missing_is_damage(error: storage::Error, object: &str) -> Error {
+    if error.is_absent() { Error::damaged(object, "it is missing from the store") } else { error.into() }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
 use lru::LruCache;
@@ -15,7 +15,7 @@ use tokio::sync::OnceCell;
 use crate::repo::basebackup::Basebackup;
 use crate::repo::chunk::ChunkRef;
 use crate::repo::entry::{BlobRef, Content, Entry, Node};
-use crate::repo::error::Error;
+use crate::repo::error::{Error, ErrorKind};
 use crate::repo::id::PackId;
 use crate::repo::manifest::PackRange;
 use crate::repo::pack::open_chunk;
@@ -39,6 +39,7 @@ pub struct FileReader {
     /// Stored bytes fetched ahead, by pack and offset.
     ahead: Mutex<BTreeMap<(PackId, u32), Bytes>>,
     flights: Mutex<HashMap<ChunkKey, Arc<OnceCell<Bytes>>>>,
+    damage: OnceLock<String>,
 }
 
 type ChunkKey = (PackId, u32);
@@ -66,12 +67,18 @@ impl FileReader {
             raw: Mutex::new(raw),
             ahead: Mutex::new(BTreeMap::new()),
             flights: Mutex::new(HashMap::new()),
+            damage: OnceLock::new(),
         }
     }
 
     /// Returns the basebackup.
     pub fn basebackup(&self) -> &Arc<Basebackup> {
         &self.basebackup
+    }
+
+    /// Returns the first damage that was met, for whoever has to explain a server that ended of a read error.
+    pub fn damage(&self) -> Option<&str> {
+        self.damage.get().map(String::as_str)
     }
 
     /// Returns the bytes of `range`, cut at the end of the file.
@@ -227,6 +234,11 @@ impl FileReader {
         let flight =
             self.flights.lock().expect("no holder of this lock panics").entry(key).or_default().clone();
         let result = flight.get_or_try_init(|| self.fetch_chunk(kind, chunk)).await.cloned();
+        if let Err(error) = &result
+            && error.kind() == ErrorKind::Damaged
+        {
+            self.damage.get_or_init(|| error.to_string());
+        }
         self.flights.lock().expect("no holder of this lock panics").remove(&key);
         result
     }

@@ -40,6 +40,7 @@ pub struct KeyringOptions {
 #[derive(Debug)]
 pub struct Keyring {
     options: KeyringOptions,
+    expects_encryption: bool,
     observer: Option<ObserverHandle>,
     /// RSA costs milliseconds, and many objects share a data key.
     opened: Mutex<LruCache<DataKeyId, Arc<DataKey>>>,
@@ -108,7 +109,15 @@ const OPENED_KEYS_MAX: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not 
 impl Keyring {
     /// Creates a keyring from the keys that were configured.
     pub fn new(options: KeyringOptions) -> Self {
-        Self { options, observer: None, opened: Mutex::new(LruCache::new(OPENED_KEYS_MAX)) }
+        let expects_encryption = !options.recipients.is_empty()
+            || !options.wal_recipients.is_empty()
+            || !options.private_keys.is_empty();
+        Self {
+            options,
+            expects_encryption,
+            observer: None,
+            opened: Mutex::new(LruCache::new(OPENED_KEYS_MAX)),
+        }
     }
 
     /// Creates a keyring without any key: nothing is encrypted, nothing is signed.
@@ -121,6 +130,11 @@ impl Keyring {
             private_keys: Vec::new(),
             random,
         })
+    }
+
+    /// Refuses what is not encrypted even where no key says that anything is.
+    pub fn expecting_encryption(self) -> Self {
+        Self { expects_encryption: true, ..self }
     }
 
     /// Shows everything that is sealed from now on to `observer`, for tests of nonce reuse.
@@ -146,7 +160,7 @@ impl Keyring {
 
     /// Returns whether this host holds a private key.
     pub fn can_read(&self) -> bool {
-        !self.options.private_keys.is_empty() || !self.expects_encryption()
+        !self.options.private_keys.is_empty() || !self.expects_encryption
     }
 
     /// Draws a new data key and wraps it for everyone in `audience`.
@@ -181,7 +195,7 @@ impl Keyring {
     /// committed one, `Unencrypted` where the object is not encrypted and this host expects encryption.
     pub fn open_key(&self, envelope: &KeyEnvelope, object: &str) -> Result<ContentKey, Error> {
         if envelope.cipher == Cipher::None {
-            if self.expects_encryption() {
+            if self.expects_encryption {
                 return Err(Error::Unencrypted { object: object.to_owned() });
             }
             return Ok(ContentKey { data_key: None });
@@ -235,12 +249,6 @@ impl Keyring {
             Audience::Basebackup => &self.options.recipients,
             Audience::Wal => &self.options.wal_recipients,
         }
-    }
-
-    fn expects_encryption(&self) -> bool {
-        !self.options.recipients.is_empty()
-            || !self.options.wal_recipients.is_empty()
-            || !self.options.private_keys.is_empty()
     }
 
     fn matching_private_key<'a>(

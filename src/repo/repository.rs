@@ -66,6 +66,7 @@ impl Repository {
         match read_site(&*options.store, &layout).await {
             Ok(record) => Ok((Self::assemble(options, layout, record), false)),
             Err(error) if error.is_absent() => {
+                refuse_orphans(&*options.store, &layout).await?;
                 probe(&*options.store, &layout, options.keyring.random()).await?;
                 let record = create_site(&*options.store, &layout, options.keyring.random()).await?;
                 Ok((Self::assemble(options, layout, record), true))
@@ -147,6 +148,22 @@ async fn read_site(store: &dyn Store, layout: &Layout) -> Result<SiteRecord, Err
         return Err(Error::NewerFormat { object: key.to_string(), features: record.format });
     }
     Ok(record)
+}
+
+/// Refuses to make a new site of one that lost its `site.json`: everything in it would become a stranger's.
+async fn refuse_orphans(store: &dyn Store, layout: &Layout) -> Result<(), Error> {
+    for folder in [layout.basebackups(), layout.clusters()] {
+        // Another host may create the site at this moment; then its `site.json` is there before anything else.
+        if !store.list(&folder, None, 1).await?.is_empty() {
+            return match store.head(&layout.site()).await {
+                Err(error) if error.is_absent() => {
+                    Err(Error::damaged(layout.site(), "it is missing, and the site has other objects"))
+                }
+                other => Ok(other.map(drop)?),
+            };
+        }
+    }
+    Ok(())
 }
 
 async fn create_site(store: &dyn Store, layout: &Layout, random: &dyn Random) -> Result<SiteRecord, Error> {

@@ -4,4 +4,14 @@
 //! With it what is refused although nothing is damaged: keys that are missing, strange or exposed, signers nobody
 //! trusts. And the witness that no upload, however it fails, seals twice under one nonce (failure 43).
 
+#[path = "../support/mod.rs"]
+mod support;
+
+mod damage;
+mod source;
+
+mod clones;
+mod keys;
+mod matrix;
+mod mounted;
 mod sealing;

@@ -120,8 +120,14 @@ fn spawn(
 
 /// Says why the supervisor ended: what it wrote down, or else how it ended.
 fn failure(folder: &CloneFolder, status: &str) -> CommandError {
-    let message = folder.read_state().ok().and_then(|last| last.message);
+    let last = folder.read_state().ok();
+    let kind =
+        if last.as_ref().is_some_and(|last| last.damaged) { ExitKind::Damaged } else { ExitKind::Failed };
+    let message = last.and_then(|last| last.message);
     let message = message.unwrap_or_else(|| format!("the supervisor ended with {status}"));
-    CommandError::new(ExitKind::Failed, format!("clone \"{}\" did not start: {message}", folder.name()))
-        .hint(format!("See \"{}\" and \"{}\".", folder.server_log().display(), folder.mount_log().display()))
+    CommandError::new(kind, format!("clone \"{}\" did not start: {message}", folder.name())).hint(format!(
+        "See \"{}\" and \"{}\".",
+        folder.server_log().display(),
+        folder.mount_log().display()
+    ))
 }
