@@ -67,7 +67,7 @@ fn mistakes_on_the_command_line_are_status_2_in_our_form() {
     for (line, stderr) in [
         (
             &["lst"][..],
-            "error: unrecognized subcommand 'lst'\nhint: `walden --help` and `walden COMMAND --help` tell what there is.\n",
+            "error: unrecognized subcommand 'lst'\nhint: Did you mean \"list\"?\n",
         ),
         (&["key", "creat"], "error: unrecognized subcommand 'creat'\nhint: Did you mean \"create\"?\n"),
         (

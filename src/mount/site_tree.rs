@@ -228,7 +228,7 @@ mod tests {
     use crate::repo::documents::ServerRecord;
     use crate::repo::manifest::{OutsideLink, Tablespace};
     use crate::repo::{BasebackupId, Keyring, RepositoryOptions};
-    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
+    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
 
     use super::*;
 

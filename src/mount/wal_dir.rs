@@ -377,7 +377,7 @@ mod tests {
             let (repository, zstd) = (&archive.repository, Compression::zstd(1));
             for (timeline, number) in segments {
                 let object = WalObjectName::Segment(segment(*timeline, *number));
-                let raw = [*number as u8; 300_000];
+                let raw = vec![*number as u8; 300_000];
                 archive_wal(repository, cluster(), object, &raw, &key, zstd).await.unwrap();
             }
             for (timeline, parent, switch) in histories {

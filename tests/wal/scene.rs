@@ -6,8 +6,8 @@ use std::process::Command;
 
 use crate::support::{Account, Cluster, Mounted, Options, Run, Server, Site, Stop, Walden, wait_for};
 
-/// What a restore_command that goes through the mount is documented to be; for a standby it is the first half.
-const DOCUMENTED: &str = "cp DIR/wal/%f %p || { test -e DIR/wal/%f.absent && exit 1; exit 200; }";
+/// Says which commands go through the mount: first that of a recovery, then that of a standby.
+const DOCUMENT: &str = include_str!("../../docs/mount.md");
 
 /// Rows that are put into the server after the copy, one for each segment that is archived.
 pub struct Scene {
@@ -93,12 +93,18 @@ impl Scene {
 
     /// Returns the documented restore_command of a recovery through the mount.
     pub fn cp(&self) -> String {
-        DOCUMENTED.replace("DIR", &self.cluster.scratch().path().join("mnt").display().to_string())
+        self.documented(0)
     }
 
     /// Returns the documented restore_command of a standby through the mount.
     pub fn plain_cp(&self) -> String {
-        format!("cp {}/wal/%f %p", self.cluster.scratch().path().join("mnt").display())
+        self.documented(1)
+    }
+
+    fn documented(&self, nth: usize) -> String {
+        let mut commands = DOCUMENT.lines().filter_map(|line| line.strip_prefix("restore_command = '"));
+        let command = commands.nth(nth).and_then(|rest| rest.strip_suffix('\'')).unwrap();
+        command.replace("DIR", self.mount_point().to_str().unwrap())
     }
 
     /// Returns the file of an archived segment in the repository.
@@ -116,9 +122,8 @@ impl Scene {
     /// Checks that a recovery ends with the server refusing to go on, for the reason given, and not with promotion.
     #[track_caller]
     pub fn assert_stops(&self, mut server: Server, why: &str) {
-        let log = match recover(&mut server) {
-            Err(log) => log,
-            Ok(()) => panic!("promoted with {} of {} rows", Self::rows(&server), self.segments.len()),
+        let Err(log) = recover(&mut server) else {
+            panic!("promoted with {} of {} rows", Self::rows(&server), self.segments.len());
         };
         assert!(log.contains("FATAL"), "{log}");
         assert!(log.contains(why), "no \"{why}\" in:\n{log}");
