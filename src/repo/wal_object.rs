@@ -232,6 +232,9 @@ async fn compare(repository: &Repository, target: &Target, raw: &[u8]) -> Result
 async fn read_front(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
     let store = repository.store();
     let size = store.head(&target.key).await?.size;
+    if size == 0 {
+        return Err(Error::damaged(&target.object, "it is empty"));
+    }
     let front = store.get_range(&target.key, 0..size.min(HEADER_BYTES_GUESS)).await?;
     let header_len = Header::len_of(&front, &target.object)? as u64;
     if header_len <= front.len() as u64 || header_len > size {

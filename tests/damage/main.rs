@@ -15,3 +15,4 @@ mod keys;
 mod matrix;
 mod mounted;
 mod sealing;
+mod wal;

@@ -1,0 +1,83 @@
+//! Damaged WAL, as `cp` from the mount and `wal fetch` meet it: never the end of the archive (failure 1).
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::damage::{At, Damage};
+use crate::mounted::Mount;
+use crate::source::Source;
+use crate::support::{Need, Run, Site, require};
+
+/// A segment that is damaged or missing in the middle has length 0 in the mount: PostgreSQL refuses that, and never
+/// takes it for the end of the archive (failure 1).
+#[test]
+fn damaged_wal_is_empty_in_the_mount_and_stops_wal_fetch() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = Source::create(|site: Site| site);
+    let data = copy_of_data(&source);
+    let segment = source.wal_object(&source.segment);
+    let size = 1 << 20;
+    let mut damages = Damage::ALONE.to_vec();
+    let later = source.later_segment.clone();
+    damages.push(Damage::ReplaceBy(source.wal_object(&later)));
+    for damage in damages {
+        source.restore();
+        damage.inflict(&segment);
+        let mount = Mount::create(&source);
+        let copied = source.cluster.scratch().path().join("copied");
+        Run::of(Command::new("cp").arg(mount.path(&format!("wal/{}", source.segment))).arg(&copied), "")
+            .expect_success();
+        assert_eq!(fs::metadata(&copied).unwrap().size(), 0, "{damage:?}");
+        assert!(mount.log().contains(&source.segment), "{damage:?}: {}", mount.log());
+        assert!(!mount.path(&format!("wal/{}.absent", source.segment)).exists(), "{damage:?}");
+        assert_eq!(fs::read(mount.path(&format!("wal/{later}"))).unwrap().len(), size, "{damage:?}");
+        mount.end();
+        let fetched = fetch(&source, &data, &source.segment).expect_code(200);
+        assert!(fetched.stderr.contains(&source.segment), "{damage:?}: {}", fetched.stderr);
+        assert!(!data.join("fetched").exists(), "{damage:?}");
+    }
+    source.restore();
+    Damage::Flip(At::Middle).inflict(&source.wal_object("00000002.history"));
+    let fetched = fetch(&source, &data, "00000002.history").expect_code(200);
+    assert!(fetched.stderr.contains("00000002.history"), "{}", fetched.stderr);
+    assert_history_is_waited_for(&source);
+    source.restore();
+    fetch(&source, &data, &source.segment).expect_code(0);
+    assert_eq!(fs::metadata(data.join("fetched")).unwrap().size(), size as u64);
+}
+
+/// An empty history would be taken for a timeline without ancestors, an error for a timeline that is not there.
+fn assert_history_is_waited_for(source: &Source) {
+    let mount = Mount::create(source);
+    let mut reader = Command::new("cat").arg(mount.path("wal/00000002.history")).spawn().unwrap();
+    let deadline = Instant::now() + crate::support::PATIENCE;
+    while !mount.log().contains("waiting for 00000002.history") {
+        assert!(Instant::now() < deadline, "{}", mount.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(reader.try_wait().unwrap().is_none(), "it was answered");
+    reader.kill().unwrap();
+    reader.wait().unwrap();
+    mount.end();
+}
+
+/// A data directory that is about to recover, as somebody would make one from the mount by hand.
+fn copy_of_data(source: &Source) -> PathBuf {
+    let mount = Mount::create(source);
+    let data = source.cluster.scratch().folder("recovering");
+    let from = mount.path("basebackups/latest/data/.");
+    Run::of(Command::new("cp").arg("-a").arg(from).arg(&data), "").expect_success();
+    mount.end();
+    fs::write(data.join("recovery.signal"), "").unwrap();
+    // The plan is made while everything can be read.
+    fetch(source, &data, &source.segment).expect_code(0);
+    fs::remove_file(data.join("fetched")).unwrap();
+    data
+}
+
+fn fetch(source: &Source, data: &Path, name: &str) -> Run {
+    Run::of(source.walden.command().current_dir(data).args(["wal", "fetch", name, "fetched"]), "")
+}
