@@ -81,3 +81,25 @@ fn copy_of_data(source: &Source) -> PathBuf {
 fn fetch(source: &Source, data: &Path, name: &str) -> Run {
     Run::of(source.walden.command().current_dir(data).args(["wal", "fetch", name, "fetched"]), "")
 }
+
+/// The server removes its segment once it is told that the archive has it.
+#[test]
+fn a_push_takes_no_damaged_object_for_its_own_and_no_site_without_its_record_for_a_new_one() {
+    require!(Need::PostgreSQL(15));
+    let source = Source::create(|site: Site| site);
+    let segment = source.cluster.data_directory().join("pg_wal").join(&source.later_segment);
+    let push = || source.walden.try_run(&["wal", "push", segment.to_str().unwrap()]);
+    push().expect_code(0);
+    for damage in [Damage::Flip(At::Last), Damage::Truncate, Damage::Empty] {
+        source.restore();
+        damage.inflict(&source.wal_object(&source.later_segment));
+        let refused = push().expect_code(3);
+        assert!(refused.stderr.contains(&source.later_segment), "{damage:?}: {}", refused.stderr);
+    }
+    source.restore();
+    let record = source.site().join("site.json");
+    Damage::Remove.inflict(&record);
+    let refused = push().expect_code(3);
+    assert!(refused.stderr.contains("site.json is damaged: it is missing"), "{}", refused.stderr);
+    assert!(!record.exists());
+}
