@@ -2,9 +2,9 @@
 //!
 //! An append-only text file of lines `hide <path in the lower>`, percent-escaped. A name once hidden never comes
 //! back: what is created in its place lies in the upper and has no need of the lower's. So the set only grows, is
-//! bounded by the lower's names, and replaying it needs no order. A line counts once it ends; a crash can cut the last
-//! lines short or leave zeros, never change earlier ones, because the file systems an upper may lie on write data
-//! before sizes.
+//! bounded by the lower's names, and replaying it needs no order. A line counts once it ends. A power cut can take lines
+//! that were not synced, cut one short, or leave zeros in their place with later ones behind: from the first zero on
+//! nothing was synced, so nothing is believed. Anything else that is not a line is damage.
 //!
 //! After a failed sync the journal takes no more: what it held may be on disk or not, and only a fresh start can
 //! tell.
@@ -46,7 +46,10 @@ impl NamesJournal {
         text.truncate(read);
         let (hidden, length) = parse(&text)?;
         if length < size {
-            tracing::warn!(lost_bytes = size - length, "the names journal ended in the middle of a line");
+            tracing::warn!(
+                bytes = size - length,
+                "dropping the end of the names journal, which was never synced"
+            );
             file.set_length(length)?;
         }
         file.sync(false)?;
@@ -98,6 +101,7 @@ fn parse(text: &[u8]) -> io::Result<(HashSet<Vec<u8>>, u64)> {
     while let Some(end) = text[at..].iter().position(|byte| *byte == b'\n') {
         match parse_line(&text[at..at + end]) {
             Some(path) => hidden.insert(path),
+            None if text[at..at + end].contains(&0) => break,
             None => return Err(io::Error::other(format!("the names journal is malformed at byte {at}"))),
         };
         at += end + 1;
@@ -165,7 +169,8 @@ mod tests {
 
     #[test]
     fn a_torn_tail_is_cut_off_and_the_rest_stands() {
-        for tail in [&b"hide ba"[..], b"hide", b"\0\0\0\0"] {
+        for tail in [&b"hide ba"[..], b"hide", b"\0\0\0\0", b"\0\0ide b\nhide c\n", b"hide b\0\0\0\nhide c\n"]
+        {
             let scratch = tempfile::tempdir().unwrap();
             let mut journal = reopen(scratch.path());
             journal.hide(b"first").unwrap();
@@ -179,7 +184,7 @@ mod tests {
 
     #[test]
     fn damage_before_the_end_is_an_error() {
-        for text in [&b"hide a\nhode b\nhide c\n"[..], b"hide %4\n", b"\0\0\nhide a\n", b"hide a b\n"] {
+        for text in [&b"hide a\nhode b\nhide c\n"[..], b"hide %4\n", b"\x01\nhide a\n", b"hide a b\n"] {
             let scratch = tempfile::tempdir().unwrap();
             std::fs::write(scratch.path().join(PATH), text).unwrap();
             let disk = RealDisk::open(scratch.path()).unwrap();

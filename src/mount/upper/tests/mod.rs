@@ -1,9 +1,12 @@
 //! The upper against a reference model, and what must never happen to it.
 //!
 //! `world` drives an upper by paths, `model` is the file system it must behave like, `sequences` compares the two over
-//! random operations, `rules` are the failures seen elsewhere.
+//! random operations, `rules` are the failures seen elsewhere. `power_cut` stops a `simulated_disk` at any system call and
+//! loses what was not synced.
 
 mod model;
+mod power_cut;
 mod rules;
 mod sequences;
+mod simulated_disk;
 mod world;
