@@ -91,6 +91,7 @@ pub fn mount(
     runtime: &tokio::runtime::Handle,
 ) -> Result<Mounted, MountError> {
     let path = prepare(path, options)?;
+    raise_descriptor_limit();
     let device = if Owner::current().is_root() {
         mount_as_root(&path, options)?
     } else {
@@ -332,6 +333,23 @@ fn absolute(path: &Path) -> Result<PathBuf, MountError> {
 
 fn safe_name(options: &MountOptions) -> String {
     options.name.chars().map(|c| if c == ',' || c == '\\' || c.is_control() { '_' } else { c }).collect()
+}
+
+/// Lets this process open as many files as it is allowed to: an upper keeps one open for each that a client has, and the
+/// usual soft limit of 1024 is less than a server with many tables opens.
+#[expect(unsafe_code, reason = "no wrapper for the resource limits among our dependencies")]
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls only read or write the structure they are given, which outlives them.
+    let raised = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit) == 0
+        }
+    };
+    if !raised {
+        tracing::warn!("could not raise the limit of open files: {}", io::Error::last_os_error());
+    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountError {

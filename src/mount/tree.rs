@@ -481,3 +481,186 @@ fn globally(slot: u64, entry: Entry) -> Entry<Ino> {
 fn errno_of<T>(outcome: Result<T, LowerError>) -> Result<T, Errno> {
     outcome.map_err(|error| errno::of_lower(&error))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::mount::lower_volume::LowerVolume;
+    use crate::mount::memory_lower::MemoryLower;
+    use crate::mount::virtual_dir::{StaticDir, StaticFile};
+
+    fn file(content: &'static str) -> Item {
+        Item::File(Arc::new(StaticFile::new(content, Timestamp::UNIX_EPOCH)))
+    }
+
+    fn volume() -> Item {
+        let lower = Arc::new(MemoryLower::build(&[("base/1/16384", 100)]));
+        Item::Volume(Arc::new(LowerVolume::new(lower, Owner::current())))
+    }
+
+    fn tree() -> Arc<Tree> {
+        let inner = StaticDir::default().with("data", volume());
+        let root = StaticDir::default()
+            .with("one", volume())
+            .with("two", volume())
+            .with("file", file("hello"))
+            .with("inner", Item::Directory(Arc::new(inner)));
+        Tree::new(Item::Directory(Arc::new(root)), Owner::current())
+    }
+
+    async fn find(tree: &Tree, path: &str) -> Result<Entry<Ino>, Errno> {
+        let mut at = tree.attributes(&Caller::internal(), Ino::ROOT).await?;
+        for name in path.split('/') {
+            at = tree.lookup(&Caller::internal(), at.id, name.as_bytes()).await?;
+        }
+        Ok(at)
+    }
+
+    #[tokio::test]
+    async fn every_path_has_a_number_of_its_own_and_keeps_it() {
+        let tree = tree();
+        let paths = ["one", "two", "file", "inner", "inner/data", "one/base", "two/base", "one/base/1/16384"];
+        let mut seen = BTreeSet::from([Ino::ROOT.0]);
+        for path in paths {
+            let found = find(&tree, path).await.unwrap();
+            assert!(seen.insert(found.id.0), "{path}");
+            assert_eq!(find(&tree, path).await.unwrap(), found, "{path}");
+            assert_eq!(tree.attributes(&Caller::internal(), found.id).await.unwrap(), found, "{path}");
+        }
+        assert_eq!(find(&tree, "nowhere").await, Err(Errno::ENOENT));
+        assert_eq!(find(&tree, "file/below").await, Err(Errno::ENOTDIR));
+    }
+
+    #[tokio::test]
+    async fn what_the_kernel_forgot_is_forgotten() {
+        let tree = tree();
+        let found = find(&tree, "file").await.unwrap();
+        find(&tree, "file").await.unwrap();
+        tree.forget(found.id, 1);
+        assert!(tree.attributes(&Caller::internal(), found.id).await.is_ok());
+        tree.forget(found.id, 1);
+        assert_eq!(tree.attributes(&Caller::internal(), found.id).await, Err(Errno::ESTALE));
+        assert!(tree.lock_items().known.is_empty() && tree.lock_items().numbers.is_empty());
+    }
+
+    /// A partial WAL segment and the final one share a name; the kernel must not show one's pages for the other.
+    #[tokio::test]
+    async fn another_file_under_a_name_has_another_number() {
+        #[derive(Debug)]
+        struct Changing(std::sync::atomic::AtomicU64);
+
+        #[derive(Debug)]
+        struct Version(u64);
+
+        #[async_trait::async_trait]
+        impl VirtualFile for Version {
+            fn identity(&self) -> u64 {
+                self.0
+            }
+            fn size(&self) -> u64 {
+                self.0
+            }
+            async fn open(&self) -> Result<(Arc<dyn VirtualReader>, IoMode), LowerError> {
+                Ok((Arc::new(StaticFile::new("", Timestamp::UNIX_EPOCH)), IoMode::Direct))
+            }
+        }
+
+        #[async_trait::async_trait]
+        impl crate::mount::virtual_dir::DynamicDir for Changing {
+            async fn lookup(&self, _: &[u8]) -> Result<Option<Found>, LowerError> {
+                let version = Version(self.0.load(Ordering::Relaxed));
+                Ok(Some(Found { item: Item::File(Arc::new(version)), lifetime: Lifetime::Once }))
+            }
+            async fn list(&self, _: Option<&[u8]>, _: usize) -> Result<Vec<(Vec<u8>, FileKind)>, LowerError> {
+                Ok(Vec::new())
+            }
+        }
+
+        let directory = Arc::new(Changing(AtomicU64::new(1)));
+        let tree = Tree::new(Item::Directory(directory.clone()), Owner::current());
+        let partial = find(&tree, "x").await.unwrap();
+        directory.0.store(2, Ordering::Relaxed);
+        let whole = find(&tree, "x").await.unwrap();
+        assert_ne!(partial.id, whole.id);
+        assert_eq!(tree.attributes(&Caller::internal(), partial.id).await.unwrap().attributes.size, 1);
+        assert_eq!(whole.attributes.size, 2);
+    }
+
+    /// Failure 35: handles that were used again raced.
+    #[tokio::test]
+    async fn a_closed_handle_stays_closed_whatever_is_opened_next() {
+        let tree = tree();
+        let id = find(&tree, "file").await.unwrap().id;
+        let (first, _) = tree.open(&Caller::internal(), id, false).await.unwrap();
+        let held = tree.file(first).unwrap();
+        tree.release(first);
+        let (second, _) = tree.open(&Caller::internal(), id, false).await.unwrap();
+        assert_ne!(first, second);
+        assert_eq!(tree.file(first).map(drop), Err(Errno::EBADF));
+        assert_eq!(tree.directory(second).map(drop), Err(Errno::EBADF));
+        // A read under way when the file was closed ends well.
+        assert_eq!(held.read(&Caller::internal(), 1, 3).await.unwrap(), "ell");
+    }
+
+    #[tokio::test]
+    async fn changes_stop_at_the_edge_of_a_volume() {
+        let tree = tree();
+        let caller = Caller::internal();
+        let (one, two) = (find(&tree, "one").await.unwrap().id, find(&tree, "two").await.unwrap().id);
+        let renamed = tree.rename(&caller, (one, b"base"), (two, b"base"), RenameMode::Replace).await;
+        assert_eq!(renamed, Err(Errno::EXDEV));
+        assert_eq!(tree.unlink(&caller, Ino::ROOT, b"file").await, Err(Errno::EROFS));
+        assert_eq!(tree.make_directory(&caller, one, b"x", 0o700).await.map(drop), Err(Errno::EROFS));
+    }
+
+    #[tokio::test]
+    async fn a_large_directory_is_listed_in_steps_and_from_the_start_again() {
+        let count = 2500;
+        let empty = StaticDir::default();
+        let directory = (0..count).fold(empty, |dir, number| dir.with(&format!("{number:05}"), file("")));
+        let tree = Tree::new(Item::Directory(Arc::new(directory)), Owner::current());
+        let handle = tree.open_directory(Ino::ROOT).await.unwrap();
+        let listing = tree.directory(handle).unwrap();
+        for _ in 0..2 {
+            let mut names: Vec<String> = Vec::new();
+            let mut offset = 0;
+            loop {
+                let before = names.len();
+                let caller = Caller::internal();
+                let step = listing.read(&caller, offset, |next, entry| {
+                    if names.len() - before == 700 {
+                        return false;
+                    }
+                    offset = next;
+                    names.push(String::from_utf8(entry.name.clone()).unwrap());
+                    true
+                });
+                step.await.unwrap();
+                if names.len() == before {
+                    break;
+                }
+            }
+            let expected = [".".to_owned(), "..".to_owned()];
+            let expected: Vec<String> =
+                expected.into_iter().chain((0..count).map(|number| format!("{number:05}"))).collect();
+            assert_eq!(names, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_volume_can_be_the_whole_tree() {
+        let tree = Tree::new(volume(), Owner::current());
+        let root = tree.attributes(&Caller::internal(), Ino::ROOT).await.unwrap();
+        assert_eq!(root.attributes.kind, FileKind::Directory);
+        assert_ne!(root.id, Ino::ROOT, "the root shows the volume's own number");
+        let found = find(&tree, "base/1/16384").await.unwrap();
+        assert_eq!(found.attributes.size, 100);
+        let (handle, _) = tree.open(&Caller::internal(), found.id, false).await.unwrap();
+        let bytes = tree.file(handle).unwrap().read(&Caller::internal(), 0, 200).await.unwrap();
+        assert_eq!(bytes.len(), 100);
+    }
+}

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use walden::disk::Owner;
 
 use crate::folder_lower::FolderLower;
-use crate::harness::can_mount;
+use crate::harness::{can_mount, skip};
 use crate::writable::Writable;
 
 /// A shell of the user postgres in a folder, with PostgreSQL's programs in its path.
@@ -75,12 +75,8 @@ fn postgresql_starts_from_nothing_works_crashes_and_recovers() {
     if !can_mount() {
         return;
     }
-    let Some(programs) = programs() else {
-        assert!(
-            std::env::var_os("CI").is_none(),
-            "PostgreSQL's programs are not in /usr/lib/postgresql, and CI is set"
-        );
-        eprintln!("SKIPPED: PostgreSQL's programs are not in /usr/lib/postgresql");
+    let Some(programs) = programs().filter(|_| Owner::current().is_root()) else {
+        skip("running PostgreSQL needs root and its programs in /usr/lib/postgresql");
         return;
     };
     let scratch = tempfile::Builder::new().prefix("walden-upper-").tempdir().unwrap();

@@ -15,8 +15,7 @@ use crate::mount::fs::{FileKind, LocalId, RenameMode, Volume};
 use crate::mount::lower::{Lower, NodeId, NodeKind};
 use crate::mount::memory_lower::MemoryLower;
 use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
-use crate::mount::upper::tests::world::{World, binding, caller, same};
-use crate::mount::upper::{Upper, UpperOptions};
+use crate::mount::upper::tests::world::{World, same};
 
 const UNIT: usize = 4096;
 
@@ -428,23 +427,12 @@ async fn check_name(
     Ok(Vec::new())
 }
 
-async fn open(lower: &Arc<MemoryLower>, disk: &SimulatedDisk) -> World {
-    let options = UpperOptions {
-        directory: "simulated".into(),
-        binding: binding(),
-        owner: caller().owner,
-        holds_back: true,
-    };
-    let upper = Upper::over(lower.clone(), Arc::new(disk.clone()), &options, false, None).await.unwrap();
-    World { lower: lower.clone(), upper }
-}
-
 /// Runs operations until the power goes after so many system calls, looks at what is left, and says whether it went.
 async fn cut(operations: &[Operation], calls: u64, mut seed: u64) -> bool {
     let lower = Arc::new(MemoryLower::build(&TREE));
     let disk = SimulatedDisk::new(calls);
     let start = disk.copy();
-    let world = open(&lower, &disk).await;
+    let world = World::of(lower.clone(), &disk).await;
     let mut expected = Expected::new(&lower).await;
     for (stamp, operation) in (1..).zip(operations) {
         if disk.is_dead() {
@@ -461,12 +449,12 @@ async fn cut(operations: &[Operation], calls: u64, mut seed: u64) -> bool {
     };
     let after = disk.after_power_cut(&start, chance);
     for _ in 0..2 {
-        let world = open(&lower, &after).await;
+        let world = World::of(lower.clone(), &after).await;
         if let Err(wrong) = check(&world, &expected).await {
             panic!("after {calls} calls of {operations:?}: {wrong}");
         }
     }
-    check_growth(&open(&lower, &after).await).await;
+    check_growth(&World::of(lower.clone(), &after).await).await;
     disk.is_dead()
 }
 

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use crate::disk;
 use crate::mount::fs::{FileKind, RenameMode, Seek, SetAttributes, SetTime, Volume};
 use crate::mount::memory_lower::MemoryLower;
+use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::tests::world::{TREE, World, binding, caller, open, same};
 use crate::mount::upper::{OpenError, UpperStats};
 
@@ -208,6 +209,39 @@ async fn walden_s_own_folder_cannot_be_seen_or_touched() {
     assert_eq!(world.rename("top", ".walden", RenameMode::Replace).await, Err(Errno::EPERM));
     assert_eq!(world.remove_directory(".walden").await, Err(Errno::ENOENT));
     world.make_directory("base/.walden").await.unwrap();
+}
+
+#[tokio::test]
+async fn on_a_full_disk_reads_go_on_and_writes_say_so() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::on(&disk).await;
+    world.read(RELATION, 70_000, 10).await.unwrap();
+    disk.set_full(true);
+    // Of one file the upper has a part, of the other nothing.
+    for path in [RELATION, "base/2/16384"] {
+        let size = world.attributes(path).await.size;
+        let whole = world.read_all(path).await.unwrap();
+        same(&whole, &expected(&world, path, 0..size), path);
+    }
+    same(
+        &world.read(RELATION, 65_500, 9_000).await.unwrap(),
+        &expected(&world, RELATION, 65_500..74_500),
+        "both",
+    );
+    assert!(world.upper.stats().read_through > 0);
+    assert_eq!(world.write(RELATION, 8192, &[1; 8192]).await, Err(Errno::ENOSPC));
+    assert_eq!(world.write(RELATION, 5, &[1; 5]).await, Err(Errno::ENOSPC));
+    assert_eq!(world.create("new").await.map(drop), Err(Errno::ENOSPC));
+    // What is local already can be written over.
+    world.write(RELATION, 65_536, &[2; 4096]).await.unwrap();
+    disk.set_full(false);
+    let mut content = expected(&world, RELATION, 0..200_000);
+    content[65_536..69_632].fill(2);
+    same(&world.read(RELATION, 0, 200_000).await.unwrap(), &content, "with room again");
+    world.write(RELATION, 8192, &[3; 100]).await.unwrap();
+    content[8192..8292].fill(3);
+    let world = world.anew_on(&disk).await;
+    same(&world.read(RELATION, 0, 200_000).await.unwrap(), &content, "opened anew");
 }
 
 #[tokio::test]

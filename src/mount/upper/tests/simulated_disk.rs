@@ -33,6 +33,7 @@ struct Inner {
     forced: usize,
     calls_left: u64,
     next_inode: u64,
+    full: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -101,8 +102,13 @@ impl SimulatedDisk {
 
     fn holding(state: State, calls_left: u64) -> Self {
         let next_inode = state.inodes.keys().max().map_or(ROOT, |last| last + 1);
-        let inner = Inner { state, log: Vec::new(), forced: 0, calls_left, next_inode };
+        let inner = Inner { state, log: Vec::new(), forced: 0, calls_left, next_inode, full: false };
         Self { inner: Arc::new(Mutex::new(inner)) }
+    }
+
+    /// Takes away, or gives back, the room for new blocks and new files.
+    pub(crate) fn set_full(&self, full: bool) {
+        self.lock().full = full;
     }
 
     /// Tells whether the power is gone.
@@ -159,6 +165,9 @@ impl SimulatedDisk {
     fn make(&self, path: &Path, kind: FileKind, mode: u32, target: &[u8]) -> io::Result<u64> {
         let mut inner = self.call()?;
         let (directory, name) = inner.parent(path)?;
+        if inner.full {
+            return Err(os(libc::ENOSPC));
+        }
         if inner.state.inodes[&directory].entries.contains_key(&name) {
             return Err(os(libc::EEXIST));
         }
@@ -464,6 +473,9 @@ impl LocalFile for SimulatedFile {
         for block in offset / BLOCK..end.div_ceil(BLOCK) {
             let old = inner.state.inodes[&self.inode].blocks.get(&block).cloned();
             let allocated = old.is_none();
+            if allocated && inner.full {
+                return Err(os(libc::ENOSPC));
+            }
             let mut bytes = old.unwrap_or_else(|| vec![0; BLOCK as usize]);
             for at in (block * BLOCK).max(offset)..((block + 1) * BLOCK).min(end) {
                 bytes[(at % BLOCK) as usize] = data[(at - offset) as usize];

@@ -14,6 +14,7 @@ use crate::mount::caller::Caller;
 use crate::mount::fs::{Attributes, Entry, FileKind, LocalId, OpenFile, RenameMode, SetAttributes, Volume};
 use crate::mount::memory_lower::MemoryLower;
 use crate::mount::upper::tests::model::Shape;
+use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::{OpenError, Upper, UpperOptions};
 
 /// The tree most tests stand on: every size that has an edge in it.
@@ -37,14 +38,17 @@ pub(crate) fn binding() -> Binding {
     Binding { basebackup: "20261120T101500Z-3fa9".into(), manifest_digest: "ab".into(), part: "data".into() }
 }
 
-pub(crate) async fn open(lower: &Arc<MemoryLower>, directory: &Path) -> Result<Upper, OpenError> {
-    let options = UpperOptions {
+fn options(directory: &Path) -> UpperOptions {
+    UpperOptions {
         directory: directory.to_owned(),
         binding: binding(),
         owner: Owner::current(),
         holds_back: true,
-    };
-    Upper::open(lower.clone(), options).await
+    }
+}
+
+pub(crate) async fn open(lower: &Arc<MemoryLower>, directory: &Path) -> Result<Upper, OpenError> {
+    Upper::open(lower.clone(), options(directory)).await
 }
 
 /// Compares contents, and says where they differ instead of showing them.
@@ -64,6 +68,23 @@ impl World {
     pub(crate) async fn new(directory: &Path) -> Self {
         let lower = Arc::new(MemoryLower::build(&TREE));
         let upper = open(&lower, directory).await.unwrap();
+        Self { lower, upper }
+    }
+
+    /// Opens an upper on a simulated disk.
+    pub(crate) async fn on(disk: &SimulatedDisk) -> Self {
+        Self::of(Arc::new(MemoryLower::build(&TREE)), disk).await
+    }
+
+    /// Opens the same upper again.
+    pub(crate) async fn anew_on(self, disk: &SimulatedDisk) -> Self {
+        Self::of(self.lower.clone(), disk).await
+    }
+
+    /// Opens an upper above a lower of one's own on a simulated disk.
+    pub(crate) async fn of(lower: Arc<MemoryLower>, disk: &SimulatedDisk) -> Self {
+        let options = options(Path::new("simulated"));
+        let upper = Upper::over(lower.clone(), Arc::new(disk.clone()), &options, false, None).await.unwrap();
         Self { lower, upper }
     }
 
