@@ -25,7 +25,7 @@ use crate::catalog::RecoveryTarget;
 use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, LockFile, Owner};
-use crate::pg::TimelineId;
+use crate::pg::{RecoveryLimits, TimelineId};
 use crate::repo::lease::Pin;
 use crate::repo::{BasebackupId, ClusterId};
 
@@ -70,6 +70,9 @@ pub struct CloneSpec {
     pub owner: (u32, u32),
     /// What keeps the basebackup; nothing where the store takes no writes.
     pub pin: Option<Pin>,
+    /// The greatest limits that the WAL announces.
+    #[serde(default)]
+    pub limits: RecoveryLimits,
     /// Libraries to preload: those of the source that stay inside a clone and are on this host.
     #[serde(default)]
     pub preload: String,

@@ -17,6 +17,7 @@ use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
 use crate::instance::isolation::{config_files, socket_path};
 use crate::instance::preload::{is_in, plan_preload};
+use crate::instance::wal_scan::{WalScan, scan_wal};
 use crate::pg::{TimelineId, WalSegmentNumber};
 use crate::repo::documents::BackupRecord;
 use crate::repo::lease::Pin;
@@ -137,42 +138,66 @@ pub async fn create(
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
     let basebackup = Basebackup::open(repository, record.id).await?;
+    let scan = scan_wal(repository, &plan, record.start_lsn).await?;
     folder.create(options.owner)?;
-    let outcome = async {
-        let pin = match Pin::create(repository, record.id, &format!("clone {}", folder.name())).await {
-            Ok(pin) => Some(pin),
-            Err(repo::Error::Store(error)) if error.kind() == storage::ErrorKind::Denied => None,
-            Err(error) => return Err(error.into()),
-        };
-        let spec = CloneSpec {
-            format: 1,
-            name: folder.name().to_owned(),
-            site: options.site.clone(),
-            basebackup: record.id,
-            manifest_digest: record.manifest.digest.to_string(),
-            cluster: record.cluster,
-            major: record.server.major,
-            bin_directory: bin_directory.clone(),
-            target: options.target.clone(),
-            timeline,
-            read_early: options.read_early,
-            port: options.port,
-            superuser: record.server.superuser.clone(),
-            owner: (options.owner.uid, options.owner.gid),
-            pin,
-            preload: preload_setting(&record.server.preload_libraries, &bin_directory),
-            stand_ins: stand_ins(folder, &basebackup),
-            created_at: repository.clock().now(),
-        };
-        write_folder(folder, &spec, &plan, options.owner)?;
-        Ok(spec)
+    let pin = match pin(repository, record.id, folder).await {
+        Ok(pin) => pin,
+        Err(error) => return Err(give_up(repository, folder, None, error).await),
     };
-    let outcome: Result<CloneSpec, CreateError> = outcome.await;
-    if outcome.is_err() {
-        // Nothing is mounted yet, and nothing in it is anybody's work.
-        let _ = std::fs::remove_dir_all(folder.path());
+    let spec = CloneSpec {
+        format: 1,
+        name: folder.name().to_owned(),
+        site: options.site.clone(),
+        basebackup: record.id,
+        manifest_digest: record.manifest.digest.to_string(),
+        cluster: record.cluster,
+        major: record.server.major,
+        preload: preload_setting(&record.server.preload_libraries, &bin_directory),
+        bin_directory,
+        target: options.target.clone(),
+        timeline,
+        read_early: options.read_early,
+        port: options.port,
+        superuser: record.server.superuser.clone(),
+        owner: (options.owner.uid, options.owner.gid),
+        pin: pin.clone(),
+        limits: scan.limits,
+        stand_ins: stand_ins(folder, &basebackup, &scan),
+        created_at: repository.clock().now(),
+    };
+    match write_folder(folder, &spec, &plan, options.owner) {
+        Ok(()) => Ok(spec),
+        Err(error) => Err(give_up(repository, folder, pin, error.into()).await),
     }
-    outcome
+}
+
+/// Pins the basebackup; nothing where the store takes no writes.
+async fn pin(
+    repository: &Repository,
+    id: BasebackupId,
+    folder: &CloneFolder,
+) -> Result<Option<Pin>, CreateError> {
+    match Pin::create(repository, id, &format!("clone {}", folder.name())).await {
+        Ok(pin) => Ok(Some(pin)),
+        Err(repo::Error::Store(error)) if error.kind() == storage::ErrorKind::Denied => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Leaves nothing of a clone that could not be made: nothing is mounted yet, and nothing in it is anybody's work.
+async fn give_up(
+    repository: &Repository,
+    folder: &CloneFolder,
+    pin: Option<Pin>,
+    error: CreateError,
+) -> CreateError {
+    if let Some(pin) = pin
+        && let Err(error) = pin.end(repository).await
+    {
+        tracing::warn!("could not let go of basebackup {}: {error}", pin.id);
+    }
+    let _ = std::fs::remove_dir_all(folder.path());
+    error
 }
 
 /// Chooses the newest basebackup that ended before the target, or the one that is named.
@@ -221,14 +246,22 @@ fn outside_tablespaces(basebackup: &Basebackup) -> impl Iterator<Item = &Tablesp
     basebackup.start().tablespaces.iter().filter(|tablespace| !tablespace.location.is_empty())
 }
 
-/// Places of the source that replay may write to: where its tablespaces were, whatever is there on this host.
-fn stand_ins(folder: &CloneFolder, basebackup: &Basebackup) -> Vec<(PathBuf, PathBuf)> {
-    outside_tablespaces(basebackup)
+/// Places of the source that replay may write to, whatever is there on this host: where its tablespaces were when the
+/// basebackup was taken, and where it made others later.
+fn stand_ins(folder: &CloneFolder, basebackup: &Basebackup, scan: &WalScan) -> Vec<(PathBuf, PathBuf)> {
+    let mut stand_ins: Vec<(PathBuf, PathBuf)> = outside_tablespaces(basebackup)
         .map(|tablespace| {
             let location = PathBuf::from(OsString::from_vec(tablespace.location.clone()));
             (location, folder.tablespace(tablespace.oid))
         })
-        .collect()
+        .collect();
+    for (oid, location) in &scan.tablespaces {
+        // A place that is used again, or that is in the basebackup already, has its folder.
+        if !stand_ins.iter().any(|(known, _)| known == location) {
+            stand_ins.push((location.clone(), folder.stand_ins().join(oid.to_string())));
+        }
+    }
+    stand_ins
 }
 
 fn write_folder(
@@ -237,6 +270,10 @@ fn write_folder(
     plan: &RecoveryPlan,
     owner: Owner,
 ) -> Result<(), disk::Error> {
+    let own_folders = spec.stand_ins.iter().filter(|(_, own)| own.starts_with(folder.stand_ins()));
+    for (_, own) in own_folders {
+        durable::create_dir(own, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
+    }
     for (name, text) in config_files(folder.name()) {
         let file = folder.config().join(name);
         durable::write_file(&file, text.as_bytes(), Create::PRIVATE_FILE.owned_by(owner))?;

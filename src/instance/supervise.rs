@@ -20,6 +20,7 @@ use crate::instance::clone_mount::{CloneMount, MountFailure};
 use crate::instance::isolation::{CloneFacts, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
+use crate::instance::wal_scan::greatest;
 use crate::pg::{ControlFile, ControlFileError};
 use crate::replication::Session;
 use crate::repo::{self, Repository};
@@ -302,7 +303,7 @@ fn launch(options: &SuperviseOptions, spec: &CloneSpec, control: &ControlFile, r
         port: spec.port,
         config_directory: folder.config(),
         wal_directory: folder.mount_point().join("wal"),
-        limits: control.limits,
+        limits: greatest(control.limits, spec.limits),
         recovery: recovering.then(|| (spec.target.clone(), spec.timeline)),
         preload: spec.preload.clone(),
         read_early: spec.read_early,

@@ -79,7 +79,7 @@ pub struct ControlFile {
 }
 
 /// Settings that hot standby requires to be at least the primary's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct RecoveryLimits {
     pub max_connections: u32,
     pub max_worker_processes: u32,
