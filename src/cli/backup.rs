@@ -61,7 +61,7 @@ impl Backup {
             }
         })??;
         context.end_progress();
-        context.output.print(&BackupReport::from(outcome))
+        context.output.print(&BackupReport::of(outcome, context.traffic.snapshot().requests()))
     }
 
     fn options(&self, context: &Context, site: &SiteConfig) -> Result<BackupOptions, CommandError> {
@@ -153,14 +153,16 @@ struct BackupReport {
     database_bytes: u64,
     stored_bytes: u64,
     ratio: f64,
+    requests: u64,
     seconds: f64,
     damaged_pages: u64,
     vanished_files: u64,
     shrunk_files: u64,
 }
 
-impl From<BackupOutcome> for BackupReport {
-    fn from(outcome: BackupOutcome) -> Self {
+impl BackupReport {
+    /// Creates the report of a basebackup that took so many requests to the store.
+    fn of(outcome: BackupOutcome, requests: u64) -> Self {
         let BackupOutcome { record, took, vanished, shrunk } = outcome;
         let seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
         Self {
@@ -176,6 +178,7 @@ impl From<BackupOutcome> for BackupReport {
             database_bytes: record.size.database_bytes,
             stored_bytes: record.size.stored_bytes,
             ratio: ratio(record.size.database_bytes, record.size.stored_bytes),
+            requests,
             seconds,
             damaged_pages: record.size.damaged_pages,
             vanished_files: vanished,
