@@ -12,7 +12,7 @@ find_postgresql() {
 build_walden() {
     find_postgresql
     say "building (release; a few minutes the first time)"
-    (cd "$root" && nice cargo build --quiet --locked --release --bin walden) </dev/null >&2
+    (cd "$root" && nice cargo build --quiet --locked --release --bin walden) </dev/null 1>&2
     local target
     target=$(cd "$root" && cargo metadata --locked --no-deps --format-version 1 |
         sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
@@ -86,8 +86,9 @@ archive_wal() {
 
 stop_cluster() {
     [ -n "$postmaster" ] || return 0
-    kill -INT "$postmaster" 2>/dev/null || true
-    wait "$postmaster" 2>/dev/null || true
+    # The job is a shell, and its child the server, which writes its own number down.
+    kill -INT "$(head -n 1 "$folder/data/postmaster.pid")" 2>/dev/null || true
+    wait "$postmaster" || true
     postmaster=''
 }
 
