@@ -105,9 +105,20 @@ pub fn create_dir_all(path: &Path, create: Create) -> Result<(), Error> {
 
 /// Creates one directory; one that is there already, perhaps made by another process just now, is left as it is.
 pub fn create_dir(path: &Path, create: Create) -> Result<(), Error> {
+    match create_new_dir(path, create) {
+        Err(Error::Exists { .. }) if path.is_dir() => Ok(()),
+        other => other,
+    }
+}
+
+/// Creates a directory that must not exist yet; of two callers exactly one succeeds, the other gets
+/// [`Error::Exists`].
+pub fn create_new_dir(path: &Path, create: Create) -> Result<(), Error> {
     match fs::DirBuilder::new().mode(create.mode).create(path) {
         Ok(()) => {}
-        Err(source) if source.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => return Ok(()),
+        Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
+            return Err(Error::Exists { path: path.to_owned() });
+        }
         Err(source) => return Err(Error::at("create directory", path)(source)),
     }
     fs::set_permissions(path, Permissions::from_mode(create.mode))

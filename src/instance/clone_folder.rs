@@ -14,7 +14,7 @@
 //! ```
 //! Mode 0700, owned by whom PostgreSQL runs as. The supervisor holds the lock; whoever holds it is alone.
 
-use std::os::unix::fs::DirBuilderExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -124,7 +124,7 @@ impl CloneFolder {
     pub fn list(clones: &Path) -> Result<Vec<Self>, disk::Error> {
         let entries = match std::fs::read_dir(clones) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(source) => return Err(disk::Error::Io { action: "list", path: clones.to_owned(), source }),
         };
         let mut folders: Vec<Self> = entries
@@ -205,21 +205,27 @@ impl CloneFolder {
         self.path.join("mount.log")
     }
 
-    /// Makes the folder and those in it; fails where it exists.
+    /// Makes the folder and those in it; of two callers exactly one succeeds.
+    ///
+    /// # Errors
+    /// `Exists` where it is there already, which is then left as it is; after any other nothing is left.
     pub fn create(&self, owner: Owner) -> Result<(), disk::Error> {
         let private = Create::PRIVATE_DIRECTORY.owned_by(owner);
-        // Exclusive: what stands there already is somebody's clone, or on its way to be one.
-        std::fs::DirBuilder::new().mode(0o700).create(&self.path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::AlreadyExists => disk::Error::Exists { path: self.path.clone() },
-            _ => disk::Error::Io { action: "create", path: self.path.clone(), source },
-        })?;
-        owner.give(&self.path)?;
-        for folder in
-            [self.upper(), self.pg_wal(), self.stand_ins(), self.config(), self.run(), self.mount_point()]
-        {
-            durable::create_dir(&folder, private)?;
+        durable::create_new_dir(&self.path, private)?;
+        let folders =
+            [self.upper(), self.pg_wal(), self.stand_ins(), self.config(), self.run(), self.mount_point()];
+        let made = folders.iter().try_for_each(|folder| durable::create_dir(folder, private));
+        if made.is_err() {
+            self.discard();
         }
-        Ok(())
+        made
+    }
+
+    /// Removes a folder in which nothing is mounted and nothing is anybody's work.
+    pub fn discard(&self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            tracing::warn!("could not remove \"{}\": {error}", self.path.display());
+        }
     }
 
     /// Takes the lock that says a supervisor is alive.
@@ -296,7 +302,9 @@ mod tests {
         let clones = tempfile::tempdir().unwrap();
         let folder = CloneFolder::new(clones.path(), "one").unwrap();
         folder.create(Owner::current()).unwrap();
-        assert!(folder.create(Owner::current()).is_err());
+        std::fs::write(folder.server_log(), "work").unwrap();
+        assert!(matches!(folder.create(Owner::current()), Err(disk::Error::Exists { .. })));
+        assert_eq!(std::fs::read_to_string(folder.server_log()).unwrap(), "work");
         assert!(CloneFolder::list(clones.path()).unwrap().is_empty());
         folder.write_state(&LastState::sound(CloneState::Creating)).unwrap();
         assert_eq!(folder.read_state().unwrap().state, CloneState::Creating);

@@ -52,6 +52,15 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// A clone shares its host with others: an eighth of the memory, and no more than this.
 const SHARED_BUFFERS_MAX: u64 = 256 << 20;
 
+/// At most one of them may have a value.
+const TARGET_SETTINGS: [&str; 5] = [
+    "recovery_target",
+    "recovery_target_time",
+    "recovery_target_lsn",
+    "recovery_target_xid",
+    "recovery_target_name",
+];
+
 /// Returns every setting of a clone's server.
 pub fn clone_settings(facts: &CloneFacts) -> Vec<Setting> {
     let mut settings = Vec::new();
@@ -191,17 +200,10 @@ fn recover(facts: &CloneFacts, settings: &mut Vec<Setting>) {
     }
     let mut wanted = target.settings(*timeline);
     let asked = "what was asked for";
-    for name in [
-        "recovery_target",
-        "recovery_target_time",
-        "recovery_target_lsn",
-        "recovery_target_xid",
-        "recovery_target_name",
-    ] {
-        let value = wanted.iter().position(|(wanted, _)| *wanted == name).map(|at| wanted.swap_remove(at).1);
-        // Empty where it is not asked for: postgresql.auto.conf may hold an old one.
-        set(name, value.unwrap_or_default(), asked);
-    }
+    // Empty where it is not asked for: postgresql.auto.conf may hold an old one. And before the one that is: after it
+    // the server takes even an empty one for a second target.
+    let targets = TARGET_SETTINGS.iter().filter(|name| !wanted.iter().any(|(wanted, _)| wanted == *name));
+    targets.for_each(|name| set(name, String::new(), asked));
     if !wanted.iter().any(|(name, _)| *name == "recovery_target_inclusive") {
         set("recovery_target_inclusive", "on".to_owned(), asked);
     }
@@ -289,6 +291,9 @@ mod tests {
             clone_settings(&CloneFacts { recovery: Some((target, TimelineId::FIRST)), ..facts(15) });
         assert_eq!(value(&settings, "recovery_target_name").as_deref(), Some("before"));
         assert_eq!(value(&settings, "recovery_target_lsn").as_deref(), Some(""));
+        let empty = settings.iter().rposition(|setting| setting.name == "recovery_target_time");
+        let asked = settings.iter().position(|setting| setting.name == "recovery_target_name");
+        assert!(empty < asked, "the server would see two targets");
         assert_eq!(value(&settings, "recovery_target_action").as_deref(), Some("pause"));
         assert_eq!(value(&settings, "hot_standby").as_deref(), Some("on"));
     }

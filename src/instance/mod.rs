@@ -13,6 +13,7 @@ mod wal_scan;
 mod clone_mount;
 pub mod isolation;
 pub mod launch;
+mod orphans;
 pub mod programs;
 pub mod server;
 

@@ -55,6 +55,9 @@ pub enum ServerError {
     Spawn(std::io::Error),
     /// It ended before it let anybody in.
     #[error("PostgreSQL ended while it was starting ({status}): {}", last_words(log))]
+    EndedAtStart { status: ExitStatus, log: Vec<String> },
+    /// It ended, and nobody here had asked it to.
+    #[error("PostgreSQL ended by itself ({status}): {}", last_words(log))]
     Ended { status: ExitStatus, log: Vec<String> },
     /// It did not stop in time.
     #[error("PostgreSQL did not stop within {0:?}")]
@@ -117,7 +120,7 @@ impl Server {
         let options = self.endpoint.connect_options("template1");
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
-                return Err(ServerError::Ended { status, log: tail(&self.log_file) });
+                return Err(ServerError::EndedAtStart { status, log: tail(&self.log_file) });
             }
             if self.lets_in() {
                 match Session::connect(&options).await {

@@ -19,6 +19,7 @@ use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, read_json
 use crate::instance::clone_mount::{CloneMount, MountFailure};
 use crate::instance::isolation::{CloneFacts, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
+use crate::instance::orphans;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
 use crate::instance::wal_scan::greatest;
 use crate::pg::{ControlFile, ControlFileError};
@@ -104,6 +105,7 @@ pub async fn supervise(
 ) -> Result<(), SuperviseError> {
     let folder = options.folder.clone();
     let _lock = folder.lock()?;
+    orphans::adopt();
     let outcome = run(options, terminated).await;
     let last = match &outcome {
         Ok(()) => LastState::sound(CloneState::Stopped),
@@ -125,6 +127,11 @@ async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) ->
     let listener = Listener::bind(&folder.control_socket())?;
     let mut mount = CloneMount::open(&options.repository, folder, &spec, plan).await?;
     let outcome = run_server(&options, &spec, &listener, &mount, terminated).await;
+    blocking(|| {
+        orphans::end();
+        Ok(())
+    })
+    .await?;
     let outcome = outcome.map_err(|error| match mount.damage() {
         // PostgreSQL only saw that a read failed.
         Some(damage) => SuperviseError::Damaged { damage: damage.to_owned(), error: Box::new(error) },

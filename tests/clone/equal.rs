@@ -1,0 +1,101 @@
+//! A clone at the end of the archive holds what the source held, though the basebackup was taken under load.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use crate::site::{Clone, Source};
+use crate::support::{
+    Chaos, Checksums, DebianCluster, Ledger, Need, Options, Run, Scratch, Site, Sql, Walden, require,
+    wait_for,
+};
+
+/// Lets the load run before, during and after a basebackup; returns the last acknowledged commit.
+fn backup_under_load(sql: &Sql, walden: &Walden) -> i64 {
+    let chaos = Chaos::start(sql);
+    chaos.wait_for_churn(2);
+    walden.run(&["backup"]);
+    chaos.wait_for_churn(2);
+    let acknowledged = chaos.finish().acknowledged();
+    let sessions = "select count(*) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()";
+    wait_for("the sessions of the load to end", || (sql.sql(sessions) == "0").then_some(()));
+    acknowledged
+}
+
+/// Checks a clone against its source, and both after the clone was written to.
+fn check(source: &Sql, clone: &Clone, acknowledged: i64) {
+    let expected = Checksums::of(source);
+    expected.assert_same(&Checksums::of(clone));
+    Ledger::assert_holds(clone, acknowledged);
+    let bin = crate::support::bin_directory(15).expect("the test required it");
+    let mut amcheck = Command::new(bin.join("pg_amcheck"));
+    amcheck.args(["--all", "--install-missing", "-h"]).arg(&clone.host);
+    amcheck.args(["-p", &clone.port.to_string(), "-U", "postgres"]);
+    Run::of(&mut amcheck, "").expect_success();
+    clone.sql("update pgbench_accounts set abalance = abalance + 1 where aid < 1000; drop table growing");
+    expected.assert_same(&Checksums::of(source));
+}
+
+#[test]
+fn a_clone_of_a_basebackup_taken_under_load_equals_its_source() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = Source::start(Options::default());
+    let acknowledged = backup_under_load(&source, &source.walden);
+    source.archive_wal();
+    let clone = source.clone("busy", &[]);
+    check(&source, &clone, acknowledged);
+    clone.run("delete");
+}
+
+/// The configuration of such a cluster is in /etc, where the basebackup takes it from and no clone looks.
+#[test]
+fn a_clone_of_a_debian_cluster_runs_without_the_files_in_etc() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::DebianCluster);
+    let source = DebianCluster::start(&[("max_wal_size", "256MB")]);
+    let scratch = Scratch::new();
+    let walden = Walden::configure(&scratch, &Site::of(&source, &source.data_directory()));
+    source.sql(&format!("alter system set archive_command = '{}'", walden.archive_command()));
+    source.sql("select pg_reload_conf()");
+    let acknowledged = backup_under_load(&source, &walden);
+    source.sql("select pg_logical_emit_message(false, 'test', 'a record')");
+    let segment = source.sql("select pg_walfile_name(pg_switch_wal())");
+    let archived = format!("select last_archived_wal >= '{segment}' from pg_stat_archiver");
+    wait_for("the last segment to be archived", || (source.sql(&archived) == "t").then_some(()));
+    let clone = Clone::create(&walden.as_root(), "debian", &[]);
+    check(&source, &clone, acknowledged);
+    let own = clone.folder().join("config/postgresql.conf");
+    assert_eq!(clone.sql("show config_file"), own.display().to_string());
+    clone.run("delete");
+}
+
+/// Lets every user open `/dev/fuse`, as udev's rule does; containers often make it root's alone.
+fn open_fuse_to_users() {
+    if nix::unistd::geteuid().is_root() {
+        fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).unwrap();
+    }
+}
+
+/// As PostgreSQL's own account, without root: fusermount3 and a user namespace.
+#[test]
+fn an_ordinary_user_has_clones_too() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    open_fuse_to_users();
+    let source = Source::start(Options::default());
+    source.sql("create table kept as select n, md5(n::text) from generate_series(1, 10000) n");
+    source.backup();
+    source.sql("update kept set n = -n where n % 3 = 0");
+    source.archive_wal();
+    let clone = Clone::create(&source.walden, "own", &[]);
+    Checksums::of(&source).assert_same(&Checksums::of(&clone));
+    let outside = source.scratch().folder("outside");
+    let refused = clone.try_sql(&format!("copy kept to '{}/rows'", outside.display())).unwrap_err();
+    assert!(refused.contains("Read-only") || refused.contains("Permission denied"), "{refused}");
+    clone.sql("delete from kept where n < 0");
+    let rows = clone.sql("select count(*) from kept");
+    let [supervisor, _] = clone.processes();
+    clone.kill(supervisor);
+    clone.run("start");
+    assert_eq!(clone.sql("select count(*) from kept"), rows);
+    clone.run("delete");
+    assert!(!clone.folder().exists() && outside.read_dir().unwrap().next().is_none());
+}

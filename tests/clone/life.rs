@@ -1,0 +1,137 @@
+//! A clone's life: stopped and started, killed, made twice, made in vain, deleted.
+
+use std::fs;
+
+use crate::site::{Clone, Source, assert_unchanged, listing, servers_of};
+use crate::support::{Chaos, Ledger, Need, Options, mounts_below, require, wait_for};
+
+/// A source with a row, a basebackup and an archive that is complete.
+fn source() -> Source {
+    let source = Source::start(Options::default());
+    source.sql("create table kept as select n from generate_series(1, 1000) n");
+    source.backup();
+    source.sql("insert into kept values (1001)");
+    source.archive_wal();
+    source
+}
+
+#[track_caller]
+fn assert_nothing_is_left(source: &Source, clone: &Clone) {
+    let folder = clone.folder();
+    assert!(!folder.exists());
+    assert_eq!(mounts_below(&folder), [] as [std::path::PathBuf; 0]);
+    let folder = folder.display().to_string();
+    wait_for("the clone's processes to end", || servers_of(&folder).is_empty().then_some(()));
+    let (pins, ends) = source.pins();
+    assert_eq!(pins, ends, "a pin holds the basebackup");
+}
+
+#[test]
+fn what_was_committed_is_there_after_a_stop_and_delete_leaves_nothing() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("stopped", &[]);
+    assert_eq!(clone.sql("select count(*) from kept"), "1001");
+    assert_eq!(source.pins(), (1, 0));
+    clone.sql("insert into kept select n from generate_series(1, 5000) n; create index on kept (n)");
+    clone.run("stop");
+    assert_eq!(clone.state(), "stopped");
+    assert!(mounts_below(&clone.folder()).is_empty() && !clone.answers());
+    clone.run("stop");
+    clone.run("start");
+    assert_eq!(clone.sql("select count(*) from kept"), "6001");
+    assert_eq!(clone.state(), "running");
+    assert!(!clone.walden.try_run(&["clone", "start", "stopped"]).success(), "it runs already");
+    clone.run("delete");
+    assert_nothing_is_left(&source, &clone);
+    assert_eq!(source.pins(), (1, 1));
+    assert!(!clone.walden.try_run(&["clone", "status", "stopped"]).success());
+}
+
+#[test]
+fn every_acknowledged_row_survives_the_supervisors_death() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("killed", &[]);
+    let load = Chaos::start(&clone);
+    load.wait_for_commits(100);
+    load.wait_for_churn(1);
+    let [supervisor, _] = clone.processes();
+    clone.kill(supervisor);
+    let acknowledged = load.abandon().acknowledged();
+    assert_eq!(clone.state(), "stopped");
+    clone.run("start");
+    Ledger::assert_holds(&clone, acknowledged);
+    assert_eq!(clone.sql("select count(*) from kept"), "1001");
+    // Once more, and deleted as it lies there, with a dead mount (failure 38).
+    let [supervisor, _] = clone.processes();
+    clone.kill(supervisor);
+    clone.run("delete");
+    assert_nothing_is_left(&source, &clone);
+}
+
+#[test]
+fn a_server_that_is_killed_is_told_and_can_be_started_again() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("crashed", &[]);
+    clone.sql("insert into kept values (1002)");
+    let [_, postmaster] = clone.processes();
+    clone.kill(postmaster);
+    let status = clone.status();
+    assert_eq!(status["state"], "failed", "{status}");
+    assert!(status["message"].as_str().unwrap().contains("PostgreSQL ended"), "{status}");
+    assert!(mounts_below(&clone.folder()).is_empty());
+    clone.run("start");
+    assert_eq!(clone.sql("select count(*) from kept"), "1002");
+    clone.run("delete");
+    assert_nothing_is_left(&source, &clone);
+}
+
+#[test]
+fn a_clone_that_cannot_be_made_leaves_nothing() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let walden = source.walden.as_root();
+    let refused = |options: &[&str], because: &str| {
+        let run = walden.try_run(&[&["clone", "create", "vain"], options].concat());
+        assert!(!run.success() && run.stderr.contains(because), "{options:?}: {}", run.stderr);
+        assert!(!source.clones().join("vain").exists(), "{options:?} left a folder");
+        let (pins, ends) = source.pins();
+        assert_eq!(pins, ends, "{options:?} left a pin");
+    };
+    refused(&["--backup", "20010101"], "20010101");
+    refused(&["--target-lsn", "FF/0"], "the archive ends before");
+    refused(&["--target-lsn", "0/10"], "before");
+    refused(&["--target-time", "2001-01-01 00:00:00+00"], "before");
+    refused(&["--target-timeline", "7"], "timeline 7");
+    // Files that are damaged are found when the WAL is looked through, with the basebackup pinned already.
+    let files = listing(&source.walden.repository());
+    let segments: Vec<_> =
+        files.keys().filter(|path| path.iter().any(|part| part == "wal") && path.is_file()).collect();
+    let newest = segments.iter().max_by_key(|path| path.file_name()).unwrap();
+    let whole = fs::read(newest).unwrap();
+    fs::write(newest, &whole[..whole.len() / 2]).unwrap();
+    refused(&[], "");
+    fs::remove_file(newest).unwrap();
+    source.sql("insert into kept values (1002)");
+    source.archive_wal();
+    refused(&[], "is missing from the archive");
+}
+
+#[test]
+fn a_clone_is_not_made_over_another() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("one", &[]);
+    clone.sql("insert into kept values (1002)");
+    clone.run("stop");
+    let before = listing(&clone.folder());
+    let again = clone.walden.try_run(&["clone", "create", "one"]);
+    assert!(!again.success() && again.stderr.contains("exists already"), "{}", again.stderr);
+    assert_unchanged(&before, &clone.folder());
+    clone.run("start");
+    assert_eq!(clone.sql("select count(*) from kept"), "1002");
+    clone.run("delete");
+    assert_nothing_is_left(&source, &clone);
+}

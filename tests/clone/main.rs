@@ -1,0 +1,13 @@
+//! What `walden clone` promises, on real servers: it equals its source, harms nothing, keeps what it acknowledged, and
+//! leaves nothing behind.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod site;
+
+mod equal;
+mod hostile;
+mod life;
+mod tablespaces;
+mod targets;
