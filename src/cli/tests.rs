@@ -65,10 +65,7 @@ fn configuration() -> (TempDir, String) {
 #[test]
 fn mistakes_on_the_command_line_are_status_2_in_our_form() {
     for (line, stderr) in [
-        (
-            &["lst"][..],
-            "error: unrecognized subcommand 'lst'\nhint: Did you mean \"list\"?\n",
-        ),
+        (&["lst"][..], "error: unrecognized subcommand 'lst'\nhint: Did you mean \"list\"?\n"),
         (&["key", "creat"], "error: unrecognized subcommand 'creat'\nhint: Did you mean \"create\"?\n"),
         (
             &["key", "create"],

@@ -228,7 +228,7 @@ fn assert_show_tells(source: &Source, case: &Case, pristine: &str) {
             show.expect_code(1);
         }
         (Kind::Begin | Kind::Pack, _) | (Kind::Manifest, Damage::Extend) => {
-            assert_eq!(show.expect_code(0).stdout, pristine, "{case:?}")
+            assert_eq!(show.expect_code(0).stdout, pristine, "{case:?}");
         }
         (Kind::Site | Kind::Outcome | Kind::Manifest | Kind::Refs, _) => {
             let show = show.expect_code(3);
