@@ -138,11 +138,15 @@ pub async fn create(
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
     let basebackup = Basebackup::open(repository, record.id).await?;
-    let scan = scan_wal(repository, &plan, record.start_lsn).await?;
     folder.create(options.owner)?;
     let pin = match pin(repository, record.id, folder).await {
         Ok(pin) => pin,
         Err(error) => return Err(give_up(repository, folder, None, error).await),
+    };
+    // Pinned before the long look at the WAL: no sweep can take the basebackup meanwhile.
+    let scan = match scan_wal(repository, &plan, record.start_lsn).await {
+        Ok(scan) => scan,
+        Err(error) => return Err(give_up(repository, folder, pin, error.into()).await),
     };
     let spec = CloneSpec {
         format: 1,

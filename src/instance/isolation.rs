@@ -198,7 +198,7 @@ fn recover(facts: &CloneFacts, settings: &mut Vec<Setting>) {
     if facts.major <= 15 {
         set("promote_trigger_file", String::new(), "it is a path of the source");
     }
-    let mut wanted = target.settings(*timeline);
+    let wanted = target.settings(*timeline);
     let asked = "what was asked for";
     // Empty where it is not asked for: postgresql.auto.conf may hold an old one. And before the one that is: after it
     // the server takes even an empty one for a second target.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::catalog::RecoveryPlan;
 use crate::control::{self, CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::disk::durable::{self, Create};
-use crate::disk::{self, CloneMarker, Owner};
+use crate::disk::{self, CloneMarker, LockFile, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, read_json};
 use crate::instance::clone_mount::{CloneMount, MountFailure};
 use crate::instance::isolation::{CloneFacts, clone_settings};
@@ -95,6 +95,9 @@ impl SuperviseError {
     }
 }
 
+/// Who only looks is gone after a system call; who holds the lock for a second is another supervisor.
+const LOCK_LOOKS_MAX: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// A fast stop writes a checkpoint through the mount; after this it is told to end at once.
 const STOP_WAIT: Duration = Duration::from_secs(60);
 
@@ -104,7 +107,7 @@ pub async fn supervise(
     terminated: impl Future<Output = ()>,
 ) -> Result<(), SuperviseError> {
     let folder = options.folder.clone();
-    let _lock = folder.lock()?;
+    let _lock = lock(&folder).await?;
     orphans::adopt();
     let outcome = run(options, terminated).await;
     let last = match &outcome {
@@ -117,6 +120,18 @@ pub async fn supervise(
     };
     folder.write_state(&last)?;
     outcome
+}
+
+/// Takes the folder's lock, which somebody who looks whether a supervisor is alive holds for a moment.
+async fn lock(folder: &CloneFolder) -> Result<LockFile, disk::Error> {
+    let mut looks = 0;
+    loop {
+        match folder.lock() {
+            Err(disk::Error::Locked { .. }) if looks < LOCK_LOOKS_MAX => looks += 1,
+            outcome => return outcome,
+        }
+        tokio::time::sleep(LOCK_PAUSE).await;
+    }
 }
 
 async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) -> Result<(), SuperviseError> {
