@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use support::{Need, Run, require, wait_for};
+use support::{Need, Run, Scratch, Walden, require, wait_for};
 
 /// A folder for one demonstration, open to user postgres, that ends with the test.
 fn parent() -> tempfile::TempDir {
@@ -127,6 +127,26 @@ fn what_is_kept_is_a_folder_in_which_nothing_runs() {
     let list =
         Run::of(Command::new(env!("CARGO_BIN_EXE_walden")).args(list).arg(folder.join("walden.toml")), "");
     assert!(list.expect_success().stdout.contains("segments"));
+}
+
+#[test]
+fn an_ordinary_user_demonstrates_as_well() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root, Need::Program("fusermount3"));
+    let scratch = Scratch::new();
+    let dir = scratch.folder("dir");
+    let user = scratch.account();
+    // In a mount namespace of its own a device that is open to everybody, as /dev/fuse is on most machines.
+    let device = scratch.path().join("fuse");
+    let script =
+        format!("mknod -m 666 {0} c 10 229 && mount --bind {0} /dev/fuse && exec \"$@\"", device.display());
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", &script, "sh", "setpriv", "--clear-groups"]);
+    command.arg(format!("--reuid={}", user.uid)).arg(format!("--regid={}", user.gid));
+    command.arg(Walden::new(&scratch).binary()).args(["demo", "--scale", "1", "--output", "json", "--dir"]);
+    let run = Run::of(command.arg(&dir).current_dir("/"), "").expect_success();
+    let report: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!((&report["ok"], &report["tables"]), (&true.into(), &5.into()), "{report:#}");
+    assert_nothing_is_left(&dir);
 }
 
 #[test]

@@ -13,6 +13,8 @@ pub enum Need {
     PostgreSQL(u32),
     /// `pg_createcluster`, which wants root.
     DebianCluster,
+    /// A program of that name.
+    Program(&'static str),
     /// The rights of root: loop mounts, dropped caches, other owners.
     Root,
 }
@@ -29,6 +31,7 @@ impl Need {
             Self::PostgreSQL(_) if program("psql").is_none() => Some("psql (package postgresql-15)".into()),
             Self::DebianCluster if !is_root() => Some("root, for pg_createcluster".into()),
             Self::DebianCluster if program("pg_createcluster").is_none() => Some("pg_createcluster".into()),
+            Self::Program(name) if program(name).is_none() => Some(name.into()),
             Self::Root if !is_root() => Some("root".into()),
             _ => None,
         }
