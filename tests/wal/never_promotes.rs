@@ -28,7 +28,9 @@ fn a_damaged_segment_stops_recovery_on_18() {
 
 fn a_damaged_segment_stops_recovery(major: u32) {
     require!(Need::PostgreSQL(major), Need::Fuse);
-    let scene = Scene::new(major, 4);
+    let mut scene = Scene::new(major, 4);
+    // Whoever still archives could put the segment back while it is missing.
+    scene.cluster.stop(Stop::Fast);
     let object = scene.object(&scene.segments[2]);
     let whole = fs::read(&object).unwrap();
     OpenOptions::new().write(true).open(&object).unwrap().set_len(whole.len() as u64 / 2).unwrap();
