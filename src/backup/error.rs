@@ -44,6 +44,9 @@ pub enum Error {
     /// The server's pages have another size than PostgreSQL's usual one.
     #[error("the server has pages of {0} bytes, only 8192 are supported")]
     BlockSize(u32),
+    /// No server is named.
+    #[error("there is no server to take a basebackup from")]
+    NoNode,
     /// The server archives no WAL.
     #[error("the server does not archive WAL: {reason}")]
     NotArchiving { reason: &'static str },
@@ -79,6 +82,7 @@ impl Error {
             Self::ControlFile { .. }
             | Self::Name(_)
             | Self::Clone { .. }
+            | Self::NoNode
             | Self::BlockSize(_)
             | Self::NotArchiving { .. } => ErrorKind::Input,
             Self::Source(SourceError::Session(_) | SourceError::ServerChanged { .. }) => ErrorKind::Retry,

@@ -26,6 +26,7 @@ mod packer;
 mod pipeline;
 
 mod live_directory;
+mod origin;
 mod run;
 mod server_manifest;
 mod server_record;
@@ -36,6 +37,7 @@ mod tests;
 
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
 pub use error::{Error, ErrorKind};
+pub use origin::Node;
 pub use pipeline::Budget;
 pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};
 pub use run::{BackupOptions, BackupOutcome, run};

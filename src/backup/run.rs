@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use crate::backup::data_directory::{SourceTree, WalkOptions};
 use crate::backup::error::Error;
 use crate::backup::live_directory::{read_control_file, read_identity};
+use crate::backup::origin::{Node, Origin, choose_origin};
 use crate::backup::packer::{Packed, Packer};
 use crate::backup::page_check::PageCheck;
 use crate::backup::pipeline::{Budget, copy};
@@ -23,14 +24,13 @@ use crate::backup::read_pages::JobContext;
 use crate::backup::server_facts::ServerFacts;
 use crate::backup::server_manifest::{ManifestFacts, server_manifest};
 use crate::backup::server_record::{empty_record, server_record};
-use crate::backup::source::{BackupSession, Checkpoint, SourceError, StartOptions, Stopped, check_directory};
+use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped};
 use crate::backup::source_file::{DirectorySource, FileState};
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
 use crate::codec::{Compression, CpuPool};
-use crate::disk::CloneMarker;
 use crate::monitor::{Monitor, Task};
-use crate::pg::{ControlFile, Lsn, RelationMap, WalSegmentNumber};
-use crate::replication::{ConnectOptions, Session};
+use crate::pg::{Lsn, RelationMap, WalSegmentNumber};
+use crate::replication::Session;
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
     documents::BackupRecord, entry::TreePath, manifest::ManifestContent,
@@ -39,9 +39,9 @@ use crate::repo::{
 /// How a basebackup is taken.
 #[derive(Debug, Clone)]
 pub struct BackupOptions {
-    /// The server.
-    pub connection: ConnectOptions,
-    /// Its data directory; none: where the server says it is.
+    /// The servers it may be taken from, in the user's order.
+    pub nodes: Vec<Node>,
+    /// The data directory; none: where the server says it is.
     pub data_directory: Option<PathBuf>,
     /// What the user calls it.
     pub label: Option<String>,
@@ -70,15 +70,6 @@ pub struct BackupOutcome {
     pub shrunk: u64,
 }
 
-/// What is known of the server and its directory before anything is written.
-#[derive(Clone)]
-struct Origin {
-    facts: ServerFacts,
-    data_directory: PathBuf,
-    control: ControlFile,
-    cluster: ClusterId,
-}
-
 /// What was copied while the server was in backup mode.
 struct Copied {
     tree: Arc<SourceTree>,
@@ -90,7 +81,6 @@ struct Copied {
 
 /// The database whose catalogs a start reads first.
 const POSTGRES: &str = "postgres";
-const PAGE_BYTES: u32 = 8192;
 
 /// Takes a full basebackup; `archive` makes the archive of a cluster to be asked for its WAL.
 pub async fn run(
@@ -102,7 +92,7 @@ pub async fn run(
 ) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
     repository.check_store().await?;
-    let (session, origin) = look_at(options).await?;
+    let (session, origin) = choose_origin(&options.nodes, options.data_directory.as_deref()).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     let begin = BeginOptions {
         cluster,
@@ -113,7 +103,8 @@ pub async fn run(
         pid: std::process::id(),
     };
     let writer = Arc::new(BasebackupWriter::begin(repository, begin).await?);
-    tracing::info!("basebackup {} of cluster {cluster} begins", writer.id());
+    let source = origin.data_directory.display();
+    tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let copied = copy_in_backup_mode(session, &origin, options, pool, writer.clone(), monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
     let needed = needed_wal(cluster, &copied);
@@ -144,45 +135,6 @@ pub async fn run(
         vanished: tree.vanished + packed.vanished,
         shrunk: packed.shrunk,
     })
-}
-
-/// Looks at the server and its directory, and refuses what cannot become a basebackup.
-async fn look_at(options: &BackupOptions) -> Result<(Session, Origin), Error> {
-    let session = Session::connect(&options.connection).await.map_err(SourceError::from)?;
-    let facts = ServerFacts::gather(&session).await?;
-    let data_directory = options.data_directory.clone().unwrap_or_else(|| facts.data_directory().to_owned());
-    if let Some(marker) = CloneMarker::detect(&data_directory)? {
-        return Err(Error::Clone { path: data_directory, clone: marker.name });
-    }
-    let directory = data_directory.clone();
-    let (identity, control) =
-        blocking(move || Ok((read_identity(&directory)?, read_control_file(&directory)?.2))).await?;
-    check_directory(&facts.identity, &identity)?;
-    if control.block_size != PAGE_BYTES {
-        return Err(Error::BlockSize(control.block_size));
-    }
-    check_archiving(&facts)?;
-    for unreadable in &facts.unreadable {
-        tracing::warn!("the role may not see {unreadable}");
-    }
-    let cluster =
-        ClusterId { system_identifier: control.system_identifier, segment_size: control.wal_segment_size };
-    Ok((session, Origin { facts, data_directory, control, cluster }))
-}
-
-/// A primary without archiving would only be found out after hours of copying.
-fn check_archiving(facts: &ServerFacts) -> Result<(), Error> {
-    if facts.identity.in_recovery {
-        return Ok(());
-    }
-    if !facts.archives() {
-        return Err(Error::NotArchiving { reason: "archive_mode is off" });
-    }
-    let is_empty = |name| facts.setting(name).is_none_or(str::is_empty);
-    if is_empty("archive_command") && is_empty("archive_library") {
-        return Err(Error::NotArchiving { reason: "archive_command is empty" });
-    }
-    Ok(())
 }
 
 async fn copy_in_backup_mode(
@@ -297,7 +249,7 @@ fn needed_wal(cluster: ClusterId, copied: &Copied) -> NeededWal {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     match tokio::task::spawn_blocking(work).await {

@@ -11,9 +11,10 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::backup::{self, BackupOptions, BackupOutcome, Budget, Checkpoint, RepositoryArchive, WalArchive};
+use crate::backup::{
+    self, BackupOptions, BackupOutcome, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
+};
 use crate::config::SiteConfig;
-use crate::replication::ConnectOptions;
 use crate::repo::ClusterId;
 
 use super::context::Context;
@@ -68,7 +69,7 @@ impl Backup {
         let config = context.config()?;
         let limits = config.limits;
         Ok(BackupOptions {
-            connection: connection(context, site)?,
+            nodes: nodes(context, site)?,
             data_directory: site.data_directory.clone(),
             label: self.label.clone(),
             checkpoint: match self.checkpoint {
@@ -97,14 +98,18 @@ async fn take(
     Ok(backup::run(&repository, options, &pool, archive, &*monitor).await?)
 }
 
-/// Returns how to reach the server: a data directory has one, the first that is named.
-fn connection(context: &Context, site: &SiteConfig) -> Result<ConnectOptions, CommandError> {
-    let Some(node) = site.nodes.first() else {
+/// Returns the servers that a basebackup may be taken from.
+fn nodes(context: &Context, site: &SiteConfig) -> Result<Vec<Node>, CommandError> {
+    if site.nodes.is_empty() {
         let message = format!("site \"{}\" has no server to connect to", site.name);
         let hint = format!("Set connection = \"…\" in [sites.{}].", site.name);
         return Err(CommandError::new(ExitKind::Configuration, message).hint(hint));
+    }
+    let node = |node: &crate::config::Node| -> Result<Node, CommandError> {
+        let connection = node.connect_options(&context.environment)?;
+        Ok(Node { connection, preferred: node.prefer })
     };
-    Ok(node.connect_options(&context.environment)?)
+    site.nodes.iter().map(node).collect()
 }
 
 /// Refuses a label that would stand for something else where a basebackup is named.

@@ -46,7 +46,7 @@ pub use limits::{Limits, machine_memory};
 pub use nearest::nearest;
 pub use paths::{OwnedFolder, Paths};
 pub use secret_file::{NamedFile, read_secret};
-pub use site::{Node, ServerRole, SiteConfig};
+pub use site::{Node, SiteConfig};
 pub use storage::StorageConfig;
 
 use document::Source;

@@ -386,7 +386,7 @@ static SITE: Section = Section {
 
 static NODE: Section = Section {
     header: "[[sites.NAME.nodes]]",
-    about: "One of several servers of the site.",
+    about: "One of several servers of the site. A basebackup asks them all, and is taken from the first whose data directory is on this host: those in the role they are preferred in come first, then the others.",
     keys: &[
         key(
             "connection",
@@ -400,7 +400,7 @@ static NODE: Section = Section {
             Value::Choice(&["primary", "standby"]),
             r#""standby""#,
             "`\"primary\"`",
-            "The role in which the node is preferred for backups: `primary` or `standby`.",
+            "The role in which the node comes before the others: `primary` or `standby`.",
         ),
     ],
 };

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::replication::ConnectOptions;
+use crate::replication::{ConnectOptions, ServerRole};
 use crate::storage::{ObjectKey, Secret};
 
 use super::environment::Environment;
@@ -40,15 +40,6 @@ pub struct Node {
     pub connection: Secret,
     /// The role in which the server is preferred.
     pub prefer: ServerRole,
-}
-
-/// What a server is at the moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ServerRole {
-    /// It accepts writes.
-    Primary,
-    /// It is in recovery.
-    Standby,
 }
 
 const SITE_NAME_LEN_MAX: usize = 64;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use crate::codec::{CodecId, Compression};
+use crate::replication::ServerRole;
 use crate::storage::Location;
 
 use super::*;

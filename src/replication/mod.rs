@@ -26,4 +26,4 @@ mod tls;
 pub use connection::ConnectOptions;
 pub use error::{Error, ErrorKind};
 pub use row::{Param, Row};
-pub use session::Session;
+pub use session::{ServerRole, Session};

@@ -16,6 +16,15 @@ use super::settings::SessionAttributes;
 use crate::pg::MajorVersion;
 use crate::replication::{ConnectOptions, Error, Param, Row};
 
+/// What a server is at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ServerRole {
+    /// It accepts writes.
+    Primary,
+    /// It is in recovery.
+    Standby,
+}
+
 /// A session of its own with one server.
 pub struct Session {
     client: Client,

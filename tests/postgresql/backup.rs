@@ -198,8 +198,8 @@ fn no_page_is_called_damaged_in_backups_under_load_and_a_damaged_one_is() {
     let mut cluster = Cluster::start(15);
     let walden = archiving(&cluster);
     let chaos = Chaos::start(&cluster);
-    for _ in 0..5 {
-        chaos.wait_for_commits(50);
+    for _ in 0..20 {
+        chaos.wait_for_commits(20);
         let outcome = walden.json(&["backup"]);
         assert_eq!(outcome["damaged_pages"], 0, "{outcome}");
     }
@@ -332,24 +332,41 @@ fn a_basebackup_of_a_standby_starts_after_replay() {
     standby.start();
     let scratch = Scratch::new();
     let from_standby = Walden::configure(&scratch, &standby_site(&standby, &standby_data, &walden));
-    let taking = std::thread::scope(|scope| {
-        let taking = scope.spawn(|| from_standby.json(&["backup"]));
-        while !taking.is_finished() {
-            // On a standby nobody else ends the segment.
-            cluster.sql("select pg_switch_wal()");
-            std::thread::sleep(std::time::Duration::from_millis(200));
-        }
-        taking.join().unwrap()
-    });
+    let taking = backup_while_switching(&from_standby, &cluster);
     let acknowledged = chaos.finish().acknowledged();
     cluster.archive_wal();
-    let opened = Opened::open(&walden.repository(), id_of(&taking));
+    let taken: serde_json::Value = serde_json::from_str(&taking.stdout).unwrap();
+    let opened = Opened::open(&walden.repository(), id_of(&taken));
     let data = opened.restore(cluster.scratch(), "from-standby");
     let source = Checksums::of(&cluster);
     let copy = recover(&walden, 15, &data, &cluster.scratch().folder("run-copy"));
     Ledger::assert_holds(&copy, acknowledged);
     source.assert_same(&Checksums::of(&copy));
     drop(copy);
+
+    // Both answer and both directories are here, so the role decides, and then the order.
+    let dead = format!("host={} port=1", scratch.path().display());
+    let (of_cluster, of_standby) = (cluster.connection(), standby.connection());
+    for (nodes, expected) in [
+        (
+            [(dead.as_str(), "primary"), (&of_cluster, "standby"), (&of_standby, "standby")],
+            standby_data.as_path(),
+        ),
+        (
+            [(dead.as_str(), "primary"), (&of_standby, "primary"), (&of_cluster, "primary")],
+            cluster.data_directory(),
+        ),
+        ([(dead.as_str(), "primary"), (&of_standby, "primary"), (&of_standby, "primary")], &standby_data),
+    ] {
+        let scratch = Scratch::new();
+        let site = standby_site(&standby, &standby_data, &walden).nodes(&nodes);
+        let run = backup_while_switching(&Walden::configure(&scratch, &site), &cluster);
+        assert!(
+            run.stderr.contains(&format!("from \"{}\"", expected.display())),
+            "{nodes:?}: {}",
+            run.stderr
+        );
+    }
 
     // Promoted, it archives on a timeline of its own, whose history the backup makes sure of.
     standby.sql("select pg_promote()");
@@ -358,6 +375,18 @@ fn a_basebackup_of_a_standby_starts_after_replay() {
     assert_eq!(promoted["timeline"], 2, "{promoted}");
     let histories = walden.repository().join("main/clusters").join(promoted["cluster"].as_str().unwrap());
     assert!(histories.join("history/00000002.history").exists());
+}
+
+/// Takes a basebackup of a standby: there nobody else ends the segment that it needs.
+fn backup_while_switching(walden: &Walden, primary: &Cluster) -> Run {
+    std::thread::scope(|scope| {
+        let taking = scope.spawn(|| walden.run(&["-v", "--output", "json", "backup"]));
+        while !taking.is_finished() {
+            primary.sql("select pg_switch_wal()");
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+        taking.join().unwrap()
+    })
 }
 
 fn standby_site(standby: &Sql, data: &Path, walden: &Walden) -> Site {

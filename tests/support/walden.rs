@@ -22,8 +22,8 @@ pub struct Walden {
 /// What is written into `walden.toml`.
 #[derive(Debug, Clone)]
 pub struct Site {
-    data_directory: PathBuf,
-    connection: String,
+    data_directory: Option<PathBuf>,
+    nodes: String,
     bin_directory: Option<PathBuf>,
     encrypted: bool,
     storage: Option<String>,
@@ -34,8 +34,8 @@ impl Site {
     /// Describes a site for the cluster at `sql`, encrypted, in a repository beside the configuration.
     pub fn of(sql: &Sql, data_directory: &Path) -> Self {
         Self {
-            data_directory: data_directory.to_owned(),
-            connection: sql.connection(),
+            data_directory: Some(data_directory.to_owned()),
+            nodes: format!("connection = \"{}\"\n", sql.connection()),
             bin_directory: None,
             encrypted: true,
             storage: None,
@@ -46,6 +46,16 @@ impl Site {
     /// Names the folder of PostgreSQL's programs, where Walden would not look by itself.
     pub fn bin_directory(mut self, folder: &Path) -> Self {
         self.bin_directory = Some(folder.to_owned());
+        self
+    }
+
+    /// Leaves the data directory to the server, and names several: connection and preferred role of each.
+    pub fn nodes(mut self, nodes: &[(&str, &str)]) -> Self {
+        let node = |(connection, prefer): &(&str, &str)| {
+            format!("[[sites.main.nodes]]\nconnection = \"{connection}\"\nprefer = \"{prefer}\"\n")
+        };
+        self.nodes = nodes.iter().map(node).collect();
+        self.data_directory = None;
         self
     }
 
@@ -194,15 +204,16 @@ impl Walden {
         let own_storage = || format!("url = \"file://{}\"", self.repository().display());
         let storage = site.storage.clone().unwrap_or_else(own_storage);
         let encryption = if site.encrypted { ENCRYPTION } else { "" };
-        let programs =
-            site.bin_directory.as_ref().map(|bin| format!("bin_directory = \"{}\"\n", bin.display()));
+        let path = |key, path: &Option<PathBuf>| {
+            path.as_ref().map(|path| format!("{key} = \"{}\"\n", path.display())).unwrap_or_default()
+        };
         format!(
             "[paths]\nstate = \"{folder}/state\"\nrun = \"{folder}/run\"\nclones = \"{folder}/clones\"\n\n\
              [storage]\n{storage}\n\n{encryption}\
-             [sites.main]\ndata_directory = \"{}\"\nconnection = \"{}\"\n{}\n{}",
-            site.data_directory.display(),
-            site.connection,
-            programs.unwrap_or_default(),
+             [sites.main]\n{}{}{}\n{}",
+            path("data_directory", &site.data_directory),
+            path("bin_directory", &site.bin_directory),
+            site.nodes,
             site.lines
         )
     }
