@@ -5,6 +5,7 @@
 //! Deliberately absent: carrying anything out; `wal`, `mount` and `restore` ask here and act.
 
 pub mod basebackups;
+pub mod recovery_choice;
 pub mod recovery_plan;
 pub mod recovery_target;
 pub mod timeline_tree;
@@ -12,6 +13,7 @@ pub mod wal_coverage;
 pub mod wal_reader;
 
 pub use basebackups::{BasebackupList, ListedBasebackup, ResolveError};
+pub use recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
 pub use recovery_plan::{
     Answer, InArchive, PLAN_FILE_NAME, PlanError, RecoveryPlan, TimelineSpan, answer, plan_recovery,
 };

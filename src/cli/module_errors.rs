@@ -56,13 +56,11 @@ impl From<CreateError> for CommandError {
         let hint = error.hint();
         match error {
             CreateError::Repository(error) => error.into(),
-            CreateError::Basebackup(error) => error.into(),
+            CreateError::Recovery(error) => error.into(),
             CreateError::Disk(error) => Self { hint, ..error.into() },
-            CreateError::Plan(_)
-            | CreateError::NoneBefore(_)
-            | CreateError::Programs(_)
-            | CreateError::RootOwner
-            | CreateError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
+            CreateError::Programs(_) | CreateError::RootOwner | CreateError::SocketPath(_) => {
+                Self::of_module(ExitKind::Failed, error, hint)
+            }
         }
     }
 }
@@ -147,10 +145,16 @@ impl From<catalog::ResolveError> for CommandError {
     }
 }
 
-impl From<catalog::PlanError> for CommandError {
-    fn from(error: catalog::PlanError) -> Self {
-        let hint = error.hint().to_owned();
-        Self::of_module(ExitKind::Failed, error, Some(hint))
+impl From<catalog::RecoveryError> for CommandError {
+    fn from(error: catalog::RecoveryError) -> Self {
+        let hint = error.hint().map(str::to_owned);
+        match error {
+            catalog::RecoveryError::Repository(error) => error.into(),
+            catalog::RecoveryError::Basebackup(error) => error.into(),
+            catalog::RecoveryError::Plan(_) | catalog::RecoveryError::NoneBefore(_) => {
+                Self::of_module(ExitKind::Failed, error, hint)
+            }
+        }
     }
 }
 

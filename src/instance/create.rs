@@ -7,10 +7,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use crate::catalog::basebackups::{self, BasebackupList, ListedBasebackup, ResolveError};
-use crate::catalog::{
-    PlanError, RecoveryPlan, RecoveryTarget, Target, TargetAction, TimelineTree, WalCoverage, plan_recovery,
-};
+use crate::catalog::recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
+use crate::catalog::{RecoveryPlan, RecoveryTarget, TargetAction};
 use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
@@ -18,8 +16,6 @@ use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_jso
 use crate::instance::isolation::{config_files, socket_path};
 use crate::instance::preload::{is_in, plan_preload};
 use crate::instance::wal_scan::{WalScan, scan_wal};
-use crate::pg::{TimelineId, WalSegmentNumber};
-use crate::repo::documents::BackupRecord;
 use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
 use crate::repo::{self, Basebackup, BasebackupId, Repository};
@@ -50,15 +46,9 @@ pub enum CreateError {
     /// The repository.
     #[error(transparent)]
     Repository(#[from] repo::Error),
-    /// The basebackup that was named.
+    /// What recovery would go through.
     #[error(transparent)]
-    Basebackup(#[from] ResolveError),
-    /// The target.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// No basebackup ends before the target.
-    #[error("no basebackup ended before {0}")]
-    NoneBefore(String),
+    Recovery(#[from] RecoveryError),
     /// The folder.
     #[error(transparent)]
     Disk(#[from] disk::Error),
@@ -78,9 +68,7 @@ impl CreateError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Repository(error) => return error.hint().map(str::to_owned),
-            Self::Basebackup(error) => return error.hint().map(str::to_owned),
-            Self::Plan(error) => error.hint().to_owned(),
-            Self::NoneBefore(_) => "\"walden list\" shows when each basebackup ended.".to_owned(),
+            Self::Recovery(error) => return error.hint().map(str::to_owned),
             Self::SocketPath(_) => "Set [paths] clones to a shorter path.".to_owned(),
             Self::RootOwner => {
                 "Give the folder to the user that is to run PostgreSQL, such as postgres.".to_owned()
@@ -90,37 +78,6 @@ impl CreateError {
             Self::Disk(_) => return None,
         })
     }
-}
-
-/// What was decided.
-#[derive(Debug)]
-pub struct ClonePlan {
-    /// The basebackup.
-    pub record: BackupRecord,
-    /// What recovery may ask for.
-    pub plan: RecoveryPlan,
-    /// The timeline it follows.
-    pub timeline: TimelineId,
-}
-
-/// Decides what a clone stands on, without writing anything.
-pub async fn plan_clone(
-    repository: &Repository,
-    basebackup: Option<&str>,
-    target: &RecoveryTarget,
-) -> Result<ClonePlan, CreateError> {
-    let list = basebackups::list(repository).await?;
-    let record = choose(&list, basebackup, target)?.record.clone();
-    let tree = TimelineTree::load(repository, record.cluster).await?;
-    let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
-    let mut coverage = WalCoverage::default();
-    let from = WalSegmentNumber::containing(record.start_lsn, record.cluster.segment_size);
-    for stretch in tree.way_to(timeline).into_iter().filter(|stretch| stretch.timeline >= record.timeline) {
-        let held = WalCoverage::load_timeline(repository, record.cluster, stretch.timeline, from).await?;
-        coverage.timelines.insert(stretch.timeline, held);
-    }
-    let (plan, timeline) = plan_recovery(&record, &tree, &coverage, target)?;
-    Ok(ClonePlan { record, plan, timeline })
 }
 
 /// Makes the folder of a clone; it can be started afterwards.
@@ -133,8 +90,8 @@ pub async fn create(
         return Err(CreateError::RootOwner);
     }
     socket_path(&folder.run(), options.port).map_err(CreateError::SocketPath)?;
-    let ClonePlan { record, plan, timeline } =
-        plan_clone(repository, options.basebackup.as_deref(), &options.target).await?;
+    let request = RecoveryRequest { basebackup: options.basebackup.as_deref(), target: &options.target };
+    let PlannedRecovery { record, plan, timeline } = plan_for_target(repository, request).await?;
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
     let basebackup = Basebackup::open(repository, record.id).await?;
@@ -202,36 +159,6 @@ async fn give_up(
     }
     let _ = std::fs::remove_dir_all(folder.path());
     error
-}
-
-/// Chooses the newest basebackup that ended before the target, or the one that is named.
-fn choose<'a>(
-    list: &'a BasebackupList,
-    named: Option<&str>,
-    target: &RecoveryTarget,
-) -> Result<&'a ListedBasebackup, CreateError> {
-    if let Some(name) = named {
-        return Ok(list.resolve(name)?);
-    }
-    let ended_before = |record: &BackupRecord| match &target.target {
-        Target::Time(time) => record.stopped_at < *time,
-        Target::Lsn(lsn) => record.stop_lsn <= *lsn,
-        _ => true,
-    };
-    if list.complete.is_empty() {
-        return Ok(list.resolve("latest")?);
-    }
-    let chosen = list.complete.iter().rev().find(|listed| ended_before(&listed.record));
-    // One that began behind the target would not have been chosen, whatever its record says.
-    let began_before = |id: BasebackupId| match &target.target {
-        Target::Time(time) => id.time() < *time,
-        _ => true,
-    };
-    let newer = |id| chosen.is_none_or(|listed| id > listed.record.id);
-    match list.unreadable_among(|id| newer(id) && began_before(id)) {
-        Some(error) => Err(error.into()),
-        None => chosen.ok_or_else(|| CreateError::NoneBefore(target.target.to_string())),
-    }
 }
 
 /// Decides what the clone's server preloads, and says what it leaves out.
