@@ -4,6 +4,7 @@
 //! Socket, port and settings come on the command line: the data directory is not touched to start it.
 
 use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::ops::Deref;
 use std::os::unix::process::ExitStatusExt;
@@ -52,12 +53,11 @@ impl Server {
     /// Names a server without starting it: its socket and log are in `run_directory`, its port is free on loopback,
     /// where it listens only if a setting says so.
     pub fn new(major: u32, data_directory: &Path, run_directory: &Path) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let (port, log) = free_port(run_directory);
         Self {
             major,
             data_directory: data_directory.to_owned(),
-            log: run_directory.join(format!("postgresql-{port}.log")),
+            log,
             settings: Vec::new(),
             account: Account::of_postgresql(),
             sql: Sql::at(run_directory, port),
@@ -207,6 +207,22 @@ impl Server {
         wait_for(&format!("{segment} to be archived"), || {
             (done.exists() || !wal.join(segment).exists()).then_some(())
         });
+    }
+}
+
+/// Returns a port and the log of the server on it, which exists from now on.
+///
+/// The kernel gives a port again once it is closed. A server that cannot start because another one in its run
+/// directory has its port would seem to run, with the other's answers.
+fn free_port(run_directory: &Path) -> (u16, PathBuf) {
+    loop {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let log = run_directory.join(format!("postgresql-{port}.log"));
+        match OpenOptions::new().write(true).create_new(true).open(&log) {
+            Ok(_) => return (port, log),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{}: {error}", log.display()),
+        }
     }
 }
 
