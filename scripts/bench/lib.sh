@@ -1,46 +1,158 @@
-# What the benches with a real cluster share: a release build, a scratch cluster with an encrypted local repository,
-# and its end, which comes with the script's whatever happens. Sourced, not run; PostgreSQL runs as user postgres.
+# What the benches with a real cluster share: release builds, clusters that are kept between runs, a folder for one run
+# with repositories on this disk and in the store of the benches, both programs' configurations, and the end of it all,
+# which comes with the script's whatever happens. Sourced, not run; PostgreSQL, Walden's backups and the peer run as
+# user postgres.
+#
+# The peer is Debian's pgBackRest, with the features nearest to Walden's: bundles, block incremental (a beta in 2.45),
+# zstd 3, AES-256, two processes. It is installed here and not by scripts/install, because only benches need it.
+#
+# Places: `local` is a folder on this disk; `far` the store of the benches (scripts/bench/store: S3, TLS, in memory)
+# over a line of 10 ms each way and 1 Gbit/s each way of a connection; `near` the same store without the line.
 
-folder='' postmaster='' bin=''
+json=false quick=false keep=false runs=3 peer_runs=1 dir=/var/tmp/walden-bench rest=()
+folder='' postmaster='' store='' cluster='' bin='' store_json=''
+delay_ms=10 mbit=1000
 
-# The programs of the newest PostgreSQL that Debian has installed.
-find_postgresql() {
-    bin=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
-    [ -x "$bin/pgbench" ] || { say "no PostgreSQL server: run scripts/install demo"; exit 1; }
+options() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --json) json=true ;;
+            --quick) quick=true runs=1 ;;
+            --keep) keep=true ;;
+            --runs) runs=$2; shift ;;
+            --peer-runs) peer_runs=$2; shift ;;
+            --dir) dir=$2; shift ;;
+            -*) say "unknown option $1"; exit 2 ;;
+            *) rest+=("$1") ;;
+        esac
+        shift
+    done
+    [ "$(id -u)" = 0 ] || { say "dropping caches and mounting take root"; exit 1; }
 }
 
-build_walden() {
-    find_postgresql
-    say "building (release; a few minutes the first time)"
-    (cd "$root" && nice cargo build --quiet --locked --release --bin walden) </dev/null 1>&2
-    local target
-    target=$(cd "$root" && cargo metadata --locked --no-deps --format-version 1 |
-        sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
-    built=$target/release/walden
+# The programs of the newest PostgreSQL that Debian has installed, and the peer.
+find_programs() {
+    bin=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
+    [ -x "$bin/pgbench" ] || { say "no PostgreSQL server: run scripts/install demo"; exit 1; }
+    command -v pgbackrest >/dev/null || {
+        say "installing pgbackrest, the peer, from Debian"
+        apt-get install -y --no-install-recommends pgbackrest >&2
+    }
+    say "peer: $(pgbackrest version)"
+}
+
+build() {
+    say "building (release; some minutes the first time)"
+    (cd "$root" && nice cargo build --quiet --locked --release --bin walden --example bench-store --example bench-run) \
+        </dev/null 1>&2
+    built=$(cd "$root" && cargo metadata --locked --no-deps --format-version 1 |
+        sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release
 }
 
 as_postgres() { setpriv --reuid postgres --regid postgres --init-groups env -C / "$@"; }
-walden() { "$folder/walden" --config "$folder/walden.toml" --no-progress "$@"; }
-sql() { as_postgres "$bin/psql" -XAtq -h "$folder/run" -d postgres -c "$1"; }
+sql() { as_postgres "$bin/psql" -XAtq -h "$folder/run" -d "${2:-postgres}" -c "$1"; }
+# walden PLACE ARGUMENT..., as root: a clone mounts.
+walden() { "$folder/walden" --config "$folder/walden-$1.toml" --no-progress "${@:2}"; }
+# peer PLACE ARGUMENT...
+peer() { as_postgres pgbackrest --config="$folder/peer-$1.conf" --stanza=bench "${@:2}"; }
 
 # The value of a field in a flat JSON document.
 field() { sed -n 's/.*"'"$1"'": *"\{0,1\}\([^",}]*\).*/\1/p' <<<"$2" | head -n 1; }
+# The median of the numbers on standard input, and of one field of the JSON lines of a file.
+median() { sort -n | awk '{ a[NR] = $1 } END { m = int((NR + 1) / 2); print NR % 2 ? a[m] : (a[m] + a[m + 1]) / 2 }'; }
+median_of() { sed 's/.*"'"$1"'":\([0-9.]*\).*/\1/' "$2" | median; }
+# $1 / $2, or nothing where one of them was not measured.
+ratio() { awk -v a="$1" -v b="$2" 'BEGIN { if (b > 0) printf "%.2f", a / b }'; }
+megabytes() { awk -v b="$1" 'BEGIN { printf "%.0f", b / 1e6 }'; }
 
-# Makes a folder below $1 with keys, configuration, repository and a running cluster that archives.
-start_cluster() {
-    folder=$(mktemp -d "$1/walden-bench-XXXXXX")
-    install -m 755 "$built" "$folder/walden"
-    mkdir "$folder/run" "$folder/repository" "$folder/state"
+# Nothing that is read next was read before.
+cold() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+}
+
+# Makes the folder of this run; keys, configurations and the store of the benches are in it.
+begin() {
+    mkdir -p "$dir"
+    folder=$(mktemp -d "$dir/run-XXXXXX")
+    chmod 755 "$dir" "$folder"
+    install -m 755 "$built/walden" "$built/examples/bench-store" "$built/examples/bench-run" "$folder"
+    mkdir "$folder/run" "$folder/repository" "$folder/peer" "$folder/peer-work"
     chown -R postgres: "$folder"
     as_postgres env -C "$folder" ./walden key create --id bench >/dev/null
-    cat >"$folder/walden.toml" <<TOML
-[paths]
-state = "$folder/state"
-run = "$folder/run"
-clones = "$folder/state/clones"
+    openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=bench -addext 'subjectAltName=IP:127.0.0.1' \
+        -addext 'basicConstraints=critical,CA:FALSE' -keyout "$folder/store.key" -out "$folder/store.crt" 2>/dev/null
+    start_store
+    write_configurations
+}
 
-[storage]
-url = "file://$folder/repository"
+start_store() {
+    "$folder/bench-store" "$folder/store.crt" "$folder/store.key" "$delay_ms" "$mbit" >"$folder/ports" &
+    store=$!
+    until [ -s "$folder/ports" ]; do sleep 0.05; done
+    read -r near_port far_port <"$folder/ports"
+}
+
+# asks the store of the benches itself: store_says METHOD PATH
+store_says() { curl -fsS --cacert "$folder/store.crt" -X "$1" "https://127.0.0.1:$near_port/-/$2"; }
+
+write_configurations() {
+    local place port
+    (umask 077 && echo secret >"$folder/s3.secret")
+    chown postgres: "$folder/s3.secret"
+    for place in local near far; do
+        port=$near_port
+        [ $place = near ] || port=$far_port
+        {
+            walden_configuration $place
+            if [ $place = local ]; then
+                echo "[storage]"
+                echo "url = \"file://$folder/repository\""
+            else
+                echo "[storage]"
+                echo "url = \"s3://bench/walden\""
+                echo "endpoint = \"https://127.0.0.1:$port\""
+                echo "ca_file = \"store.crt\""
+                echo "access_key_id = \"bench\""
+                echo "secret_access_key_file = \"s3.secret\""
+            fi
+        } >"$folder/walden-$place.toml"
+        {
+            peer_configuration
+            if [ $place = local ]; then
+                echo "repo1-path=$folder/peer"
+            else
+                echo "repo1-path=/peer"
+                echo "repo1-type=s3"
+                echo "repo1-s3-bucket=bench"
+                echo "repo1-s3-endpoint=127.0.0.1"
+                echo "repo1-s3-region=us-east-1"
+                echo "repo1-s3-key=bench"
+                echo "repo1-s3-key-secret=secret"
+                echo "repo1-s3-uri-style=path"
+                echo "repo1-storage-host=127.0.0.1"
+                echo "repo1-storage-port=$port"
+                echo "repo1-storage-verify-tls=n"
+            fi
+        } >"$folder/peer-$place.conf"
+        chmod 644 "$folder/walden-$place.toml" "$folder/peer-$place.conf"
+    done
+    # The peer insists on being named in the command; which of the two archives is in the file `archives`.
+    cat >"$folder/pgbackrest-or-walden" <<SCRIPT
+#!/bin/bash
+while read -r command; do \$command "\$1" || exit 1; done <"$folder/archives"
+SCRIPT
+    chmod 755 "$folder/pgbackrest-or-walden"
+}
+
+walden_configuration() {
+    mkdir -p "$folder/state-$1"
+    chown postgres: "$folder/state-$1"
+    cat <<TOML
+[paths]
+state = "$folder/state-$1"
+run = "$folder/run"
+clones = "$folder/state-$1/clones"
 
 [encryption]
 recipients = ["bench"]
@@ -53,22 +165,116 @@ signing_key_file = "bench.sign.pem"
 verify_key_file = "bench.verify.pem"
 
 [sites.bench]
-data_directory = "$folder/data"
 bin_directory = "$bin"
 connection = "host=$folder/run user=postgres dbname=postgres"
+
 TOML
-    chmod 644 "$folder/walden.toml"
-    as_postgres "$bin/initdb" -D "$folder/data" --data-checksums --no-sync --auth=trust -E UTF8 --locale=C >/dev/null
-    cat >>"$folder/data/postgresql.conf" <<CONF
+}
+
+peer_configuration() {
+    cat <<CONF
+[bench]
+pg1-path=$cluster/data
+pg1-socket-path=$folder/run
+pg1-user=postgres
+
+[global]
+beta=y
+lock-path=$folder/peer-work
+log-path=$folder/peer-work
+spool-path=$folder/peer-work
+log-level-console=error
+log-level-file=off
+process-max=2
+compress-type=zst
+compress-level=3
+start-fast=y
+repo1-retention-full=9
+repo1-bundle=y
+repo1-block=y
+repo1-cipher-type=aes-256-cbc
+repo1-cipher-pass=not-much-of-a-secret
+CONF
+}
+
+# Says which archives WAL goes to: archive_to walden-local peer-far ...
+archive_to() {
+    local to
+    for to in "$@"; do
+        case $to in
+            walden-*) echo "$folder/walden --config $folder/$to.toml wal push" ;;
+            peer-*) echo "pgbackrest --config=$folder/$to.conf --stanza=bench archive-push" ;;
+        esac
+    done >"$folder/archives.new"
+    mv "$folder/archives.new" "$folder/archives"
+}
+
+# Starts an archive of its own from nothing for each program and place, and sends WAL there.
+fresh_archives() {
+    local to
+    rm -f "$folder/archives"
+    for to in "$@"; do
+        case $to in
+            walden-local) rm -rf "$folder/repository"; install -d -o postgres -g postgres "$folder/repository" ;;
+            peer-local) rm -rf "$folder/peer"; install -d -o postgres -g postgres "$folder/peer"; peer local stanza-create ;;
+            walden-*) store_says DELETE objects/bench/walden/ ;;
+            peer-*) store_says DELETE objects/bench/peer/; peer near stanza-create ;;
+        esac
+    done
+    archive_to "$@"
+}
+
+# The cluster of $1 times 1.9 GB: made once, kept in $dir. A cluster like people's: accounts of pgbench, text that
+# compresses as text does, noise that does not, many small tables, a tablespace.
+make_cluster() {
+    cluster=$dir/cluster-$1
+    [ ! -e "$cluster/complete" ] || return 0
+    say "making a cluster of $1 times 1.9 GB in $cluster, which stays there"
+    rm -rf "$cluster"
+    install -d -o postgres -g postgres "$cluster" "$cluster/tablespace"
+    as_postgres "$bin/initdb" -D "$cluster/data" --data-checksums --no-sync --auth=trust -E UTF8 --locale=C >/dev/null
+    cat >>"$cluster/data/postgresql.conf" <<CONF
 listen_addresses = ''
-unix_socket_directories = '$folder/run'
-fsync = off
 max_wal_size = '4GB'
 shared_buffers = '256MB'
-archive_mode = on
-archive_command = '$folder/walden --config $folder/walden.toml wal push %p'
+fsync = off
 CONF
-    as_postgres "$bin/postgres" -D "$folder/data" >"$folder/server.log" 2>&1 &
+    folder=$cluster/making
+    install -d -o postgres -g postgres "$folder/run"
+    start_server -c wal_level=minimal -c max_wal_senders=0 -c autovacuum=off
+    as_postgres "$bin/createdb" -h "$folder/run" bench
+    as_postgres "$bin/pgbench" -h "$folder/run" -i -q -I dtGvp -s $(($1 * 100)) bench >&2 2>/dev/null
+    as_postgres "$bin/psql" -Xq -v ON_ERROR_STOP=1 -h "$folder/run" -d bench <<SQL
+        create extension pgcrypto;
+        create tablespace bench location '$cluster/tablespace';
+        create table words as select n, substr(encode(sha256(n::text::bytea), 'base64'), 1, 2 + n % 9) as word
+            from generate_series(0, 4095) n;
+        create index on words (n);
+        analyze words;
+        create table texts tablespace bench as
+            select i, (select string_agg(word, ' ') from words where n between i % 4001 and i % 4001 + i % 40) as text
+            from generate_series(1::bigint, $1 * 1000000 * 7919::bigint, 7919) i;
+        create index on texts (i) tablespace bench;
+        create table noise (n int, noise bytea);
+        alter table noise alter noise set storage plain;
+        insert into noise select n, gen_random_bytes(1000) from generate_series(1, $1 * 89000) n;
+        do \$\$ begin
+            for n in 1 .. 300 loop
+                execute format('create table small_%s as select i, md5(i::text) as text from generate_series(1, %s) i', n, n * 3);
+                execute format('alter table small_%s add primary key (i)', n);
+            end loop;
+        end \$\$;
+        vacuum analyze;
+SQL
+    stop_server
+    folder=''
+    rm -rf "$cluster/making"
+    touch "$cluster/complete"
+}
+
+# start_server ARGUMENT...
+start_server() {
+    as_postgres "$bin/postgres" -D "$cluster/data" -k "$folder/run" "$@" >"$folder/server.log" 2>&1 &
     postmaster=$!
     until sql "select 1" >/dev/null 2>&1; do
         kill -0 "$postmaster" 2>/dev/null || { cat "$folder/server.log" >&2; exit 1; }
@@ -76,29 +282,83 @@ CONF
     done
 }
 
+# start_source ARGUMENT...: the server that is backed up.
+start_source() {
+    start_server -c fsync=on -c archive_mode=on -c "archive_command=$folder/pgbackrest-or-walden %p" "$@"
+}
+
 # Ends the current WAL segment and waits until it is archived.
 archive_wal() {
     local segment
     segment=$(sql "select pg_logical_emit_message(false, 'bench', 'x'); select pg_walfile_name(pg_switch_wal())" |
         tail -n 1)
-    until [ -e "$folder/data/pg_wal/archive_status/$segment.done" ]; do sleep 0.1; done
+    until [ -e "$cluster/data/pg_wal/archive_status/$segment.done" ]; do
+        sleep 0.1
+        [ -e "$cluster/data/pg_wal/$segment" ] || break
+    done
 }
 
-stop_cluster() {
+stop_server() {
     [ -n "$postmaster" ] || return 0
     # The job is a shell, and its child the server, which writes its own number down.
-    kill -INT "$(head -n 1 "$folder/data/postmaster.pid")" 2>/dev/null || true
+    kill -INT "$(head -n 1 "$cluster/data/postmaster.pid")" 2>/dev/null || true
     wait "$postmaster" || true
     postmaster=''
 }
 
-remove_cluster() {
+# Runs one backup and appends what it took to a file: backup_by PROGRAM PLACE FILE
+backup_by() {
+    case $1 in
+        walden)
+            as_postgres "$folder/bench-run" "$3" "$folder/walden" --config "$folder/walden-$2.toml" --no-progress backup \
+                >/dev/null
+            ;;
+        peer)
+            as_postgres "$folder/bench-run" "$3" pgbackrest --config="$folder/peer-$2.conf" --stanza=bench --type=full \
+                backup >/dev/null
+            ;;
+    esac
+}
+
+# What the store of the benches does by itself, so that one sees that it is not what is measured.
+measure_store() {
+    local port from to
+    head -c 268435456 /dev/urandom >"$folder/speed"
+    for port in $near_port $far_port; do
+        from=$EPOCHREALTIME
+        curl -fsS --cacert "$folder/store.crt" -H Expect: -T "$folder/speed" "https://127.0.0.1:$port/bench/speed" >/dev/null
+        to=$EPOCHREALTIME
+        curl -fsS --cacert "$folder/store.crt" -o /dev/null "https://127.0.0.1:$port/bench/speed"
+        awk -v a="$from" -v b="$to" -v c="$EPOCHREALTIME" 'BEGIN { printf "%.0f %.0f\n", 268.4 / (b - a), 268.4 / (c - b) }'
+    done >"$folder/speeds"
+    for _ in 1 2 3 4 5; do
+        curl -s --cacert "$folder/store.crt" -o /dev/null -o /dev/null -w '%{time_starttransfer} %{time_pretransfer}\n' \
+            "https://127.0.0.1:$far_port/bench/none" "https://127.0.0.1:$far_port/bench/none" | tail -n 1
+    done | awk '{ print ($1 - $2) * 1000 }' | median >"$folder/round-trip"
+    store_says DELETE objects/bench/speed
+    rm "$folder/speed"
+    {
+        read -r near_up near_down
+        read -r far_up far_down
+    } <"$folder/speeds"
+    round_trip=$(cat "$folder/round-trip")
+    say "the store alone, one connection of curl: $near_up MB/s up, $near_down MB/s down; over the line:" \
+        "$far_up MB/s up, $far_down MB/s down, $round_trip ms from request to answer"
+    store_json="{\"near_up_mb_s\":$near_up,\"near_down_mb_s\":$near_down,\"far_up_mb_s\":$far_up,\"far_down_mb_s\":$far_down,\"far_answer_ms\":$round_trip}"
+}
+
+# The end of a run; the clusters stay.
+end_run() {
     [ -n "$folder" ] || return 0
-    stop_cluster
-    local clone
-    for clone in "$folder"/state/clones/*/; do
-        [ -d "$clone" ] && walden clone delete "$(basename "$clone")" >/dev/null 2>&1
+    stop_server
+    local place clone
+    for place in local near far; do
+        for clone in "$folder/state-$place"/clones/*/; do
+            [ -d "$clone" ] && walden $place clone delete "$(basename "$clone")" >/dev/null 2>&1
+        done
     done
+    [ -z "$store" ] || kill "$store" 2>/dev/null || true
+    store=''
     if grep -q " $folder/" /proc/mounts; then
         say "something is still mounted below $folder; it is left as it is"
     else
@@ -107,5 +367,10 @@ remove_cluster() {
     folder=''
 }
 
-trap remove_cluster EXIT
+finish() {
+    end_run
+    $keep || rm -rf "$dir"/cluster-*
+}
+
+trap finish EXIT
 trap 'exit 130' INT TERM

@@ -1,0 +1,63 @@
+//! Runs a command and says what it took, as one line of JSON at the end of a file.
+//!
+//!   bench-run FILE COMMAND [ARGUMENT...]
+//!
+//! `seconds` by the clock, `cpu_seconds` (user and system) of the command and all the children it has waited for, and
+//! `peak_rss_bytes`: the largest sum of the resident memory of the command and its descendants, looked at fifty times
+//! a second. The status is the command's.
+
+use std::fs;
+use std::io::Write;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    let (Some(file), Some(program)) = (arguments.next(), arguments.next()) else {
+        eprintln!("usage: bench-run FILE COMMAND [ARGUMENT...]");
+        return ExitCode::from(2);
+    };
+    let started = Instant::now();
+    let mut command = Command::new(program);
+    let mut child = command.args(arguments).spawn().expect("the command can be started");
+    let mut peak = 0;
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("the child is ours") {
+            break status;
+        }
+        peak = peak.max(resident_bytes(child.id()));
+        std::thread::sleep(LOOK_EVERY);
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    let cpu = cpu_of_children();
+    let line = format!("{{\"seconds\":{seconds:.3},\"cpu_seconds\":{cpu:.2},\"peak_rss_bytes\":{peak}}}\n");
+    let mut file = fs::OpenOptions::new().create(true).append(true).open(file).expect("FILE can be written");
+    file.write_all(line.as_bytes()).expect("FILE can be written");
+    ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
+/// User and system time of all children that were waited for, and theirs.
+fn cpu_of_children() -> f64 {
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let stat = fs::read_to_string("/proc/self/stat").expect("every process has one");
+    // Behind the name, which may hold anything: state, and then 11 and more fields to these two.
+    let (_, fields) = stat.rsplit_once(')').expect("the name stands in parentheses");
+    let ticks: u64 =
+        fields.split_whitespace().skip(13).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    ticks as f64 / TICKS_PER_SECOND
+}
+
+/// Sums up a process and its descendants; what is gone by now counts nothing.
+fn resident_bytes(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kilobytes = resident.and_then(|text| text.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    let threads = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let children = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    let below = children.map(|list| {
+        list.split_whitespace().filter_map(|child| child.parse().ok()).map(resident_bytes).sum::<u64>()
+    });
+    kilobytes.unwrap_or(0) * 1024 + below.sum::<u64>()
+}
