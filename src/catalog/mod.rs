@@ -6,18 +6,21 @@
 
 pub mod basebackups;
 pub mod recovery_choice;
+pub mod recovery_decision;
 pub mod recovery_plan;
 pub mod recovery_target;
+pub mod recovery_window;
 pub mod timeline_tree;
 pub mod wal_coverage;
 pub mod wal_reader;
+pub mod wal_records;
 
 pub use basebackups::{BasebackupList, ListedBasebackup, ResolveError};
 pub use recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
-pub use recovery_plan::{
-    Answer, InArchive, PLAN_FILE_NAME, PlanError, RecoveryPlan, TimelineSpan, answer, plan_recovery,
-};
+pub use recovery_decision::{Decision, PlanError, Reach, TargetPlace, plan_recovery};
+pub use recovery_plan::{Answer, InArchive, PLAN_FILE_NAME, RecoveryPlan, TimelineSpan, answer};
 pub use recovery_target::{RecoveryTarget, Target, TargetAction};
+pub use recovery_window::{Hole, Recoverability, RecoveryStart, RecoveryWindow, SegmentRange};
 pub use timeline_tree::{Stretch, TimelineTree};
 pub use wal_coverage::{TimelineCoverage, WalCoverage, list_clusters};
 pub use wal_reader::{Found, Patience, WalReader};

@@ -3,16 +3,24 @@
 //! What the repository holds is read here, listings and signed headers alone; what follows from it is decided by pure
 //! functions. Clones and restores ask the same question and get the same answer.
 
+use std::ops::ControlFlow;
+
+use jiff::Timestamp;
 use thiserror::Error;
 
 use crate::catalog::basebackups::{self, BasebackupList, ListedBasebackup, ResolveError};
-use crate::catalog::recovery_plan::{PlanError, RecoveryPlan, plan_recovery};
+use crate::catalog::recovery_decision::{
+    Decision, PlanError, TargetPlace, place_by_position, plan_recovery, window_for,
+};
+use crate::catalog::recovery_plan::RecoveryPlan;
 use crate::catalog::recovery_target::{RecoveryTarget, Target};
+use crate::catalog::recovery_window::{Hole, RecoveryWindow};
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::WalCoverage;
-use crate::pg::{TimelineId, WalSegmentNumber};
+use crate::catalog::wal_records::{LastTransaction, last_transaction, segments_of, visit_records};
+use crate::pg::{TimelineId, WalPayload, WalSegmentNumber};
 use crate::repo::documents::BackupRecord;
-use crate::repo::{self, BasebackupId, Repository};
+use crate::repo::{self, BasebackupId, ClusterId, Repository};
 
 /// What is to be recovered.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +29,8 @@ pub struct RecoveryRequest<'a> {
     pub basebackup: Option<&'a str>,
     /// Where recovery ends.
     pub target: &'a RecoveryTarget,
+    /// Whether recovery shall end before a hole that the target lies behind.
+    pub until_hole: bool,
 }
 
 /// What was decided.
@@ -32,6 +42,12 @@ pub struct PlannedRecovery {
     pub plan: RecoveryPlan,
     /// The timeline it follows.
     pub timeline: TimelineId,
+    /// Where it ends: as requested, or at the end of the plan where that lies before an accepted hole.
+    pub target: RecoveryTarget,
+    /// The hole before which it ends, which has to be said.
+    pub accepted_hole: Option<Hole>,
+    /// What could be recovered from the basebackup on this timeline.
+    pub window: RecoveryWindow,
 }
 
 /// Why nothing can be recovered as requested.
@@ -49,6 +65,9 @@ pub enum RecoveryError {
     /// No basebackup ends before the target.
     #[error("no basebackup ended before {0}")]
     NoneBefore(String),
+    /// No basebackup that ends before the target leads to the timeline.
+    #[error("no basebackup before {target} lies on the way to timeline {timeline}")]
+    NoneOnTimeline { target: String, timeline: TimelineId },
 }
 
 impl RecoveryError {
@@ -59,56 +78,155 @@ impl RecoveryError {
             Self::Basebackup(error) => error.hint(),
             Self::Plan(error) => Some(error.hint()),
             Self::NoneBefore(_) => Some("\"walden list\" shows when each basebackup ended."),
+            Self::NoneOnTimeline { .. } => {
+                Some("\"walden info\" shows the timelines and what leads to them.")
+            }
         }
     }
 }
 
 /// Decides what a recovery stands on, without writing anything.
+///
+/// Reads WAL, which takes the private key, only to find out whether a target lies in the window: for a time the end of
+/// the window, for a transaction or a restore point all of it, and that only where there is a hole behind it.
 pub async fn plan_for_target(
     repository: &Repository,
     request: RecoveryRequest<'_>,
 ) -> Result<PlannedRecovery, RecoveryError> {
-    let RecoveryRequest { basebackup, target } = request;
+    let RecoveryRequest { basebackup, target, until_hole } = request;
     let list = basebackups::list(repository).await?;
-    let record = choose(&list, basebackup, target)?.record.clone();
-    let tree = TimelineTree::load(repository, record.cluster).await?;
+    let (record, tree) = match basebackup {
+        Some(name) => {
+            let record = list.resolve(name)?.record.clone();
+            let tree = TimelineTree::load(repository, record.cluster).await?;
+            (record, tree)
+        }
+        None => choose(repository, &list, target).await?,
+    };
     let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
-    let mut coverage = WalCoverage::default();
     let from = WalSegmentNumber::containing(record.start_lsn, record.cluster.segment_size);
-    for stretch in tree.way_to(timeline).into_iter().filter(|stretch| stretch.timeline >= record.timeline) {
-        let held = WalCoverage::load_timeline(repository, record.cluster, stretch.timeline, from).await?;
-        coverage.timelines.insert(stretch.timeline, held);
-    }
-    let (plan, timeline) = plan_recovery(&record, &tree, &coverage, target)?;
-    Ok(PlannedRecovery { record, plan, timeline })
+    let way = tree.way_to(timeline).into_iter();
+    let way = way.filter(|stretch| stretch.end.is_none_or(|end| end >= record.start_lsn));
+    let way = way.map(|stretch| stretch.timeline);
+    let coverage = WalCoverage::load_timelines(repository, record.cluster, way, from).await?;
+    let window = window_for(&record, &tree, &coverage, &target.target, timeline)?;
+    let place = match place_by_position(&window, &target.target) {
+        Some(place) => place,
+        None => place_by_reading(repository, record.cluster, &window, target).await?,
+    };
+    let Decision { plan, target, accepted_hole } =
+        plan_recovery(&record, &tree, &window, target, place, until_hole)?;
+    Ok(PlannedRecovery { record, plan, timeline, target, accepted_hole, window })
 }
 
-/// Chooses the newest basebackup that ended before the target, or the one that is named.
-fn choose<'a>(
-    list: &'a BasebackupList,
-    named: Option<&str>,
+/// Finds out from the WAL of a window whether a target lies in it.
+async fn place_by_reading(
+    repository: &Repository,
+    cluster: ClusterId,
+    window: &RecoveryWindow,
     target: &RecoveryTarget,
-) -> Result<&'a ListedBasebackup, RecoveryError> {
-    if let Some(name) = named {
-        return Ok(list.resolve(name)?);
+) -> Result<TargetPlace, repo::Error> {
+    if let Target::Time(time) = target.target {
+        let last = last_transaction(repository, cluster, &window.reached).await?;
+        return Ok(place_of_time(last, time, target.inclusive));
     }
-    let ended_before = |record: &BackupRecord| match &target.target {
+    let segments =
+        segments_of(window.reached.iter().map(|range| (range.first, range.last)), cluster.segment_size);
+    let mut place = TargetPlace::Behind(None);
+    let visit = |payload| {
+        if is_target(&payload, &target.target) {
+            place = TargetPlace::Within;
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    };
+    visit_records(repository, cluster, segments, window.start.start_lsn, visit).await?;
+    Ok(place)
+}
+
+/// The server stops at a time only where it sees a transaction that ended later, or then where the target is
+/// exclusive; where it sees none it ends FATAL (failure 26).
+fn place_of_time(last: LastTransaction, time: Timestamp, inclusive: bool) -> TargetPlace {
+    match last {
+        LastTransaction::EndedAt(ended) if ended > time || (ended == time && !inclusive) => {
+            TargetPlace::Within
+        }
+        LastTransaction::EndedAt(ended) => TargetPlace::Behind(Some(ended)),
+        LastTransaction::None => TargetPlace::Behind(None),
+        LastTransaction::NotNear => TargetPlace::Unproven,
+    }
+}
+
+fn is_target(payload: &WalPayload, target: &Target) -> bool {
+    match (payload, target) {
+        (WalPayload::Commit(ended) | WalPayload::Abort(ended), Target::Xid(xid)) => {
+            // As the server does it: the epoch is dropped.
+            xid.parse::<u64>().is_ok_and(|xid| xid as u32 == ended.transaction.0)
+        }
+        (WalPayload::RestorePoint { name, .. }, Target::Name(wanted)) => name == wanted,
+        _ => false,
+    }
+}
+
+/// Chooses the newest basebackup that ended before the target and leads to its timeline.
+async fn choose(
+    repository: &Repository,
+    list: &BasebackupList,
+    target: &RecoveryTarget,
+) -> Result<(BackupRecord, TimelineTree), RecoveryError> {
+    let before = |listed: &&ListedBasebackup| ended_before(&listed.record, &target.target);
+    let none_before = || RecoveryError::NoneBefore(target.target.to_string());
+    let newest = match target.target {
+        Target::Time(_) => list.complete.iter().rfind(before),
+        _ => Some(list.resolve("latest")?),
+    };
+    let Some(newest) = newest else {
+        unreadable_newer(list, None, &target.target)?;
+        return Err(if list.complete.is_empty() { ResolveError::NoBasebackup.into() } else { none_before() });
+    };
+    // Positions and timelines of another cluster of the site mean nothing in this one.
+    let cluster = newest.record.cluster;
+    let tree = TimelineTree::load(repository, cluster).await?;
+    let leads_there = |record: &BackupRecord| match target.timeline {
+        Some(timeline) => tree.passes(timeline, record.timeline, record.stop_lsn),
+        None => true,
+    };
+    let fits = |listed: &&ListedBasebackup| {
+        listed.record.cluster == cluster && before(listed) && leads_there(&listed.record)
+    };
+    let chosen = list.complete.iter().rfind(fits).map(|listed| listed.record.clone());
+    unreadable_newer(list, chosen.as_ref().map(|record| record.id), &target.target)?;
+    match (chosen, target.timeline) {
+        (Some(record), _) => Ok((record, tree)),
+        (None, Some(timeline)) => {
+            Err(RecoveryError::NoneOnTimeline { target: target.target.to_string(), timeline })
+        }
+        (None, None) => Err(none_before()),
+    }
+}
+
+fn ended_before(record: &BackupRecord, target: &Target) -> bool {
+    match target {
         Target::Time(time) => record.stopped_at < *time,
         Target::Lsn(lsn) => record.stop_lsn <= *lsn,
         _ => true,
-    };
-    if list.complete.is_empty() {
-        return Ok(list.resolve("latest")?);
     }
-    let chosen = list.complete.iter().rev().find(|listed| ended_before(&listed.record));
+}
+
+/// Refuses to pass over a basebackup that cannot be read and might be the one that is meant.
+fn unreadable_newer(
+    list: &BasebackupList,
+    chosen: Option<BasebackupId>,
+    target: &Target,
+) -> Result<(), ResolveError> {
     // One that began behind the target would not have been chosen, whatever its record says.
-    let began_before = |id: BasebackupId| match &target.target {
+    let began_before = |id: BasebackupId| match target {
         Target::Time(time) => id.time() < *time,
         _ => true,
     };
-    let newer = |id| chosen.is_none_or(|listed| id > listed.record.id);
+    let newer = |id| chosen.is_none_or(|chosen| id > chosen);
     match list.unreadable_among(|id| newer(id) && began_before(id)) {
-        Some(error) => Err(error.into()),
-        None => chosen.ok_or_else(|| RecoveryError::NoneBefore(target.target.to_string())),
+        Some(error) => Err(error),
+        None => Ok(()),
     }
 }

@@ -7,11 +7,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::recovery_target::{RecoveryTarget, Target};
 use crate::catalog::timeline_tree::TimelineTree;
-use crate::catalog::wal_coverage::{TimelineCoverage, WalCoverage};
+use crate::catalog::wal_coverage::WalCoverage;
 use crate::pg::{ArchiveFileName, Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
-use crate::repo::documents::BackupRecord;
 use crate::repo::{BasebackupId, ClusterId};
 
 /// The name of the plan's file in a data directory.
@@ -65,121 +63,6 @@ pub enum Answer {
     Absent,
     /// Recovery must not go on without it.
     CannotTell,
-}
-
-/// Why no plan can be made.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PlanError {
-    /// The target lies before the basebackup is consistent.
-    #[error("{target} is before the end of basebackup {basebackup} at {stop}")]
-    BeforeBackup { target: String, basebackup: BasebackupId, stop: String },
-    /// The target timeline does not descend from the basebackup.
-    #[error(
-        "timeline {timeline} does not contain basebackup {basebackup}, which ended at {stop_lsn} on timeline {from}"
-    )]
-    OtherTimeline { timeline: TimelineId, basebackup: BasebackupId, from: TimelineId, stop_lsn: Lsn },
-    /// A segment is missing before the end of what is needed.
-    #[error("WAL segment {missing} is missing from the archive, and recovery needs {first} through {last}")]
-    Hole { missing: WalSegmentName, first: WalSegmentName, last: WalSegmentName },
-    /// The archive ends before the target.
-    #[error("the archive ends before {target}: its newest WAL segment on timeline {timeline} ends at {end}")]
-    BeyondArchive { target: String, timeline: TimelineId, end: Lsn },
-}
-
-impl PlanError {
-    /// Returns what the user should do.
-    pub fn hint(&self) -> &'static str {
-        match self {
-            Self::BeforeBackup { .. } => "Choose an older basebackup, or a later target.",
-            Self::OtherTimeline { .. } => "Choose a basebackup that the target timeline descends from.",
-            Self::Hole { .. } => "Push the segment again from pg_wal if the server still has it.",
-            Self::BeyondArchive { .. } => "Choose an earlier target, or wait until more WAL is archived.",
-        }
-    }
-}
-
-/// Plans recovery from a basebackup to a target, by what the archive holds.
-///
-/// Returns the plan and the numeric timeline that recovery follows.
-pub fn plan_recovery(
-    record: &BackupRecord,
-    tree: &TimelineTree,
-    coverage: &WalCoverage,
-    target: &RecoveryTarget,
-) -> Result<(RecoveryPlan, TimelineId), PlanError> {
-    let size = record.cluster.segment_size;
-    let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
-    if timeline != record.timeline && !tree.passes(timeline, record.timeline, record.stop_lsn) {
-        let (basebackup, from, stop_lsn) = (record.id, record.timeline, record.stop_lsn);
-        return Err(PlanError::OtherTimeline { timeline, basebackup, from, stop_lsn });
-    }
-    check_target(record, target)?;
-    // Recovery to *immediate* ends at the stop position and needs nothing behind it.
-    let needed_to = match target.target {
-        Target::Immediate => record.stop_lsn,
-        Target::Lsn(lsn) => lsn,
-        _ => record.stop_lsn,
-    };
-    let nothing = TimelineCoverage::default();
-    let mut spans = Vec::new();
-    for stretch in tree.way_to(timeline) {
-        if stretch.end.is_some_and(|end| end < record.start_lsn) || stretch.timeline < record.timeline {
-            continue;
-        }
-        let held = coverage.timelines.get(&stretch.timeline).unwrap_or(&nothing);
-        let first = WalSegmentNumber::containing(stretch.begin.max(record.start_lsn), size);
-        let last = match stretch.end {
-            // The switch-point segment is read from the child, which begins with a copy of it.
-            Some(end) => WalSegmentNumber::containing(end, size).0.checked_sub(1).map(WalSegmentNumber),
-            None => {
-                let needed = WalSegmentNumber::ending_at(needed_to, size).max(first);
-                let newest = held.last().filter(|newest| *newest >= first);
-                if target.target == Target::Immediate {
-                    Some(needed)
-                } else {
-                    Some(newest.unwrap_or(first).max(needed))
-                }
-            }
-        };
-        let Some(last) = last.filter(|last| *last >= first) else { continue };
-        let name = |number| WalSegmentName::new(stretch.timeline, number, size);
-        if let Some(missing) = held.first_missing(first, last) {
-            let newest = held.last().filter(|newest| *newest >= first);
-            if stretch.end.is_none() && newest.is_none_or(|newest| missing > newest) {
-                let end = newest
-                    .map_or(stretch.begin.max(record.start_lsn), |newest| newest.next().start_lsn(size));
-                let target = target.target.to_string();
-                return Err(PlanError::BeyondArchive { target, timeline: stretch.timeline, end });
-            }
-            return Err(PlanError::Hole { missing: name(missing), first: name(first), last: name(last) });
-        }
-        let history = tree.branch(stretch.timeline).is_some();
-        spans.push(TimelineSpan {
-            timeline: stretch.timeline,
-            first: name(first),
-            last: Some(name(last)),
-            history,
-        });
-    }
-    let plan = RecoveryPlan {
-        format: 1,
-        cluster: record.cluster,
-        basebackup: Some(record.id),
-        spans,
-        standby: false,
-    };
-    Ok((plan, timeline))
-}
-
-fn check_target(record: &BackupRecord, target: &RecoveryTarget) -> Result<(), PlanError> {
-    let before = |stop: String| {
-        Err(PlanError::BeforeBackup { target: target.target.to_string(), basebackup: record.id, stop })
-    };
-    match &target.target {
-        Target::Lsn(lsn) if *lsn < record.stop_lsn => before(record.stop_lsn.to_string()),
-        Target::Time(time) if *time < record.stopped_at => before(record.stopped_at.to_string()),
-        _ => Ok(()),
-    }
 }
 
 impl RecoveryPlan {

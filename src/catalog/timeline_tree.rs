@@ -5,10 +5,12 @@
 
 use std::collections::BTreeMap;
 
+use futures::{StreamExt, TryStreamExt};
+
 use crate::pg::{Lsn, TimelineId};
 use crate::repo::layout::ObjectName;
 use crate::repo::wal_object::{HistoryBranch, read_history_branch};
-use crate::repo::{ClusterId, Error, Repository};
+use crate::repo::{ClusterId, Error, ErrorKind, Repository};
 
 /// Which timeline branched off which, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -29,15 +31,47 @@ pub struct Stretch {
 
 /// Histories listed at a time; a cluster with this many promotions has one every hour for a month.
 const HISTORIES_MAX: usize = 1000;
+/// Histories read at a time.
+const READS_MAX: usize = 16;
 
 impl TimelineTree {
     /// Reads the branches of all history files of a cluster.
     pub async fn load(repository: &Repository, cluster: ClusterId) -> Result<Self, Error> {
-        let mut branches = BTreeMap::new();
-        for timeline in list_histories(repository, cluster).await? {
-            branches.insert(timeline, read_history_branch(repository, cluster, timeline).await?);
+        let (tree, mut damaged) = Self::load_readable(repository, cluster).await?;
+        match damaged.pop() {
+            Some((_, error)) => Err(error),
+            None => Ok(tree),
         }
-        Ok(Self { branches })
+    }
+
+    /// Reads the branches of all history files of a cluster, and says which are damaged or not trusted.
+    ///
+    /// For those who show what there is: a way that needs one of the damaged is not known, and must not be guessed.
+    ///
+    /// # Errors
+    /// Where the store cannot tell.
+    pub async fn load_readable(
+        repository: &Repository,
+        cluster: ClusterId,
+    ) -> Result<(Self, Vec<(TimelineId, Error)>), Error> {
+        let timelines = list_histories(repository, cluster).await?;
+        let reads = timelines.into_iter().map(|timeline| async move {
+            match read_history_branch(repository, cluster, timeline).await {
+                Err(error) if error.kind() != ErrorKind::Damaged => Err(error),
+                read => Ok((timeline, read)),
+            }
+        });
+        let read: Vec<_> = futures::stream::iter(reads).buffered(READS_MAX).try_collect().await?;
+        let (mut tree, mut damaged) = (Self::default(), Vec::new());
+        for (timeline, branch) in read {
+            match branch {
+                Ok(branch) => {
+                    tree.branches.insert(timeline, branch);
+                }
+                Err(error) => damaged.push((timeline, error)),
+            }
+        }
+        Ok((tree, damaged))
     }
 
     /// Creates a tree from branches that are known otherwise.

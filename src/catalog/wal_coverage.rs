@@ -6,17 +6,25 @@
 
 use std::collections::BTreeMap;
 
+use futures::{StreamExt, TryStreamExt};
+use jiff::Timestamp;
+
 use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::layout::{ObjectName, WalObjectName};
 use crate::repo::{ClusterId, Error, Repository};
+use crate::storage::ObjectMeta;
 
 /// The segments of one timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TimelineCoverage {
     /// First and last segment of each run, ascending.
     runs: Vec<(WalSegmentNumber, WalSegmentNumber)>,
-    /// Segments that exist as `.partial`.
+    /// Segments that exist as `.partial`; one may be there more than once.
     pub partials: Vec<WalSegmentName>,
+    /// Bytes of all objects that were listed, as stored.
+    pub stored_bytes: u64,
+    /// When the last of its segments came, by the store's clock.
+    pub newest_at: Option<Timestamp>,
 }
 
 /// The segments of a cluster.
@@ -28,6 +36,8 @@ pub struct WalCoverage {
 
 /// Keys asked for at a time, as many as S3 gives.
 const PAGE: usize = 1000;
+/// Timelines listed at a time.
+const LISTINGS_MAX: usize = 8;
 
 impl TimelineCoverage {
     /// Adds a segment, which is not before any that was added.
@@ -42,6 +52,11 @@ impl TimelineCoverage {
     /// Returns the runs, ascending.
     pub fn runs(&self) -> &[(WalSegmentNumber, WalSegmentNumber)] {
         &self.runs
+    }
+
+    /// Returns how many segments there are.
+    pub fn segments(&self) -> u64 {
+        self.runs.iter().map(|(first, last)| last.0 - first.0 + 1).sum()
     }
 
     /// Returns the newest segment.
@@ -90,7 +105,7 @@ impl WalCoverage {
             let page = repository.store().list(&prefix, after.as_ref(), PAGE).await?;
             for object in &page {
                 if let Some(ObjectName::Wal(_, name)) = layout.parse(&object.key) {
-                    coverage.take(name, size);
+                    coverage.take(name, object, size);
                 }
             }
             if page.len() < PAGE {
@@ -104,24 +119,38 @@ impl WalCoverage {
     pub async fn load(repository: &Repository, cluster: ClusterId) -> Result<Self, Error> {
         let layout = repository.layout();
         let prefix = layout.wal(cluster);
-        let folder = repository.store().list_folder(&prefix).await?;
-        let mut timelines = BTreeMap::new();
-        let timeline_of = |name: &String| layout.parse_timeline_folder(cluster, &format!("{prefix}{name}"));
-        for timeline in folder.folders.iter().filter_map(timeline_of) {
-            let coverage = Self::load_timeline(repository, cluster, timeline, WalSegmentNumber(0)).await?;
-            timelines.insert(timeline, coverage);
-        }
+        let folders = repository.store().list_folder(&prefix).await?.folders;
+        let timelines: Vec<TimelineId> = folders
+            .iter()
+            .filter_map(|name| layout.parse_timeline_folder(cluster, &format!("{prefix}{name}")))
+            .collect();
+        Self::load_timelines(repository, cluster, timelines, WalSegmentNumber(0)).await
+    }
+
+    /// Lists these timelines from the log of `from` on, some of them at a time.
+    pub async fn load_timelines(
+        repository: &Repository,
+        cluster: ClusterId,
+        timelines: impl IntoIterator<Item = TimelineId>,
+        from: WalSegmentNumber,
+    ) -> Result<Self, Error> {
+        let listings = timelines.into_iter().map(|timeline| async move {
+            let coverage = Self::load_timeline(repository, cluster, timeline, from).await?;
+            Ok::<_, Error>((timeline, coverage))
+        });
+        let timelines = futures::stream::iter(listings).buffered(LISTINGS_MAX).try_collect().await?;
         Ok(Self { timelines })
     }
 }
 
 impl TimelineCoverage {
-    fn take(&mut self, name: WalObjectName, size: WalSegmentSize) {
+    fn take(&mut self, name: WalObjectName, object: &ObjectMeta, size: WalSegmentSize) {
+        self.stored_bytes += object.size;
         match name {
             WalObjectName::Segment(segment) => {
-                if let Ok(number) = segment.number(size) {
-                    self.push(number);
-                }
+                let Ok(number) = segment.number(size) else { return };
+                self.push(number);
+                self.newest_at = self.newest_at.max(Some(object.last_modified));
             }
             WalObjectName::Partial { segment, .. } => self.partials.push(segment),
             WalObjectName::BackupHistory { .. } => {}
@@ -157,6 +186,7 @@ mod tests {
             prop_assert_eq!(coverage.first_missing(first, last), missing.map(WalSegmentNumber));
             prop_assert_eq!(coverage.last(), model.last().copied().map(WalSegmentNumber));
             prop_assert_eq!(coverage.contains(first), model.contains(&from));
+            prop_assert_eq!(coverage.segments(), model.len() as u64);
         }
     }
 }

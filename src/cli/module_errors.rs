@@ -151,9 +151,9 @@ impl From<catalog::RecoveryError> for CommandError {
         match error {
             catalog::RecoveryError::Repository(error) => error.into(),
             catalog::RecoveryError::Basebackup(error) => error.into(),
-            catalog::RecoveryError::Plan(_) | catalog::RecoveryError::NoneBefore(_) => {
-                Self::of_module(ExitKind::Failed, error, hint)
-            }
+            catalog::RecoveryError::Plan(_)
+            | catalog::RecoveryError::NoneBefore(_)
+            | catalog::RecoveryError::NoneOnTimeline { .. } => Self::of_module(ExitKind::Failed, error, hint),
         }
     }
 }

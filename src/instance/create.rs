@@ -30,6 +30,8 @@ pub struct CreateOptions {
     pub basebackup: Option<String>,
     /// Where recovery ends.
     pub target: RecoveryTarget,
+    /// Whether recovery shall end before a hole that the target lies behind.
+    pub until_hole: bool,
     /// The port in the socket's name.
     pub port: u16,
     /// Whether sessions are let in before the target.
@@ -38,6 +40,13 @@ pub struct CreateOptions {
     pub bin_directory: Option<PathBuf>,
     /// Whom PostgreSQL runs as.
     pub owner: Owner,
+}
+
+impl CreateOptions {
+    fn request(&self) -> RecoveryRequest<'_> {
+        let Self { basebackup, target, until_hole, .. } = self;
+        RecoveryRequest { basebackup: basebackup.as_deref(), target, until_hole: *until_hole }
+    }
 }
 
 /// Why a clone cannot be made.
@@ -90,8 +99,11 @@ pub async fn create(
         return Err(CreateError::RootOwner);
     }
     socket_path(&folder.run(), options.port).map_err(CreateError::SocketPath)?;
-    let request = RecoveryRequest { basebackup: options.basebackup.as_deref(), target: &options.target };
-    let PlannedRecovery { record, plan, timeline } = plan_for_target(repository, request).await?;
+    let PlannedRecovery { record, plan, timeline, target, accepted_hole, window } =
+        plan_for_target(repository, options.request()).await?;
+    if let Some(hole) = accepted_hole {
+        tracing::warn!("recovery ends at {}, before a hole: {hole} missing from the archive", window.end);
+    }
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
     let basebackup = Basebackup::open(repository, record.id).await?;
@@ -115,7 +127,7 @@ pub async fn create(
         major: record.server.major,
         preload: preload_setting(&record.server.preload_libraries, &bin_directory),
         bin_directory,
-        target: options.target.clone(),
+        target,
         timeline,
         read_early: options.read_early,
         port: options.port,

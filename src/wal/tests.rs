@@ -175,8 +175,8 @@ async fn all_four_kinds_of_files_are_archived_once_and_compared_afterwards() {
     assert_eq!(listed.len(), 1);
     assert_eq!(listed[0].cluster, Server::cluster());
     let [first, second] = &listed[0].timelines[..] else { panic!("{listed:?}") };
-    assert_eq!((first.segments, first.coverage.partials.len(), first.branch), (1, 2, None));
-    assert_eq!(second.segments, 0);
+    assert_eq!((first.coverage.segments(), first.coverage.partials.len(), first.branch), (1, 2, None));
+    assert_eq!(second.coverage.segments(), 0);
     assert_eq!(second.branch.unwrap().switch.to_string(), "0/300100");
 }
 

@@ -42,6 +42,10 @@ pub(super) struct CloneCreate {
     /// Lets sessions in before the target is reached
     #[arg(long)]
     read_early: bool,
+
+    /// Ends recovery before missing WAL that the target lies behind, instead of refusing
+    #[arg(long)]
+    until_hole: bool,
 }
 
 impl CloneCreate {
@@ -57,6 +61,7 @@ impl CloneCreate {
             site: site.name.clone(),
             basebackup: self.backup.clone(),
             target,
+            until_hole: self.until_hole,
             port: self.port,
             read_early: self.read_early,
             bin_directory: site.bin_directory.clone(),

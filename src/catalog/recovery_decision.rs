@@ -1,0 +1,242 @@
+//! Whether a recovery can reach its target, and the plan if so: pure, from a window and the target's place.
+//!
+//! Refused is what PostgreSQL would refuse only after hours of replay, and what it would not refuse at all: a target
+//! behind a hole, where it would end early and promote. Where a target cannot be proven cheaply and nothing speaks
+//! against it, the server decides, and it ends FATAL rather than early.
+
+use std::fmt;
+
+use jiff::Timestamp;
+
+use crate::catalog::recovery_plan::{RecoveryPlan, TimelineSpan};
+use crate::catalog::recovery_target::{RecoveryTarget, Target};
+use crate::catalog::recovery_window::{Hole, RecoveryStart, RecoveryWindow, SegmentRange};
+use crate::catalog::timeline_tree::TimelineTree;
+use crate::catalog::wal_coverage::WalCoverage;
+use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
+use crate::repo::BasebackupId;
+use crate::repo::documents::BackupRecord;
+
+/// Where a target lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TargetPlace {
+    /// In the window.
+    Within,
+    /// Not in the window; with the time at which the last transaction there ended, if that was looked for.
+    Behind(Option<Timestamp>),
+    /// Perhaps in the window: only replay would tell.
+    Unproven,
+}
+
+/// What was decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// What recovery may ask for.
+    pub plan: RecoveryPlan,
+    /// Where it ends: the target that was asked for, or the end of the plan where that lies before an accepted hole.
+    pub target: RecoveryTarget,
+    /// The hole before which it ends, because the user wants that.
+    pub accepted_hole: Option<Hole>,
+}
+
+/// What a basebackup can be recovered to, for messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// The basebackup.
+    pub basebackup: BasebackupId,
+    /// Where the basebackup is consistent, and since when.
+    pub begin: (Lsn, Timestamp),
+    /// The position behind the WAL without a gap.
+    pub end: Lsn,
+    /// When the last transaction before it ended, if that is known.
+    pub newest: Option<Timestamp>,
+    /// The timeline that is aimed at.
+    pub timeline: TimelineId,
+}
+
+/// Why no plan can be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The target lies before the basebackup is consistent.
+    #[error("{target} is before the end of basebackup {basebackup} at {stop}")]
+    BeforeBackup { target: String, basebackup: BasebackupId, stop: String },
+    /// The target timeline does not descend from the basebackup.
+    #[error(
+        "timeline {timeline} does not contain basebackup {basebackup}, which ended at {stop_lsn} on timeline {from}"
+    )]
+    OtherTimeline { timeline: TimelineId, basebackup: BasebackupId, from: TimelineId, stop_lsn: Lsn },
+    /// The target timeline's history file is not in the archive, and a server does not go there without.
+    #[error("the history file of timeline {timeline} is missing from the archive")]
+    MissingHistory { timeline: TimelineId },
+    /// WAL is missing without which the basebackup never becomes consistent.
+    #[error("basebackup {basebackup} cannot be recovered: WAL segment {missing} is missing from the archive")]
+    Unrecoverable { basebackup: BasebackupId, missing: WalSegmentName },
+    /// WAL is missing on the way to the target.
+    #[error("{hole} missing from the archive on the way to {target}: {reach}")]
+    Hole { hole: Hole, target: String, reach: Reach },
+    /// The archive ends before the target.
+    #[error("the archive ends before {target}: {reach}")]
+    BeyondArchive { target: String, reach: Reach },
+}
+
+impl PlanError {
+    /// Returns what the user should do.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::BeforeBackup { .. } => "Choose an older basebackup, or a later target.",
+            Self::OtherTimeline { .. } => "Choose a basebackup that the target timeline descends from.",
+            Self::MissingHistory { .. } => "Push it again from pg_wal of a server that is on the timeline.",
+            Self::Unrecoverable { .. } => {
+                "Push the segment again if a server still has it, or name another basebackup."
+            }
+            Self::Hole { .. } => {
+                "Push what is missing again if a server still has it, choose an earlier target, or end recovery \
+                 there with --until-hole."
+            }
+            Self::BeyondArchive { .. } => "Choose an earlier target, or wait until more WAL is archived.",
+        }
+    }
+}
+
+impl fmt::Display for Reach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { basebackup, begin, end, newest, timeline } = self;
+        write!(f, "recovery from basebackup {basebackup} on timeline {timeline} can end from {}", begin.0)?;
+        write!(f, " ({}) to {end}", begin.1)?;
+        match newest {
+            Some(newest) => write!(f, ", the last transaction there ended at {newest}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Reach {
+    fn new(record: &BackupRecord, window: &RecoveryWindow, newest: Option<Timestamp>) -> Self {
+        Self {
+            basebackup: record.id,
+            begin: (record.stop_lsn, record.stopped_at),
+            end: window.end,
+            newest,
+            timeline: window.timeline,
+        }
+    }
+}
+
+/// Returns how far recovery to a target gets, whose timeline is numeric by now; refuses what lies outside whatever
+/// the archive has.
+pub fn window_for(
+    record: &BackupRecord,
+    tree: &TimelineTree,
+    coverage: &WalCoverage,
+    target: &Target,
+    timeline: TimelineId,
+) -> Result<RecoveryWindow, PlanError> {
+    let (basebackup, size) = (record.id, record.cluster.segment_size);
+    let start = RecoveryStart::from(record);
+    let Some(window) = RecoveryWindow::new(start, tree, coverage, timeline, size) else {
+        let (from, stop_lsn) = (record.timeline, record.stop_lsn);
+        return Err(PlanError::OtherTimeline { timeline, basebackup, from, stop_lsn });
+    };
+    let before = |stop: String| Err(PlanError::BeforeBackup { target: target.to_string(), basebackup, stop });
+    match target {
+        Target::Lsn(lsn) if *lsn < record.stop_lsn => return before(record.stop_lsn.to_string()),
+        Target::Time(time) if *time < record.stopped_at => return before(record.stopped_at.to_string()),
+        _ => {}
+    }
+    if timeline > TimelineId::FIRST && tree.branch(timeline).is_none() {
+        return Err(PlanError::MissingHistory { timeline });
+    }
+    match window.missing_start {
+        Some(missing) => Err(PlanError::Unrecoverable { basebackup, missing }),
+        None => Ok(window),
+    }
+}
+
+/// Returns where a target lies, where that follows from positions; nothing where the WAL has to be read.
+pub fn place_by_position(window: &RecoveryWindow, target: &Target) -> Option<TargetPlace> {
+    let is_whole = window.holes.is_empty();
+    match target {
+        Target::Immediate => Some(TargetPlace::Within),
+        Target::Latest if is_whole => Some(TargetPlace::Within),
+        Target::Latest => Some(TargetPlace::Behind(None)),
+        // The server stops at the first record that begins at the target or behind it.
+        Target::Lsn(lsn) if *lsn < window.end => Some(TargetPlace::Within),
+        Target::Lsn(_) => Some(TargetPlace::Behind(None)),
+        Target::Xid(_) | Target::Name(_) if is_whole => Some(TargetPlace::Unproven),
+        Target::Xid(_) | Target::Name(_) | Target::Time(_) => None,
+    }
+}
+
+/// Plans recovery from a basebackup through its window.
+///
+/// With `until_hole` a target behind a hole becomes the end of the WAL before it.
+pub fn plan_recovery(
+    record: &BackupRecord,
+    tree: &TimelineTree,
+    window: &RecoveryWindow,
+    target: &RecoveryTarget,
+    place: TargetPlace,
+    until_hole: bool,
+) -> Result<Decision, PlanError> {
+    let newest = match place {
+        TargetPlace::Behind(newest) => newest,
+        TargetPlace::Within | TargetPlace::Unproven => None,
+    };
+    let shown = || (target.target.to_string(), Reach::new(record, window, newest));
+    let mut decision = Decision {
+        plan: plan_through(record, tree, &window.reached),
+        target: target.clone(),
+        accepted_hole: None,
+    };
+    match (place, window.holes.first()) {
+        (TargetPlace::Within, _) if target.target == Target::Immediate => {
+            // Recovery ends at the stop position and needs nothing behind it.
+            decision.plan = plan_through(record, tree, &up_to(record, &window.reached));
+        }
+        (TargetPlace::Within, _) | (TargetPlace::Unproven, None) => {}
+        (_, Some(hole)) if until_hole => {
+            decision.target.target = Target::Latest;
+            decision.accepted_hole = Some(hole.clone());
+        }
+        (_, Some(hole)) => {
+            let (target, reach) = shown();
+            return Err(PlanError::Hole { hole: hole.clone(), target, reach });
+        }
+        (TargetPlace::Behind(_), None) => {
+            let (target, reach) = shown();
+            return Err(PlanError::BeyondArchive { target, reach });
+        }
+    }
+    Ok(decision)
+}
+
+/// Returns the ranges up to the segment that holds the last byte before the stop position.
+fn up_to(record: &BackupRecord, reached: &[SegmentRange]) -> Vec<SegmentRange> {
+    let size = record.cluster.segment_size;
+    let last = WalSegmentNumber::ending_at(record.stop_lsn, size);
+    let mut ranges = Vec::new();
+    for range in reached {
+        let name = WalSegmentName::new(range.timeline(), last, size);
+        if range.first > name {
+            break;
+        }
+        ranges.push(SegmentRange { last: range.last.min(name), ..*range });
+    }
+    ranges
+}
+
+fn plan_through(record: &BackupRecord, tree: &TimelineTree, ranges: &[SegmentRange]) -> RecoveryPlan {
+    let spans = ranges.iter().map(|range| TimelineSpan {
+        timeline: range.timeline(),
+        first: range.first,
+        last: Some(range.last),
+        history: tree.branch(range.timeline()).is_some(),
+    });
+    RecoveryPlan {
+        format: 1,
+        cluster: record.cluster,
+        basebackup: Some(record.id),
+        spans: spans.collect(),
+        standby: false,
+    }
+}
