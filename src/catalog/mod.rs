@@ -5,6 +5,7 @@
 //! Deliberately absent: carrying anything out; `wal`, `mount` and `restore` ask here and act.
 
 pub mod basebackups;
+pub mod overview;
 pub mod recovery_choice;
 pub mod recovery_decision;
 pub mod recovery_plan;

@@ -81,7 +81,8 @@ impl From<&BackupRecord> for RecoveryStart {
 }
 
 impl SegmentRange {
-    fn new(
+    /// Creates a range of segments of one timeline, `first` not behind `last`.
+    pub fn new(
         timeline: TimelineId,
         first: WalSegmentNumber,
         last: WalSegmentNumber,

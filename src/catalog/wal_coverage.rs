@@ -54,6 +54,14 @@ impl TimelineCoverage {
         &self.runs
     }
 
+    /// Returns first and last segment of what is missing between each run and the next.
+    pub fn holes(&self) -> Vec<(WalSegmentNumber, WalSegmentNumber)> {
+        let between = |pair: &[(WalSegmentNumber, WalSegmentNumber)]| {
+            (pair[0].1.next(), WalSegmentNumber(pair[1].0.0 - 1))
+        };
+        self.runs.windows(2).map(between).collect()
+    }
+
     /// Returns how many segments there are.
     pub fn segments(&self) -> u64 {
         self.runs.iter().map(|(first, last)| last.0 - first.0 + 1).sum()
@@ -187,6 +195,10 @@ mod tests {
             prop_assert_eq!(coverage.last(), model.last().copied().map(WalSegmentNumber));
             prop_assert_eq!(coverage.contains(first), model.contains(&from));
             prop_assert_eq!(coverage.segments(), model.len() as u64);
+            let holes = coverage.holes().into_iter().flat_map(|(first, last)| first.0..=last.0);
+            let last = model.last().copied().unwrap_or_default();
+            let missing = (0..last).filter(|number| model.first() < Some(number) && !model.contains(number));
+            prop_assert!(holes.eq(missing));
         }
     }
 }

@@ -13,6 +13,8 @@ mod demo;
 mod detached;
 mod error;
 mod exit;
+mod info;
+mod info_text;
 mod internal;
 mod key;
 mod list;
@@ -69,6 +71,7 @@ enum Command {
     Key(key::Key),
     List(list::List),
     Show(show::Show),
+    Info(info::Info),
     Wal(wal::Wal),
     Mount(mount::Mount),
     Unmount(unmount::Unmount),
@@ -81,9 +84,8 @@ impl Command {
     /// Returns how its outcome becomes a status; until a command line has parsed, `arguments` guesses.
     fn exit_policy(&self) -> ExitPolicy {
         match self {
-            Self::Demo(_) | Self::Backup(_) | Self::Key(_) | Self::List(_) | Self::Show(_) => {
-                ExitPolicy::Usual
-            }
+            Self::Demo(_) | Self::Backup(_) | Self::Key(_) => ExitPolicy::Usual,
+            Self::List(_) | Self::Show(_) | Self::Info(_) => ExitPolicy::Usual,
             Self::Mount(_) | Self::Unmount(_) | Self::Clone(_) | Self::Internal(_) => ExitPolicy::Usual,
             Self::Wal(command) => command.exit_policy(),
         }
@@ -96,6 +98,7 @@ impl Command {
             Self::Key(command) => command.run(context),
             Self::List(command) => command.run(context),
             Self::Show(command) => command.run(context),
+            Self::Info(command) => command.run(context),
             Self::Wal(command) => command.run(context),
             Self::Mount(command) => command.run(context),
             Self::Unmount(command) => command.run(context),

@@ -302,7 +302,8 @@ fn open_block(
     Ok(Arc::new(entries))
 }
 
-async fn read_refs(repository: &Repository, record: &BackupRecord) -> Result<Refs, Error> {
+/// Reads which packs a basebackup names, without any key.
+pub async fn read_refs(repository: &Repository, record: &BackupRecord) -> Result<Refs, Error> {
     let object = format!("refs of basebackup {}", record.id);
     let bytes = repository.store().get(&repository.layout().refs(record.id), REFS_BYTES_MAX).await;
     let bytes = bytes.map_err(|error| missing_is_damage(error, &object))?;

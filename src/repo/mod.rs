@@ -43,7 +43,7 @@ mod error;
 #[cfg(test)]
 mod tests;
 
-pub use basebackup::{Basebackup, read_outcome};
+pub use basebackup::{Basebackup, read_outcome, read_refs};
 pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
 pub use error::{Error, ErrorKind};
 pub use file_reader::{FileReader, Piece};

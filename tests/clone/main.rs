@@ -7,6 +7,7 @@ mod support;
 mod site;
 
 mod equal;
+mod holes;
 mod hostile;
 mod life;
 mod tablespaces;
