@@ -1,12 +1,13 @@
 //! Writing a basebackup: intent, fence, packs, manifest, outcome — in an order that no crash can make a lie of.
 //!
-//! 1. `begin` is created. 2. The parent is read: not expired, complete. 3. Packs, then `manifest` and `refs`.
-//! 4. `backup.json`.
+//! 1. `begin` is created. 2. The parent is read: not expired, complete. 3. Packs; those of others that are named are
+//! looked for; then `manifest` and `refs`. 4. `backup.json`.
 //!
 //! Before step 4 everything is garbage, after it a whole basebackup. The order was
 //! model-checked with stalling writers and two sweepers; dropping any one step breaks it (3-format).
 //! Reading and compressing is not here: the writer takes compressed chunks in the order they are to stand in.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -25,7 +26,7 @@ use crate::repo::refs::{PackRecord, Refs};
 use crate::repo::repository::Repository;
 use crate::repo::sealed::{SealSpec, seal};
 use crate::repo::signed::{DOCUMENT_BYTES_MAX, open_document, seal_document};
-use crate::storage;
+use crate::storage::{self, ObjectKey};
 
 /// What an attempt is about, known before anything is read.
 #[derive(Debug, Clone)]
@@ -54,6 +55,9 @@ pub struct ParentBasebackup {
     /// Its packs, the only ones that may be named.
     pub refs: Refs,
 }
+
+/// Keys asked for at a time, as many as S3 gives.
+const LIST_PAGE: usize = 1000;
 
 /// An attempt at a basebackup.
 #[derive(Debug)]
@@ -158,11 +162,13 @@ impl BasebackupWriter {
     /// Stores manifest and refs and commits the basebackup.
     ///
     /// # Errors
-    /// `Abandoned` where a sweeper gave the attempt up in the meantime; nothing of it counts then.
+    /// `Abandoned` where a sweeper gave the attempt up in the meantime, `PacksMissing` where something named is not in
+    /// the store as it was written; nothing of the attempt counts then.
     pub async fn finish(self, completion: Completion) -> Result<BackupRecord, Error> {
         let Completion { mut record, content, mut named, compression } = completion;
         content.entries.iter().for_each(|entry| named.name_content(&entry.node));
         let (refs, keys) = self.collect_refs(&named)?;
+        self.check_reused(&refs).await?;
         let frames = content.into_frames(compression)?;
         let start_frame_len =
             frames.first().map_or(0, |frame| frame.body.len() + crate::codec::TAG_LEN) as u64;
@@ -196,6 +202,44 @@ impl BasebackupWriter {
         store.create(&layout.manifest(self.begin.id), manifest.bytes).await?;
         store.create(&layout.refs(self.begin.id), refs_bytes).await?;
         self.commit(record).await
+    }
+
+    /// Looks for the packs of others that are named: a listing of each folder, then a look at what it lacks, because a
+    /// listing is no proof.
+    async fn check_reused(&self, refs: &Refs) -> Result<(), Error> {
+        let (store, layout) = (self.repository.store(), self.repository.layout());
+        let reused = refs.records().iter().filter(|record| record.id.origin != self.begin.id);
+        let wanted: BTreeMap<ObjectKey, &PackRecord> =
+            reused.map(|record| (layout.pack(record.id, &record.salt), record)).collect();
+        let origins: BTreeSet<BasebackupId> = wanted.values().map(|record| record.id.origin).collect();
+        let mut sizes = HashMap::new();
+        for origin in origins {
+            let mut after = None;
+            loop {
+                let page = store.list(&layout.packs(origin), after.as_ref(), LIST_PAGE).await?;
+                after = page.last().map(|object| object.key.clone());
+                let more = page.len() == LIST_PAGE;
+                sizes.extend(page.into_iter().map(|object| (object.key, object.size)));
+                if !more {
+                    break;
+                }
+            }
+        }
+        let mut missing = Vec::new();
+        for (key, record) in wanted {
+            let size = match sizes.get(&key) {
+                Some(size) => Some(*size),
+                None => match store.head(&key).await {
+                    Ok(object) => Some(object.size),
+                    Err(error) if error.is_absent() => None,
+                    Err(error) => return Err(error.into()),
+                },
+            };
+            if size != Some(u64::from(record.size)) {
+                missing.push(record.id);
+            }
+        }
+        if missing.is_empty() { Ok(()) } else { Err(Error::PacksMissing(missing)) }
     }
 
     async fn commit(self, record: BackupRecord) -> Result<BackupRecord, Error> {

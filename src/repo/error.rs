@@ -6,7 +6,7 @@
 use thiserror::Error;
 
 use crate::codec;
-use crate::repo::id::{BasebackupId, InvalidName};
+use crate::repo::id::{BasebackupId, InvalidName, PackId};
 use crate::storage;
 
 /// What failed in a repository.
@@ -42,6 +42,9 @@ pub enum Error {
     /// Retention has marked the basebackup.
     #[error("basebackup {0} has expired")]
     Expired(BasebackupId),
+    /// Packs of earlier basebackups that this one was to name are gone, or not as long as they were.
+    #[error("packs that were to be reused are missing or cut: {}", list(.0))]
+    PacksMissing(Vec<PackId>),
     /// Something else stands where this object was to be created.
     #[error("{object} already exists with different content")]
     Different { object: String },
@@ -89,7 +92,10 @@ impl Error {
                 storage::ErrorKind::Truncated | storage::ErrorKind::TooLarge => ErrorKind::Damaged,
                 _ => ErrorKind::Retry,
             },
-            Self::Damaged { .. } | Self::Untrusted { .. } | Self::Unencrypted { .. } => ErrorKind::Damaged,
+            Self::Damaged { .. }
+            | Self::Untrusted { .. }
+            | Self::Unencrypted { .. }
+            | Self::PacksMissing(_) => ErrorKind::Damaged,
             Self::NoPrivateKey { .. }
             | Self::WrongKey { .. }
             | Self::NewerFormat { .. }
@@ -127,6 +133,7 @@ impl Error {
             }
             Self::NewerFormat { .. } => "Use the release of walden that wrote it, or a newer one.",
             Self::Incomplete(_) => "It is still running, or it was killed; take another basebackup.",
+            Self::PacksMissing(_) => "Take a full basebackup, which reuses nothing.",
             Self::UnsuitableStore { .. } => {
                 "Two writers would overwrite each other; use a store with conditional puts, or switch them on there."
             }
@@ -141,5 +148,15 @@ impl Error {
 
     pub(crate) fn untrusted(object: impl ToString, detail: impl ToString) -> Self {
         Self::Untrusted { object: object.to_string(), detail: detail.to_string() }
+    }
+}
+
+/// Names a few of many packs.
+fn list(packs: &[PackId]) -> String {
+    const NAMED_MAX: usize = 3;
+    let named: Vec<String> = packs.iter().take(NAMED_MAX).map(ToString::to_string).collect();
+    match packs.len().saturating_sub(NAMED_MAX) {
+        0 => named.join(", "),
+        more => format!("{} and {more} more", named.join(", ")),
     }
 }

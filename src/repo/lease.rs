@@ -57,7 +57,15 @@ impl Lease {
     /// Writes the next object of the row.
     pub async fn renew(&mut self) -> Result<(), Error> {
         let key = self.repository.layout().lease(self.id, &self.random, self.next);
-        self.repository.store().create(&key, Bytes::from_static(b"lease\n")).await?;
+        match self.repository.store().create(&key, Bytes::from_static(b"lease\n")).await {
+            // Ours, of an earlier call whose answer was lost. It is as old as that call, so the row goes on.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                self.next += 1;
+                let key = self.repository.layout().lease(self.id, &self.random, self.next);
+                self.repository.store().create(&key, Bytes::from_static(b"lease\n")).await?;
+            }
+            other => other?,
+        }
         self.next += 1;
         Ok(())
     }
@@ -89,5 +97,58 @@ impl Pin {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
             other => Ok(other?),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::codec::SeededRandom;
+    use crate::repo::{Keyring, RepositoryOptions};
+    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
+
+    #[tokio::test]
+    async fn a_renewal_whose_answer_was_lost_does_not_stop_those_after_it() {
+        let store = Arc::new(Faulty::new(MemoryStore::new()));
+        let options = RepositoryOptions {
+            store: store.clone(),
+            site: ObjectKey::parse("main").unwrap(),
+            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(1))),
+            clock: Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap())),
+        };
+        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let id: BasebackupId = "20261120T101500Z-3fa9".parse().unwrap();
+        let mut lease = Lease::create(&repository, id).await.unwrap().unwrap();
+        let lost = Fault::After(ErrorKind::OutcomeUnknown);
+        store.inject(Rule::on(Verb::Create, lost).key("leases/").times(1));
+        lease.renew().await.unwrap_err();
+        lease.renew().await.unwrap();
+        lease.renew().await.unwrap();
+        let row = store.list("main/leases", None, 10).await.unwrap();
+        let numbers: Vec<&str> = row.iter().map(|o| o.key.as_str().rsplit('/').next().unwrap()).collect();
+        assert_eq!(numbers, ["0", "1", "2", "3"]);
+    }
+
+    #[tokio::test]
+    async fn no_lease_is_taken_on_what_has_expired_nor_where_writes_are_denied() {
+        let store = Arc::new(Faulty::new(MemoryStore::new()));
+        let options = RepositoryOptions {
+            store: store.clone(),
+            site: ObjectKey::parse("main").unwrap(),
+            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(1))),
+            clock: Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap())),
+        };
+        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let id: BasebackupId = "20261120T101500Z-3fa9".parse().unwrap();
+        store.create(&repository.layout().expired(id), Bytes::from_static(b"x")).await.unwrap();
+        let error = Lease::create(&repository, id).await.unwrap_err();
+        assert!(matches!(error, Error::Expired(expired) if expired == id), "{error}");
+        let row = store.list("main/leases", None, 10).await.unwrap();
+        assert!(row.iter().any(|object| object.key.as_str().ends_with("/end")), "the lease is let go");
+        store.inject(Rule::on(Verb::Create, Fault::Before(ErrorKind::Denied)));
+        assert!(Lease::create(&repository, id).await.unwrap().is_none());
     }
 }

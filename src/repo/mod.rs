@@ -42,6 +42,8 @@ pub mod wal_object;
 mod error;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod writing_tests;
 
 pub use basebackup::{Basebackup, read_outcome, read_refs};
 pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};

@@ -162,6 +162,40 @@ async fn another_hosts_key_is_no_key_and_another_signer_is_not_trusted() {
     assert_eq!(read(&reader, "data/base/5/1").await, pages(1, 3));
 }
 
+/// A standby's key opens WAL and no basebackup.
+#[tokio::test]
+async fn the_key_of_a_wal_recipient_opens_wal_and_no_basebackup() {
+    let store: Arc<MemoryStore> = Arc::default();
+    let standby = create_keys(3072).unwrap();
+    let host = |private: &NewKeys| {
+        Keyring::new(KeyringOptions {
+            recipients: vec![RecipientKey::from_pem(&keys().public_pem).unwrap()],
+            wal_recipients: vec![
+                RecipientKey::from_pem(&keys().public_pem).unwrap(),
+                RecipientKey::from_pem(&standby.public_pem).unwrap(),
+            ],
+            signer: Some(SigningKey::from_pem(&keys().sign_pem).unwrap()),
+            trusted_signers: vec![VerifyKey::from_pem(&keys().verify_pem).unwrap()],
+            private_keys: vec![RecipientPrivateKey::from_pem(&private.private_pem).unwrap()],
+            random: Arc::new(SeededRandom::new(12)),
+        })
+    };
+    let primary = repository(store.clone(), host(keys())).await;
+    let mut full = BasebackupBuilder::begin(&primary, options(), None).await.unwrap();
+    full.file("data/base/5/1", &pages(1, 3)).await.unwrap();
+    let id = full.finish().await.unwrap().id;
+    let name = WalObjectName::Segment("000000010000000000000002".parse().unwrap());
+    let raw = pages(9, 2048);
+    let key = WalKey::create(primary.keyring()).unwrap();
+    archive_wal(&primary, options().cluster, name, &raw, &key, Compression::zstd(1)).await.unwrap();
+
+    let standby = repository(store, host(&standby)).await;
+    assert_eq!(read_wal(&standby, options().cluster, name).await.unwrap(), raw);
+    let error = Basebackup::open(&standby, id).await.unwrap_err();
+    assert!(matches!(error, crate::repo::Error::NoPrivateKey { .. }), "{error}");
+    assert_eq!(read(&open(&primary, id).await, "data/base/5/1").await, pages(1, 3));
+}
+
 #[tokio::test]
 async fn a_segment_is_archived_once_and_compared_ever_after() {
     let repository = repository(Arc::default(), keyring(keys())).await;
