@@ -11,6 +11,8 @@ pub mod recovery_decision;
 pub mod recovery_plan;
 pub mod recovery_target;
 pub mod recovery_window;
+#[cfg(test)]
+mod tests;
 pub mod timeline_tree;
 pub mod wal_coverage;
 pub mod wal_reader;

@@ -15,7 +15,7 @@ use crate::catalog::recovery_window::{
 };
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::{WalCoverage, list_clusters};
-use crate::catalog::wal_records::{LastTransaction, SEGMENTS_BACK_MAX, last_transaction};
+use crate::catalog::wal_records::{LastTransaction, last_transaction};
 use crate::pg::{Lsn, TimelineId, WalSegmentName};
 use crate::repo::layout::WalObjectName;
 use crate::repo::{BasebackupId, ClusterId, Error, ErrorKind, PackId, Refs, Repository, read_refs};
@@ -94,6 +94,9 @@ pub struct StoredBytes {
 const READS_MAX: usize = 16;
 /// Ends of windows at which WAL is read at a time; each takes a few segments of memory.
 const ENDS_MAX: usize = 2;
+
+/// Segments at the end of a window among which a transaction is looked for: a load without one can be of any length.
+const SEGMENTS_BACK_MAX: usize = 16;
 
 /// Looks at a whole site.
 ///
@@ -227,7 +230,9 @@ async fn end_of(
         let last_transaction = Err("there is no private key here".to_owned());
         return Ok(WindowEnd { last_transaction, archived_at });
     }
-    let last_transaction = match last_transaction(repository, cluster, &window.reached).await {
+    let last_transaction = match last_transaction(repository, cluster, &window.reached, SEGMENTS_BACK_MAX)
+        .await
+    {
         Ok(LastTransaction::EndedAt(time)) => Ok(Some(time)),
         Ok(LastTransaction::None) => Ok(None),
         Ok(LastTransaction::NotNear) => Err(format!("none ended in the last {SEGMENTS_BACK_MAX} segments")),

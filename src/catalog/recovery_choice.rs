@@ -85,6 +85,10 @@ impl RecoveryError {
     }
 }
 
+/// Segments at the end of a window among which a transaction is looked for. Recovery reads them all anyway; an idle server
+/// that archives every minute fills four hours with so many.
+const SEGMENTS_BACK_MAX: usize = 256;
+
 /// Decides what a recovery stands on, without writing anything.
 ///
 /// Reads WAL, which takes the private key, only to find out whether a target lies in the window: for a time the end of
@@ -127,7 +131,7 @@ async fn place_by_reading(
     target: &RecoveryTarget,
 ) -> Result<TargetPlace, repo::Error> {
     if let Target::Time(time) = target.target {
-        let last = last_transaction(repository, cluster, &window.reached).await?;
+        let last = last_transaction(repository, cluster, &window.reached, SEGMENTS_BACK_MAX).await?;
         return Ok(place_of_time(last, time, target.inclusive));
     }
     let segments =

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::catalog::timeline_tree::{Stretch, TimelineTree};
 use crate::catalog::wal_coverage::WalCoverage;
@@ -25,7 +25,7 @@ pub struct RecoveryStart {
 }
 
 /// Neighbouring segments of one timeline.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SegmentRange {
     /// The first.
     pub first: WalSegmentName,
@@ -36,7 +36,7 @@ pub struct SegmentRange {
 }
 
 /// Segments that are missing although later ones are there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hole {
     /// What is missing; in several ranges only where it goes over from one timeline to the next.
     pub missing: Vec<SegmentRange>,

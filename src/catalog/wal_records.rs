@@ -22,14 +22,12 @@ pub enum LastTransaction {
     EndedAt(Timestamp),
     /// No transaction ended there.
     None,
-    /// None ended in its last [`SEGMENTS_BACK_MAX`] segments; those before were not read.
+    /// None ended in as many of its last segments as were to be read.
     NotNear,
 }
 
 /// Segments fetched side by side: the store's latency is hidden, and memory stays at a few segments.
 const SEGMENTS_AHEAD: usize = 4;
-/// An idle server that archives every minute fills four hours with segments in which no transaction ends.
-pub const SEGMENTS_BACK_MAX: usize = 256;
 /// The only size that servers are built with.
 const WAL_PAGE_BYTES: u32 = 8192;
 
@@ -70,11 +68,12 @@ pub async fn visit_records(
     Ok(())
 }
 
-/// Looks backward for the last transaction that ended in `ranges`.
+/// Looks backward for the last transaction that ended in `ranges`, through at most `segments_max` of their segments.
 pub async fn last_transaction(
     repository: &Repository,
     cluster: ClusterId,
     ranges: &[SegmentRange],
+    segments_max: usize,
 ) -> Result<LastTransaction, Error> {
     let size = cluster.segment_size;
     let ranges = ranges.iter().map(|range| (range.first, range.last));
@@ -83,12 +82,10 @@ pub async fn last_transaction(
     let mut ahead = 1;
     let (mut read, mut following) = (0, None);
     loop {
-        let batch: Vec<WalSegmentName> = segments.by_ref().take(ahead).collect();
+        let batch: Vec<WalSegmentName> = segments.by_ref().take(ahead.min(segments_max - read)).collect();
         if batch.is_empty() {
-            return Ok(LastTransaction::None);
-        }
-        if read >= SEGMENTS_BACK_MAX {
-            return Ok(LastTransaction::NotNear);
+            let all = segments.next().is_none();
+            return Ok(if all { LastTransaction::None } else { LastTransaction::NotNear });
         }
         read += batch.len();
         ahead = SEGMENTS_AHEAD;
@@ -156,7 +153,113 @@ fn last_end_in(at: Lsn, bytes: &Bytes, following: Option<&Bytes>, size: WalSegme
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use crate::clock::SystemClock;
+    use crate::codec::{Compression, SeededRandom};
+    use crate::pg::TimelineId;
+    use crate::repo::wal_object::{WalKey, archive_wal};
+    use crate::repo::{Keyring, RepositoryOptions};
+    use crate::storage::{MemoryStore, ObjectKey};
+
     use super::*;
+
+    const SEGMENT_BYTES: usize = 1 << 20;
+    /// WAL of a server of version 15 from 0/900000 on; what is not there counts as zeros.
+    const START: &[u8] = include_bytes!("../../tests/data/wal/15-start");
+    /// Neighbouring segments of another, from 0/D00000 on: a record crosses into the first, which ends with a switch.
+    const BORDER: [&[u8]; 2] = [
+        include_bytes!("../../tests/data/wal/15-border-0D00000"),
+        include_bytes!("../../tests/data/wal/15-border-0E00000"),
+    ];
+
+    fn cluster() -> ClusterId {
+        "7301234567890123456-1".parse().unwrap()
+    }
+
+    fn name(number: u64) -> WalSegmentName {
+        WalSegmentName::new(TimelineId::FIRST, WalSegmentNumber(number), cluster().segment_size)
+    }
+
+    fn range(first: u64, last: u64) -> SegmentRange {
+        let (size, first, last) = (cluster().segment_size, WalSegmentNumber(first), WalSegmentNumber(last));
+        SegmentRange::new(TimelineId::FIRST, first, last, size)
+    }
+
+    /// An archive with these segments, filled up with zeros.
+    async fn archive(segments: &[(u64, &[u8])]) -> Repository {
+        let options = RepositoryOptions {
+            store: Arc::new(MemoryStore::new()),
+            site: ObjectKey::parse("main").unwrap(),
+            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
+            clock: Arc::new(SystemClock),
+        };
+        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let key = WalKey::create(repository.keyring()).unwrap();
+        for (number, bytes) in segments {
+            let mut raw = bytes.to_vec();
+            raw.resize(SEGMENT_BYTES, 0);
+            let name = WalObjectName::Segment(name(*number));
+            archive_wal(&repository, cluster(), name, &raw, &key, Compression::zstd(1)).await.unwrap();
+        }
+        repository
+    }
+
+    /// The ends of transactions that a plain pass forward sees.
+    async fn ends_of(repository: &Repository, range: SegmentRange) -> Vec<Timestamp> {
+        let mut ends = Vec::new();
+        let segments = segments_of([(range.first, range.last)], cluster().segment_size);
+        let start = range.first.start_lsn(cluster().segment_size).unwrap();
+        let visit = |payload| {
+            if let WalPayload::Commit(ended) | WalPayload::Abort(ended) = payload {
+                ends.push(ended.time);
+            }
+            ControlFlow::Continue(())
+        };
+        visit_records(repository, cluster(), segments, start, visit).await.unwrap();
+        ends
+    }
+
+    #[tokio::test]
+    async fn the_last_transaction_is_found_behind_segments_without_any() {
+        let mut segments = vec![(9, START)];
+        segments.extend((10..20).map(|number| (number, &[][..])));
+        let repository = archive(&segments).await;
+        let ends = ends_of(&repository, range(9, 9)).await;
+        let newest = LastTransaction::EndedAt(*ends.iter().max().unwrap());
+        assert!(ends.len() > 1, "{ends:?}");
+        for (last, segments_max, expected) in
+            [(9, 1, newest), (10, 100, newest), (19, 11, newest), (19, 10, LastTransaction::NotNear)]
+        {
+            let ranges = [range(9, last)];
+            let found = last_transaction(&repository, cluster(), &ranges, segments_max).await.unwrap();
+            assert_eq!(found, expected, "{last} {segments_max}");
+        }
+        let empty = last_transaction(&repository, cluster(), &[range(10, 19)], 100).await.unwrap();
+        assert_eq!(empty, LastTransaction::None);
+        let nothing = last_transaction(&repository, cluster(), &[], 100).await.unwrap();
+        assert_eq!(nothing, LastTransaction::None);
+    }
+
+    #[tokio::test]
+    async fn a_pass_goes_on_behind_a_switch_and_ends_when_it_has_seen_enough() {
+        let repository = archive(&[(13, BORDER[0]), (14, BORDER[1])]).await;
+        let segments = segments_of([(name(13), name(14))], cluster().segment_size);
+        let start = Lsn(0xD0_0000);
+        let (mut all, mut first) = (0, 0);
+        let count = |counter: &mut u32, enough| {
+            *counter += 1;
+            if *counter == enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        visit_records(&repository, cluster(), segments.clone(), start, |_| count(&mut all, 0)).await.unwrap();
+        visit_records(&repository, cluster(), segments, start, |_| count(&mut first, 2)).await.unwrap();
+        assert_eq!(first, 2);
+        let expected = include_str!("../../tests/data/wal/15-border.records");
+        // The record that crosses into the first segment is whole only with the one before.
+        let begun = |line: &&str| line.split(' ').next().unwrap().parse::<Lsn>().unwrap() >= start;
+        // The sample holds a record more than its list.
+        assert_eq!(all as usize, expected.lines().filter(begun).count() + 1);
+    }
 
     #[test]
     fn segments_are_listed_across_the_end_of_a_log_and_of_a_timeline() {

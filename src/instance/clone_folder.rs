@@ -21,7 +21,7 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::RecoveryTarget;
+use crate::catalog::{Hole, RecoveryTarget};
 use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, LockFile, Owner};
@@ -58,6 +58,9 @@ pub struct CloneSpec {
     pub bin_directory: PathBuf,
     /// Where recovery ends.
     pub target: RecoveryTarget,
+    /// The hole before which it ends, where the target lay behind one.
+    #[serde(default)]
+    pub until_hole: Option<Hole>,
     /// The timeline it follows.
     pub timeline: TimelineId,
     /// Whether sessions are let in before the target is reached.

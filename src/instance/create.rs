@@ -101,7 +101,7 @@ pub async fn create(
     socket_path(&folder.run(), options.port).map_err(CreateError::SocketPath)?;
     let PlannedRecovery { record, plan, timeline, target, accepted_hole, window } =
         plan_for_target(repository, options.request()).await?;
-    if let Some(hole) = accepted_hole {
+    if let Some(hole) = &accepted_hole {
         tracing::warn!("recovery ends at {}, before a hole: {hole} missing from the archive", window.end);
     }
     let bin_directory =
@@ -128,6 +128,7 @@ pub async fn create(
         preload: preload_setting(&record.server.preload_libraries, &bin_directory),
         bin_directory,
         target,
+        until_hole: accepted_hole,
         timeline,
         read_early: options.read_early,
         port: options.port,

@@ -244,7 +244,10 @@ pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) 
         message: last.message.clone(),
         site: spec.site.clone(),
         basebackup: spec.basebackup.to_string(),
-        target: spec.target.target.to_string(),
+        target: match &spec.until_hole {
+            Some(hole) => format!("the end of the WAL before a hole ({hole} missing)"),
+            None => spec.target.target.to_string(),
+        },
         port: spec.port,
         socket_directory: folder.run(),
         data_directory: folder.data_directory(),

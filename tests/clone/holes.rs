@@ -165,6 +165,9 @@ fn info_shows_the_timelines_and_what_leads_to_them() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let mut rows = Rows::make(2);
     rows.promote();
+    // The timeline has a name and no WAL yet: the archive ends with that of its parent.
+    rows.source.wait_until_archived("00000002.history");
+    rows.check("promoted", &[], "12");
     rows.add();
     rows.source.backup();
     rows.add();

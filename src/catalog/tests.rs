@@ -1,0 +1,329 @@
+//! The catalogue over a repository in memory: overviews, choices and plans from basebackups and WAL that are made up.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::catalog::overview::{self, SiteOverview};
+use crate::catalog::{
+    PlanError, PlannedRecovery, Recoverability, RecoveryError, RecoveryRequest, RecoveryTarget, Target,
+    TargetAction, plan_for_target,
+};
+use crate::clock::ManualClock;
+use crate::codec::{Compression, SeededRandom};
+use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
+use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
+use crate::repo::documents::ServerRecord;
+use crate::repo::layout::WalObjectName;
+use crate::repo::wal_object::{HistoryBranch, WalKey, archive_history, archive_wal};
+use crate::repo::{Basebackup, BasebackupId, ClusterId, Keyring, Repository, RepositoryOptions};
+use crate::storage::error::Verb;
+use crate::storage::record::Recording;
+use crate::storage::{MemoryStore, ObjectKey};
+
+/// Two clusters of a site, as pg_upgrade leaves them: other system identifiers, the same names of segments.
+const OLD: &str = "7301234567890123456-16";
+const NEW: &str = "7399999999999999999-16";
+
+struct Site {
+    store: Recording<Arc<MemoryStore>>,
+    clock: ManualClock,
+    repository: Repository,
+    key: WalKey,
+}
+
+fn cluster(text: &str) -> ClusterId {
+    text.parse().unwrap()
+}
+
+fn timeline(number: u32) -> TimelineId {
+    TimelineId::new(number).unwrap()
+}
+
+/// A position in the middle of a segment of 16 MiB.
+fn within(segment: u64) -> Lsn {
+    Lsn((segment << 24) + 0x28)
+}
+
+impl Site {
+    async fn create() -> Self {
+        let clock = ManualClock::new("2026-11-20T10:00:00Z".parse().unwrap());
+        let store = Recording::new(Arc::new(MemoryStore::with_clock(Arc::new(clock.clone()))));
+        let options = RepositoryOptions {
+            store: Arc::new(store.clone()),
+            site: ObjectKey::parse("main").unwrap(),
+            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
+            clock: Arc::new(clock.clone()),
+        };
+        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let key = WalKey::create(repository.keyring()).unwrap();
+        Self { store, clock, repository, key }
+    }
+
+    /// Takes a basebackup an hour later, from within one segment to within another, with a file of these bytes.
+    async fn backup_of(
+        &self,
+        of: &str,
+        number: u32,
+        segments: (u64, u64),
+        file: &[u8],
+        parent: Option<BasebackupId>,
+    ) -> BasebackupId {
+        self.clock.advance(Duration::from_secs(3600));
+        let options = BuilderOptions {
+            cluster: cluster(of),
+            timeline: timeline(number),
+            lsns: (within(segments.0), within(segments.1)),
+            time: self.repository.clock().now(),
+            compression: Compression::NONE,
+            server: ServerRecord::default(),
+        };
+        let parent = match parent {
+            Some(id) => Some(Arc::new(Basebackup::open(&self.repository, id).await.unwrap())),
+            None => None,
+        };
+        let mut builder = BasebackupBuilder::begin(&self.repository, options, parent).await.unwrap();
+        builder.file("base/1/1259", file).await.unwrap();
+        builder.finish().await.unwrap().id
+    }
+
+    async fn backup(&self, of: &str, number: u32, first: u64, last: u64) -> BasebackupId {
+        self.backup_of(of, number, (first, last), &[7; 16384], None).await
+    }
+
+    /// Archives files in which no record is.
+    async fn wal(&self, of: &str, number: u32, segments: impl IntoIterator<Item = u64>) {
+        let cluster = cluster(of);
+        for segment in segments {
+            let name = WalSegmentName::new(timeline(number), WalSegmentNumber(segment), cluster.segment_size);
+            let name = WalObjectName::Segment(name);
+            archive_wal(&self.repository, cluster, name, b"x", &self.key, Compression::NONE).await.unwrap();
+        }
+    }
+
+    async fn history(&self, of: &str, number: u32, parent: u32, switch: Lsn) {
+        let branch = HistoryBranch { parent: timeline(parent), switch };
+        archive_history(&self.repository, cluster(of), timeline(number), branch, b"x", &self.key)
+            .await
+            .unwrap();
+    }
+
+    async fn overview(&self) -> SiteOverview {
+        overview::load(&self.repository).await.unwrap()
+    }
+
+    async fn plan(
+        &self,
+        target: &RecoveryTarget,
+        until_hole: bool,
+    ) -> Result<PlannedRecovery, RecoveryError> {
+        plan_for_target(&self.repository, RecoveryRequest { basebackup: None, target, until_hole }).await
+    }
+}
+
+fn target(target: Target) -> RecoveryTarget {
+    RecoveryTarget { target, ..RecoveryTarget::latest(TargetAction::Promote) }
+}
+
+fn spans(planned: &PlannedRecovery) -> Vec<String> {
+    let span = |span: &crate::catalog::TimelineSpan| format!("{}-{}", span.first, span.last.unwrap());
+    planned.plan.spans.iter().map(span).collect()
+}
+
+/// Failure 12a: after pg_upgrade the new cluster's timeline 1 has the names of the old one's.
+#[tokio::test]
+async fn clusters_of_a_site_are_looked_at_each_by_itself() {
+    let site = Site::create().await;
+    let old = site.backup(OLD, 1, 3, 3).await;
+    site.wal(OLD, 1, 3..6).await;
+    let new = site.backup(NEW, 1, 8, 8).await;
+    site.wal(NEW, 1, 8..10).await;
+    let overview = site.overview().await;
+    let ends: Vec<_> = overview
+        .clusters
+        .iter()
+        .map(|found| (found.cluster, found.windows[&timeline(1)][0].window.end, found.basebackups.len()))
+        .collect();
+    assert_eq!(ends, [(cluster(OLD), Lsn(6 << 24), 1), (cluster(NEW), Lsn(10 << 24), 1)]);
+
+    let chosen = |planned: PlannedRecovery| (planned.record.id, planned.record.cluster);
+    let latest = site.plan(&target(Target::Latest), false).await.unwrap();
+    assert_eq!(chosen(latest), (new, cluster(NEW)));
+    // A position of the old cluster is none of the new one.
+    let error = site.plan(&target(Target::Lsn(within(4))), false).await.unwrap_err();
+    assert!(matches!(error, RecoveryError::NoneBefore(_)), "{error}");
+    let lsn = target(Target::Lsn(within(4)));
+    let request = RecoveryRequest { basebackup: Some(&old.to_string()), target: &lsn, until_hole: false };
+    assert_eq!(chosen(plan_for_target(&site.repository, request).await.unwrap()), (old, cluster(OLD)));
+}
+
+#[tokio::test]
+async fn what_is_damaged_is_told_and_hides_nothing() {
+    let site = Site::create().await;
+    let [bad, torn, good] =
+        [site.backup(OLD, 1, 3, 3).await, site.backup(OLD, 1, 4, 4).await, site.backup(OLD, 1, 5, 5).await];
+    site.wal(OLD, 1, 3..8).await;
+    site.history(OLD, 2, 1, within(6)).await;
+    site.history(OLD, 3, 1, within(7)).await;
+    let layout = site.repository.layout();
+    let memory = site.store.inner();
+    memory.tamper(&layout.outcome(bad), |_| Some("{".into()));
+    memory.tamper(&layout.refs(torn), |_| Some("x".into()));
+    memory.tamper(&layout.history(cluster(OLD), timeline(2)), |_| Some("x".into()));
+
+    let overview = site.overview().await;
+    assert_eq!(overview.unreadable.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [bad]);
+    let found = &overview.clusters[0];
+    let ids: Vec<_> = found.basebackups.iter().map(|b| (b.listed.record.id, b.refs.is_ok())).collect();
+    assert_eq!(ids, [(torn, false), (good, true)]);
+    assert_eq!(found.stored_bytes(), None, "a sum that lacks one of its parts is no sum");
+    assert_eq!(found.damaged_histories.iter().map(|(t, _)| *t).collect::<Vec<_>>(), [timeline(2)]);
+    assert_eq!(found.timelines().into_iter().collect::<Vec<_>>(), [1, 2, 3].map(timeline));
+    assert!(found.tree.branch(timeline(3)).is_some());
+    // Who recovers must not go by a tree that lacks a branch.
+    assert!(site.plan(&target(Target::Latest), false).await.is_err());
+}
+
+/// Failure 21b: the stop segment was archived, an earlier one not, and the basebackup counted as good.
+#[tokio::test]
+async fn failure_21b_a_basebackup_counts_only_with_all_its_wal() {
+    let site = Site::create().await;
+    let ids = [site.backup(OLD, 1, 3, 5).await, site.backup(OLD, 1, 8, 8).await];
+    site.wal(OLD, 1, [3, 5, 8, 9]).await;
+    let overview = site.overview().await;
+    let found = &overview.clusters[0];
+    let missing = Recoverability::MissingWal("000000010000000000000004".parse().unwrap());
+    let counted: Vec<_> = found.basebackups.iter().map(|b| b.recoverability).collect();
+    assert_eq!(counted, [missing, Recoverability::Recoverable]);
+    let windows = &found.windows[&timeline(1)];
+    assert_eq!((windows.len(), &windows[0].basebackups[..]), (1, &ids[1..]));
+}
+
+#[tokio::test]
+async fn an_overview_asks_for_no_segment_but_the_last_of_a_window() {
+    let site = Site::create().await;
+    for first in [3, 10, 200] {
+        site.backup(OLD, 1, first, first).await;
+    }
+    site.wal(OLD, 1, (3..150).chain(200..300)).await;
+    site.history(OLD, 2, 1, within(120)).await;
+    site.wal(OLD, 2, 120..2000).await;
+    site.store.take_calls();
+    let overview = site.overview().await;
+    assert_eq!(overview.clusters[0].windows.values().map(Vec::len).sum::<usize>(), 3);
+    let calls = site.store.take_calls();
+    let of_wal = |verb| calls.iter().filter(|call| call.verb == verb && call.key.contains("/wal/")).count();
+    // Both timelines are listed by the page; each of three ends is asked for once, and read, with the few segments
+    // before it among which a transaction is looked for.
+    assert_eq!(of_wal(Verb::List), 1 + 2);
+    assert_eq!(of_wal(Verb::Head), 3);
+    assert!(calls.len() < 3 * 16 + 60, "{}", calls.len());
+}
+
+#[tokio::test]
+async fn a_pack_that_two_basebackups_name_is_stored_once() {
+    let site = Site::create().await;
+    let file: Vec<u8> = (0..1 << 17).map(|at: u32| (at >> 13) as u8 + 1).collect();
+    let first = site.backup_of(OLD, 1, (3, 3), &file, None).await;
+    let alone = site.overview().await.clusters[0].stored_bytes().unwrap();
+    let mut changed = file.clone();
+    changed[0] = 99;
+    site.backup_of(OLD, 1, (4, 4), &changed, Some(first)).await;
+    let both = site.overview().await.clusters[0].stored_bytes().unwrap();
+    assert!(alone.stored > 1 << 17 && both.stored > alone.stored, "{alone:?} {both:?}");
+    assert!(both.stored < alone.stored + (1 << 16), "{alone:?} {both:?}");
+    assert!(both.live >= 1 << 17 && both.live < both.stored, "{both:?}");
+}
+
+#[tokio::test]
+async fn a_target_behind_a_hole_is_refused_or_ends_before_it() {
+    let site = Site::create().await;
+    let id = site.backup(OLD, 1, 3, 4).await;
+    site.wal(OLD, 1, [3, 4, 5, 8, 9]).await;
+    let whole = ["000000010000000000000003-000000010000000000000005"];
+    for (asked, reached) in [
+        (Target::Lsn(within(5)), Some(whole)),
+        (Target::Immediate, Some(["000000010000000000000003-000000010000000000000004"])),
+        (Target::Latest, None),
+        (Target::Lsn(Lsn(6 << 24)), None),
+        (Target::Lsn(within(8)), None),
+        (Target::Xid("740".to_owned()), None),
+        (Target::Name("before".to_owned()), None),
+        (Target::Time("2026-11-20T12:00:00Z".parse().unwrap()), None),
+    ] {
+        let shown = asked.to_string();
+        let request = target(asked);
+        let planned = site.plan(&request, false).await;
+        let accepted = site.plan(&request, true).await.unwrap();
+        if let Some(reached) = reached {
+            let planned = planned.unwrap();
+            assert_eq!(spans(&planned), reached, "{shown}");
+            assert_eq!((planned.target, planned.accepted_hole), (request.clone(), None));
+            // Leave that is not needed changes nothing.
+            assert_eq!((accepted.target, accepted.accepted_hole), (request, None));
+            continue;
+        }
+        let error = planned.unwrap_err();
+        let RecoveryError::Plan(PlanError::Hole { hole, reach, .. }) = &error else { panic!("{error}") };
+        assert_eq!((hole.missing[0].segments, reach.end, reach.basebackup), (2, Lsn(6 << 24), id), "{shown}");
+        assert_eq!(spans(&accepted), whole);
+        assert_eq!(accepted.target.target, Target::Latest);
+        assert_eq!(accepted.accepted_hole.unwrap(), *hole);
+    }
+}
+
+/// Failure 26: a target before the end of the backup, or after the last commit.
+#[tokio::test]
+async fn failure_26_targets_outside_the_archive_are_refused_with_the_window() {
+    let site = Site::create().await;
+    let id = site.backup(OLD, 1, 3, 4).await;
+    site.wal(OLD, 1, 3..6).await;
+    let plan = async |asked| site.plan(&target(asked), false).await;
+    for asked in [
+        Target::Lsn(Lsn(6 << 24)),
+        Target::Lsn(within(9)),
+        // No transaction ended in this WAL.
+        Target::Time("2026-11-20T12:00:00Z".parse().unwrap()),
+    ] {
+        let error = plan(asked).await.unwrap_err();
+        assert!(matches!(error, RecoveryError::Plan(PlanError::BeyondArchive { .. })), "{error}");
+        let message = error.to_string();
+        assert!(
+            message.contains(&format!("basebackup {id} on timeline 1 can end from 0/4000028")),
+            "{message}"
+        );
+        assert!(message.ends_with("to 0/6000000"), "{message}");
+    }
+    for early in [Target::Lsn(within(3)), Target::Time("2026-11-20T10:30:00Z".parse().unwrap())] {
+        let error = plan(early).await.unwrap_err();
+        assert!(matches!(error, RecoveryError::NoneBefore(_)), "{error}");
+    }
+    // Only replay can tell about these, and the server ends FATAL where they do not come.
+    for unproven in [Target::Xid("740".to_owned()), Target::Name("x".to_owned()), Target::Lsn(within(5))] {
+        assert_eq!(plan(unproven).await.unwrap().accepted_hole, None);
+    }
+}
+
+#[tokio::test]
+async fn a_timeline_is_recovered_from_a_basebackup_that_leads_to_it() {
+    let site = Site::create().await;
+    let first = site.backup(OLD, 1, 3, 3).await;
+    site.history(OLD, 2, 1, within(6)).await;
+    site.wal(OLD, 1, 3..9).await;
+    let named = |number| RecoveryTarget { timeline: Some(timeline(number)), ..target(Target::Latest) };
+    // No WAL of timeline 2 has come yet: the archive ends with what its parent has before the switch-point segment.
+    let early = site.plan(&target(Target::Latest), false).await.unwrap();
+    assert_eq!(
+        (early.timeline, spans(&early)),
+        (timeline(2), vec!["000000010000000000000003-000000010000000000000005".to_owned()])
+    );
+    site.wal(OLD, 2, 6..9).await;
+    let second = site.backup(OLD, 2, 7, 7).await;
+    let planned = site.plan(&named(2), false).await.unwrap();
+    assert_eq!((planned.record.id, planned.timeline), (second, timeline(2)));
+    let planned = site.plan(&named(1), false).await.unwrap();
+    assert_eq!((planned.record.id, planned.timeline), (first, timeline(1)));
+    assert_eq!(spans(&planned), ["000000010000000000000003-000000010000000000000008"]);
+    let error = site.plan(&named(7), false).await.unwrap_err();
+    assert!(matches!(error, RecoveryError::NoneOnTimeline { .. }), "{error}");
+    assert!(error.hint().is_some());
+}
