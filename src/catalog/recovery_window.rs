@@ -2,7 +2,8 @@
 //!
 //! Pure: the way to a timeline is cut into what the archive has and what it lacks. The window begins where the
 //! basebackup is consistent and ends with the last segment before the first one missing. A gap with WAL behind it is a
-//! hole; without, it is the end of the archive. Segments past a switch point and partial segments are never *behind*.
+//! hole, and so is one below a switch point: the history says that there was WAL. Everything else is the end of the
+//! archive. Segments past a switch point and partial segments are never *behind*.
 
 use std::fmt;
 
@@ -35,12 +36,12 @@ pub struct SegmentRange {
     pub segments: u64,
 }
 
-/// Segments that are missing although later ones are there.
+/// Segments that are missing although something shows that they were written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hole {
     /// What is missing; in several ranges only where it goes over from one timeline to the next.
     pub missing: Vec<SegmentRange>,
-    /// What stands behind it, up to the next hole or the end.
+    /// What stands behind it, up to the next hole or the end; nothing where only a switch point lies behind it.
     pub behind: Vec<SegmentRange>,
 }
 
@@ -144,10 +145,6 @@ impl RecoveryWindow {
             };
             cut(coverage, stretch.timeline, first_segment(&stretch), last, size, &mut pieces);
         }
-        // What is missing at the end is the end.
-        while pieces.last().is_some_and(|(_, held)| !held) {
-            pieces.pop();
-        }
         let reached_len = pieces.iter().take_while(|(_, held)| *held).count();
         let holes = holes_of(&pieces[reached_len..]);
         let reached: Vec<SegmentRange> = pieces[..reached_len].iter().map(|(range, _)| *range).collect();
@@ -237,7 +234,7 @@ fn cut(
     push(at, last, false);
 }
 
-/// Groups pieces that begin with a gap and end with WAL into holes and what is behind each.
+/// Groups pieces that begin with a gap into holes and what is behind each.
 fn holes_of(pieces: &[(SegmentRange, bool)]) -> Vec<Hole> {
     let mut holes: Vec<Hole> = Vec::new();
     for (range, held) in pieces {
@@ -439,10 +436,13 @@ mod tests {
     fn segments_past_the_switch_point_are_not_later() {
         let tree = tree(&[(2, 1, within(6))]);
         // The old primary went on; on the way to timeline 2 that is nothing.
-        let found = window(start(1, 3, 3), &tree, "1: 3-4 7-9", 2);
-        assert_eq!((found.end, found.holes.len(), found.reaches_timeline()), (Lsn(5 << 24), 0, false));
+        let found = window(start(1, 3, 3), &tree, "1: 3-5 7-9", 2);
+        assert_eq!((found.end, found.holes.len(), found.reaches_timeline()), (Lsn(6 << 24), 0, false));
         // Who wants to stay on timeline 1 sees a hole.
-        assert_eq!(window(start(1, 3, 3), &tree, "1: 3-4 7-9", 1).holes.len(), 1);
+        assert_eq!(window(start(1, 3, 3), &tree, "1: 3-5 7-9", 1).holes.len(), 1);
+        // Below the switch point there was WAL, whoever has it now.
+        let lost = window(start(1, 3, 3), &tree, "1: 3-4 7-9", 2);
+        assert_eq!((lost.holes[0].missing[0].segments, &lost.holes[0].behind[..]), (1, &[][..]));
     }
 
     #[test]
@@ -508,7 +508,9 @@ mod tests {
         let first = start.start_lsn.0 / bytes;
         let owner = |number: u64| way.iter().rev().find(|(_, switch)| switch / bytes <= number).unwrap().0;
         let is_held = |number: u64| held.get(&owner(number)).is_some_and(|held| held.contains(&number));
-        let last = (first..200).rev().find(|number| is_held(*number));
+        // Below the last switch point there was WAL, whether it is there or not.
+        let is_known = |number: &u64| is_held(*number) || owner(*number) != target;
+        let last = (first..200).rev().find(is_known);
         Some(last.map_or(Vec::new(), |last| {
             (first..=last).map(|number| (owner(number), number, is_held(number))).collect()
         }))
