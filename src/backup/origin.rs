@@ -15,6 +15,7 @@ use crate::disk::CloneMarker;
 use crate::pg::ControlFile;
 use crate::replication::{ConnectOptions, ServerRole, Session};
 use crate::repo::ClusterId;
+use crate::repo::wal_object::WAL_RAW_BYTES_MAX;
 
 /// A server that a basebackup may be taken from.
 #[derive(Debug, Clone)]
@@ -34,16 +35,21 @@ pub(super) struct Origin {
     pub(super) cluster: ClusterId,
 }
 
+/// The server that was chosen, and how to reach the one it follows.
+pub(super) struct Chosen {
+    pub(super) session: Session,
+    pub(super) origin: Origin,
+    /// Where the server is a standby and another node is its primary: the only one that can end a WAL segment.
+    pub(super) primary: Option<Session>,
+}
+
 const PAGE_BYTES: u32 = 8192;
 
 /// Connects to the server that the basebackup is taken from, and refuses what cannot become one.
 ///
 /// # Errors
 /// Of several nodes, what spoke against the first in the order of preference.
-pub(super) async fn choose_origin(
-    nodes: &[Node],
-    data_directory: Option<&Path>,
-) -> Result<(Session, Origin), Error> {
+pub(super) async fn choose_origin(nodes: &[Node], data_directory: Option<&Path>) -> Result<Chosen, Error> {
     let mut answered = Vec::new();
     let mut refused = None;
     for node in nodes {
@@ -58,9 +64,17 @@ pub(super) async fn choose_origin(
         // One that answers says more about what is wrong than one that does not.
         refused = None;
     }
-    for (_, session, facts) in answered {
-        match origin_of(facts, data_directory).await {
-            Ok(origin) => return Ok((session, origin)),
+    for at in 0..answered.len() {
+        match origin_of(answered[at].2.clone(), data_directory).await {
+            Ok(origin) => {
+                let (_, session, facts) = answered.swap_remove(at);
+                let follows = |other: &ServerFacts| {
+                    let same = other.identity.system_identifier == facts.identity.system_identifier;
+                    same && role(&facts) == ServerRole::Standby && role(other) == ServerRole::Primary
+                };
+                let primary = answered.into_iter().find(|(_, _, other)| follows(other));
+                return Ok(Chosen { session, origin, primary: primary.map(|(_, session, _)| session) });
+            }
             Err(error) => keep_first(&mut refused, error, nodes.len()),
         }
     }
@@ -96,6 +110,10 @@ async fn origin_of(facts: ServerFacts, data_directory: Option<&Path>) -> Result<
     check_directory(&facts.identity, &identity)?;
     if control.block_size != PAGE_BYTES {
         return Err(Error::BlockSize(control.block_size));
+    }
+    let segment_bytes = u64::from(control.wal_segment_size.bytes());
+    if segment_bytes > WAL_RAW_BYTES_MAX {
+        return Err(Error::SegmentSize(segment_bytes));
     }
     check_archiving(&facts)?;
     for unreadable in &facts.unreadable {

@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use crate::backup::data_directory::{SourceTree, WalkOptions};
 use crate::backup::error::Error;
 use crate::backup::live_directory::{read_control_file, read_identity};
-use crate::backup::origin::{Node, Origin, choose_origin};
+use crate::backup::origin::{Chosen, Node, Origin, choose_origin};
 use crate::backup::packer::{Packed, Packer};
 use crate::backup::page_check::PageCheck;
 use crate::backup::pipeline::{Budget, copy};
@@ -24,7 +24,7 @@ use crate::backup::read_pages::JobContext;
 use crate::backup::server_facts::ServerFacts;
 use crate::backup::server_manifest::{ManifestFacts, server_manifest};
 use crate::backup::server_record::{empty_record, server_record};
-use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped};
+use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, switch_wal};
 use crate::backup::source_file::{DirectorySource, FileState};
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
 use crate::codec::{Compression, CpuPool};
@@ -92,7 +92,8 @@ pub async fn run(
 ) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
     repository.check_store().await?;
-    let (session, origin) = choose_origin(&options.nodes, options.data_directory.as_deref()).await?;
+    let Chosen { session, origin, primary } =
+        choose_origin(&options.nodes, options.data_directory.as_deref()).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     let begin = BeginOptions {
         cluster,
@@ -107,6 +108,10 @@ pub async fn run(
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let copied = copy_in_backup_mode(session, &origin, options, pool, writer.clone(), monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
+    if let Some(primary) = primary {
+        // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
+        switch_wal(&primary).await?;
+    }
     let needed = needed_wal(cluster, &copied);
     wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
 

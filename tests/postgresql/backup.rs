@@ -5,11 +5,11 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use walden::codec::SeededRandom;
-use walden::pg::ControlFile;
+use walden::pg::{ControlFile, Lsn};
 use walden::repo::entry::{Node, TreePath};
 use walden::repo::{Basebackup, BasebackupId, FileReader, Keyring, Repository, RepositoryOptions};
 use walden::storage::{LocalStore, ObjectKey};
@@ -247,6 +247,13 @@ fn what_cannot_become_a_basebackup_is_refused_and_leaves_none() {
     let refused = walden.try_run(&["backup"]).expect_code(2);
     assert!(refused.stderr.contains("archive_mode is off"), "{}", refused.stderr);
 
+    let cluster = Cluster::start_with(15, Options::default().initdb("--wal-segsize=128"));
+    let walden =
+        Walden::configure(cluster.scratch(), &Site::of(&cluster, cluster.data_directory()).unencrypted());
+    let refused = walden.try_run(&["backup"]).expect_code(2);
+    assert!(refused.stderr.contains("WAL segments of 128 MiB, at most 64 MiB"), "{}", refused.stderr);
+    drop(cluster);
+
     let cluster = Cluster::start(15);
     let other = Cluster::start(15);
     let walden =
@@ -296,18 +303,10 @@ fn a_lost_session_fails_the_backup_while_it_copies() {
     require!(Need::PostgreSQL(15));
     let cluster = Cluster::start(15);
     let walden = archiving(&cluster);
-    // All zero and nowhere stored, but it takes a while to read.
-    let sparse = cluster.data_directory().join("sparse");
-    fs::File::create(&sparse).unwrap().set_len(256 << 30).unwrap();
-    Account::of_postgresql().own(&sparse);
+    let sparse = sparse_file(&cluster, 256);
     let mut child = walden.command().arg("backup").spawn().unwrap();
     let sessions = "from pg_stat_activity where application_name = 'walden'";
-    let copying = || {
-        fs::read_dir(format!("/proc/{}/fd", child.id())).is_ok_and(|fds| {
-            fds.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path == sparse))
-        })
-    };
-    crate::support::wait_for("the copy of the large file", || copying().then_some(()));
+    crate::support::wait_for("the copy of the large file", || reads(&child, &sparse).then_some(()));
     assert_eq!(cluster.sql(&format!("select count(pg_terminate_backend(pid)) {sessions}")), "1");
     assert_eq!(child.wait().unwrap().code(), Some(4));
     let listed = walden.json(&["list"]);
@@ -344,23 +343,20 @@ fn a_basebackup_of_a_standby_starts_after_replay() {
     source.assert_same(&Checksums::of(&copy));
     drop(copy);
 
-    // Both answer and both directories are here, so the role decides, and then the order.
+    // Both answer and both directories are here, so the role decides, and then the order. Nobody writes any more: the
+    // primary is asked to end the segment, where it is among the nodes (failure 19).
     let dead = format!("host={} port=1", scratch.path().display());
     let (of_cluster, of_standby) = (cluster.connection(), standby.connection());
     for (nodes, expected) in [
+        ([(&*dead, "primary"), (&*of_cluster, "standby"), (&*of_standby, "standby")], &*standby_data),
         (
-            [(dead.as_str(), "primary"), (&of_cluster, "standby"), (&of_standby, "standby")],
-            standby_data.as_path(),
-        ),
-        (
-            [(dead.as_str(), "primary"), (&of_standby, "primary"), (&of_cluster, "primary")],
+            [(&*dead, "primary"), (&*of_standby, "primary"), (&*of_cluster, "primary")],
             cluster.data_directory(),
         ),
-        ([(dead.as_str(), "primary"), (&of_standby, "primary"), (&of_standby, "primary")], &standby_data),
     ] {
         let scratch = Scratch::new();
         let site = standby_site(&standby, &standby_data, &walden).nodes(&nodes);
-        let run = backup_while_switching(&Walden::configure(&scratch, &site), &cluster);
+        let run = Walden::configure(&scratch, &site).run(&["-v", "backup", "--wal-timeout", "60"]);
         assert!(
             run.stderr.contains(&format!("from \"{}\"", expected.display())),
             "{nodes:?}: {}",
@@ -374,7 +370,50 @@ fn a_basebackup_of_a_standby_starts_after_replay() {
     let promoted = from_standby.json(&["backup"]);
     assert_eq!(promoted["timeline"], 2, "{promoted}");
     let histories = walden.repository().join("main/clusters").join(promoted["cluster"].as_str().unwrap());
-    assert!(histories.join("history/00000002.history").exists());
+    let history = histories.join("history/00000002.history");
+    standby.archive_wal();
+    fs::remove_file(&history).unwrap();
+    from_standby.json(&["backup"]);
+    assert!(history.exists(), "the archiver is done with it, so the backup has put it back");
+    // What another server archived for this timeline is not overwritten, and not passed over either.
+    let own = standby_data.join("pg_wal/00000002.history");
+    let text = fs::read_to_string(&own).unwrap();
+    fs::write(&own, format!("{text}# another reason\n")).unwrap();
+    let refused = from_standby.try_run(&["backup"]).expect_code(1);
+    assert!(refused.stderr.contains("00000002.history already exists with different"), "{}", refused.stderr);
+}
+
+#[test]
+fn pg_control_is_read_after_everything_else() {
+    require!(Need::PostgreSQL(15));
+    let cluster = Cluster::start(15);
+    let walden = archiving(&cluster);
+    let sparse = sparse_file(&cluster, 6);
+    let taking =
+        walden.command().args(["--output", "json", "backup"]).stdout(Stdio::piped()).spawn().unwrap();
+    crate::support::wait_for("the copy of the large file", || reads(&taking, &sparse).then_some(()));
+    cluster.sql("create table later (n int); checkpoint");
+    let checkpoint: Lsn = cluster.sql("select checkpoint_lsn from pg_control_checkpoint()").parse().unwrap();
+    assert!(reads(&taking, &sparse), "the checkpoint came while other files were copied");
+    let output = taking.wait_with_output().unwrap();
+    let outcome: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let opened = Opened::open(&walden.repository(), id_of(&outcome));
+    let control = ControlFile::parse(&opened.file("data/global/pg_control")).unwrap();
+    assert!(control.checkpoint >= checkpoint, "{control:?}");
+}
+
+/// Makes a file in the data directory that is all zero and stored nowhere, but takes a while to read.
+fn sparse_file(cluster: &Cluster, gib: u64) -> PathBuf {
+    let sparse = cluster.data_directory().join("sparse");
+    fs::File::create(&sparse).unwrap().set_len(gib << 30).unwrap();
+    Account::of_postgresql().own(&sparse);
+    sparse
+}
+
+/// Says whether a process has a file open.
+fn reads(process: &Child, file: &Path) -> bool {
+    fs::read_dir(format!("/proc/{}/fd", process.id()))
+        .is_ok_and(|fds| fds.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path == file)))
 }
 
 /// Takes a basebackup of a standby: there nobody else ends the segment that it needs.
