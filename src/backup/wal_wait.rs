@@ -131,9 +131,14 @@ pub async fn archive_histories(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
 
     use crate::clock::SystemClock;
+    use crate::codec::{Compression, SeededRandom};
+    use crate::repo::layout::WalObjectName;
+    use crate::repo::wal_object::archive_wal;
+    use crate::repo::{Keyring, RepositoryOptions};
+    use crate::storage::{MemoryStore, ObjectKey};
 
     use super::*;
 
@@ -164,6 +169,28 @@ mod tests {
         let error = wait_for_wal(&stuck, &needed(), &SystemClock, patience).await.unwrap_err();
         assert!(error.to_string().contains("000000010000000000000004"), "{error}");
         assert!(error.hint().is_some());
+    }
+
+    #[tokio::test]
+    async fn failure_21b_the_archive_is_asked_for_every_segment() {
+        let options = RepositoryOptions {
+            store: Arc::new(MemoryStore::new()),
+            site: ObjectKey::parse("main").unwrap(),
+            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
+            clock: Arc::new(SystemClock),
+        };
+        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let cluster: ClusterId = "7301234567890123456-16".parse().unwrap();
+        let key = WalKey::create(repository.keyring()).unwrap();
+        let archive = RepositoryArchive { repository: repository.clone(), cluster };
+        for (segment, missing) in [(5, Some(3)), (3, Some(4)), (9, Some(4)), (4, None)] {
+            let name =
+                WalSegmentName::new(TimelineId::FIRST, WalSegmentNumber(segment), cluster.segment_size);
+            let name = WalObjectName::Segment(name);
+            archive_wal(&repository, cluster, name, b"x", &key, Compression::NONE).await.unwrap();
+            let found = archive.first_missing(&needed()).await.unwrap();
+            assert_eq!(found, missing.map(WalSegmentNumber), "after {segment}");
+        }
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@
 
 pub mod basebackups;
 pub mod overview;
+pub mod recoverable;
 pub mod recovery_choice;
 pub mod recovery_decision;
 pub mod recovery_plan;

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::catalog::basebackups;
 use crate::catalog::overview::{self, SiteOverview};
+use crate::catalog::recoverable::recoverabilities;
 use crate::catalog::{
     PlanError, PlannedRecovery, Recoverability, RecoveryError, RecoveryRequest, RecoveryTarget, Target,
     TargetAction, plan_for_target,
@@ -111,6 +113,11 @@ impl Site {
         overview::load(&self.repository).await.unwrap()
     }
 
+    async fn worth(&self) -> Vec<Recoverability> {
+        let listed = basebackups::list(&self.repository).await.unwrap().complete;
+        recoverabilities(&self.repository, &listed).await.unwrap()
+    }
+
     async fn plan(
         &self,
         target: &RecoveryTarget,
@@ -196,6 +203,36 @@ async fn failure_21b_a_basebackup_counts_only_with_all_its_wal() {
     assert_eq!(counted, [missing, Recoverability::Recoverable]);
     let windows = &found.windows[&timeline(1)];
     assert_eq!((windows.len(), &windows[0].basebackups[..]), (1, &ids[1..]));
+    assert_eq!(site.worth().await, counted);
+}
+
+#[tokio::test]
+async fn a_child_that_begins_with_a_copy_of_the_stop_segment_makes_up_for_it() {
+    let site = Site::create().await;
+    site.backup(OLD, 1, 3, 5).await;
+    site.wal(OLD, 1, 3..5).await;
+    let missing = Recoverability::MissingWal("000000010000000000000005".parse().unwrap());
+    assert_eq!(site.worth().await, [missing]);
+    site.history(OLD, 2, 1, within(5) + 0x100).await;
+    site.wal(OLD, 2, 5..7).await;
+    assert_eq!(site.worth().await, [Recoverability::Recoverable]);
+    let overview = site.overview().await;
+    assert_eq!(overview.clusters[0].basebackups[0].recoverability, Recoverability::Recoverable);
+    assert_eq!(overview.clusters[0].windows.keys().collect::<Vec<_>>(), [&timeline(2)]);
+}
+
+#[tokio::test]
+async fn to_count_the_recoverable_costs_a_page_of_names_for_each() {
+    let site = Site::create().await;
+    site.backup(OLD, 1, 3, 3).await;
+    site.backup(OLD, 1, 30, 32).await;
+    site.wal(OLD, 1, 3..2500).await;
+    let listed = basebackups::list(&site.repository).await.unwrap().complete;
+    site.store.take_calls();
+    recoverabilities(&site.repository, &listed).await.unwrap();
+    let calls = site.store.take_calls();
+    let verbs: Vec<_> = calls.iter().map(|call| call.verb).collect();
+    assert_eq!(verbs, [Verb::List; 3], "one for the histories and one for each basebackup: {calls:?}");
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
 //! *later* by those who ask whether something is missing.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
@@ -100,6 +101,18 @@ impl WalCoverage {
         timeline: TimelineId,
         from: WalSegmentNumber,
     ) -> Result<TimelineCoverage, Error> {
+        let all = from..=WalSegmentNumber(u64::MAX);
+        Self::load_segments(repository, cluster, timeline, all).await
+    }
+
+    /// Lists one timeline from the first of `wanted` on, at least as far as the last.
+    pub async fn load_segments(
+        repository: &Repository,
+        cluster: ClusterId,
+        timeline: TimelineId,
+        wanted: RangeInclusive<WalSegmentNumber>,
+    ) -> Result<TimelineCoverage, Error> {
+        let from = *wanted.start();
         let layout = repository.layout();
         let size = cluster.segment_size;
         let mut coverage = TimelineCoverage::default();
@@ -116,7 +129,7 @@ impl WalCoverage {
                     coverage.take(name, object, size);
                 }
             }
-            if page.len() < PAGE {
+            if page.len() < PAGE || coverage.last() >= Some(*wanted.end()) {
                 return Ok(coverage);
             }
             after = page.last().map(|object| object.key.clone());

@@ -1,7 +1,8 @@
 //! `walden list`: the basebackups of a site.
 //!
-//! Read from signed documents alone, so no private key is needed. A record that cannot be read or trusted is shown
-//! as what it is, and the command then exits as for damaged data: a script must not take the rest for all.
+//! Read from signed documents and names of WAL segments, so no private key is needed. A basebackup without all its WAL
+//! is none, and the list says so. A record that cannot be read or trusted is shown as what it is, and the command then
+//! exits as for damaged data: a script must not take the rest for all.
 
 use std::fmt;
 use std::fmt::Write;
@@ -10,7 +11,9 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 
+use crate::catalog::Recoverability;
 use crate::catalog::basebackups::{BasebackupList, ListedBasebackup, list};
+use crate::catalog::recoverable::recoverabilities;
 use crate::config::KeyPurpose;
 use crate::repo::keyring::Trust;
 
@@ -28,12 +31,14 @@ pub struct List {}
 impl List {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let site = context.site()?;
-        let found = context.block_on_one_thread(async {
+        let (found, worth) = context.block_on_one_thread(async {
             let repository = context.open_repository(site, KeyPurpose::Inspect).await?;
-            Ok::<_, CommandError>(list(&repository).await?)
+            let found = list(&repository).await?;
+            let worth = recoverabilities(&repository, &found.complete).await?;
+            Ok::<_, CommandError>((found, worth))
         })??;
         let unreadable = found.unreadable.len();
-        context.output.print(&ListReport::from(found))?;
+        context.output.print(&ListReport::of(&found, &worth))?;
         if unreadable > 0 {
             let message = format!("{unreadable} basebackups have a damaged or untrusted record");
             return Err(CommandError::new(ExitKind::Damaged, message));
@@ -72,6 +77,8 @@ pub(super) struct ListedRow {
     ratio: f64,
     damaged_pages: u64,
     signed: bool,
+    recoverable: bool,
+    unrecoverable_because: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -80,11 +87,12 @@ struct UnreadableRow {
     reason: String,
 }
 
-impl From<BasebackupList> for ListReport {
-    fn from(list: BasebackupList) -> Self {
+impl ListReport {
+    fn of(list: &BasebackupList, worth: &[Recoverability]) -> Self {
         let unreadable = list.unreadable.iter();
+        let rows = list.complete.iter().zip(worth);
         Self {
-            basebackups: list.complete.iter().map(ListedRow::from).collect(),
+            basebackups: rows.map(|(listed, worth)| ListedRow::of(listed, *worth)).collect(),
             unreadable: unreadable
                 .map(|(id, error)| UnreadableRow { id: id.to_string(), reason: error.to_string() })
                 .collect(),
@@ -93,8 +101,8 @@ impl From<BasebackupList> for ListReport {
     }
 }
 
-impl From<&ListedBasebackup> for ListedRow {
-    fn from(listed: &ListedBasebackup) -> Self {
+impl ListedRow {
+    pub(super) fn of(listed: &ListedBasebackup, worth: Recoverability) -> Self {
         let record = &listed.record;
         Self {
             id: record.id.to_string(),
@@ -116,6 +124,8 @@ impl From<&ListedBasebackup> for ListedRow {
             ratio: ratio(record.size.database_bytes, record.size.live_bytes),
             damaged_pages: record.size.damaged_pages,
             signed: matches!(listed.trust, Trust::Signed(_)),
+            recoverable: worth == Recoverability::Recoverable,
+            unrecoverable_because: (worth != Recoverability::Recoverable).then(|| worth.to_string()),
         }
     }
 }
@@ -152,6 +162,11 @@ impl Report for ListReport {
         } else {
             table.write(out);
         }
+        for row in &self.basebackups {
+            if let Some(reason) = &row.unrecoverable_because {
+                writeln!(out, "{}: cannot be recovered: {reason}", row.id)?;
+            }
+        }
         for row in &self.unreadable {
             writeln!(out, "{}: {}", row.id, row.reason)?;
         }
@@ -186,6 +201,12 @@ impl ListedRow {
             ),
             ("damage in the source", damaged),
             ("signed", if self.signed { "yes" } else { "no" }.to_owned()),
+            (
+                "recoverable",
+                self.unrecoverable_because
+                    .as_ref()
+                    .map_or("yes".to_owned(), |reason| format!("no: {reason}")),
+            ),
         ] {
             writeln!(out, "{what:<22}{value}")?;
         }

@@ -1,6 +1,6 @@
 //! `walden show BACKUP [--files]`: one basebackup, and what is in it.
 //!
-//! Without `--files` the signed record is enough and no private key is needed; with it the file table is read, block
+//! Without `--files` the signed record and names of WAL segments are enough and no private key is needed; with it the file table is read, block
 //! by block, and printed whole: a million files take some hundred megabytes for a moment.
 
 use std::fmt;
@@ -10,6 +10,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::catalog::basebackups::list;
+use crate::catalog::recoverable::recoverability_of;
 use crate::config::KeyPurpose;
 use crate::repo::{
     Basebackup, Repository,
@@ -45,7 +46,8 @@ impl Show {
             let listed = found.resolve(&self.backup)?;
             let content =
                 if self.files { Some(read_content(&repository, listed.record.id).await?) } else { None };
-            Ok::<_, CommandError>(ShowReport { basebackup: ListedRow::from(listed), content })
+            let worth = recoverability_of(&repository, listed).await?;
+            Ok::<_, CommandError>(ShowReport { basebackup: ListedRow::of(listed, worth), content })
         })??;
         context.output.print(&report)
     }

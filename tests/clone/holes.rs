@@ -138,6 +138,13 @@ fn failure_21b_a_basebackup_without_all_its_wal_is_shown_as_what_it_is() {
     let reason = format!("WAL segment {needed} is missing from the archive");
     assert_eq!(info["basebackups"][0]["reason"], *reason);
     assert_eq!(info["timelines"][0]["windows"], serde_json::json!([]));
+    let listed = &rows.source.walden.json(&["list"])["basebackups"][0];
+    assert_eq!(
+        (&listed["recoverable"], &listed["unrecoverable_because"]),
+        (&false.into(), &(*reason).into())
+    );
+    let text = rows.source.walden.run(&["list"]).stdout;
+    assert!(text.contains(&format!("cannot be recovered: {reason}")), "{text}");
     for options in [&[][..], &["--until-hole"]] {
         let refused = rows.refused(options).stderr;
         assert!(refused.contains("cannot be recovered") && refused.contains(&reason), "{refused}");
