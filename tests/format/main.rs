@@ -3,6 +3,11 @@
 //! The page holds every object of a small repository and the keys to it. The test puts those bytes into a store in
 //! memory and reads both basebackups back; then it checks, at the places the page names, the fields it names.
 
+mod golden;
+mod golden_writer;
+#[path = "../support/mod.rs"]
+mod support;
+
 use std::fmt::Write as _;
 use std::sync::Arc;
 
