@@ -250,29 +250,51 @@ mod tests {
     fn whatever_reaches_outside_is_switched_off_in_every_version() {
         for major in 13..=18 {
             let settings = clone_settings(&facts(major));
-            for name in [
-                "archive_command",
-                "recovery_end_command",
-                "archive_cleanup_command",
-                "primary_conninfo",
-                "primary_slot_name",
-                "synchronous_standby_names",
-                "listen_addresses",
-                "shared_preload_libraries",
-                "recovery_target_time",
-            ] {
-                assert_eq!(value(&settings, name).as_deref(), Some(""), "{name} in {major}");
+            for (name, expected, since) in SAFE {
+                let expected = (major >= since).then_some(expected);
+                assert_eq!(value(&settings, name).as_deref(), expected, "{name} in {major}");
             }
-            assert_eq!(value(&settings, "archive_mode").as_deref(), Some("off"));
+            let pid_file = value(&settings, "external_pid_file").unwrap();
+            assert!(pid_file.starts_with("/clones/one/"), "{pid_file}");
             assert_eq!(value(&settings, "hot_standby").as_deref(), Some("off"));
             assert_eq!(value(&settings, "max_prepared_transactions").as_deref(), Some("7"));
             assert_eq!(value(&settings, "max_connections"), None);
-            assert_eq!(value(&settings, "archive_library").is_some(), major >= 15);
-            assert_eq!(value(&settings, "recovery_init_sync_method").is_some(), major >= 14);
-            assert_eq!(value(&settings, "sync_replication_slots").is_some(), major >= 17);
             assert_eq!(value(&settings, "promote_trigger_file").is_some(), major <= 15);
         }
     }
+
+    /// 7-postgresql, *Clones*: name, value, and the first version that knows it.
+    const SAFE: [(&str, &str, u32); 29] = [
+        ("archive_mode", "off", 13),
+        ("archive_command", "", 13),
+        ("archive_library", "", 15),
+        ("archive_cleanup_command", "", 13),
+        ("recovery_end_command", "", 13),
+        ("primary_conninfo", "", 13),
+        ("primary_slot_name", "", 13),
+        ("synchronous_standby_names", "", 13),
+        ("session_preload_libraries", "", 13),
+        ("local_preload_libraries", "", 13),
+        ("shared_preload_libraries", "", 13),
+        ("recovery_min_apply_delay", "0", 13),
+        ("max_logical_replication_workers", "0", 13),
+        ("sync_replication_slots", "off", 17),
+        ("event_triggers", "off", 17),
+        ("ssl", "off", 13),
+        ("huge_pages", "off", 13),
+        ("logging_collector", "off", 13),
+        ("listen_addresses", "", 13),
+        ("restart_after_crash", "off", 13),
+        ("recovery_init_sync_method", "syncfs", 14),
+        ("recovery_prefetch", "try", 15),
+        ("recovery_target", "", 13),
+        ("recovery_target_time", "", 13),
+        ("recovery_target_lsn", "", 13),
+        ("recovery_target_xid", "", 13),
+        ("recovery_target_name", "", 13),
+        ("recovery_target_timeline", "1", 13),
+        ("unix_socket_permissions", "0700", 13),
+    ];
 
     #[test]
     fn who_reads_early_gets_the_limits_that_replay_needs() {

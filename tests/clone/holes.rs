@@ -25,7 +25,7 @@ impl Rows {
     fn make(count: usize) -> Self {
         let source = Source::start(Options::default().initdb("--wal-segsize=1"));
         source.sql("create table rows (n int)");
-        source.backup();
+        source.backup_at_rest();
         let (segments, times, transactions) = (Vec::new(), Vec::new(), Vec::new());
         let mut rows = Self { source, segments, times, transactions };
         (0..count).for_each(|_| rows.add());
@@ -176,7 +176,7 @@ fn info_shows_the_timelines_and_what_leads_to_them() {
     rows.source.wait_until_archived("00000002.history");
     rows.check("promoted", &[], "12");
     rows.add();
-    rows.source.backup();
+    rows.source.backup_at_rest();
     rows.add();
     let info = rows.info();
     let (first, second) = (&info["timelines"][0], &info["timelines"][1]);

@@ -5,12 +5,13 @@ use std::fs;
 use std::ops::Deref;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::support::{Cluster, Options, Site, Sql, Walden, wait_for};
+use crate::support::{Chaos, Cluster, Options, Run, Site, Sql, Walden, bin_directory, wait_for};
 
 /// A cluster that archives with `walden wal push`.
 pub struct Source {
@@ -29,14 +30,27 @@ impl Deref for Source {
 impl Source {
     #[track_caller]
     pub fn start(options: Options) -> Self {
-        let cluster = Cluster::start_with(15, options);
-        let walden = Walden::configure(cluster.scratch(), &Site::of(&cluster, cluster.data_directory()));
+        Self::start_major(15, options)
+    }
+
+    #[track_caller]
+    pub fn start_major(major: u32, options: Options) -> Self {
+        let cluster = Cluster::start_with(major, options);
+        let site = Site::of(&cluster, cluster.data_directory()).bin_directory(&cluster.bin_directory());
+        let walden = Walden::configure(cluster.scratch(), &site);
         cluster.set_archive_command(&walden.archive_command());
         Self { cluster, walden }
     }
 
+    /// Takes a basebackup while everything moves; returns the last commit that was acknowledged.
     #[track_caller]
-    pub fn backup(&self) {
+    pub fn backup(&self) -> i64 {
+        backup_under_load(self, &self.walden)
+    }
+
+    /// Takes a basebackup of a source at rest, where a test names each segment: a load would fill hundreds of them.
+    #[track_caller]
+    pub fn backup_at_rest(&self) {
         self.walden.run(&["backup"]);
     }
 
@@ -59,6 +73,19 @@ impl Source {
             pins.partition(|path| path.extension().is_some_and(|extension| extension == "end"));
         (pins.len(), ends.len())
     }
+}
+
+/// Lets the load run before, during and after a basebackup; returns the last acknowledged commit.
+#[track_caller]
+pub fn backup_under_load(sql: &Sql, walden: &Walden) -> i64 {
+    let chaos = Chaos::start(sql);
+    chaos.wait_for_churn(1);
+    walden.run(&["backup"]);
+    chaos.wait_for_churn(1);
+    let acknowledged = chaos.finish().acknowledged();
+    let sessions = "select count(*) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()";
+    wait_for("the sessions of the load to end", || (sql.sql(sessions) == "0").then_some(()));
+    acknowledged
 }
 
 /// A clone; a test that fails leaves it to its scratch folder.
@@ -106,6 +133,16 @@ impl Clone {
         let status = self.status();
         ["supervisor_pid", "server_pid"]
             .map(|field| Pid::from_raw(i32::try_from(status[field].as_i64().unwrap()).unwrap()))
+    }
+
+    /// Checks every heap and index of the clone by PostgreSQL's own program, which knows 14 and later.
+    #[track_caller]
+    pub fn amcheck(&self) {
+        let bin = bin_directory(15).expect("the test required it");
+        let mut amcheck = Command::new(bin.join("pg_amcheck"));
+        amcheck.args(["--all", "--install-missing", "-h"]).arg(&self.host);
+        amcheck.args(["-p", &self.port.to_string(), "-U", "postgres"]);
+        Run::of(&mut amcheck, "").expect_success();
     }
 
     /// The clone's folder.

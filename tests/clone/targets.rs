@@ -58,6 +58,21 @@ fn a_clone_stops_at_its_target() {
 }
 
 #[test]
+fn a_clone_lets_readers_in_before_its_target_where_that_is_asked_for() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let marks = Marks::make();
+    for (name, options, hot_standby) in [("early", &["--read-early"][..], "on"), ("late", &[], "off")] {
+        let clone = marks.source.clone(name, options);
+        // Set when the server starts, so this is what recovery ran with.
+        assert_eq!(clone.sql("select reset_val from pg_settings where name = 'hot_standby'"), hot_standby);
+        wait_for("recovery to end", || (clone.state() == "running").then_some(()));
+        assert_eq!(clone.sql("select max(n) from marks"), "5");
+        clone.sql("insert into marks values (9)");
+        clone.run("delete");
+    }
+}
+
+#[test]
 fn a_clone_waits_at_its_target_where_that_is_asked_for() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let marks = Marks::make();

@@ -40,7 +40,12 @@ impl Chaos {
         sql.sql(
             "create table if not exists ledger (id bigint primary key, at timestamptz not null default clock_timestamp());
              truncate ledger;
-             create table if not exists growing (id bigserial primary key, payload text)",
+             create table if not exists growing (id bigserial primary key, payload text);
+             do $$ declare old text; begin
+                 for old in select relname from pg_class where relname like 'churn\\_%' and relkind = 'r' loop
+                     execute 'drop table ' || old;
+                 end loop;
+             end $$",
         );
         let stop = Arc::new(AtomicBool::new(false));
         let ledger = Ledger::default();

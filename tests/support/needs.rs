@@ -80,11 +80,15 @@ pub fn bin_directory(major: u32) -> Option<PathBuf> {
     candidates.into_iter().find(|bin| bin.join("postgres").exists())
 }
 
-/// Finds a program on the path, or among Debian's PostgreSQL programs, which are not on it.
+/// Finds a program among Debian's PostgreSQL programs, or on the path.
+///
+/// The path comes second: there Debian's psql is a script that looks at all clusters first, and fails on one that
+/// another test is just making.
 pub fn program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    folders.extend(["/usr/sbin".into(), "/usr/lib/postgresql/15/bin".into()]);
+    let mut folders: Vec<PathBuf> = vec!["/usr/lib/postgresql/15/bin".into()];
+    folders.extend(std::env::split_paths(&path));
+    folders.push("/usr/sbin".into());
     folders
         .into_iter()
         .map(|folder| folder.join(name))

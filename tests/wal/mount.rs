@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::scene::{copy_all, recover, shell};
-use crate::support::{Account, Checksums, Cluster, Mounted, Need, Options, Pgbench, Run, Server, Site};
+use crate::support::{Account, Chaos, Checksums, Cluster, Mounted, Need, Options, Run, Server, Site};
 use crate::support::{Stop, Walden, require};
 
 /// A cluster with a tablespace and a load, backed up once.
@@ -21,10 +21,10 @@ impl BackedUp {
         let tablespace = cluster.scratch().folder("tablespace");
         cluster.sql(&format!("create tablespace away location '{}'", tablespace.display()));
         cluster.sql("create table far tablespace away as select n from generate_series(1, 10000) n");
-        Pgbench::initialize(&cluster, 1);
-        let load = Pgbench::start(&cluster, 2);
+        let load = Chaos::start(&cluster);
+        load.wait_for_churn(1);
         walden.run(&["backup"]);
-        drop(load);
+        load.finish();
         Self { cluster, walden }
     }
 
