@@ -21,6 +21,7 @@ pub mod catalog;
 
 pub mod backup;
 pub mod mount;
+pub mod restore;
 pub mod wal;
 
 pub mod instance;

@@ -81,11 +81,12 @@ pub struct Root {
     pub real: PathBuf,
 }
 
-/// `pg_control` is read last; a plan of an earlier recovery would mislead the next one; the others were renamed by
+/// `pg_control` is read last; what a restore left would mislead the next one; the others were renamed by
 /// a recovery and say nothing any more.
-const LEFT_OUT: [&[u8]; 4] = [
+const LEFT_OUT: [&[u8]; 5] = [
     b"data/global/pg_control",
     b"data/walden.plan.json",
+    b"data/walden.restore.json",
     b"data/backup_label.old",
     b"data/tablespace_map.old",
 ];
@@ -496,6 +497,7 @@ mod tests {
             "postmaster.pid",
             "backup_label",
             "walden.plan.json",
+            "walden.restore.json",
             "pg_wal/000000010000000000000001",
             "pg_replslot/s/state",
             "global/pg_control",

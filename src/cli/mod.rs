@@ -27,6 +27,8 @@ mod recovery_target;
 #[cfg(test)]
 mod reference;
 mod repository;
+mod restore;
+mod restore_report;
 mod screen;
 mod serve_clone;
 mod show;
@@ -76,6 +78,7 @@ enum Command {
     Mount(mount::Mount),
     Unmount(unmount::Unmount),
     Clone(clone::Clone),
+    Restore(restore::Restore),
     #[command(hide = true)]
     Internal(internal::Internal),
 }
@@ -86,7 +89,9 @@ impl Command {
         match self {
             Self::Demo(_) | Self::Backup(_) | Self::Key(_) => ExitPolicy::Usual,
             Self::List(_) | Self::Show(_) | Self::Info(_) => ExitPolicy::Usual,
-            Self::Mount(_) | Self::Unmount(_) | Self::Clone(_) | Self::Internal(_) => ExitPolicy::Usual,
+            Self::Mount(_) | Self::Unmount(_) | Self::Clone(_) | Self::Restore(_) | Self::Internal(_) => {
+                ExitPolicy::Usual
+            }
             Self::Wal(command) => command.exit_policy(),
         }
     }
@@ -103,6 +108,7 @@ impl Command {
             Self::Mount(command) => command.run(context),
             Self::Unmount(command) => command.run(context),
             Self::Clone(command) => command.run(context),
+            Self::Restore(command) => command.run(context),
             Self::Internal(command) => command.run(context),
         }
     }

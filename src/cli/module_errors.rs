@@ -12,6 +12,7 @@ use crate::disk;
 use crate::instance::create::CreateError;
 use crate::replication;
 use crate::repo;
+use crate::restore;
 use crate::storage;
 
 use super::error::CommandError;
@@ -127,6 +128,22 @@ impl From<backup::Error> for CommandError {
             },
         };
         let hint = error.hint();
+        Self::of_module(kind, error, hint)
+    }
+}
+
+impl From<restore::Error> for CommandError {
+    fn from(error: restore::Error) -> Self {
+        let kind = match error {
+            restore::Error::Repository(error) => return error.into(),
+            restore::Error::Disk(error) => return error.into(),
+            _ => match error.kind() {
+                restore::ErrorKind::Input => ExitKind::Failed,
+                restore::ErrorKind::Damaged => ExitKind::Damaged,
+                restore::ErrorKind::Bug => ExitKind::Bug,
+            },
+        };
+        let hint = error.hint().map(str::to_owned);
         Self::of_module(kind, error, hint)
     }
 }

@@ -46,6 +46,22 @@ impl Context {
     ) -> Result<Repository, CommandError> {
         let store = self.open_store_retrying(site, retry)?;
         let options = RepositoryOptions { store, ..self.repository_options(site, purpose)? };
+        self.open_existing(site, options).await
+    }
+
+    /// Opens the repository of a site to read what nobody vouches for, which the user has asked for.
+    pub async fn open_repository_unsigned(&self, site: &SiteConfig) -> Result<Repository, CommandError> {
+        tracing::warn!("what no trusted signer vouches for is taken, as --allow-unsigned says");
+        let keyring = self.config()?.keyring_trusting_anyone(Arc::new(SystemRandom))?;
+        let options = RepositoryOptions { keyring, ..self.repository_options(site, KeyPurpose::Read)? };
+        self.open_existing(site, options).await
+    }
+
+    async fn open_existing(
+        &self,
+        site: &SiteConfig,
+        options: RepositoryOptions,
+    ) -> Result<Repository, CommandError> {
         Repository::open(options).await.map_err(|error| {
             let absent = error.is_absent();
             let error = CommandError::from(error);

@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::codec::Random;
-use crate::repo::Keyring;
+use crate::repo::{Keyring, KeyringOptions};
 
 pub use compression::CompressionConfig;
 pub use encryption::{
@@ -140,6 +140,13 @@ impl Config {
             }
             None => Ok(Keyring::unencrypted(random)),
         }
+    }
+
+    /// Returns the keys for reading what no trusted signer vouches for.
+    pub fn keyring_trusting_anyone(&self, random: Arc<dyn Random>) -> Result<Keyring> {
+        let Some(encryption) = &self.encryption else { return Ok(Keyring::unencrypted(random)) };
+        let options = encryption.keyring_options(KeyPurpose::Read, random)?;
+        Ok(Keyring::new(KeyringOptions { trusted_signers: Vec::new(), ..options }))
     }
 
     /// Returns the site of that name, or the only one.

@@ -107,6 +107,11 @@ impl PrivateArea {
         durable::create_file(&path, &text, Create::PRIVATE_FILE)
     }
 
+    /// Forgets which basebackup the directory belongs to, for who replaces what is in it.
+    pub fn unbind(&self) -> Result<(), Error> {
+        durable::remove_file(&self.binding_path())
+    }
+
     /// Returns the basebackup this directory is bound to, if it is.
     pub fn binding(&self) -> Result<Option<Binding>, Error> {
         let path = self.binding_path();
@@ -187,6 +192,8 @@ mod tests {
         let refused = again.bind(&binding("20261121T101500Z-0000")).unwrap_err();
         assert!(matches!(refused, Error::BoundElsewhere { .. }));
         assert!(refused.to_string().contains("20261120T101500Z-3fa9"), "{refused}");
+        again.unbind().unwrap();
+        again.bind(&binding("20261121T101500Z-0000")).unwrap();
     }
 
     #[test]

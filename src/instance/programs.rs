@@ -53,6 +53,21 @@ pub fn find(major: u32, configured: Option<&Path>) -> Result<PathBuf, ProgramsEr
     Err(broken.unwrap_or(ProgramsError::NotFound { major }))
 }
 
+/// Returns the version of this host's C library, which decides how text is ordered.
+#[cfg(target_env = "gnu")]
+#[expect(unsafe_code, reason = "the C library tells its version in no other way")]
+pub fn libc_version() -> Option<String> {
+    // SAFETY: the function returns a constant string of the library.
+    let version = unsafe { std::ffi::CStr::from_ptr(libc::gnu_get_libc_version()) };
+    version.to_str().ok().map(str::to_owned)
+}
+
+/// Returns nothing: other C libraries order text by bytes and have no version of it.
+#[cfg(not(target_env = "gnu"))]
+pub fn libc_version() -> Option<String> {
+    None
+}
+
 fn known_places(major: u32) -> Vec<PathBuf> {
     [
         format!("/usr/lib/postgresql/{major}/bin"),

@@ -9,6 +9,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use bytes::Bytes;
 use lru::LruCache;
 
 use crate::codec::{Digest, FrameKey};
@@ -183,8 +184,8 @@ impl Basebackup {
         blocks.pop().ok_or_else(|| Error::Internal(format!("block {n} of the file table was not returned")))
     }
 
-    /// Fetches what is not cached of neighbouring blocks with few requests.
-    async fn load_blocks(&self, range: Range<usize>) -> Result<(), Error> {
+    /// Fetches what is not cached of neighbouring blocks with few requests; no more than the cache holds.
+    pub async fn load_blocks(&self, range: Range<usize>) -> Result<(), Error> {
         let mut from = range.start;
         while from < range.end {
             if self.cached_block(from).is_some() {
@@ -225,6 +226,15 @@ impl Basebackup {
             blocks.push(block);
         }
         Ok(blocks)
+    }
+
+    /// Returns bytes of `pack`, the range cut at its end.
+    pub(crate) async fn pack_bytes(&self, pack: PackId, range: Range<u32>) -> Result<Bytes, Error> {
+        let record = self.refs.find(pack).ok_or_else(|| Error::damaged(pack, "it is not among refs"))?;
+        let key = self.repository.layout().pack(pack, &record.salt);
+        let range = u64::from(range.start)..u64::from(range.end.min(record.size));
+        let bytes = self.repository.store().get_range(&key, range).await;
+        bytes.map_err(|error| missing_is_damage(error, &pack.to_string()))
     }
 
     /// Returns the key that opens the chunks of `pack`.

@@ -154,7 +154,7 @@ impl FileReader {
             if range.from >= range.to {
                 break;
             }
-            let bytes = self.get(range.pack, range.from..range.to).await?;
+            let bytes = self.basebackup.pack_bytes(range.pack, range.from..range.to).await?;
             fetched += bytes.len() as u64;
             self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), bytes);
         }
@@ -246,7 +246,9 @@ impl FileReader {
     async fn fetch_chunk(&self, kind: FrameKind, chunk: &ChunkRef) -> Result<Bytes, Error> {
         let stored = match self.take_ahead(chunk) {
             Some(stored) => stored,
-            None => self.get(chunk.pack, chunk.offset..chunk.offset + chunk.stored_len).await?,
+            None => {
+                self.basebackup.pack_bytes(chunk.pack, chunk.offset..chunk.offset + chunk.stored_len).await?
+            }
         };
         let key = self.basebackup.pack_key(chunk.pack)?;
         let raw = Bytes::from(open_chunk(&key, kind, chunk, &stored)?);
@@ -282,7 +284,7 @@ impl FileReader {
         }
         runs.extend(run);
         for (range, _) in runs.into_iter().filter(|(_, count)| *count > 1) {
-            let bytes = self.get(range.pack, range.from..range.to).await?;
+            let bytes = self.basebackup.pack_bytes(range.pack, range.from..range.to).await?;
             self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), bytes);
         }
         Ok(())
@@ -309,22 +311,6 @@ impl FileReader {
             ahead.remove(&key);
         }
         Some(stored)
-    }
-
-    async fn get(&self, pack: PackId, range: Range<u32>) -> Result<Bytes, Error> {
-        let repository = self.basebackup.repository();
-        let record =
-            self.basebackup.refs().find(pack).ok_or_else(|| Error::damaged(pack, "it is not among refs"))?;
-        let key = repository.layout().pack(pack, &record.salt);
-        let range = u64::from(range.start)..u64::from(range.end.min(record.size));
-        repository.store().get_range(&key, range).await.map_err(|error| {
-            // The commit says the pack is there: when the store says it is not, something took it away.
-            if error.is_absent() {
-                Error::damaged(pack, "it is missing from the store")
-            } else {
-                error.into()
-            }
-        })
     }
 }
 

@@ -35,6 +35,7 @@ mod repository;
 mod basebackup;
 mod basebackup_writer;
 pub mod builder;
+mod chunk_runs;
 mod file_reader;
 pub mod lease;
 pub mod wal_object;
@@ -47,6 +48,7 @@ mod writing_tests;
 
 pub use basebackup::{Basebackup, read_outcome, read_refs};
 pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
+pub use chunk_runs::{ChunkRun, RUN_BYTES_MAX, StoredRun, plan_runs};
 pub use error::{Error, ErrorKind};
 pub use file_reader::{FileReader, Piece};
 pub use id::{BasebackupId, ClusterId, PackId};

@@ -131,8 +131,8 @@ pub fn open_chunk(
     }
     let aad = chunk_aad(kind, chunk.position, chunk.codec, chunk.raw_len);
     let body = key.open(&aad, stored.to_vec()).map_err(|_| damaged("does not authenticate"))?;
-    Decompressor::new()
-        .decompress(chunk.codec, &body, chunk.raw_len as usize)
+    let raw_len = chunk.raw_len as usize;
+    Decompressor::on_this_thread(|decompressor| decompressor.decompress(chunk.codec, &body, raw_len))
         .map_err(|_| damaged("does not decompress"))
 }
 

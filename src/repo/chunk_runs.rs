@@ -1,0 +1,117 @@
+//! Many chunks at once: neighbours in a pack fetched by one request, opened one by one by whoever has a thread free.
+//!
+//! For those who read all of a basebackup and not what a server asks for. Nothing is cached and nothing is waited
+//! for twice; the caller sorts, bounds what is under way, and decides where a run is opened.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::codec::FrameKey;
+use crate::repo::basebackup::Basebackup;
+use crate::repo::chunk::ChunkRef;
+use crate::repo::error::Error;
+use crate::repo::id::PackId;
+use crate::repo::pack::open_chunk;
+use crate::repo::sealed::FrameKind;
+
+/// The longest run: few enough requests for a store that is far away, small enough to have many under way.
+pub const RUN_BYTES_MAX: u32 = 8 << 20;
+/// A gap between two chunks that costs less than a round trip.
+const GAP_BYTES_MAX: u32 = 128 << 10;
+
+/// Neighbouring chunks of one pack.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChunkRun {
+    /// The pack.
+    pub pack: PackId,
+    /// Their bytes in it, gaps included.
+    pub range: Range<u32>,
+    /// Which of the chunks that were planned.
+    pub chunks: Range<usize>,
+}
+
+/// The stored bytes of a run.
+#[derive(Debug)]
+pub struct StoredRun {
+    from: u32,
+    bytes: Bytes,
+    key: Arc<FrameKey>,
+}
+
+/// Cuts chunks into runs; the chunks ascend by pack and offset.
+pub fn plan_runs<'a>(chunks: impl IntoIterator<Item = &'a ChunkRef>) -> Vec<ChunkRun> {
+    let mut runs: Vec<ChunkRun> = Vec::new();
+    for (n, chunk) in chunks.into_iter().enumerate() {
+        let end = chunk.offset.saturating_add(chunk.stored_len);
+        match runs.last_mut() {
+            Some(run)
+                if run.pack == chunk.pack
+                    && chunk.offset >= run.range.start
+                    && chunk.offset <= run.range.end.saturating_add(GAP_BYTES_MAX)
+                    && end - run.range.start <= RUN_BYTES_MAX =>
+            {
+                run.range.end = run.range.end.max(end);
+                run.chunks.end = n + 1;
+            }
+            _ => runs.push(ChunkRun { pack: chunk.pack, range: chunk.offset..end, chunks: n..n + 1 }),
+        }
+    }
+    runs
+}
+
+impl Basebackup {
+    /// Fetches a run by one request.
+    pub async fn fetch_run(&self, run: &ChunkRun) -> Result<StoredRun, Error> {
+        let key = self.pack_key(run.pack)?;
+        let bytes = self.pack_bytes(run.pack, run.range.clone()).await?;
+        Ok(StoredRun { from: run.range.start, bytes, key })
+    }
+}
+
+impl StoredRun {
+    /// Opens one chunk of the run.
+    ///
+    /// # Errors
+    /// `Damaged`, naming the pack and the chunk, where the bytes are not the ones that were sealed.
+    pub fn open(&self, kind: FrameKind, chunk: &ChunkRef) -> Result<Vec<u8>, Error> {
+        // Bytes that are not there are as good as cut off, which `open_chunk` tells.
+        let from = (chunk.offset.saturating_sub(self.from) as usize).min(self.bytes.len());
+        let to = from.saturating_add(chunk.stored_len as usize).min(self.bytes.len());
+        open_chunk(&self.key, kind, chunk, &self.bytes[from..to])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::codec::CodecId;
+    use crate::repo::id::BasebackupId;
+
+    use super::*;
+
+    fn chunk(number: u32, position: u32, offset: u32, stored_len: u32) -> ChunkRef {
+        let pack = PackId { origin: BasebackupId::from_parts(1, 2).unwrap(), number };
+        ChunkRef { pack, position, offset, stored_len, raw_len: 65_536, codec: CodecId::Zstd, tag: None }
+    }
+
+    #[test]
+    fn neighbours_share_a_request_and_others_do_not() {
+        let far = 200 + GAP_BYTES_MAX + 1;
+        let chunks =
+            [chunk(0, 0, 0, 100), chunk(0, 1, 100, 100), chunk(0, 2, far, 50), chunk(1, 0, far + 50, 10)];
+        let runs = plan_runs(&chunks);
+        let ranges: Vec<_> = runs.iter().map(|run| (run.pack.number, run.range.clone())).collect();
+        assert_eq!(ranges, [(0, 0..200), (0, far..far + 50), (1, far + 50..far + 60)]);
+        assert_eq!(runs[0].chunks, 0..2);
+    }
+
+    #[test]
+    fn a_run_has_an_end_and_every_chunk_is_in_one() {
+        let chunks: Vec<ChunkRef> = (0..30).map(|n| chunk(0, n, n << 20, 1 << 20)).collect();
+        let runs = plan_runs(&chunks);
+        assert!(runs.iter().all(|run| run.range.end - run.range.start <= RUN_BYTES_MAX));
+        let covered: Vec<usize> = runs.iter().flat_map(|run| run.chunks.clone()).collect();
+        assert_eq!(covered, (0..30).collect::<Vec<_>>());
+    }
+}

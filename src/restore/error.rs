@@ -1,0 +1,133 @@
+//! Why a basebackup cannot be restored, and what can be done about it.
+//!
+//! What refuses a target is found before anything is written; what fails later leaves a directory that no server
+//! starts on and that `--resume` completes.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::codec;
+use crate::disk;
+use crate::repo;
+
+/// What failed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The repository.
+    #[error(transparent)]
+    Repository(#[from] repo::Error),
+    /// A local file of Walden's.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    /// The CPU pool.
+    #[error("cannot decompress: {0}")]
+    Codec(#[from] codec::Error),
+    /// A file or directory of the target.
+    #[error("could not {action} \"{}\": {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    /// Something is in the directory.
+    #[error("\"{}\" is not empty", path.display())]
+    NotEmpty { path: PathBuf },
+    /// Something is in the directory, and Walden did not put it there.
+    #[error("\"{}\" is not empty, and was not restored by walden", path.display())]
+    NotRestored { path: PathBuf },
+    /// A restore of this directory has not ended.
+    #[error("\"{}\" holds an unfinished restore", path.display())]
+    Unfinished { path: PathBuf },
+    /// No restore of this directory is unfinished.
+    #[error("\"{}\" holds no unfinished restore", path.display())]
+    NothingToResume { path: PathBuf },
+    /// A delta needs a data directory of the same cluster.
+    #[error("\"{}\" is not a data directory of this cluster: {reason}", path.display())]
+    OtherCluster { path: PathBuf, reason: String },
+    /// A server runs there.
+    #[error("a server is running in \"{}\" (process {pid})", path.display())]
+    Running { path: PathBuf, pid: i32 },
+    /// The place is no directory of a disk.
+    #[error("\"{}\" is {what}", path.display())]
+    Unfit { path: PathBuf, what: String },
+    /// One place is in another that must stay apart.
+    #[error("\"{}\" and {other} are in each other's way", path.display())]
+    Overlap { path: PathBuf, other: String },
+    /// The directory belongs to somebody else.
+    #[error("\"{}\" belongs to user {owner}, and walden runs as user {user}", path.display())]
+    Owner { path: PathBuf, owner: u32, user: u32 },
+    /// The file system is too small.
+    #[error("\"{}\" has {free} bytes free, and {needed} are needed", path.display())]
+    NoSpace { path: PathBuf, needed: u64, free: u64 },
+    /// No tablespace is called that.
+    #[error("the basebackup has no tablespace \"{name}\"")]
+    UnknownTablespace { name: String },
+    /// A tablespace is mapped twice.
+    #[error("tablespace \"{name}\" is mapped twice")]
+    MappedTwice { name: String },
+    /// The WAL creates a tablespace where something of this host is.
+    #[error("recovery would create tablespace {oid} in \"{}\", which is not empty on this host", path.display())]
+    ReplayedTablespace { oid: u32, path: PathBuf },
+    /// A text that cannot stand in a configuration file.
+    #[error("{what} has a line break in it")]
+    LineBreak { what: &'static str },
+    /// The plan of an unfinished restore cannot be used.
+    #[error("\"{}\" is not a plan of this release: {detail}", path.display())]
+    State { path: PathBuf, detail: String },
+    /// Bytes of a file never came, although nothing failed.
+    #[error("{bytes} bytes of \"{}\" are in no chunk", path.display())]
+    Missing { path: PathBuf, bytes: u64 },
+    /// A task of ours ended without an answer.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// What a caller can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// A path, a right or an option has to change.
+    Input,
+    /// What is stored is damaged.
+    Damaged,
+    /// It is our fault.
+    Bug,
+}
+
+impl Error {
+    /// Returns what can be done, for what is not an error of a module below.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Missing { .. } => ErrorKind::Damaged,
+            Self::Internal(_) | Self::Codec(_) => ErrorKind::Bug,
+            _ => ErrorKind::Input,
+        }
+    }
+
+    /// Returns what the user should do, where that is not plain from the message.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Repository(error) => return error.hint(),
+            Self::NotEmpty { .. } => {
+                "Give an empty directory; --force replaces what walden has restored there, --delta what differs."
+            }
+            Self::NotRestored { .. } => {
+                "Empty it yourself, or let --delta turn a data directory into this one."
+            }
+            Self::Unfinished { .. } => "Go on with --resume, or start again with --force.",
+            Self::NothingToResume { .. } => "Leave --resume out.",
+            Self::OtherCluster { .. } => "Restore into an empty directory.",
+            Self::Running { .. } => "Stop it first.",
+            Self::Overlap { .. } => "Choose places of which none is within another.",
+            Self::Owner { .. } => "Run walden as the owner of the directory, or as root.",
+            Self::NoSpace { .. } => "Choose a larger file system, or map tablespaces to others.",
+            Self::UnknownTablespace { .. } => "\"walden show\" lists the tablespaces.",
+            Self::ReplayedTablespace { .. } => {
+                "Choose an earlier target, restore on another host, or make a clone, which keeps replay inside."
+            }
+            Self::State { .. } => "Resume it with the release that began it, or start again with --force.",
+            _ => return None,
+        })
+    }
+
+    pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+}

@@ -1,0 +1,204 @@
+//! What is in the directories already: which files may stay, and the removal of everything that does not belong.
+//!
+//! A delta compares files with the CRC of PostgreSQL's own `backup_manifest`: page maps carry no digest of a page that
+//! could be compared without fetching it (decision 0701). A file whose CRC and size are the same stays unread by the
+//! store; of one that differs only the pages that differ are written. An unfinished restore goes by its journal.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use futures::StreamExt;
+use serde::Deserialize;
+
+use crate::codec::CpuPool;
+use crate::disk::private_area;
+use crate::pg::Crc32cDigest;
+use crate::repo::entry::{Entry, Node, TreePath};
+use crate::repo::{self, Basebackup, FileReader};
+use crate::restore::Error;
+use crate::restore::destinations::Destinations;
+use crate::restore::shape::Shape;
+
+/// What may stay of what is there, by number in the file table.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Staying {
+    /// Files that are complete.
+    pub complete: HashSet<u64>,
+    /// Files of which some pages may be right.
+    pub in_place: HashSet<u64>,
+}
+
+/// The server's manifest, as far as it is needed.
+#[derive(Debug, Deserialize)]
+struct ServerManifest {
+    #[serde(rename = "Files")]
+    files: Vec<ManifestFile>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ManifestFile {
+    #[serde(rename = "Path")]
+    path: Option<String>,
+    #[serde(rename = "Encoded-Path")]
+    encoded_path: Option<String>,
+    #[serde(rename = "Checksum-Algorithm")]
+    algorithm: Option<String>,
+    #[serde(rename = "Checksum")]
+    checksum: Option<String>,
+}
+
+const READ_BYTES: usize = 1 << 20;
+const LOST_AND_FOUND: &str = "lost+found";
+
+/// Finds what an unfinished restore has completed.
+pub(super) fn staying_by_journal(
+    complete: HashSet<u64>,
+    sizes: &HashMap<u64, u64>,
+    shape: &Shape,
+) -> Staying {
+    let there = |(path, number): (&PathBuf, &u64)| {
+        let same = fs::symlink_metadata(path)
+            .is_ok_and(|metadata| metadata.is_file() && Some(&metadata.len()) == sizes.get(number));
+        (same && complete.contains(number)).then_some(*number)
+    };
+    Staying { complete: shape.files.iter().filter_map(there).collect(), in_place: HashSet::new() }
+}
+
+/// Compares what is there with the basebackup.
+pub(super) async fn staying_by_content(
+    reader: &FileReader,
+    shape: &Shape,
+    destinations: &Destinations,
+    pool: &CpuPool,
+) -> Result<Staying, Error> {
+    let basebackup = reader.basebackup();
+    let checksums = manifest_checksums(reader).await?;
+    let mut candidates: Vec<(u64, PathBuf, u64, Option<String>)> = Vec::new();
+    for n in 0..basebackup.block_count() {
+        let first = basebackup.start().blocks[n].first_number;
+        for (number, entry) in (first..).zip(&*basebackup.block(n).await?) {
+            let Node::File { size, .. } = &entry.node else { continue };
+            let Some(path) = destinations.place(&entry.path)? else { continue };
+            if shape.files.get(&path) == Some(&number) {
+                let checksum = server_path(&entry.path).and_then(|path| checksums.get(&path).cloned());
+                candidates.push((number, path, *size, checksum));
+            }
+        }
+    }
+    let compared = candidates.into_iter().map(|(number, path, size, checksum)| async move {
+        let state = pool.run(move || state_of(&path, size, checksum.as_deref())).await??;
+        Ok::<_, Error>((number, state))
+    });
+    let mut compared = futures::stream::iter(compared).buffer_unordered(pool.threads() * 2);
+    let mut staying = Staying::default();
+    while let Some(found) = compared.next().await {
+        match found? {
+            (number, State::Same) => drop(staying.complete.insert(number)),
+            (number, State::Differs) => drop(staying.in_place.insert(number)),
+            (_, State::Absent) => {}
+        }
+    }
+    Ok(staying)
+}
+
+/// Removes everything in the destinations that is neither a directory of the basebackup nor a file that stays.
+///
+/// The configuration's directory is the host's, and nothing in it is removed.
+pub(super) fn clear(destinations: &Destinations, shape: &Shape, staying: &Staying) -> Result<(), Error> {
+    let directories = shape.directory_set();
+    let stays = |path: &Path| {
+        let number = shape.files.get(path);
+        number.is_some_and(|n| staying.complete.contains(n) || staying.in_place.contains(n))
+    };
+    let roots = std::iter::once(&destinations.data).chain(destinations.tablespaces.values());
+    for root in roots {
+        let mut folders = vec![root.clone()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(&folder).map_err(Error::at("list", &folder))? {
+                let entry = entry.map_err(Error::at("list", &folder))?;
+                let (path, kind) = (entry.path(), entry.file_type().map_err(Error::at("look up", &folder))?);
+                let name = entry.file_name();
+                let spared = name == private_area::DIRECTORY_NAME || name == LOST_AND_FOUND;
+                match kind.is_dir() {
+                    true if spared && folder == *root => {}
+                    true if directories.contains(&*path) => folders.push(path),
+                    true => fs::remove_dir_all(&path).map_err(Error::at("remove", &path))?,
+                    false if kind.is_file() && stays(&path) => {}
+                    false => fs::remove_file(&path).map_err(Error::at("remove", &path))?,
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+enum State {
+    Absent,
+    Same,
+    Differs,
+}
+
+fn state_of(path: &Path, size: u64, checksum: Option<&str>) -> Result<State, Error> {
+    let open = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    let mut file = match open {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(State::Absent),
+        // Not a file, or one that cannot be read: it is made anew.
+        Err(_) => return Ok(State::Absent),
+    };
+    let metadata = file.metadata().map_err(Error::at("look up", path))?;
+    if !metadata.is_file() {
+        return Ok(State::Absent);
+    }
+    let Some(checksum) = checksum.filter(|_| metadata.len() == size) else { return Ok(State::Differs) };
+    let mut digest = Crc32cDigest::new();
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        match file.read(&mut buffer).map_err(Error::at("read", path))? {
+            0 => break,
+            count => digest.update(&buffer[..count]),
+        }
+    }
+    Ok(if digest.finish().manifest_hex() == checksum { State::Same } else { State::Differs })
+}
+
+/// Reads the CRCs of the server's manifest, by the path that the server calls a file.
+async fn manifest_checksums(reader: &FileReader) -> Result<HashMap<Vec<u8>, String>, Error> {
+    let path = TreePath::new("data/backup_manifest").map_err(|error| Error::Internal(error.to_string()))?;
+    let found: Option<(u64, Entry)> = reader.basebackup().entry(&path).await?;
+    let Some((_, entry)) = found else { return Ok(HashMap::new()) };
+    let text = reader.read(&entry, 0..entry.size()).await?;
+    let manifest: ServerManifest = serde_json::from_slice(&text)
+        .map_err(|error| repo::Error::Damaged { object: path.to_string(), detail: error.to_string() })?;
+    let checksum = |file: ManifestFile| {
+        let path = match (file.path, file.encoded_path) {
+            (Some(path), _) => path.into_bytes(),
+            (None, encoded) => hex::decode(encoded?).ok()?,
+        };
+        (file.algorithm.as_deref() == Some("CRC32C")).then_some((path, file.checksum?))
+    };
+    Ok(manifest.files.into_iter().filter_map(checksum).collect())
+}
+
+/// Returns what the server calls a path of the tree, relative to its data directory.
+fn server_path(path: &TreePath) -> Option<Vec<u8>> {
+    if let Some(below) = path.strip(b"data") {
+        return Some(below.to_vec());
+    }
+    let below = path.strip(b"tablespaces")?;
+    Some([b"pg_tblspc/", below].concat())
+}
+
+/// Returns the sizes of all files by number.
+pub(super) async fn sizes(basebackup: &Basebackup) -> Result<HashMap<u64, u64>, Error> {
+    let mut sizes = HashMap::new();
+    for n in 0..basebackup.block_count() {
+        let first = basebackup.start().blocks[n].first_number;
+        let block = basebackup.block(n).await?;
+        sizes.extend((first..).zip(&*block).map(|(number, entry)| (number, entry.size())));
+    }
+    Ok(sizes)
+}
