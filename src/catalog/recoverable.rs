@@ -4,6 +4,7 @@
 //! segments from start to stop on its own timeline. Only where one is missing is all of the cluster's WAL looked at,
 //! because another timeline may begin with a copy of it.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use futures::{StreamExt, TryStreamExt};
@@ -44,11 +45,12 @@ pub async fn recoverabilities(
         if !matches!(found, Recoverability::MissingWal(_)) {
             continue;
         }
-        if !coverages.contains_key(&record.cluster) {
-            coverages.insert(record.cluster, WalCoverage::load(repository, record.cluster).await?);
-        }
+        let coverage = match coverages.entry(record.cluster) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(WalCoverage::load(repository, record.cluster).await?),
+        };
         let (start, tree) = (RecoveryStart::from(record), &trees[&record.cluster]);
-        let windows = windows(start, tree, &coverages[&record.cluster], record.cluster.segment_size);
+        let windows = windows(start, tree, coverage, record.cluster.segment_size);
         *found = recoverability(start, tree, &windows);
     }
     Ok(found)

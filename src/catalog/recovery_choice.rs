@@ -17,8 +17,10 @@ use crate::catalog::recovery_target::{RecoveryTarget, Target};
 use crate::catalog::recovery_window::{Hole, RecoveryWindow};
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::WalCoverage;
-use crate::catalog::wal_records::{LastTransaction, last_transaction, segments_of, visit_records};
-use crate::pg::{TimelineId, WalPayload, WalSegmentNumber};
+use crate::catalog::wal_records::{
+    LastTransaction, is_reached, last_transaction, segments_of, visit_records,
+};
+use crate::pg::{TimelineId, WalSegmentNumber};
 use crate::repo::documents::BackupRecord;
 use crate::repo::{self, BasebackupId, ClusterId, Repository};
 
@@ -97,30 +99,46 @@ pub async fn plan_for_target(
     repository: &Repository,
     request: RecoveryRequest<'_>,
 ) -> Result<PlannedRecovery, RecoveryError> {
-    let RecoveryRequest { basebackup, target, until_hole } = request;
     let list = basebackups::list(repository).await?;
-    let (record, tree) = match basebackup {
+    let (record, tree) = match request.basebackup {
         Some(name) => {
             let record = list.resolve(name)?.record.clone();
             let tree = TimelineTree::load(repository, record.cluster).await?;
             (record, tree)
         }
-        None => choose(repository, &list, target).await?,
+        None => choose(repository, &list, request.target).await?,
     };
+    match plan_from(repository, &record, &tree, request).await {
+        // A listing is no snapshot, and segments may come out of order: what is missing is looked for once more.
+        Err(RecoveryError::Plan(PlanError::Hole { .. } | PlanError::Unrecoverable { .. })) => {
+            plan_from(repository, &record, &tree, request).await
+        }
+        planned => planned,
+    }
+}
+
+/// Decides about recovery from one basebackup, by the WAL that is there now.
+async fn plan_from(
+    repository: &Repository,
+    record: &BackupRecord,
+    tree: &TimelineTree,
+    request: RecoveryRequest<'_>,
+) -> Result<PlannedRecovery, RecoveryError> {
+    let target = request.target;
     let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
     let from = WalSegmentNumber::containing(record.start_lsn, record.cluster.segment_size);
     let way = tree.way_to(timeline).into_iter();
     let way = way.filter(|stretch| stretch.end.is_none_or(|end| end >= record.start_lsn));
     let way = way.map(|stretch| stretch.timeline);
     let coverage = WalCoverage::load_timelines(repository, record.cluster, way, from).await?;
-    let window = window_for(&record, &tree, &coverage, &target.target, timeline)?;
+    let window = window_for(record, tree, &coverage, &target.target, timeline)?;
     let place = match place_by_position(&window, &target.target) {
         Some(place) => place,
         None => place_by_reading(repository, record.cluster, &window, target).await?,
     };
     let Decision { plan, target, accepted_hole } =
-        plan_recovery(&record, &tree, &window, target, place, until_hole)?;
-    Ok(PlannedRecovery { record, plan, timeline, target, accepted_hole, window })
+        plan_recovery(record, tree, &window, target, place, request.until_hole)?;
+    Ok(PlannedRecovery { record: record.clone(), plan, timeline, target, accepted_hole, window })
 }
 
 /// Finds out from the WAL of a window whether a target lies in it.
@@ -137,8 +155,8 @@ async fn place_by_reading(
     let segments =
         segments_of(window.reached.iter().map(|range| (range.first, range.last)), cluster.segment_size);
     let mut place = TargetPlace::Behind(None);
-    let visit = |payload| {
-        if is_target(&payload, &target.target) {
+    let visit = |lsn, payload| {
+        if is_reached(&target.target, lsn, &payload) {
             place = TargetPlace::Within;
             return ControlFlow::Break(());
         }
@@ -158,17 +176,6 @@ fn place_of_time(last: LastTransaction, time: Timestamp, inclusive: bool) -> Tar
         LastTransaction::EndedAt(ended) => TargetPlace::Behind(Some(ended)),
         LastTransaction::None => TargetPlace::Behind(None),
         LastTransaction::NotNear => TargetPlace::Unproven,
-    }
-}
-
-fn is_target(payload: &WalPayload, target: &Target) -> bool {
-    match (payload, target) {
-        (WalPayload::Commit(ended) | WalPayload::Abort(ended), Target::Xid(xid)) => {
-            // As the server does it: the epoch is dropped.
-            xid.parse::<u64>().is_ok_and(|xid| xid as u32 == ended.transaction.0)
-        }
-        (WalPayload::RestorePoint { name, .. }, Target::Name(wanted)) => name == wanted,
-        _ => false,
     }
 }
 

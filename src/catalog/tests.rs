@@ -18,16 +18,14 @@ use crate::repo::documents::ServerRecord;
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{HistoryBranch, WalKey, archive_history, archive_wal};
 use crate::repo::{Basebackup, BasebackupId, ClusterId, Keyring, Repository, RepositoryOptions};
-use crate::storage::error::Verb;
-use crate::storage::record::Recording;
-use crate::storage::{MemoryStore, ObjectKey};
+use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
 
 /// Two clusters of a site, as pg_upgrade leaves them: other system identifiers, the same names of segments.
 const OLD: &str = "7301234567890123456-16";
 const NEW: &str = "7399999999999999999-16";
 
 struct Site {
-    store: Recording<Arc<MemoryStore>>,
+    store: Recording<Arc<Faulty<MemoryStore>>>,
     clock: ManualClock,
     repository: Repository,
     key: WalKey,
@@ -49,7 +47,8 @@ fn within(segment: u64) -> Lsn {
 impl Site {
     async fn create() -> Self {
         let clock = ManualClock::new("2026-11-20T10:00:00Z".parse().unwrap());
-        let store = Recording::new(Arc::new(MemoryStore::with_clock(Arc::new(clock.clone()))));
+        let memory = MemoryStore::with_clock(Arc::new(clock.clone()));
+        let store = Recording::new(Arc::new(Faulty::new(memory)));
         let options = RepositoryOptions {
             store: Arc::new(store.clone()),
             site: ObjectKey::parse("main").unwrap(),
@@ -172,7 +171,7 @@ async fn what_is_damaged_is_told_and_hides_nothing() {
     site.history(OLD, 2, 1, within(6)).await;
     site.history(OLD, 3, 1, within(7)).await;
     let layout = site.repository.layout();
-    let memory = site.store.inner();
+    let memory = site.store.inner().inner();
     memory.tamper(&layout.outcome(bad), |_| Some("{".into()));
     memory.tamper(&layout.refs(torn), |_| Some("x".into()));
     memory.tamper(&layout.history(cluster(OLD), timeline(2)), |_| Some("x".into()));
@@ -306,6 +305,37 @@ async fn a_target_behind_a_hole_is_refused_or_ends_before_it() {
         assert_eq!(accepted.target.target, Target::Latest);
         assert_eq!(accepted.accepted_hole.unwrap(), *hole);
     }
+}
+
+#[tokio::test]
+async fn a_segment_that_comes_while_it_is_looked_for_is_no_hole() {
+    let site = Site::create().await;
+    site.backup(OLD, 1, 3, 3).await;
+    site.wal(OLD, 1, [3, 4, 6]).await;
+    let second_look = Rule::on(Verb::List, Fault::Delay(Duration::from_millis(50))).key("/wal/").skip(1);
+    site.store.inner().inject(second_look);
+    let latest = target(Target::Latest);
+    let (planned, ()) = futures::join!(site.plan(&latest, false), async {
+        tokio::task::yield_now().await;
+        site.wal(OLD, 1, [5]).await;
+    });
+    assert_eq!(spans(&planned.unwrap()), ["000000010000000000000003-000000010000000000000006"]);
+}
+
+#[tokio::test]
+async fn wal_that_is_damaged_is_said_and_decides_nothing() {
+    let site = Site::create().await;
+    site.backup(OLD, 1, 3, 3).await;
+    site.wal(OLD, 1, 3..6).await;
+    let last = WalObjectName::Segment("000000010000000000000005".parse().unwrap());
+    let key = site.repository.layout().wal_object(cluster(OLD), last);
+    site.store.inner().inner().tamper(&key, |bytes| bytes.map(|bytes| bytes.slice(..bytes.len() / 2)));
+    let overview = site.overview().await;
+    let end = &overview.clusters[0].windows[&timeline(1)][0].end;
+    assert!(end.last_transaction.as_ref().unwrap_err().contains("000000010000000000000005"), "{end:?}");
+    let time = target(Target::Time("2026-11-20T12:00:00Z".parse().unwrap()));
+    let error = site.plan(&time, true).await.unwrap_err();
+    assert!(matches!(error, RecoveryError::Repository(_)), "{error}");
 }
 
 /// Failure 26: a target before the end of the backup, or after the last commit.

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 
+use crate::catalog::recovery_target::Target;
 use crate::catalog::recovery_window::SegmentRange;
 use crate::pg::{
     Lsn, WalPayload, WalRecordStream, WalSegmentName, WalSegmentNumber, WalSegmentSize, WalStep,
@@ -31,13 +32,13 @@ const SEGMENTS_AHEAD: usize = 4;
 /// The only size that servers are built with.
 const WAL_PAGE_BYTES: u32 = 8192;
 
-/// Shows every record that recovery from `start` through `segments` will replay, until `visit` has seen enough.
+/// Shows each record, by its position and what it means, that recovery from `start` through `segments` will replay, until `visit` has seen enough.
 pub async fn visit_records(
     repository: &Repository,
     cluster: ClusterId,
     segments: Vec<WalSegmentName>,
     start: Lsn,
-    mut visit: impl FnMut(WalPayload) -> ControlFlow<()>,
+    mut visit: impl FnMut(Lsn, WalPayload) -> ControlFlow<()>,
 ) -> Result<(), Error> {
     let size = cluster.segment_size;
     let mut records = WalRecordStream::new(start, size, WAL_PAGE_BYTES);
@@ -52,7 +53,7 @@ pub async fn visit_records(
             match records.next_record() {
                 Ok(WalStep::Record(record)) => match record.payload() {
                     Ok(payload) => {
-                        if visit(payload).is_break() {
+                        if visit(record.lsn, payload).is_break() {
                             return Ok(());
                         }
                     }
@@ -66,6 +67,20 @@ pub async fn visit_records(
         }
     }
     Ok(())
+}
+
+/// Returns whether recovery to `target` ends at this record, just before it or just after it.
+pub fn is_reached(target: &Target, lsn: Lsn, payload: &WalPayload) -> bool {
+    match (target, payload) {
+        (Target::Time(time), WalPayload::Commit(ended) | WalPayload::Abort(ended)) => ended.time > *time,
+        // As the server does it, the epoch is dropped.
+        (Target::Xid(xid), WalPayload::Commit(ended) | WalPayload::Abort(ended)) => {
+            xid.parse::<u64>().is_ok_and(|xid| xid as u32 == ended.transaction.0)
+        }
+        (Target::Name(wanted), WalPayload::RestorePoint { name, .. }) => name == wanted,
+        (Target::Lsn(wanted), _) => lsn >= *wanted,
+        _ => false,
+    }
 }
 
 /// Looks backward for the last transaction that ended in `ranges`, through at most `segments_max` of their segments.
@@ -210,7 +225,7 @@ mod tests {
         let mut ends = Vec::new();
         let segments = segments_of([(range.first, range.last)], cluster().segment_size);
         let start = range.first.start_lsn(cluster().segment_size).unwrap();
-        let visit = |payload| {
+        let visit = |_, payload| {
             if let WalPayload::Commit(ended) | WalPayload::Abort(ended) = payload {
                 ends.push(ended.time);
             }
@@ -242,6 +257,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn nothing_behind_the_target_is_read() {
+        let repository = archive(&[(9, START)]).await;
+        let newest = *ends_of(&repository, range(9, 9)).await.iter().max().unwrap();
+        let before = newest - std::time::Duration::from_nanos(1);
+        for (target, is_met) in [
+            (Target::Lsn(Lsn(0x90_1000)), true),
+            (Target::Time(before), true),
+            (Target::Time(newest), false),
+            (Target::Lsn(Lsn(0xA0_0000)), false),
+            (Target::Name("nowhere".to_owned()), false),
+            (Target::Latest, false),
+        ] {
+            // What lies behind the first segment is not there, and nobody asks for it in vain.
+            let segments = segments_of([(name(9), name(9 + u64::from(is_met)))], cluster().segment_size);
+            let mut met = false;
+            let visit = |lsn, payload| {
+                met = is_reached(&target, lsn, &payload);
+                if met { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            visit_records(&repository, cluster(), segments, Lsn(0x90_0000), visit).await.unwrap();
+            assert_eq!(met, is_met, "{target}");
+        }
+    }
+
+    #[tokio::test]
     async fn a_pass_goes_on_behind_a_switch_and_ends_when_it_has_seen_enough() {
         let repository = archive(&[(13, BORDER[0]), (14, BORDER[1])]).await;
         let segments = segments_of([(name(13), name(14))], cluster().segment_size);
@@ -251,8 +291,10 @@ mod tests {
             *counter += 1;
             if *counter == enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        visit_records(&repository, cluster(), segments.clone(), start, |_| count(&mut all, 0)).await.unwrap();
-        visit_records(&repository, cluster(), segments, start, |_| count(&mut first, 2)).await.unwrap();
+        visit_records(&repository, cluster(), segments.clone(), start, |_, _| count(&mut all, 0))
+            .await
+            .unwrap();
+        visit_records(&repository, cluster(), segments, start, |_, _| count(&mut first, 2)).await.unwrap();
         assert_eq!(first, 2);
         let expected = include_str!("../../tests/data/wal/15-border.records");
         // The record that crosses into the first segment is whole only with the one before.

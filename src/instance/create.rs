@@ -113,7 +113,7 @@ pub async fn create(
         Err(error) => return Err(give_up(repository, folder, None, error).await),
     };
     // Pinned before the long look at the WAL: no sweep can take the basebackup meanwhile.
-    let scan = match scan_wal(repository, &plan, record.start_lsn).await {
+    let scan = match scan_wal(repository, &plan, &target.target, record.start_lsn).await {
         Ok(scan) => scan,
         Err(error) => return Err(give_up(repository, folder, pin, error.into()).await),
     };

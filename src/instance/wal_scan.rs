@@ -9,8 +9,8 @@ use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use crate::catalog::RecoveryPlan;
-use crate::catalog::wal_records::{segments_of, visit_records};
+use crate::catalog::wal_records::{is_reached, segments_of, visit_records};
+use crate::catalog::{RecoveryPlan, Target};
 use crate::pg::{Lsn, RecoveryLimits, WalPayload};
 use crate::repo::{self, Repository};
 
@@ -23,18 +23,20 @@ pub struct WalScan {
     pub limits: RecoveryLimits,
 }
 
-/// Reads the WAL that recovery from `start` will go through.
+/// Reads the WAL that recovery from `start` will go through, up to the target: nothing behind it is replayed.
 pub async fn scan_wal(
     repository: &Repository,
     plan: &RecoveryPlan,
+    target: &Target,
     start: Lsn,
 ) -> Result<WalScan, repo::Error> {
     let spans = plan.spans.iter().filter_map(|span| Some((span.first, span.last?)));
     let segments = segments_of(spans, plan.cluster.segment_size);
     let mut scan = WalScan::default();
-    let visit = |payload| {
+    let visit = |lsn, payload| {
+        let is_last = is_reached(target, lsn, &payload);
         scan.note(payload);
-        ControlFlow::Continue(())
+        if is_last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     visit_records(repository, plan.cluster, segments, start, visit).await?;
     Ok(scan)
