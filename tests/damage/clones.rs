@@ -45,15 +45,16 @@ fn a_clone_of_what_is_damaged_is_refused_and_leaves_nothing() {
 fn a_clone_that_meets_damage_fails_or_answers_with_an_error() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
     let source = Source::create(|site: Site| site);
-    let id = &source.ids[1];
-    // While it starts: every pack is noise.
+    // While it starts: what the server reads first stands in the first pack.
+    let first = source.packs(1).remove(0);
+    for damage in [Damage::Truncate, Damage::Remove, Damage::ReplaceBy(source.packs(0).remove(0))] {
+        source.restore();
+        damage.inflict(&first);
+        fails_to_start(&source, &format!("{damage:?}"));
+    }
+    source.restore();
     spoil_packs(&source);
-    let failed = create(&source, "failed").expect_code(3);
-    assert!(failed.stderr.contains(&format!("of basebackup {id} is damaged")), "{}", failed.stderr);
-    let status = source.walden.as_root().json(&["clone", "status", "failed"]);
-    assert_eq!(status["state"], "failed", "{status}");
-    source.walden.as_root().run(&["clone", "delete", "failed"]);
-    assert_nothing_is_left(&source);
+    fails_to_start(&source, "every pack is noise");
     // WAL that has to be replayed is looked through before there is anything to recover.
     source.restore();
     Damage::Flip(At::Middle).inflict(&source.wal_object(&source.segment));
@@ -75,6 +76,18 @@ fn a_clone_that_meets_damage_fails_or_answers_with_an_error() {
     assert_eq!(answer.stdout.trim(), source.cluster.sql(sum));
     source.walden.as_root().run(&["clone", "delete", "runs"]);
     assert_nothing_is_left(&source);
+}
+
+/// Makes a clone whose server cannot start, checks that the reason names the object, and removes the clone.
+fn fails_to_start(source: &Source, damage: &str) {
+    let failed = create(source, "failed").expect_code(3);
+    let id = &source.ids[1];
+    let names = [format!("of basebackup {id} is damaged"), format!("{id}/packs/0-")];
+    assert!(names.iter().any(|name| failed.stderr.contains(name)), "{damage}: {}", failed.stderr);
+    let status = source.walden.as_root().json(&["clone", "status", "failed"]);
+    assert_eq!(status["state"], "failed", "{damage}: {status}");
+    source.walden.as_root().run(&["clone", "delete", "failed"]);
+    assert_nothing_is_left(source);
 }
 
 /// Makes noise of every pack of the newer basebackup behind its header, in place.

@@ -152,7 +152,11 @@ impl Case {
     fn is_worth_a_mount(&self) -> bool {
         let sort = matches!(
             self.damage,
-            Damage::Flip(At::Middle) | Damage::Remove | Damage::ReplaceBy(_) | Damage::SwapWith(_)
+            Damage::Flip(At::Middle)
+                | Damage::Truncate
+                | Damage::Remove
+                | Damage::ReplaceBy(_)
+                | Damage::SwapWith(_)
         );
         sort && !matches!(self.kind, Kind::Site | Kind::Begin)
     }
