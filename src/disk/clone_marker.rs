@@ -4,7 +4,8 @@
 //! can never write into the archive it came from (failure 8). Its presence alone decides: a marker that cannot be
 //! parsed, or cannot even be read, still marks. The text is for the person who finds it.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::disk::Error;
@@ -14,7 +15,7 @@ use crate::disk::durable::{self, Create};
 pub const FILE_NAME: &str = "walden.clone";
 
 /// No marker is longer; what follows is not read.
-const LENGTH_MAX: usize = 64 * 1024;
+const LENGTH_MAX: u64 = 64 * 1024;
 
 /// What a clone says about itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,8 +44,10 @@ impl CloneMarker {
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::at("stat", &path)(source)),
         }
-        let content = std::fs::read(&path).unwrap_or_default();
-        let text = String::from_utf8_lossy(&content[..content.len().min(LENGTH_MAX)]).into_owned();
+        let mut content = Vec::new();
+        // What cannot be read still marks.
+        let _ = File::open(&path).and_then(|file| file.take(LENGTH_MAX).read_to_end(&mut content));
+        let text = String::from_utf8_lossy(&content).into_owned();
         Ok(Some(Self::from_text(&text)))
     }
 

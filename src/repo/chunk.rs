@@ -95,9 +95,14 @@ impl ChunkTableBuilder {
     }
 }
 
+/// What a pack takes in a table at least: seconds, digits, number.
+const PACK_BYTES_MIN: usize = 4;
+/// What a chunk takes at least: six fields, each of a byte.
+const CHUNK_BYTES_MIN: usize = 6;
+
 /// Takes a table of chunks.
 pub fn decode_chunk_table(reader: &mut WireReader<'_>) -> Result<Vec<ChunkRef>, WireError> {
-    let count = reader.count("pack count")?;
+    let count = reader.count_of("pack count", PACK_BYTES_MIN)?;
     let mut packs = Vec::with_capacity(count);
     for _ in 0..count {
         let (seconds, random) = (reader.varint()?, reader.u16()?);
@@ -105,7 +110,7 @@ pub fn decode_chunk_table(reader: &mut WireReader<'_>) -> Result<Vec<ChunkRef>, 
             .map_err(|_| WireError::Invalid { field: "basebackup id" })?;
         packs.push(PackId { origin, number: reader.small("pack number")? });
     }
-    let count = reader.count("chunk count")?;
+    let count = reader.count_of("chunk count", CHUNK_BYTES_MIN)?;
     let mut chunks = Vec::with_capacity(count);
     let mut previous = Cursor::default();
     for _ in 0..count {

@@ -93,6 +93,10 @@ pub fn decode_block(bytes: &[u8]) -> Result<Vec<Entry>, WireError> {
     for _ in 0..reader.count("directory count")? {
         let dir = decode_path(&mut reader)?;
         for _ in 0..reader.count("entry count")? {
+            // Each holds its directory's path, which the block has only once.
+            if entries.len() == BLOCK_ENTRIES_MAX {
+                return Err(WireError::Invalid { field: "entry count" });
+            }
             let entry = decode_entry(&dir, &mut reader, &chunks)?;
             if entries.last().is_some_and(|last| last.path.split() >= entry.path.split()) {
                 return Err(WireError::Invalid { field: "order of entries" });
@@ -147,7 +151,7 @@ fn decode_entry(
     chunks: &[ChunkRef],
 ) -> Result<Entry, WireError> {
     let name = reader.bytes()?;
-    if name.contains(&b'/') {
+    if name.is_empty() || name.contains(&b'/') {
         return Err(WireError::Invalid { field: "name" });
     }
     let path = dir.join(name).map_err(|_| WireError::Invalid { field: "name" })?;
@@ -298,6 +302,28 @@ mod tests {
             entries.dedup_by(|a, b| a.path == b.path);
             entries
         })
+    }
+
+    #[test]
+    fn a_block_cannot_make_much_of_one_long_path() {
+        let block = |entries: u32| {
+            let mut builder = FileTableBlockBuilder::default();
+            for n in 0..entries {
+                let path = TreePath::new(format!("{}/{n:04}", "d".repeat(4000))).unwrap();
+                let modified = Timestamp::UNIX_EPOCH;
+                builder.push(&Entry { path, mode: 0o700, modified, node: Node::Directory });
+            }
+            builder.finish()
+        };
+        assert_eq!(decode_block(&block(1024)).unwrap().len(), 1024);
+        assert_eq!(decode_block(&block(1025)), Err(WireError::Invalid { field: "entry count" }));
+    }
+
+    #[test]
+    fn an_entry_without_a_name_is_refused() {
+        // No packs, no chunks, one directory "" with one entry "": a directory of mode 0.
+        let bytes = [0, 0, 1, 0, 1, 0, 0, 0, 0, 0];
+        assert_eq!(decode_block(&bytes), Err(WireError::Invalid { field: "name" }));
     }
 
     proptest! {

@@ -105,7 +105,8 @@ impl MapBlock {
 
     /// Takes extents that name chunks of `chunks`.
     pub fn decode_extents(reader: &mut WireReader<'_>, chunks: &[ChunkRef]) -> Result<Self, WireError> {
-        let count = reader.count("extent count")?;
+        // Zero pages are the shortest: how many, and that they are.
+        let count = reader.count_of("extent count", 2)?;
         let mut block = Self { extents: Vec::with_capacity(count.min(MAP_BLOCK_PAGES as usize)) };
         for _ in 0..count {
             let first = block.page_count();

@@ -272,7 +272,8 @@ impl SealedHead {
 
 fn parse_index(bytes: &[u8], mut offset: u64, cipher: Cipher) -> Result<Vec<FrameEntry>, WireError> {
     let mut reader = WireReader::new(bytes);
-    let count = reader.count("frame count")?;
+    // Two lengths and a codec.
+    let count = reader.count_of("frame count", 3)?;
     let mut frames = Vec::with_capacity(count);
     for _ in 0..count {
         let stored_len = reader.small("stored length")?;

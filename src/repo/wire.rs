@@ -164,10 +164,20 @@ impl<'a> WireReader<'a> {
         Ok(self.bounded(field, u64::from(u32::MAX))? as u32)
     }
 
-    /// Takes a count of records of at least one byte each: never more than the bytes that are left.
+    /// Takes a count of records of at least `record_bytes_min` each: never more than the bytes that are left can
+    /// hold, so that whoever makes room for them all makes room for little more than was read.
+    pub fn count_of(&mut self, field: &'static str, record_bytes_min: usize) -> Result<usize, WireError> {
+        let value = self.varint()?;
+        let max = (self.rest.len() / record_bytes_min) as u64;
+        if value > max {
+            return Err(WireError::OutOfRange { field, value, max });
+        }
+        Ok(value as usize)
+    }
+
+    /// Takes a count of records of at least one byte each.
     pub fn count(&mut self, field: &'static str) -> Result<usize, WireError> {
-        let max = self.rest.len() as u64;
-        Ok(self.bounded(field, max)? as usize)
+        self.count_of(field, 1)
     }
 
     /// Takes a zigzag integer.
@@ -255,5 +265,9 @@ mod tests {
         writer.varint(1 << 40).raw(&[0; 8]);
         let bytes = writer.finish();
         assert!(matches!(WireReader::new(&bytes).count("file"), Err(WireError::OutOfRange { .. })));
+        let three = [&[3][..], &[0; 11]].concat();
+        let refused = WireReader::new(&three).count_of("chunk", 4);
+        assert_eq!(refused, Err(WireError::OutOfRange { field: "chunk", value: 3, max: 2 }));
+        assert_eq!(WireReader::new(&three).count_of("chunk", 3), Ok(3));
     }
 }

@@ -9,6 +9,9 @@ use std::io;
 /// No path is longer: with its length before it, it must fit one block of attributes on ext4.
 pub(crate) const PATH_BYTES_MAX: usize = 3500;
 
+/// No file of a lower is longer: a map of one that were would be asked for by a number alone.
+pub(crate) const BASE_LENGTH_MAX: u64 = 64 << 40;
+
 /// Where in the lower something came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Origin {
@@ -34,7 +37,9 @@ impl Origin {
         let length =
             length.and_then(|digits| std::str::from_utf8(digits).ok()).and_then(|text| text.parse().ok());
         match (version, length, path) {
-            (Some(b"1"), Some(base_length), Some(path)) => Ok(Self { base_length, path: path.to_vec() }),
+            (Some(b"1"), Some(base_length), Some(path)) if base_length <= BASE_LENGTH_MAX => {
+                Ok(Self { base_length, path: path.to_vec() })
+            }
             _ => Err(io::Error::other(format!("origin {:?} is malformed", String::from_utf8_lossy(bytes)))),
         }
     }
@@ -52,14 +57,23 @@ mod tests {
     #[test]
     fn it_is_read_as_it_was_written() {
         for path in [&b""[..], b"base/1/16384", b"odd name\n\xff with  spaces"] {
-            let origin = Origin { base_length: u64::MAX, path: path.to_vec() };
+            let origin = Origin { base_length: BASE_LENGTH_MAX, path: path.to_vec() };
             assert_eq!(Origin::from_bytes(&origin.to_bytes().unwrap()).unwrap(), origin);
         }
     }
 
     #[test]
     fn anything_else_is_an_error() {
-        for bytes in [&b""[..], b"1", b"1 8192", b"2 8192 x", b"1 -1 x", b"1 x y", b"\xff\xff"] {
+        for bytes in [
+            &b""[..],
+            b"1",
+            b"1 8192",
+            b"2 8192 x",
+            b"1 -1 x",
+            b"1 18446744073709551615 x",
+            b"1 x y",
+            b"\xff\xff",
+        ] {
             assert!(Origin::from_bytes(bytes).is_err(), "{bytes:?}");
         }
         let long = Origin { base_length: 0, path: vec![b'a'; PATH_BYTES_MAX + 1] };
