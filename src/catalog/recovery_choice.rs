@@ -16,7 +16,7 @@ use crate::catalog::recovery_plan::RecoveryPlan;
 use crate::catalog::recovery_target::{RecoveryTarget, Target};
 use crate::catalog::recovery_window::{Hole, RecoveryWindow};
 use crate::catalog::timeline_tree::TimelineTree;
-use crate::catalog::wal_coverage::WalCoverage;
+use crate::catalog::wal_coverage::{WalCoverage, list_timelines};
 use crate::catalog::wal_records::{
     LastTransaction, is_reached, last_transaction, segments_of, visit_records,
 };
@@ -108,12 +108,30 @@ pub async fn plan_for_target(
         }
         None => choose(repository, &list, request.target).await?,
     };
+    if request.target.timeline.is_none() && request.target.target != Target::Immediate {
+        refuse_orphans(repository, &record, &tree).await?;
+    }
     match plan_from(repository, &record, &tree, request).await {
         // A listing is no snapshot, and segments may come out of order: what is missing is looked for once more.
         Err(RecoveryError::Plan(PlanError::Hole { .. } | PlanError::Unrecoverable { .. })) => {
             plan_from(repository, &record, &tree, request).await
         }
         planned => planned,
+    }
+}
+
+/// Refuses to say which timeline is the newest where there is WAL of one that nobody knows the place of: going by the
+/// others would end recovery on an older timeline without a word (failure 9).
+async fn refuse_orphans(
+    repository: &Repository,
+    record: &BackupRecord,
+    tree: &TimelineTree,
+) -> Result<(), RecoveryError> {
+    let timelines = list_timelines(repository, record.cluster).await?;
+    let is_orphan = |timeline: &TimelineId| *timeline > record.timeline && tree.branch(*timeline).is_none();
+    match timelines.into_iter().find(is_orphan) {
+        Some(timeline) => Err(PlanError::MissingHistory { timeline }.into()),
+        None => Ok(()),
     }
 }
 

@@ -65,7 +65,8 @@ pub enum PlanError {
         "timeline {timeline} does not contain basebackup {basebackup}, which ended at {stop_lsn} on timeline {from}"
     )]
     OtherTimeline { timeline: TimelineId, basebackup: BasebackupId, from: TimelineId, stop_lsn: Lsn },
-    /// The target timeline's history file is not in the archive, and a server does not go there without.
+    /// The history file of the target timeline, or of one that might be it, is not in the archive; no server goes there
+    /// without.
     #[error("the history file of timeline {timeline} is missing from the archive")]
     MissingHistory { timeline: TimelineId },
     /// WAL is missing without which the basebackup never becomes consistent.
@@ -85,7 +86,10 @@ impl PlanError {
         match self {
             Self::BeforeBackup { .. } => "Choose an older basebackup, or a later target.",
             Self::OtherTimeline { .. } => "Choose a basebackup that the target timeline descends from.",
-            Self::MissingHistory { .. } => "Push it again from pg_wal of a server that is on the timeline.",
+            Self::MissingHistory { .. } => {
+                "Push it again from pg_wal of a server that is on the timeline, or name another one with \
+                 --target-timeline."
+            }
             Self::Unrecoverable { .. } => {
                 "Push the segment again if a server still has it, or name another basebackup."
             }

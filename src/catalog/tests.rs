@@ -370,6 +370,26 @@ async fn failure_26_targets_outside_the_archive_are_refused_with_the_window() {
     }
 }
 
+/// Failure 9: a missing `.history` made recovery stop on the older timeline.
+#[tokio::test]
+async fn failure_9_no_timeline_is_the_newest_while_one_has_no_history() {
+    let site = Site::create().await;
+    site.backup(OLD, 1, 3, 3).await;
+    site.wal(OLD, 1, 3..6).await;
+    site.wal(OLD, 2, 6..9).await;
+    let named = |number| RecoveryTarget { timeline: Some(timeline(number)), ..target(Target::Latest) };
+    for asked in [target(Target::Latest), target(Target::Lsn(within(4))), named(2)] {
+        let error = site.plan(&asked, true).await.unwrap_err();
+        assert!(error.to_string().contains("timeline 2"), "{error}");
+    }
+    for accepted in [named(1), target(Target::Immediate)] {
+        assert_eq!(site.plan(&accepted, false).await.unwrap().timeline, timeline(1));
+    }
+    site.history(OLD, 2, 1, within(6)).await;
+    let planned = site.plan(&target(Target::Latest), false).await.unwrap();
+    assert_eq!((planned.timeline, planned.plan.spans.len()), (timeline(2), 2));
+}
+
 #[tokio::test]
 async fn a_timeline_is_recovered_from_a_basebackup_that_leads_to_it() {
     let site = Site::create().await;

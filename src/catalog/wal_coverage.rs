@@ -138,13 +138,7 @@ impl WalCoverage {
 
     /// Lists every timeline of a cluster.
     pub async fn load(repository: &Repository, cluster: ClusterId) -> Result<Self, Error> {
-        let layout = repository.layout();
-        let prefix = layout.wal(cluster);
-        let folders = repository.store().list_folder(&prefix).await?.folders;
-        let timelines: Vec<TimelineId> = folders
-            .iter()
-            .filter_map(|name| layout.parse_timeline_folder(cluster, &format!("{prefix}{name}")))
-            .collect();
+        let timelines = list_timelines(repository, cluster).await?;
         Self::load_timelines(repository, cluster, timelines, WalSegmentNumber(0)).await
     }
 
@@ -177,6 +171,15 @@ impl TimelineCoverage {
             WalObjectName::BackupHistory { .. } => {}
         }
     }
+}
+
+/// Lists the timelines of which there is WAL.
+pub async fn list_timelines(repository: &Repository, cluster: ClusterId) -> Result<Vec<TimelineId>, Error> {
+    let layout = repository.layout();
+    let prefix = layout.wal(cluster);
+    let folder = repository.store().list_folder(&prefix).await?;
+    let timeline_of = |name: &String| layout.parse_timeline_folder(cluster, &format!("{prefix}{name}"));
+    Ok(folder.folders.iter().filter_map(timeline_of).collect())
 }
 
 /// Lists the clusters of a site.
