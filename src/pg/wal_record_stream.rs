@@ -326,7 +326,9 @@ impl WalRecordStream {
         let version = self.version.expect("a page was opened");
         self.previous = Some(lsn);
         let page = self.page.as_ref().expect("the record ended on it");
-        let mut end = page.address + page.at.next_multiple_of(ALIGNMENT) as u64;
+        // A file may claim to be the last page there can be.
+        let at = page.at.next_multiple_of(ALIGNMENT) as u64;
+        let mut end = Lsn(page.address.0.saturating_add(at));
         if header.resource_manager == ResourceManager::Xlog && header.info & 0xF0 == INFO_SWITCH {
             end = self.skip_segment(end);
         }
@@ -353,7 +355,7 @@ impl WalRecordStream {
         while self.next_page < next && self.input_bytes > 0 {
             let wanted = usize::try_from(next - self.next_page).unwrap_or(usize::MAX);
             let taken = self.drop_input(wanted);
-            self.next_page = self.next_page + taken as u64;
+            self.next_page = Lsn(self.next_page.0.saturating_add(taken as u64));
         }
         self.next_page = self.next_page.max(next);
         next

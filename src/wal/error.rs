@@ -36,9 +36,6 @@ pub enum Error {
     /// The file is not what its name claims.
     #[error(transparent)]
     Segment(#[from] SegmentError),
-    /// The segment's own header names another size than the cluster has.
-    #[error("{name} is from a cluster with WAL segments of {found} bytes, and this one has {expected}")]
-    OtherSegmentSize { name: String, found: u32, expected: u32 },
     /// The segment was written on a timeline that came after its name's.
     #[error("{name} was written on timeline {found}, which is later than that of its name")]
     LaterTimeline { name: String, found: TimelineId },
@@ -94,7 +91,6 @@ impl Error {
             | Self::NoArchive { .. } => ErrorKind::Input,
             Self::ControlFile { .. }
             | Self::Segment(_)
-            | Self::OtherSegmentSize { .. }
             | Self::LaterTimeline { .. }
             | Self::Malformed { .. }
             | Self::History(_)

@@ -13,6 +13,7 @@ use crate::codec::Compression;
 use crate::disk::CloneMarker;
 use crate::pg::{
     ArchiveFileName, ControlFile, SEGMENT_HEADER_LEN, SegmentHeader, TimelineHistory, WalSegmentName,
+    check_segment_header,
 };
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{
@@ -117,15 +118,9 @@ pub(crate) fn check_segment(
     segment: WalSegmentName,
     control: &ControlFile,
 ) -> Result<SegmentHeader, Error> {
-    let name = segment.to_string();
-    let header = SegmentHeader::parse(&bytes[..bytes.len().min(SEGMENT_HEADER_LEN)], &name)?;
-    header.check_cluster(segment, control.system_identifier)?;
-    let (found, expected) = (header.segment_size.bytes(), control.wal_segment_size.bytes());
-    if found != expected {
-        return Err(Error::OtherSegmentSize { name, found, expected });
-    }
-    header.check(segment, bytes.len() as u64)?;
-    Ok(header)
+    let front = &bytes[..bytes.len().min(SEGMENT_HEADER_LEN)];
+    let expected = (control.system_identifier, control.wal_segment_size);
+    Ok(check_segment_header(front, bytes.len() as u64, segment, expected)?)
 }
 
 fn read_text(path: &Path) -> Result<String, Error> {

@@ -10,8 +10,8 @@ use walden::codec::{
 use walden::config::{Config, Environment};
 use walden::control::{Reply, Request};
 use walden::pg::{
-    ArchiveFileName, BackupLabel, ControlFile, DataPath, Lsn, MajorVersion, PageHeader, PostmasterPid,
-    RelationMap, SegmentHeader, SystemIdentifier, TimelineHistory, TimelineId, WalPageHeader,
+    ArchiveFileName, BackupLabel, ControlFile, Crc32c, DataPath, Lsn, MajorVersion, PageHeader,
+    PostmasterPid, RelationMap, SegmentHeader, SystemIdentifier, TimelineHistory, TimelineId, WalPageHeader,
     WalRecordStream, WalSegmentName, WalSegmentSize, WalStep, parse_tablespace_map,
 };
 use walden::repo::documents::{BackupRecord, Begin, Expired, SiteRecord};
@@ -113,8 +113,25 @@ fn pg() -> Vec<Decoder> {
             }
         }),
         decoder("WAL records", starts.clone(), read_records),
-        decoder("the last page of WAL", starts, read_last_page),
+        decoder("the last page of WAL", [starts, vec![full_page()]].concat(), read_last_page),
     ]
+}
+
+/// Two pages, of which the second is one record to its end.
+fn full_page() -> Vec<u8> {
+    let body = [&[0xfe][..], &(8168u32 - 24 - 5).to_le_bytes(), &[7; 8168 - 24 - 5]].concat();
+    let mut header = [&8168u32.to_le_bytes()[..], &[0; 12], &[0x20, 0, 0, 0]].concat();
+    let crc = Crc32c::of(&[&body[..], &header[..]].concat()).0;
+    header.extend_from_slice(&crc.to_le_bytes());
+    let page = [&0xd110u16.to_le_bytes()[..], &[0, 0, 1, 0, 0, 0], &[0; 16]].concat();
+    let bytes = [&[0; 8192][..], &page, &header, &body].concat();
+    assert_eq!(bytes.len(), 16_384);
+    let mut stream = WalRecordStream::new(Lsn(8192), WalSegmentSize::MIN, 8192);
+    let mut page = bytes[8192..].to_vec();
+    page[8..16].copy_from_slice(&8192u64.to_le_bytes());
+    stream.push(Lsn(8192), page.into()).unwrap();
+    assert!(matches!(stream.next_record(), Ok(WalStep::Record(_))), "the sample is one record");
+    bytes
 }
 
 /// The second page of some WAL, as the last one that there can be.
