@@ -129,12 +129,11 @@ enum State {
 }
 
 async fn look_up(repository: &Repository, id: BasebackupId) -> Result<State, repo::Error> {
-    match repository.store().head(&repository.layout().expired(id)).await {
-        Ok(_) => return Ok(State::Gone),
-        Err(error) if error.is_absent() => {}
-        Err(error) => return Err(error.into()),
+    let (expired, outcome) = futures::join!(repository.is_expired(id), repo::read_outcome(repository, id));
+    if expired? {
+        return Ok(State::Gone);
     }
-    match repo::read_outcome(repository, id).await {
+    match outcome {
         Ok((Outcome::Complete(record), digest, trust)) if record.id == id => {
             Ok(State::Complete(Box::new(ListedBasebackup { record: *record, digest, trust })))
         }

@@ -96,6 +96,22 @@ impl RecoveryPlan {
         self.spans.iter().find(|span| span.timeline == timeline)
     }
 
+    /// Lists the segments that recovery goes through, in its order; those of an open end are not known.
+    pub fn segments(&self) -> impl Iterator<Item = WalSegmentName> {
+        let size = self.cluster.segment_size;
+        self.spans.iter().flat_map(move |span| {
+            // A name that cannot be at this size stands for no segment.
+            let ends = span.last.and_then(|last| span.first.number(size).ok().zip(last.number(size).ok()));
+            let numbers = ends.into_iter().flat_map(|(first, last)| first.0..=last.0);
+            numbers.map(move |number| WalSegmentName::new(span.timeline, WalSegmentNumber(number), size))
+        })
+    }
+
+    /// Lists the segments that recovery asks for after this one.
+    pub fn segments_behind(&self, segment: WalSegmentName) -> impl Iterator<Item = WalSegmentName> {
+        self.segments().skip_while(move |name| *name != segment).skip(1)
+    }
+
     /// Returns whether recovery may need the file of this name.
     pub fn contains(&self, name: ArchiveFileName) -> bool {
         match name {
@@ -172,6 +188,23 @@ mod tests {
 
     fn ask(plan: &RecoveryPlan, name: &str, archive: InArchive) -> Answer {
         answer(plan, name.parse().unwrap(), archive, false)
+    }
+
+    #[test]
+    fn segments_come_in_the_order_of_recovery_and_cross_to_the_next_timeline() {
+        let plan = plan();
+        let behind = |name: &str| {
+            let behind = plan.segments_behind(name.parse().unwrap()).map(|segment| segment.to_string());
+            behind.collect::<Vec<_>>()
+        };
+        assert_eq!(plan.segments().count(), 6);
+        assert_eq!(
+            behind("000000010000000000000003")[..2],
+            ["000000010000000000000004", "000000020000000000000005"]
+        );
+        assert_eq!(behind("000000020000000000000006"), ["000000020000000000000007"]);
+        assert!(behind("000000020000000000000007").is_empty());
+        assert!(behind("000000010000000000000009").is_empty());
     }
 
     /// Failure 1: a store error during recovery looked like the end of the archive.

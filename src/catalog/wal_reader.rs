@@ -4,7 +4,8 @@
 //! none of them: it is asked again until the caller's patience ends. What was read lately is kept in a bounded
 //! cache, because a copy arrives as many small reads; one read of a file is under way at a time.
 //!
-//! Deliberately absent: reading ahead along a timeline, which will fill the same cache.
+//! Who knows what is asked for next has it read ahead, into the same cache: a recovery asks for one file after the
+//! other, and waits for each.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -38,6 +39,17 @@ pub enum Found<T> {
     Absent,
     /// It is there, and waiting will not make it readable: damaged, not trusted, or sealed for somebody else.
     Unreadable(Error),
+}
+
+impl<T> Found<T> {
+    /// Turns what was found into something else.
+    pub fn map<U>(self, turn: impl FnOnce(T) -> U) -> Found<U> {
+        match self {
+            Self::Present(found) => Found::Present(turn(found)),
+            Self::Absent => Found::Absent,
+            Self::Unreadable(error) => Found::Unreadable(error),
+        }
+    }
 }
 
 /// Reads the archive of one cluster.
@@ -110,6 +122,26 @@ impl WalReader {
             self.cache().put(name, bytes.clone());
         }
         found
+    }
+
+    /// Starts reading files that are about to be asked for: no more than half of the cache holds, so that they do not
+    /// push each other out. Who asks for one meanwhile waits for the same read; a failure is left for them to meet.
+    pub fn read_ahead(self: &Arc<Self>, names: impl IntoIterator<Item = ArchiveFileName>) {
+        let segment_bytes = self.cluster.segment_size.bytes() as usize;
+        let count = self.cache().bytes_max / 2 / segment_bytes;
+        for name in names.into_iter().take(count) {
+            if self.cache().contains(name) || self.lock_flights().contains_key(&name) {
+                continue;
+            }
+            let reader = self.clone();
+            // One attempt: there is time to wait when it is asked for.
+            let patience = Patience::Until(self.clock.monotonic());
+            tokio::spawn(async move {
+                if let Err(error) = reader.read(name, patience).await {
+                    tracing::debug!("{name} could not be read ahead: {error}");
+                }
+            });
+        }
     }
 
     /// Returns how large a file is, from its signed header.
@@ -285,6 +317,10 @@ impl Default for Pauses {
 }
 
 impl Cache {
+    fn contains(&self, name: ArchiveFileName) -> bool {
+        self.files.iter().any(|(cached, _)| *cached == name)
+    }
+
     fn get(&mut self, name: ArchiveFileName) -> Option<Bytes> {
         let at = self.files.iter().position(|(cached, _)| *cached == name)?;
         let file = self.files.remove(at);

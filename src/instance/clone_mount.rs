@@ -22,6 +22,7 @@ use crate::mount::tree::Tree;
 use crate::mount::upper::{OpenError, Upper, UpperOptions};
 use crate::mount::virtual_dir::{Item, StaticDir};
 use crate::mount::wal_dir::WalDir;
+use crate::pg::ArchiveFileName;
 use crate::repo::entry::TreePath;
 use crate::repo::{self, Basebackup, FileReader, Repository};
 
@@ -63,7 +64,8 @@ pub enum MountFailure {
 const CHUNK_CACHE_BYTES: usize = 32 << 20;
 /// Decoded segments kept in memory, so that a copy in small reads decodes each once.
 const WAL_CACHE_BYTES: usize = 64 << 20;
-/// Stored bytes of the start-up set that a start fetches unasked.
+/// Stored bytes of the start-up set that a start fetches unasked; what the first sessions read of each database's
+/// catalogs is in it too, so it is kept until it is used.
 const START_SET_BYTES: u64 = 4 << 20;
 
 impl CloneMount {
@@ -77,6 +79,13 @@ impl CloneMount {
         let mount_point = folder.mount_point();
         if mounting::is_mount_point(&mount_point) {
             mounting::detach(&mount_point)?;
+        }
+        let wal =
+            WalReader::new(repository.clone(), spec.cluster, repository.shared_clock(), WAL_CACHE_BYTES);
+        let wal = Arc::new(wal);
+        if !folder.upper().join("data").exists() {
+            // The first start: recovery asks for these as soon as there is a mount.
+            wal.read_ahead(plan.segments().map(ArchiveFileName::Segment));
         }
         let basebackup = Arc::new(Basebackup::open(repository, spec.basebackup).await?);
         if basebackup.record().manifest.digest.to_string() != spec.manifest_digest {
@@ -98,12 +107,10 @@ impl CloneMount {
             tablespaces = tablespaces.with(&oid, Item::Volume(Arc::new(upper.clone())));
             uppers.push(upper);
         }
-        let wal =
-            WalReader::new(repository.clone(), spec.cluster, repository.shared_clock(), WAL_CACHE_BYTES);
         let root = StaticDir::new(spec.created_at)
             .with("data", Item::Volume(Arc::new(data)))
             .with("tablespaces", Item::Directory(Arc::new(tablespaces)))
-            .with("wal", Item::Directory(Arc::new(WalDir::new(Arc::new(wal), Some(plan)))));
+            .with("wal", Item::Directory(Arc::new(WalDir::new(wal, Some(plan)))));
         let tree = Tree::new(Item::Directory(Arc::new(root)), owner);
         let options = MountOptions::new(format!("walden:{}", spec.name), false);
         let runtime = tokio::runtime::Handle::current();
@@ -119,11 +126,6 @@ impl CloneMount {
         let uppers = self.uppers.clone();
         let sync = move || uppers.iter().try_for_each(Upper::sync_all).map_err(MountFailure::Sync);
         tokio::task::spawn_blocking(sync).await.map_err(|error| MountFailure::Internal(error.to_string()))?
-    }
-
-    /// Lets go of what was fetched ahead for the start.
-    pub fn started(&self) {
-        self.reader.forget_prefetched();
     }
 
     /// Returns the first damage of the basebackup that this mount met.

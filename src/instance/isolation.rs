@@ -28,6 +28,8 @@ pub struct CloneFacts {
     pub limits: RecoveryLimits,
     /// Where recovery ends, and on which timeline; nothing once recovery is over.
     pub recovery: Option<(RecoveryTarget, TimelineId)>,
+    /// Whether the first record about a page after a checkpoint brings the whole page.
+    pub full_page_writes: bool,
     /// Libraries to preload.
     pub preload: String,
     /// Whether sessions are let in before the target.
@@ -161,7 +163,13 @@ fn fit_the_host(facts: &CloneFacts, settings: &mut Vec<Setting>) {
         set("recovery_init_sync_method", "syncfs", "otherwise every file is opened before recovery");
     }
     if facts.major >= 15 {
-        set("recovery_prefetch", "try", "pages come from afar");
+        if facts.full_page_writes {
+            let reason =
+                "replay brings the pages itself, and the server would have them fetched all the same";
+            set("recovery_prefetch", "off", reason);
+        } else {
+            set("recovery_prefetch", "try", "pages come from afar");
+        }
     }
     if facts.major >= 18 {
         set("io_method", "worker", "io_uring on a FUSE file waits in the kernel");
@@ -233,6 +241,7 @@ mod tests {
                 ..RecoveryLimits::default()
             },
             recovery: Some((RecoveryTarget::latest(TargetAction::Promote), TimelineId::FIRST)),
+            full_page_writes: true,
             preload: String::new(),
             read_early: false,
             host_memory_bytes: 24 << 30,
@@ -301,6 +310,17 @@ mod tests {
         let settings = clone_settings(&CloneFacts { read_early: true, ..facts(15) });
         assert_eq!(value(&settings, "hot_standby").as_deref(), Some("on"));
         assert_eq!(value(&settings, "max_connections").as_deref(), Some("300"));
+    }
+
+    #[test]
+    fn pages_are_fetched_ahead_of_replay_only_where_replay_does_not_bring_them() {
+        let prefetch = |full_page_writes, major| {
+            let settings = clone_settings(&CloneFacts { full_page_writes, ..facts(major) });
+            value(&settings, "recovery_prefetch")
+        };
+        assert_eq!(prefetch(true, 15).as_deref(), Some("off"));
+        assert_eq!(prefetch(false, 15).as_deref(), Some("try"));
+        assert_eq!(prefetch(false, 14), None);
     }
 
     #[test]

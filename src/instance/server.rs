@@ -134,9 +134,10 @@ impl Server {
     }
 
     /// Returns whether the postmaster says in its pid file that it takes connections; asking it costs it a fork.
+    /// `standby` there means that it recovers and takes none until it has.
     fn lets_in(&self) -> bool {
         let text = std::fs::read_to_string(&self.pid_file).unwrap_or_default();
-        matches!(text.lines().nth(PID_FILE_STATUS_LINE).map(str::trim), Some("ready" | "standby"))
+        text.lines().nth(PID_FILE_STATUS_LINE).map(str::trim) == Some("ready")
     }
 
     /// Waits for what comes next: that it lets somebody in, if it is starting, or that it ends.

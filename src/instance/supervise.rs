@@ -190,7 +190,6 @@ async fn run_server(
                 progress.seconds_to_ready = Some(now.saturating_duration_since(options.asked_at).as_secs_f64());
                 folder.write_state(&LastState::sound(progress.state))?;
                 session = Some(ready);
-                mount.started();
             }
             pending = listener.next() => match pending.request {
                 Request::Stop => break Some(pending),
@@ -330,6 +329,7 @@ fn launch(options: &SuperviseOptions, spec: &CloneSpec, control: &ControlFile, r
         wal_directory: folder.mount_point().join("wal"),
         limits: greatest(control.limits, spec.limits),
         recovery: recovering.then(|| (spec.target.clone(), spec.timeline)),
+        full_page_writes: control.full_page_writes,
         preload: spec.preload.clone(),
         read_early: spec.read_early,
         host_memory_bytes: options.host_memory_bytes,

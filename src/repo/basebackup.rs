@@ -74,12 +74,11 @@ pub async fn read_outcome(
 impl Basebackup {
     /// Opens a complete basebackup that retention has not marked.
     pub async fn open(repository: &Repository, id: BasebackupId) -> Result<Self, Error> {
-        match repository.store().head(&repository.layout().expired(id)).await {
-            Ok(_) => return Err(Error::Expired(id)),
-            Err(error) if error.is_absent() => {}
-            Err(error) => return Err(error.into()),
+        let (expired, outcome) = futures::join!(repository.is_expired(id), read_outcome(repository, id));
+        if expired? {
+            return Err(Error::Expired(id));
         }
-        let (record, digest, trust) = match read_outcome(repository, id).await? {
+        let (record, digest, trust) = match outcome? {
             (Outcome::Complete(record), digest, trust) => (*record, digest, trust),
             (Outcome::Abandoned { id }, ..) => return Err(Error::Abandoned(id)),
         };

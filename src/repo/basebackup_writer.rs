@@ -298,14 +298,11 @@ impl BasebackupWriter {
 
 /// Reads the parent after `begin` exists, so that no sweeper can take it unseen.
 async fn fence(repository: &Repository, parent: BasebackupId) -> Result<(), Error> {
-    let (store, layout) = (repository.store(), repository.layout());
-    match store.head(&layout.expired(parent)).await {
-        Ok(_) => return Err(Error::Expired(parent)),
-        Err(error) if error.is_absent() => {}
-        Err(error) => return Err(error.into()),
+    if repository.is_expired(parent).await? {
+        return Err(Error::Expired(parent));
     }
-    let key = layout.outcome(parent);
-    let bytes = match store.get(&key, DOCUMENT_BYTES_MAX).await {
+    let key = repository.layout().outcome(parent);
+    let bytes = match repository.store().get(&key, DOCUMENT_BYTES_MAX).await {
         Err(error) if error.is_absent() => return Err(Error::Incomplete(parent)),
         other => other?,
     };

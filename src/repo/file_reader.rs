@@ -161,11 +161,6 @@ impl FileReader {
         Ok(fetched)
     }
 
-    /// Forgets what was fetched ahead and not used; a start is over when the server answers.
-    pub fn forget_prefetched(&self) {
-        self.ahead.lock().expect("no holder of this lock panics").clear();
-    }
-
     async fn blob(&self, kind: FrameKind, blob: &BlobRef) -> Result<Bytes, Error> {
         let raw = self.chunk(kind, &blob.chunk).await?;
         let (from, to) = (blob.at as usize, blob.at as usize + blob.len as usize);

@@ -45,10 +45,10 @@ impl Lease {
             Err(error) => return Err(error),
         }
         // Only now is the look for the mark worth anything: a sweeper that came before us has left it.
-        let error = match repository.store().head(&repository.layout().expired(id)).await {
-            Ok(_) => Error::Expired(id),
-            Err(error) if error.is_absent() => return Ok(Some(lease)),
-            Err(error) => error.into(),
+        let error = match repository.is_expired(id).await {
+            Ok(true) => Error::Expired(id),
+            Ok(false) => return Ok(Some(lease)),
+            Err(error) => error,
         };
         lease.end().await?;
         Err(error)
@@ -83,10 +83,10 @@ impl Pin {
         let pin = Self { id, random: repository.keyring().random().array() };
         let key = repository.layout().pin(id, &pin.random);
         repository.store().create(&key, format!("{owner}\n").into()).await?;
-        match repository.store().head(&repository.layout().expired(id)).await {
-            Err(error) if error.is_absent() => Ok(pin),
-            Ok(_) => pin.end(repository).await.and(Err(Error::Expired(id))),
-            Err(error) => pin.end(repository).await.and(Err(error.into())),
+        match repository.is_expired(id).await {
+            Ok(false) => Ok(pin),
+            Ok(true) => pin.end(repository).await.and(Err(Error::Expired(id))),
+            Err(error) => pin.end(repository).await.and(Err(error)),
         }
     }
 

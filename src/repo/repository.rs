@@ -15,6 +15,7 @@ use crate::repo::id::{BasebackupId, ClusterId};
 use crate::repo::identity::{Identity, ObjectKind};
 use crate::repo::keyring::Keyring;
 use crate::repo::layout::Layout;
+use crate::repo::signed::DOCUMENT_BYTES_MAX;
 use crate::storage::{self, ObjectKey, Store};
 
 /// An open site; clones share it.
@@ -78,6 +79,18 @@ impl Repository {
     /// Tries whether the store keeps what everything rests on: create-only puts, and reads that see them (failure 42).
     pub async fn check_store(&self) -> Result<(), Error> {
         probe(self.store(), self.layout(), self.keyring().random()).await
+    }
+
+    /// Returns whether retention has marked a basebackup.
+    ///
+    /// By a whole read: the mark is nearly always absent, and of what is absent a HEAD on S3 does not say whether it
+    /// is the object or the bucket that is not there, so that it takes a second request.
+    pub async fn is_expired(&self, id: BasebackupId) -> Result<bool, Error> {
+        match self.store().get(&self.layout().expired(id), DOCUMENT_BYTES_MAX).await {
+            Ok(_) | Err(storage::Error::TooLarge { .. }) => Ok(true),
+            Err(error) if error.is_absent() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Returns the store.
