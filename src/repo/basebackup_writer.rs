@@ -1,9 +1,9 @@
 //! Writing a basebackup: intent, fence, packs, manifest, outcome — in an order that no crash can make a lie of.
 //!
-//! 1. `begin` is created. 2. The parent is read: not expired, complete. 3. Packs; those of others that are named are
-//! looked for; then `manifest` and `refs`. 4. `backup.json`.
+//! `begin` is created; the parent is read: not expired, complete; packs; those of others that are named are looked
+//! for; `manifest` and `refs`; last of all `backup.json`.
 //!
-//! Before step 4 everything is garbage, after it a whole basebackup. The order was
+//! Before the last everything is garbage, after it a whole basebackup. The order was
 //! model-checked with stalling writers and two sweepers; dropping any one step breaks it (3-format).
 //! Reading and compressing is not here: the writer takes compressed chunks in the order they are to stand in.
 

@@ -55,6 +55,7 @@ fn failure_27c_a_clone_of_a_hostile_source_starts_and_touches_nothing() {
     source.scratch().file("data/standby.signal", "");
     source.backup();
     fs::remove_file(data.join("standby.signal")).unwrap();
+    source.sql("checkpoint");
     source.archive_wal();
     let archive = source.walden.json(&["wal", "list"]);
     let before = listing(data);
