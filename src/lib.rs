@@ -25,6 +25,7 @@ pub mod restore;
 pub mod wal;
 
 pub mod instance;
+pub mod site;
 
 pub mod config;
 

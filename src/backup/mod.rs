@@ -37,6 +37,7 @@ mod tests;
 
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
 pub use error::{Error, ErrorKind};
+pub use live_directory::read_identity;
 pub use origin::Node;
 pub use pipeline::Budget;
 pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};

@@ -95,6 +95,7 @@ pub async fn run(
     let Chosen { session, origin, primary } =
         choose_origin(&options.nodes, options.data_directory.as_deref()).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
+    repository.admit(cluster).await?;
     let begin = BeginOptions {
         cluster,
         timeline: origin.facts.identity.timeline,

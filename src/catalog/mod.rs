@@ -26,5 +26,5 @@ pub use recovery_plan::{Answer, InArchive, PLAN_FILE_NAME, RecoveryPlan, Timelin
 pub use recovery_target::{RecoveryTarget, Target, TargetAction};
 pub use recovery_window::{Hole, Recoverability, RecoveryStart, RecoveryWindow, SegmentRange};
 pub use timeline_tree::{Stretch, TimelineTree};
-pub use wal_coverage::{TimelineCoverage, WalCoverage, list_clusters};
+pub use wal_coverage::{TimelineCoverage, WalCoverage};
 pub use wal_reader::{Found, Patience, WalReader};

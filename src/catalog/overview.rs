@@ -14,7 +14,7 @@ use crate::catalog::recovery_window::{
     Recoverability, RecoveryStart, RecoveryWindow, recoverability, windows,
 };
 use crate::catalog::timeline_tree::TimelineTree;
-use crate::catalog::wal_coverage::{WalCoverage, list_clusters};
+use crate::catalog::wal_coverage::WalCoverage;
 use crate::catalog::wal_records::{LastTransaction, last_transaction};
 use crate::pg::{Lsn, TimelineId, WalSegmentName};
 use crate::repo::layout::WalObjectName;
@@ -105,7 +105,7 @@ const SEGMENTS_BACK_MAX: usize = 16;
 pub async fn load(repository: &Repository) -> Result<SiteOverview, Error> {
     let list = basebackups::list(repository).await?;
     let mut of_cluster: BTreeMap<ClusterId, Vec<ListedBasebackup>> = BTreeMap::new();
-    for cluster in list_clusters(repository).await? {
+    for cluster in repository.clusters().await? {
         of_cluster.entry(cluster).or_default();
     }
     for listed in list.complete {

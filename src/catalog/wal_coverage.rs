@@ -182,15 +182,6 @@ pub async fn list_timelines(repository: &Repository, cluster: ClusterId) -> Resu
     Ok(folder.folders.iter().filter_map(timeline_of).collect())
 }
 
-/// Lists the clusters of a site.
-pub async fn list_clusters(repository: &Repository) -> Result<Vec<ClusterId>, Error> {
-    let layout = repository.layout();
-    let prefix = layout.clusters();
-    let folder = repository.store().list_folder(&prefix).await?;
-    let cluster_of = |name: &String| layout.parse_cluster_folder(&format!("{prefix}{name}"));
-    Ok(folder.folders.iter().filter_map(cluster_of).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;

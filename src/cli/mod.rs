@@ -7,6 +7,7 @@
 
 mod arguments;
 mod backup;
+mod check;
 mod clone;
 mod context;
 mod demo;
@@ -32,6 +33,7 @@ mod restore_report;
 mod screen;
 mod serve_clone;
 mod show;
+mod site;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -69,6 +71,8 @@ const WHERE_HELP_IS: &str = "`walden --help` and `walden COMMAND --help` tell wh
 #[derive(Debug, Subcommand)]
 enum Command {
     Demo(demo::Demo),
+    Site(site::Site),
+    Check(check::Check),
     Backup(backup::Backup),
     Key(key::Key),
     List(list::List),
@@ -89,6 +93,7 @@ impl Command {
         match self {
             Self::Demo(_) | Self::Backup(_) | Self::Key(_) => ExitPolicy::Usual,
             Self::List(_) | Self::Show(_) | Self::Info(_) => ExitPolicy::Usual,
+            Self::Site(_) | Self::Check(_) => ExitPolicy::Usual,
             Self::Mount(_) | Self::Unmount(_) | Self::Clone(_) | Self::Restore(_) | Self::Internal(_) => {
                 ExitPolicy::Usual
             }
@@ -99,6 +104,8 @@ impl Command {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         match self {
             Self::Demo(command) => command.run(context),
+            Self::Site(command) => command.run(context),
+            Self::Check(command) => command.run(context),
             Self::Backup(command) => command.run(context),
             Self::Key(command) => command.run(context),
             Self::List(command) => command.run(context),

@@ -69,19 +69,25 @@ impl Context {
                 return error;
             }
             let message = format!("there is no site \"{}\" in {}", site.prefix, site.storage.location);
-            CommandError { error: error.error.context(message), ..error }
-                .hint("The first backup, or the first WAL segment pushed, creates it.")
+            CommandError { error: error.error.context(message), ..error }.hint(
+                "`walden site init` creates it; so does the first backup, or the first WAL segment pushed.",
+            )
         })
     }
 
     /// Opens the repository of a site for writing, and creates it where there is none, which it says.
     pub async fn open_or_create_repository(&self, site: &SiteConfig) -> Result<Repository, CommandError> {
-        let options = self.repository_options(site, KeyPurpose::Write)?;
-        let (repository, created) = Repository::open_or_create(options).await?;
+        let (repository, created) = self.create_repository(site).await?;
         if created {
             tracing::warn!("created site \"{}\" in {}", site.prefix, site.storage.location);
         }
         Ok(repository)
+    }
+
+    /// Opens the repository of a site for writing, and creates it where there is none; returns whether it did.
+    pub async fn create_repository(&self, site: &SiteConfig) -> Result<(Repository, bool), CommandError> {
+        let options = self.repository_options(site, KeyPurpose::Write)?;
+        Ok(Repository::open_or_create(options).await?)
     }
 
     /// Says on standard error what a site's backups are not protected from; silent where they are.

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use crate::catalog::list_clusters;
 use crate::catalog::wal_reader::{Found, Patience, WalReader, patiently};
 use crate::clock::Clock;
 use crate::disk::Owner;
@@ -115,7 +114,10 @@ impl Root {
         let cluster = match newest {
             Some(listed) => Some(listed.record.cluster),
             // A system identifier begins with the time of initdb.
-            None => list_clusters(&self.clusters.repository)
+            None => self
+                .clusters
+                .repository
+                .clusters()
                 .await?
                 .into_iter()
                 .max_by_key(|cluster| cluster.system_identifier),
@@ -163,7 +165,7 @@ impl ClustersDir {
     }
 
     async fn clusters(&self) -> Result<Vec<ClusterId>, LowerError> {
-        let listed = waiting(&*self.clock, CLUSTERS, || list_clusters(&self.repository)).await?;
+        let listed = waiting(&*self.clock, CLUSTERS, || self.repository.clusters()).await?;
         Ok(listed.unwrap_or_default())
     }
 }

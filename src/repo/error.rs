@@ -6,7 +6,7 @@
 use thiserror::Error;
 
 use crate::codec;
-use crate::repo::id::{BasebackupId, InvalidName, PackId};
+use crate::repo::id::{BasebackupId, ClusterId, InvalidName, PackId};
 use crate::storage;
 
 /// What failed in a repository.
@@ -48,6 +48,9 @@ pub enum Error {
     /// Something else stands where this object was to be created.
     #[error("{object} already exists with different content")]
     Different { object: String },
+    /// A cluster that the site is not of was about to write into it.
+    #[error("cluster {cluster} is not of this site, which is of {}", clusters(.known))]
+    ForeignCluster { cluster: ClusterId, known: Vec<ClusterId> },
     /// The store does not keep what the repository's safety rests on.
     #[error("the store does not {lacks}, which it has to")]
     UnsuitableStore { lacks: &'static str },
@@ -103,6 +106,7 @@ impl Error {
             | Self::Abandoned(_)
             | Self::Expired(_)
             | Self::Different { .. }
+            | Self::ForeignCluster { .. }
             | Self::UnsuitableStore { .. }
             | Self::TooLarge { .. }
             | Self::InvalidName(_) => ErrorKind::Input,
@@ -137,6 +141,9 @@ impl Error {
             Self::UnsuitableStore { .. } => {
                 "Two writers would overwrite each other; use a store with conditional puts, or switch them on there."
             }
+            Self::ForeignCluster { .. } => {
+                "After pg_upgrade or a new initdb run `walden site upgrade`; otherwise give this server a site of its own."
+            }
             Self::Different { .. } => "Another cluster or another host archives into this site.",
             _ => return None,
         })
@@ -159,4 +166,9 @@ fn list(packs: &[PackId]) -> String {
         0 => named.join(", "),
         more => format!("{} and {more} more", named.join(", ")),
     }
+}
+
+fn clusters(known: &[ClusterId]) -> String {
+    let names: Vec<String> = known.iter().map(ToString::to_string).collect();
+    names.join(", ")
 }

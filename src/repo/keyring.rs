@@ -15,7 +15,8 @@ use crate::codec::{
     SealObserver, SignerId, SigningKey, VerifyKey,
 };
 use crate::repo::error::Error;
-use crate::repo::identity::Identity;
+use crate::repo::id::ClusterId;
+use crate::repo::identity::{Identity, ObjectKind};
 use crate::repo::text_forms::{base64_bytes, cipher_name, hex_bytes};
 use crate::repo::wire::{WireError, WireReader, WireWriter};
 
@@ -242,6 +243,21 @@ impl Keyring {
         key.verify(&signed_bytes(identity, payload), signature)
             .map_err(|_| Error::untrusted(object, "its signature does not verify"))?;
         Ok(Trust::Signed(*signer))
+    }
+
+    /// Checks that `reader` accepts what this host signs.
+    pub fn check_signer(&self, reader: &Self) -> Result<(), Error> {
+        let identity = Identity {
+            kind: ObjectKind::Begin,
+            site: uuid::Uuid::nil(),
+            cluster: ClusterId::UNKNOWN,
+            timeline: None,
+            name: String::new(),
+            part: String::new(),
+        };
+        let payload = b"a trial";
+        let signature = self.sign(&identity, payload);
+        reader.verify(&identity, payload, signature.as_ref(), "what this host writes").map(drop)
     }
 
     fn recipients(&self, audience: Audience) -> &[RecipientKey] {

@@ -42,6 +42,8 @@ pub enum ObjectName {
     Refs(BasebackupId),
     /// `basebackups/<id>/packs/<n>-<8 hex of salt>`
     Pack(PackId, [u8; 4]),
+    /// `clusters/<c>/accepted`
+    Accepted(ClusterId),
     /// `clusters/<c>/wal/<tli>/<log>/…`
     Wal(ClusterId, WalObjectName),
     /// `clusters/<c>/history/<tli>.history`
@@ -145,6 +147,11 @@ impl Layout {
         folder.strip_prefix(&self.clusters())?.trim_end_matches('/').parse().ok()
     }
 
+    /// `clusters/<c>/accepted`: the site is of this cluster.
+    pub fn accepted(&self, cluster: ClusterId) -> ObjectKey {
+        self.key(&format!("clusters/{cluster}/accepted"))
+    }
+
     /// `clusters/<c>/history/`
     pub fn histories(&self, cluster: ClusterId) -> String {
         format!("{}/clusters/{cluster}/history/", self.site)
@@ -218,6 +225,7 @@ impl Layout {
                 let pack = PackId { origin: id.parse().ok()?, number: parse_number(number)? };
                 ObjectName::Pack(pack, parse_hex4(salt)?)
             }
+            ["clusters", cluster, "accepted"] => ObjectName::Accepted(cluster.parse().ok()?),
             ["clusters", cluster, "history", leaf] => {
                 let timeline = TimelineId::new(parse_hex8(leaf.strip_suffix(".history")?)?)?;
                 ObjectName::History(cluster.parse().ok()?, timeline)
@@ -302,6 +310,7 @@ mod tests {
             (layout.manifest(id), ObjectName::Manifest(id)),
             (layout.refs(id), ObjectName::Refs(id)),
             (layout.pack(pack, &salt), ObjectName::Pack(pack, [0xde, 0xad, 0xbe, 0xef])),
+            (layout.accepted(cluster), ObjectName::Accepted(cluster)),
             (layout.history(cluster, timeline), ObjectName::History(cluster, timeline)),
             (
                 layout.wal_object(cluster, WalObjectName::Segment(segment)),

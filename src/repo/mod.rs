@@ -30,6 +30,7 @@ mod named_chunks;
 mod refs;
 
 pub mod documents;
+mod membership;
 mod repository;
 
 mod basebackup;
@@ -54,6 +55,7 @@ pub use file_reader::{FileReader, Piece};
 pub use id::{BasebackupId, ClusterId, PackId};
 pub use keyring::{Keyring, KeyringOptions};
 pub use map_writer::{FileMap, MapWriter};
+pub use membership::Membership;
 pub use named_chunks::NamedChunks;
 pub use pack::{Pack, PackBuilder};
 pub use refs::{PackRecord, Refs};

@@ -132,6 +132,17 @@ pub async fn read_wal_header(
     Ok(parse_verified(repository, &target, &bytes)?.1)
 }
 
+/// Verifies an archived file as it is stored, all of it, without any private key.
+pub async fn verify_wal(
+    repository: &Repository,
+    cluster: ClusterId,
+    name: WalObjectName,
+) -> Result<WalHeader, Error> {
+    let target = wal_target(repository, cluster, name);
+    let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
+    Ok(read_verified(repository, &target, &bytes)?.1)
+}
+
 /// Reads where a timeline branched off, without any private key.
 pub async fn read_history_branch(
     repository: &Repository,

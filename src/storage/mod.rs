@@ -36,7 +36,7 @@ pub use fault::{Fault, Faulty, Rule};
 pub use key::ObjectKey;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
-pub use probe::{Capabilities, probe};
+pub use probe::{Capabilities, Examination, examine, probe};
 pub use record::{Call, Recording};
 pub use retry::{RetryOptions, Retrying};
 pub use s3::{S3Options, S3Store};

@@ -5,10 +5,11 @@
 //! no sweep.
 
 use bytes::Bytes;
+use jiff::Timestamp;
 
 use super::error::{Error, ErrorKind};
 use super::key::ObjectKey;
-use super::store::Store;
+use super::store::{FOLDER_ENTRIES_MAX, Store};
 
 const FIRST: Bytes = Bytes::from_static(b"walden probe, first body\n");
 const SECOND: Bytes = Bytes::from_static(b"walden probe, another body\n");
@@ -20,6 +21,42 @@ pub struct Capabilities {
     pub create_only: bool,
     /// A read after a create sees the object.
     pub read_after_write: bool,
+}
+
+/// What one small object told about a store, beyond what every repository needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Examination {
+    /// What the store keeps of its contract.
+    pub capabilities: Capabilities,
+    /// A listing shows the object.
+    pub listed: bool,
+    /// When the object was created, by the store's clock.
+    pub created_at: Timestamp,
+    /// The object could be deleted; not so under an object lock, or for a role that may only add.
+    pub deleted: bool,
+}
+
+/// Looks into every right that a store may grant or not, with one object under `key`, which nobody else uses.
+pub async fn examine(store: &dyn Store, key: &ObjectKey) -> Result<Examination, Error> {
+    store.create(key, FIRST).await?;
+    let outcome = examine_object(store, key).await;
+    let deleted = match store.delete(key).await {
+        Ok(()) => true,
+        Err(error) if error.kind() == ErrorKind::Denied => false,
+        Err(error) => return Err(outcome.err().unwrap_or(error)),
+    };
+    let (capabilities, listed, created_at) = outcome?;
+    Ok(Examination { capabilities, listed, created_at, deleted })
+}
+
+async fn examine_object(
+    store: &dyn Store,
+    key: &ObjectKey,
+) -> Result<(Capabilities, bool, Timestamp), Error> {
+    let created_at = store.head(key).await?.last_modified;
+    let folder = key.as_str().rsplit_once('/').map_or("", |(folder, _)| folder);
+    let listed = store.list(folder, None, FOLDER_ENTRIES_MAX).await?.iter().any(|object| object.key == *key);
+    Ok((try_object(store, key).await?, listed, created_at))
 }
 
 /// Tries a store with one small object under `key`, which nobody else uses, and deletes it.

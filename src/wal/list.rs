@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::catalog::{TimelineCoverage, TimelineTree, WalCoverage, list_clusters};
+use crate::catalog::{TimelineCoverage, TimelineTree, WalCoverage};
 use crate::pg::{TimelineId, WalSegmentName};
 use crate::repo::wal_object::HistoryBranch;
 use crate::repo::{ClusterId, Error, Repository};
@@ -33,7 +33,7 @@ pub struct ListedTimeline {
 /// Lists the archives of all clusters of a site.
 pub async fn list(repository: &Repository) -> Result<Vec<ListedCluster>, Error> {
     let mut clusters = Vec::new();
-    for cluster in list_clusters(repository).await? {
+    for cluster in repository.clusters().await? {
         let tree = TimelineTree::load(repository, cluster).await?;
         let mut coverage = WalCoverage::load(repository, cluster).await?.timelines;
         // A timeline may have a history file and no WAL yet.

@@ -74,11 +74,15 @@ pub fn check_file(path: &Path) -> Result<CheckedFile, Error> {
 }
 
 /// Archives a file; returns when the archive has it durably.
+///
+/// # Errors
+/// `ForeignCluster` where the site is another cluster's (failure 12a).
 pub async fn push(
     repository: &Repository,
     file: &CheckedFile,
     compression: Compression,
 ) -> Result<Archived, Error> {
+    repository.admit(file.cluster).await?;
     let key = WalKey::create(repository.keyring())?;
     let name = match (file.name, file.branch) {
         (ArchiveFileName::History(timeline), Some(branch)) => {

@@ -236,8 +236,19 @@ async fn another_cluster_in_the_same_site_has_names_of_its_own() {
     fs::write(path, control).unwrap();
     let mut content = segment(1, 2);
     content[24] ^= 1;
+    // A server that was pointed here by mistake leaves nothing behind.
+    let error = other.push(&name(1, 2), &content).await.unwrap_err();
+    assert!(error.to_string().contains("is not of this site"), "{error}");
+    assert!(error.hint().unwrap().contains("walden site upgrade"));
+    let repository = server.open().await.unwrap();
+    assert_eq!(list::list(&repository).await.unwrap().len(), 1);
+    let cluster = check_file(&other.path(&format!("pg_wal/{}", name(1, 2)))).unwrap().cluster;
+    assert!(repository.accept(cluster).await.unwrap());
+    assert!(!repository.accept(cluster).await.unwrap(), "it was accepted before");
     assert_eq!(other.push(&name(1, 2), &content).await.unwrap(), Archived::Created);
-    let clusters = list::list(&server.open().await.unwrap()).await.unwrap();
+    // A roll-back to the old cluster goes on where it was.
+    server.push_segments(1, [3]).await;
+    let clusters = list::list(&repository).await.unwrap();
     assert_eq!(clusters.len(), 2);
 }
 

@@ -1,0 +1,139 @@
+//! The store of a site: every right that Walden needs there, tried with an object of its own.
+
+use jiff::SignedDuration;
+
+use crate::clock::Clock;
+use crate::codec::{Random, RandomExt};
+use crate::repo::layout::Layout;
+use crate::site::item::{Item, describe};
+use crate::storage::{self, Error, ErrorKind, Store};
+
+/// Leases and retention compare the store's times with each other and with this host's; an hour would matter.
+const SKEW_MAX: SignedDuration = SignedDuration::from_secs(60);
+
+/// Tries a store; `place` is what messages call it.
+pub async fn check_store(
+    store: &dyn Store,
+    layout: &Layout,
+    place: &str,
+    clock: &dyn Clock,
+    random: &dyn Random,
+) -> Vec<Item> {
+    let before = clock.now();
+    let seen = match storage::examine(store, &layout.probe(&random.array())).await {
+        Ok(seen) => seen,
+        Err(error) => {
+            let detail = format!("{place}: {}", describe(&error));
+            return vec![Item::failed("store", detail, hint_of(&error))];
+        }
+    };
+    let skew = skew(seen.created_at.duration_since(before), clock.now().duration_since(before));
+    vec![
+        Item::ok("store", format!("{place}: an object was created and read back")),
+        if seen.listed {
+            Item::ok("store listing", "the object is in the listing")
+        } else {
+            let hint = "Give the role the right to list the objects of the site, or use another store.";
+            Item::failed("store listing", "the object is not in the listing", hint)
+        },
+        match (seen.capabilities.create_only, seen.capabilities.read_after_write) {
+            (true, true) => Item::ok("store create-only", "a second put of a key is refused"),
+            (false, _) => Item::failed(
+                "store create-only",
+                "a second put of a key replaces the object",
+                "Two writers would overwrite each other; use a store with conditional puts, or switch them on there.",
+            ),
+            (_, false) => Item::failed(
+                "store create-only",
+                "a read does not see the put before it",
+                "Use a store with strong consistency.",
+            ),
+        },
+        if seen.deleted {
+            Item::ok("store deletion", "the object was removed")
+        } else {
+            Item::ok("store deletion", "denied: this host can add, and remove nothing")
+        },
+        if skew.abs() <= SKEW_MAX {
+            Item::ok("store clock", "the store's clock agrees with this host's")
+        } else {
+            let side = if skew.is_negative() { "behind" } else { "ahead of" };
+            let detail = format!("the store's clock is {} s {side} this host's", skew.abs().as_secs());
+            Item::warning("store clock", detail, "Set the clocks by NTP.")
+        },
+    ]
+}
+
+/// How far the store's clock is off, for an object that was created `stored` after the question, which took `took`.
+fn skew(stored: SignedDuration, took: SignedDuration) -> SignedDuration {
+    if stored.is_negative() {
+        stored
+    } else {
+        // Any moment while the question was under way is right.
+        (stored - took).max(SignedDuration::ZERO)
+    }
+}
+
+fn hint_of(error: &Error) -> String {
+    match error.kind() {
+        ErrorKind::Denied => {
+            "Give this host the right to create, read and list objects below the site's prefix."
+        }
+        ErrorKind::Unreachable | ErrorKind::OutcomeUnknown => {
+            "Look whether the store answers from this host, and whether url and endpoint are right."
+        }
+        ErrorKind::Full => "Make room in the store.",
+        _ => "Correct [storage] in the configuration; the message says what is wrong.",
+    }
+    .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::codec::SystemRandom;
+    use crate::site::Status;
+    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Verb};
+
+    async fn failing(rules: Vec<Rule>) -> Vec<(String, Status)> {
+        let store = Faulty::new(MemoryStore::new());
+        rules.into_iter().for_each(|rule| store.inject(rule));
+        let layout = Layout::new(ObjectKey::parse("main").unwrap());
+        let clock = crate::clock::SystemClock;
+        let items = check_store(&store, &layout, "memory://", &clock, &SystemRandom).await;
+        assert!(items.iter().all(|item| item.status == Status::Ok || item.hint.is_some()));
+        let bad = items.into_iter().filter(|item| item.status != Status::Ok);
+        bad.map(|item| (item.name, item.status)).collect()
+    }
+
+    #[tokio::test]
+    async fn each_missing_right_fails_its_own_line() {
+        let denied = || Fault::Before(ErrorKind::Denied);
+        assert_eq!(failing(Vec::new()).await, []);
+        let store = vec![("store".to_owned(), Status::Failed)];
+        assert_eq!(failing(vec![Rule::on(Verb::Create, denied())]).await, store);
+        assert_eq!(failing(vec![Rule::on(Verb::Get, denied())]).await, store);
+        assert_eq!(failing(vec![Rule::on(Verb::Delete, denied())]).await, []);
+        let overwrites = failing(vec![Rule::on(Verb::Create, Fault::Overwrite)]).await;
+        assert_eq!(overwrites, [("store create-only".to_owned(), Status::Failed)]);
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_is_off_is_seen_from_both_sides() {
+        let layout = Layout::new(ObjectKey::parse("main").unwrap());
+        for (now, words) in [("2000-01-01T00:00:00Z", "ahead of"), ("2100-01-01T00:00:00Z", "behind")] {
+            let clock = ManualClock::new(now.parse::<Timestamp>().unwrap());
+            let items = check_store(&MemoryStore::new(), &layout, "memory://", &clock, &SystemRandom).await;
+            let item = items.last().unwrap();
+            assert_eq!(item.status, Status::Warning);
+            assert!(item.detail.contains(words), "{}", item.detail);
+        }
+        let seconds = SignedDuration::from_secs;
+        assert_eq!(skew(seconds(3), seconds(5)), seconds(0));
+        assert_eq!(skew(seconds(9), seconds(5)), seconds(4));
+        assert_eq!(skew(seconds(-2), seconds(5)), seconds(-2));
+    }
+}

@@ -1,0 +1,127 @@
+//! A site over pg_upgrade, a roll-back from it, and a new major version: every cluster archives, every one is restored.
+
+use std::path::{Path, PathBuf};
+
+use crate::checked::edit;
+use crate::support::{Account, Cluster, Need, Options, Run, Server, Site, Sql, Stop, Walden, require};
+
+/// The latest basebackup's id.
+#[track_caller]
+fn newest(walden: &Walden) -> String {
+    let list = walden.json(&["list"]);
+    let newest =
+        list["basebackups"].as_array().unwrap().iter().max_by_key(|b| b["id"].as_str().unwrap().to_owned());
+    newest.unwrap()["id"].as_str().unwrap().to_owned()
+}
+
+/// Recovers a basebackup to the end of its cluster's archive and returns the rows there.
+#[track_caller]
+fn rows_of_clone(walden: &Walden, name: &str, basebackup: &str) -> String {
+    let walden = walden.as_root();
+    let status = walden.json(&["clone", "create", name, "--backup", basebackup]);
+    let port = u16::try_from(status["port"].as_u64().unwrap()).unwrap();
+    let sql = Sql::at(Path::new(status["socket_directory"].as_str().unwrap()), port);
+    let rows = sql.sql("select string_agg(t, ' ' order by t) from r");
+    walden.run(&["clone", "delete", name]);
+    rows
+}
+
+/// Runs a PostgreSQL program as its account in a folder.
+#[track_caller]
+fn program(server: &Server, name: &str, folder: &Path, arguments: &[&str]) {
+    let mut command = Account::of_postgresql().command(server.bin_directory().join(name));
+    Run::of(command.args(arguments).current_dir(folder), "").expect_success();
+}
+
+/// Makes a new cluster out of the old one, which is stopped and stays as it is.
+#[track_caller]
+fn pg_upgrade(old: &Cluster) -> Server {
+    let (bin, data) = (old.bin_directory(), old.scratch().folder("new"));
+    let path = |path: &PathBuf| path.to_str().unwrap().to_owned();
+    let folder = old.scratch().folder("upgrade");
+    let initdb =
+        ["-D", &path(&data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"];
+    program(old, "initdb", &folder, &[&initdb[..], &["--data-checksums"]].concat());
+    let (bin, from) = (path(&bin), old.data_directory().to_str().unwrap());
+    let places = ["-b", &bin, "-B", &bin, "-d", from, "-D", &path(&data), "-U", "postgres"];
+    program(old, "pg_upgrade", &folder, &[&places[..], &["-s", &path(&folder)]].concat());
+    let mut server = Server::new(15, &data, &old.scratch().folder("run"));
+    server.set("archive_mode", "on").set("fsync", "off");
+    server
+}
+
+/// Failure 12a: after pg_upgrade the new cluster's timeline 1 collided with the old one's, and archiving stopped.
+#[test]
+fn pg_upgrade_and_a_roll_back_from_it_both_keep_archiving() {
+    require!(Need::PostgreSQL(15), Need::Program("pg_upgrade"), Need::Fuse, Need::Root);
+    let mut old = Cluster::start_with(15, Options::default());
+    let walden = Walden::configure(old.scratch(), &Site::of(&old, old.data_directory()));
+    old.set_archive_command(&walden.archive_command());
+    old.sql("create table r (t text); insert into r values ('common')");
+    walden.run(&["backup"]);
+    let of_old = newest(&walden);
+    old.stop(Stop::Fast);
+
+    let mut new = pg_upgrade(&old);
+    new.start();
+    edit(old.scratch(), &walden, &old.connection(), &new.connection());
+    edit(
+        old.scratch(),
+        &walden,
+        old.data_directory().to_str().unwrap(),
+        new.data_directory().to_str().unwrap(),
+    );
+    // From here on its archiver fails, tries again, and loses nothing.
+    new.set_archive_command(&walden.archive_command());
+    let refused = walden.try_run(&["backup"]).expect_code(1).stderr;
+    assert!(refused.contains("is not of this site") && refused.contains("walden site upgrade"), "{refused}");
+    let upgraded = walden.json(&["site", "upgrade"]);
+    assert_eq!(upgraded["accepted"], true, "{upgraded}");
+    assert_eq!(upgraded["other_clusters"].as_array().unwrap().len(), 1, "{upgraded}");
+    assert!(walden.run(&["site", "upgrade"]).stdout.contains("was accepted before"));
+    new.sql("insert into r values ('new')");
+    walden.run(&["backup"]);
+    let of_new = newest(&walden);
+    assert_ne!(of_old, of_new);
+    new.sql("insert into r values ('newer')");
+    new.archive_wal();
+    new.stop(Stop::Fast);
+
+    // Nothing is configured anew for the roll-back: archive_command asks the data directory whose WAL it is.
+    old.start();
+    old.sql("insert into r values ('rolled back')");
+    old.archive_wal();
+    old.stop(Stop::Fast);
+    assert_eq!(rows_of_clone(&walden, "old", &of_old), "common rolled back");
+    assert_eq!(rows_of_clone(&walden, "new", &of_new), "common new newer");
+}
+
+#[test]
+fn a_new_major_version_archives_into_the_same_site() {
+    require!(Need::PostgreSQL(13), Need::PostgreSQL(18));
+    let old = Cluster::start_with(13, Options::default());
+    let walden = Walden::configure(old.scratch(), &Site::of(&old, old.data_directory()));
+    old.set_archive_command(&walden.archive_command());
+    walden.run(&["backup"]);
+
+    // Of the same size of segments, at the same place in the WAL, on the same timeline.
+    let new = Cluster::start_with(18, Options::default());
+    edit(old.scratch(), &walden, &old.connection(), &new.connection());
+    edit(
+        old.scratch(),
+        &walden,
+        old.data_directory().to_str().unwrap(),
+        new.data_directory().to_str().unwrap(),
+    );
+    let pushed = new.data_directory().join("pg_wal/000000010000000000000001");
+    let refused = walden.try_run(&["wal", "push", pushed.to_str().unwrap()]).expect_code(1).stderr;
+    assert!(refused.contains("is not of this site"), "{refused}");
+    walden.run(&["site", "upgrade"]);
+    new.set_archive_command(&walden.archive_command());
+    walden.run(&["backup"]);
+    old.archive_wal();
+    let clusters = walden.json(&["wal", "list"])["clusters"].as_array().unwrap().len();
+    let versions = walden.run(&["list"]).stdout;
+    assert_eq!(clusters, 2);
+    assert!(versions.contains(" 13.") && versions.contains(" 18."), "{versions}");
+}
