@@ -45,7 +45,7 @@ use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
 
-use clap::error::{ContextKind, ErrorKind};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 
 use crate::config::Environment;
@@ -202,7 +202,12 @@ fn complaint_of(error: &clap::Error) -> CommandError {
     let suggestion =
         [ContextKind::SuggestedSubcommand, ContextKind::SuggestedArg, ContextKind::SuggestedValue]
             .into_iter()
-            .find_map(|kind| error.get(kind).map(ToString::to_string));
+            .find_map(|kind| match error.get(kind)? {
+                ContextValue::String(word) => Some(word.clone()),
+                // The likeliest comes last.
+                ContextValue::Strings(words) => words.last().cloned(),
+                _ => None,
+            });
     let hint = match suggestion {
         Some(word) => format!("Did you mean \"{word}\"?"),
         None => WHERE_HELP_IS.to_owned(),

@@ -1,4 +1,5 @@
 //! The settings of a server that decide whether its backups are worth anything, each judged by its value alone.
+//! *Failed* is what no basebackup can be taken with; a *warning* is what makes one worth less.
 
 use crate::backup::ServerFacts;
 use crate::site::item::Item;

@@ -1,4 +1,5 @@
 //! The store of a site: every right that Walden needs there, tried with an object of its own.
+//! A store that may not be deleted from is no failure: that is what an object lock is for.
 
 use jiff::SignedDuration;
 

@@ -1,4 +1,5 @@
 //! What `check` finds on this host: the configuration as it is in force, folders, mounts, PostgreSQL's programs.
+//! What only mounts and clones need is a warning: a host that backs up does without.
 
 use std::fs::OpenOptions;
 use std::path::Path;

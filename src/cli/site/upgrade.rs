@@ -1,4 +1,5 @@
 //! `walden site upgrade`: the server's new system identifier becomes one more cluster of the site.
+//! It needs no key, writes one small object, and can be run again.
 
 use std::fmt::{self, Write};
 
