@@ -69,7 +69,8 @@ impl From<CreateError> for CommandError {
 impl From<storage::Error> for CommandError {
     fn from(error: storage::Error) -> Self {
         let kind = of_store(error.kind());
-        Self::of_module(kind, error, None)
+        let hint = error.hint().map(str::to_owned);
+        Self::of_module(kind, error, hint)
     }
 }
 

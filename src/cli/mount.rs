@@ -18,7 +18,7 @@ use crate::config::{KeyPurpose, SiteConfig};
 use crate::disk::Owner;
 use crate::mount::site_tree::SiteTree;
 use crate::mount::{self, MountError, MountOptions, Mounted};
-use crate::storage::{Location, RetryOptions};
+use crate::storage::Location;
 
 use super::context::Context;
 use super::detached;
@@ -98,8 +98,7 @@ pub(super) fn serve(context: &Context, dir: &Path, allow_other: bool) -> Result<
     refuse_inside_repository(&dir, site)?;
     context.block_on(async {
         let mut signals = Signals::listen()?;
-        let retry = RetryOptions { deadline: CALL_DEADLINE, ..RetryOptions::default() };
-        let repository = context.open_repository_retrying(site, KeyPurpose::Read, retry).await?;
+        let repository = context.open_repository_within(site, KeyPurpose::Read, CALL_DEADLINE).await?;
         let tree = SiteTree::open(repository, context.clock(), owner_of(&dir)?).await?;
         let mut options = MountOptions::new(format!("walden:{}", site.name), true);
         options.allow_other |= allow_other;

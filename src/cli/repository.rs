@@ -4,11 +4,12 @@
 //! said about missing protection is decided once.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::codec::{CpuPool, SystemRandom};
 use crate::config::{self, KeyPurpose, SiteConfig};
 use crate::repo::{Repository, RepositoryOptions};
-use crate::storage::{RetryOptions, Store};
+use crate::storage::Store;
 
 use super::context::Context;
 use super::error::CommandError;
@@ -16,16 +17,16 @@ use super::error::CommandError;
 impl Context {
     /// Opens the store of a site; what it is asked is counted in [`Context::traffic`].
     pub fn open_store(&self, site: &SiteConfig) -> Result<Arc<dyn Store>, CommandError> {
-        Ok(self.open_store_retrying(site, RetryOptions::default())?)
+        Ok(self.open_store_within(site, Duration::MAX)?)
     }
 
-    /// Opens the store of a site for a caller that has its own idea of how often to try.
-    pub fn open_store_retrying(
+    /// Opens the store of a site for a caller that waits for no call longer than that.
+    pub fn open_store_within(
         &self,
         site: &SiteConfig,
-        retry: RetryOptions,
+        deadline_max: Duration,
     ) -> config::Result<Arc<dyn Store>> {
-        site.storage.open(&self.environment, self.traffic.clone(), self.clock(), retry)
+        site.storage.open(&self.environment, self.traffic.clone(), self.clock(), deadline_max)
     }
 
     /// Opens the repository of a site that exists, with the keys for `purpose`.
@@ -34,17 +35,17 @@ impl Context {
         site: &SiteConfig,
         purpose: KeyPurpose,
     ) -> Result<Repository, CommandError> {
-        self.open_repository_retrying(site, purpose, RetryOptions::default()).await
+        self.open_repository_within(site, purpose, Duration::MAX).await
     }
 
-    /// Opens the repository of a site that exists, for a caller that has its own idea of how often to try.
-    pub async fn open_repository_retrying(
+    /// Opens the repository of a site that exists, for a caller that waits for no call longer than that.
+    pub async fn open_repository_within(
         &self,
         site: &SiteConfig,
         purpose: KeyPurpose,
-        retry: RetryOptions,
+        deadline_max: Duration,
     ) -> Result<Repository, CommandError> {
-        let store = self.open_store_retrying(site, retry)?;
+        let store = self.open_store_within(site, deadline_max)?;
         let options = RepositoryOptions { store, ..self.repository_options(site, purpose)? };
         self.open_existing(site, options).await
     }

@@ -19,7 +19,6 @@ use crate::config::{self, KeyPurpose, SiteConfig};
 use crate::pg::{ArchiveFileName, WalSegmentName};
 use crate::repo::wal_object::Archived;
 use crate::repo::{self, Repository, RepositoryOptions};
-use crate::storage::RetryOptions;
 use crate::wal;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
 use crate::wal::list::{ListedCluster, ListedTimeline, list};
@@ -155,9 +154,8 @@ async fn open_for_fetch(
     site: &SiteConfig,
     refused: &RefCell<Option<config::Error>>,
 ) -> Result<Repository, repo::Error> {
-    let retry = RetryOptions { deadline: site.fetch_wait.min(CALL_DEADLINE_MAX), ..RetryOptions::default() };
     refused.take();
-    let opened = context.open_store_retrying(site, retry);
+    let opened = context.open_store_within(site, site.fetch_wait.min(CALL_DEADLINE_MAX));
     let keyring = context
         .config()
         .map_err(|error| repo::Error::Internal(error.message()))

@@ -210,6 +210,22 @@ const STORAGE_KEYS: &[Key] = &[
         "s3: the certificate authority of the endpoint.",
     ),
     key("proxy", Value::Text, r#""http://proxy.example.org:3128""#, "none", "s3: the proxy to go through."),
+    key(
+        "timeout",
+        Value::Duration,
+        r#""30s""#,
+        "`\"30s\"`",
+        "s3: how long to wait for an answer, or for its next bytes, before a call counts as failed; a connection is \
+         waited for 5 seconds at most.",
+    ),
+    key(
+        "retry",
+        Value::Duration,
+        r#""2min""#,
+        "`\"2min\"`",
+        "How long a call is tried again where the store does not answer or is overloaded. `wal fetch` and `mount` \
+         wait for less, as the server that asks them does.",
+    ),
 ];
 
 static STORAGE: Section = Section {

@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::storage::{self, Location, Options, RetryOptions, S3Options, Secret, Store, Traffic};
@@ -13,7 +14,7 @@ use crate::storage::{self, Location, Options, RetryOptions, S3Options, Secret, S
 use super::environment::Environment;
 use super::error::{Place, Result};
 use super::secret_file::NamedFile;
-use super::table::Table;
+use super::table::{Entry, Table};
 
 /// An object store as it is configured.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub struct StorageConfig {
     pub location: Location,
     /// Where the file says so.
     pub place: Place,
+    /// How long a call that fails is tried again.
+    pub retry: Duration,
     s3: S3Config,
 }
 
@@ -38,9 +41,10 @@ struct S3Config {
     allow_http: bool,
     ca_file: Option<PathBuf>,
     proxy: Option<String>,
+    timeout: Option<Duration>,
 }
 
-const S3_KEYS: [&str; 10] = [
+const S3_KEYS: [&str; 11] = [
     "endpoint",
     "region",
     "access_key_id",
@@ -51,6 +55,7 @@ const S3_KEYS: [&str; 10] = [
     "allow_http",
     "ca_file",
     "proxy",
+    "timeout",
 ];
 
 impl StorageConfig {
@@ -64,21 +69,23 @@ impl StorageConfig {
         {
             return Err(table.at(key).bad("only a store with an s3:// url has it", None));
         }
-        Ok(Self { place: url.place(), s3: S3Config::read(table)?, location })
+        let retry = table.duration("retry")?.map_or(RetryOptions::default().deadline, |entry| entry.value);
+        Ok(Self { place: url.place(), retry, s3: S3Config::read(table)?, location })
     }
 
-    /// Opens the store; its traffic is counted in `traffic`, and a failing call is repeated as `retry` says.
+    /// Opens the store; its traffic is counted in `traffic`, and no call takes longer than `deadline_max`.
     pub fn open(
         &self,
         environment: &Environment,
         traffic: Arc<Traffic>,
         clock: Arc<dyn Clock>,
-        retry: RetryOptions,
+        deadline_max: Duration,
     ) -> Result<Arc<dyn Store>> {
         let s3 = match self.location {
             Location::S3 { .. } => self.s3.options(environment)?,
             Location::File(_) | Location::Memory => S3Options::default(),
         };
+        let retry = RetryOptions::within(self.retry.min(deadline_max));
         Ok(storage::open(&self.location, &Options { s3, traffic, clock, retry, ..Options::default() })?)
     }
 
@@ -103,6 +110,7 @@ impl S3Config {
             allow_http: table.boolean("allow_http").unwrap_or(false),
             ca_file: table.path("ca_file")?,
             proxy: text("proxy"),
+            timeout: table.duration("timeout")?.map(positive).transpose()?,
         };
         if config.secret_access_key.is_some() && config.secret_access_key_file.is_some() {
             let both = "the secret stands in secret_access_key as well";
@@ -137,6 +145,10 @@ impl S3Config {
             proxy: self.proxy.clone(),
             ..S3Options::default()
         };
+        if let Some(timeout) = self.timeout {
+            options.read_timeout = timeout;
+            options.connect_timeout = options.connect_timeout.min(timeout);
+        }
         if let Some(file) = &self.secret_access_key_file {
             options.secret_access_key = Some(Secret::from(file.secret()?.trim().to_owned()));
         }
@@ -149,6 +161,11 @@ impl S3Config {
         }
         Ok(options)
     }
+}
+
+/// Refuses a wait that would be over before it began.
+fn positive(entry: Entry<'_, Duration>) -> Result<Duration> {
+    if entry.value.is_zero() { Err(entry.bad("nothing answers in no time", None)) } else { Ok(entry.value) }
 }
 
 #[cfg(test)]
@@ -195,6 +212,24 @@ mod tests {
         assert_eq!(from_file.region.as_deref(), Some("here"));
         assert_eq!(from_file.endpoint.as_deref(), Some("https://here"));
         assert_eq!(options("", &[]).unwrap(), S3Options::default());
+    }
+
+    #[test]
+    fn how_long_is_waited_and_tried_can_be_set() {
+        let timeouts = |keys| {
+            let options = options(keys, &[]).unwrap();
+            (options.connect_timeout, options.read_timeout)
+        };
+        let seconds = Duration::from_secs;
+        assert_eq!(timeouts(""), (seconds(5), seconds(30)));
+        assert_eq!(timeouts("timeout = \"2s\""), (seconds(2), seconds(2)));
+        assert_eq!(timeouts("timeout = \"1min\""), (seconds(5), seconds(60)));
+        let error = options("timeout = \"0s\"", &[]).unwrap_err();
+        assert!(error.to_string().contains("nothing answers in no time"), "{error}");
+
+        let text = "[storage]\nurl = \"memory://\"\nretry = \"10min\"\n[sites.main]\n";
+        let config = Config::parse(text, Path::new("walden.toml"), &Environment::of(0, &[])).unwrap();
+        assert_eq!(config.site(None).unwrap().storage.retry, seconds(600));
     }
 
     #[test]

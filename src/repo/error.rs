@@ -144,6 +144,7 @@ impl Error {
             Self::ForeignCluster { .. } => {
                 "After pg_upgrade or a new initdb run `walden site upgrade`; otherwise give this server a site of its own."
             }
+            Self::Store(error) => return error.hint(),
             Self::Different { .. } => "Another cluster or another host archives into this site.",
             _ => return None,
         })

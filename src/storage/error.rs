@@ -9,6 +9,9 @@
 
 use std::error::Error as StdError;
 use std::sync::Arc;
+use std::time::Duration;
+
+use super::refusal::{Refusal, find, is_about_a_certificate};
 
 /// What a store, a library or the kernel said; shared, so that an error can be given to every waiter of one
 /// read.
@@ -211,6 +214,23 @@ impl Error {
             | Self::Invalid { key, .. }
             | Self::Other { key, .. } => key,
         }
+    }
+
+    /// Returns what to do about it, where that follows from the store's answer.
+    pub fn hint(&self) -> Option<&'static str> {
+        let source = StdError::source(self)?;
+        match (self, find::<Refusal>(source)) {
+            (_, Some(refusal)) => refusal.hint(),
+            (Self::Invalid { .. }, None) if is_about_a_certificate(source) => {
+                Some("Set ca_file to the certificates of the authority that signed it.")
+            }
+            (_, None) => None,
+        }
+    }
+
+    /// Returns how long the store asked to be left alone.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        find::<Refusal>(StdError::source(self)?)?.retry_after
     }
 
     /// Says whether the store answered that the object does not exist; every other error leaves that open.

@@ -23,6 +23,7 @@ pub mod url;
 
 mod jitter;
 pub mod probe;
+mod refusal;
 pub mod retry;
 pub mod secret;
 pub mod traffic;

@@ -1,9 +1,9 @@
 //! Trying again, until a deadline, what may succeed a moment later.
 //!
 //! Only `Unreachable` and `OutcomeUnknown` are tried again, after pauses that double up to a bound and are
-//! spread by chance. Every attempt is cut off at the deadline, so that nothing waits for ever for a store
-//! that does not answer (failure 39). The deadline is the option's plus the time the call's bytes may take
-//! on a slow line.
+//! spread by chance, and longer where the store asks for it. Every attempt is cut off at the deadline, so
+//! that nothing waits for ever for a store that does not answer (failure 39). The deadline is the option's
+//! plus the time the call's bytes may take on a slow line.
 //!
 //! A create whose answer was lost is repeated with the same bytes. If the key is then taken, the object is
 //! read back: our bytes mean success, others a conflict (failure 43). Taken at the first attempt is always
@@ -28,6 +28,9 @@ pub const BYTES_PER_SECOND_MIN: u64 = 64 * 1024;
 
 /// The most bytes a call is given time for: no object of the format is much larger.
 const BYTES_TIMED_MAX: u64 = 64 * 1024 * 1024;
+
+/// The longest pause taken because the store asks for it; it may name hours.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 
 /// What a listed key counts as, in bytes, when the time of a listing is reckoned.
 const BYTES_PER_KEY: u64 = 1024;
@@ -57,6 +60,14 @@ impl Default for RetryOptions {
 }
 
 impl RetryOptions {
+    /// Tries for so long, and as often as that takes.
+    pub fn within(deadline: Duration) -> Self {
+        let default = Self::default();
+        let pauses = u64::max(1, default.pause_max.as_secs() / 2);
+        let attempts = u32::try_from(deadline.as_secs() / pauses).unwrap_or(u32::MAX);
+        Self { deadline, attempts_max: default.attempts_max.max(attempts), ..default }
+    }
+
     /// Returns the pause after so many attempts: doubled each time up to the longest, and at least half of
     /// that.
     fn pause(&self, attempts: u32, fraction: f64) -> Duration {
@@ -149,7 +160,8 @@ impl Round<'_> {
     /// Waits before the next attempt, or returns the error to give up with.
     async fn pause(&mut self, error: Error) -> Result<(), Error> {
         self.attempts += 1;
-        let pause = self.options.pause(self.attempts, self.jitter.fraction());
+        let asked = error.retry_after().unwrap_or_default().min(RETRY_AFTER_MAX);
+        let pause = self.options.pause(self.attempts, self.jitter.fraction()).max(asked);
         if self.attempts >= self.options.attempts_max || pause >= self.remaining() {
             return Err(match error {
                 Error::Unreachable { source, .. } => self.given_up(source),

@@ -429,8 +429,7 @@ fn backup_while_switching(walden: &Walden, primary: &Cluster) -> Run {
 }
 
 fn standby_site(standby: &Sql, data: &Path, walden: &Walden) -> Site {
-    let url = format!("url = \"file://{}\"", walden.repository().display());
-    Site::of(standby, data).unencrypted().storage(&url)
+    Site::of(standby, data).unencrypted().storage(&walden.storage())
 }
 
 #[test]

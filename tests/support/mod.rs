@@ -20,13 +20,21 @@ mod pgbench;
 
 mod walden;
 
+mod moto;
+mod proxy;
+mod s3;
+mod s3_server;
+
 pub use chaos::{Chaos, Ledger};
 pub use checksum::Checksums;
 pub use cluster::{Cluster, Options};
 pub use debian::DebianCluster;
+pub use moto::Moto;
 pub use needs::{Need, bin_directory, missing, unmet};
 pub use pgbench::Pgbench;
+pub use proxy::{Fault, Proxy, header};
 pub use run::Run;
+pub use s3::{S3, s3_storage};
 pub use scratch::{Account, Scratch, mounts_below};
 pub use server::{Server, Stop};
 pub use sql::Sql;

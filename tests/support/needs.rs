@@ -70,17 +70,20 @@ pub fn is_root() -> bool {
 
 /// Finds the server binaries of a major version: Debian's, or those `scripts/install` took from npm.
 pub fn bin_directory(major: u32) -> Option<PathBuf> {
-    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
-    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(|| home.join(".cache"), PathBuf::from);
-    let candidates = [
-        PathBuf::from(format!("/usr/lib/postgresql/{major}/bin")),
-        PathBuf::from(format!("/var/cache/walden/postgresql/{major}/bin")),
-        cache.join(format!("walden/postgresql/{major}/bin")),
-    ];
-    candidates.into_iter().find(|bin| bin.join("postgres").exists())
+    let installed = caches().map(|cache| cache.join(format!("postgresql/{major}/bin")));
+    let mut candidates =
+        std::iter::once(PathBuf::from(format!("/usr/lib/postgresql/{major}/bin"))).chain(installed);
+    candidates.find(|bin| bin.join("postgres").exists())
 }
 
-/// Finds a program among Debian's PostgreSQL programs, or on the path.
+/// Lists where `scripts/install` puts what Debian does not have: root's cache and the caller's own.
+fn caches() -> impl Iterator<Item = PathBuf> {
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(|| home.join(".cache"), PathBuf::from);
+    [PathBuf::from("/var/cache/walden"), cache.join("walden")].into_iter()
+}
+
+/// Finds a program among Debian's PostgreSQL programs, on the path, or with moto.
 ///
 /// The path comes second: there Debian's psql is a script that looks at all clusters first, and fails on one that
 /// another test is just making.
@@ -89,6 +92,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
     let mut folders: Vec<PathBuf> = vec!["/usr/lib/postgresql/15/bin".into()];
     folders.extend(std::env::split_paths(&path));
     folders.push("/usr/sbin".into());
+    folders.extend(caches().map(|cache| cache.join("moto/bin")));
     folders
         .into_iter()
         .map(|folder| folder.join(name))

@@ -1,4 +1,4 @@
-//! The binary as its users run it: a configuration, a `file://` repository, keys, and the outcome of commands.
+//! The binary as its users run it: a configuration, a repository in a folder, keys, and the outcome of commands.
 //!
 //! Commands run as PostgreSQL's account, as they do from `archive_command` and from a DBA's shell; `as_root` is for what
 //! wants root.
@@ -7,7 +7,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
+use super::s3::{S3, tests_use_s3};
 use super::scratch::{mounts_below, unmount};
 use super::{Account, Run, Scratch, Sql, wait_for};
 
@@ -17,6 +19,8 @@ pub struct Walden {
     binary: PathBuf,
     folder: PathBuf,
     root: bool,
+    /// What serves the repository's folder, where it is reached as S3.
+    s3: Option<Arc<S3>>,
 }
 
 /// What is written into `walden.toml`.
@@ -88,13 +92,13 @@ impl Walden {
             fs::copy(built, &binary).unwrap();
             fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        Self { binary, folder: scratch.folder("walden"), root: false }
+        Self { binary, folder: scratch.folder("walden"), root: false, s3: None }
     }
 
     /// Prepares everything: keys if the site is encrypted, and `walden.toml`.
     #[track_caller]
     pub fn configure(scratch: &Scratch, site: &Site) -> Self {
-        let walden = Self::new(scratch);
+        let mut walden = Self::new(scratch);
         for folder in ["walden/state", "walden/run", "walden/clones", "walden/repository"] {
             scratch.folder(folder);
         }
@@ -102,8 +106,17 @@ impl Walden {
             let keys = ["key", "create", "--id", "test", "--bits", "3072"];
             Run::of(walden.bare_command().args(keys).current_dir(&walden.folder), "").expect_success();
         }
+        if site.storage.is_none() && tests_use_s3() {
+            walden.s3 = Some(Arc::new(S3::over(&walden.repository())));
+        }
         scratch.file("walden/walden.toml", &walden.configuration(site));
         walden
+    }
+
+    /// Writes `walden.toml` anew, beside the keys there are.
+    #[track_caller]
+    pub fn reconfigure(&self, scratch: &Scratch, site: &Site) {
+        scratch.file("walden/walden.toml", &self.configuration(site));
     }
 
     /// Returns the same Walden, run as root.
@@ -116,7 +129,15 @@ impl Walden {
         &self.binary
     }
 
-    /// Returns where the `file://` repository is.
+    /// Returns the lines of `[storage]` of its own repository, for another site.
+    pub fn storage(&self) -> String {
+        match &self.s3 {
+            Some(s3) => s3.storage(),
+            None => format!("url = \"file://{}\"", self.repository().display()),
+        }
+    }
+
+    /// Returns where its own repository is: a folder, reached as S3 or not.
     pub fn repository(&self) -> PathBuf {
         self.folder.join("repository")
     }
@@ -201,8 +222,7 @@ impl Walden {
 
     fn configuration(&self, site: &Site) -> String {
         let folder = self.folder.display();
-        let own_storage = || format!("url = \"file://{}\"", self.repository().display());
-        let storage = site.storage.clone().unwrap_or_else(own_storage);
+        let storage = site.storage.clone().unwrap_or_else(|| self.storage());
         let encryption = if site.encrypted { ENCRYPTION } else { "" };
         let path = |key, path: &Option<PathBuf>| {
             path.as_ref().map(|path| format!("{key} = \"{}\"\n", path.display())).unwrap_or_default()

@@ -20,7 +20,6 @@ use crate::site::{
     CheckedServer, Item, NodeOptions, Status, check_cluster, check_server, check_store, check_wal_round_trip,
     cluster_of,
 };
-use crate::storage::RetryOptions;
 
 use super::context::Context;
 use super::error::CommandError;
@@ -123,9 +122,8 @@ async fn check_repository(
     reads: bool,
     items: &mut Vec<Item>,
 ) -> Option<Repository> {
-    let retry = RetryOptions { deadline: STORE_PATIENCE, ..RetryOptions::default() };
     let place = site.storage.location.to_string();
-    let store = match context.open_store_retrying(site, retry) {
+    let store = match context.open_store_within(site, STORE_PATIENCE) {
         Ok(store) => store,
         Err(error) => {
             let hint = error.hint().unwrap_or_else(|| "Correct [storage] in the configuration.".to_owned());
@@ -142,7 +140,7 @@ async fn check_repository(
         return None;
     }
     let purpose = if reads { KeyPurpose::Read } else { KeyPurpose::Inspect };
-    match context.open_repository_retrying(site, purpose, retry).await {
+    match context.open_repository_within(site, purpose, STORE_PATIENCE).await {
         Ok(repository) => {
             let detail = format!("\"{}\" in {place}, {}", site.prefix, repository.site());
             items.push(Item::ok("site", detail));

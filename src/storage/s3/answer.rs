@@ -5,49 +5,81 @@
 //! or was never reached; whatever else went wrong after it was sent leaves the outcome unknown.
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::sync::Arc;
 
 use object_store::client::{HttpError, HttpErrorKind};
 
 use super::super::error::{Error, Source, Verb};
-use super::http::Refusal;
+use super::super::refusal::{Refusal, find, is_about_a_certificate};
+
+/// Where a store is, as its messages name it.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    /// The bucket.
+    pub(super) bucket: String,
+    /// The address of the store; AWS if absent.
+    pub(super) endpoint: Option<String>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bucket {} at {}", self.bucket, self.endpoint.as_deref().unwrap_or("AWS"))
+    }
+}
+
+/// What was heard from a place.
+#[derive(Debug, thiserror::Error)]
+#[error("{place}")]
+struct Heard {
+    place: Place,
+    source: Source,
+}
+
+/// How a conversation over HTTP ended, in words: object_store and reqwest say each thing several times.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Broken(String);
+
+/// Joins an error and its sources, each said once.
+fn words(error: &HttpError) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let more = error.to_string();
+        if !words.contains(&more) {
+            words = format!("{words}: {more}");
+        }
+        source = error.source();
+    }
+    words
+}
 
 /// Translates an error of object_store.
-pub(super) fn error_of(verb: Verb, key: &str, bucket: &str, error: object_store::Error) -> Error {
+pub(super) fn error_of(verb: Verb, key: &str, place: &Place, error: object_store::Error) -> Error {
     if let Some(refusal) = find::<Refusal>(&error) {
-        return refused(verb, key, bucket, refusal.clone());
+        return refused(verb, key, place, refusal.clone());
     }
     if is_about_a_certificate(&error) {
         return Error::Invalid {
             key: key.to_owned(),
-            reason: format!("could not {verb} {key}: the store's certificate is not trusted"),
+            reason: format!("could not {verb} {key} in {place}: the store's certificate is not trusted"),
             source: Some(Arc::new(error)),
         };
     }
     let connected = find::<HttpError>(&error).map(HttpError::kind);
     let key = key.to_owned();
-    let source: Source = Arc::new(error);
+    let heard: Source = match find::<HttpError>(&error) {
+        Some(error) => Arc::new(Broken(words(error))),
+        None => Arc::new(error),
+    };
+    let source: Source = Arc::new(Heard { place: place.clone(), source: heard });
     match connected {
         Some(HttpErrorKind::Connect) => Error::Unreachable { verb, key, reason: None, source: Some(source) },
         _ if verb == Verb::Create => Error::OutcomeUnknown { key, source: Some(source) },
         Some(_) => Error::Unreachable { verb, key, reason: None, source: Some(source) },
         None => Error::Other { verb, key, source },
     }
-}
-
-/// Says whether TLS ended over a certificate, which trying again does not change.
-fn is_about_a_certificate(error: &(dyn StdError + 'static)) -> bool {
-    // By its text, which stands in rustls: naming the type would take another dependency of the same
-    // version.
-    const TEXT: &str = "invalid peer certificate";
-    let mut current = Some(error);
-    while let Some(error) = current {
-        if error.to_string().contains(TEXT) {
-            return true;
-        }
-        current = error.source();
-    }
-    false
 }
 
 /// Says that a store does not speak the protocol as we know it.
@@ -69,47 +101,42 @@ pub(super) fn is_missing(error: &object_store::Error) -> bool {
     find::<Refusal>(error).is_some_and(|refusal| refusal.status == 404)
 }
 
-fn refused(verb: Verb, key: &str, bucket: &str, refusal: Refusal) -> Error {
+fn refused(verb: Verb, key: &str, place: &Place, refusal: Refusal) -> Error {
     let named = key.to_owned();
-    let because = |refusal| Some(Arc::new(refusal) as Source);
+    let because = |refusal| -> Source { Arc::new(Heard { place: place.clone(), source: Arc::new(refusal) }) };
+    let invalid = |reason: &str, refusal| Error::Invalid {
+        key: key.to_owned(),
+        reason: format!("could not {verb} {key}: {place} {reason}"),
+        source: Some(because(refusal)),
+    };
     match (refusal.status, refusal.code.as_str()) {
         (404, "NoSuchKey") => Error::NotFound { key: named },
-        (404, "NoSuchBucket") => Error::Invalid {
-            key: named,
-            reason: format!("could not {verb} {key}: bucket {bucket} does not exist"),
-            source: because(refusal),
-        },
+        (404, "NoSuchBucket") => invalid("does not exist", refusal),
         (412, _) if verb == Verb::Create => Error::AlreadyExists { key: named },
         // Another create of the key is under way; which one wins is not decided.
-        (409, _) if verb == Verb::Create => Error::OutcomeUnknown { key: named, source: because(refusal) },
+        (409, _) if verb == Verb::Create => {
+            Error::OutcomeUnknown { key: named, source: Some(because(refusal)) }
+        }
         (507, _) | (_, "QuotaExceeded" | "XMinioStorageFull") => {
-            Error::Full { verb, key: named, source: because(refusal) }
+            Error::Full { verb, key: named, source: Some(because(refusal)) }
         }
-        (401 | 403, _) => Error::Denied { verb, key: named, source: because(refusal) },
-        (301 | 307 | 308, _) => Error::Invalid {
-            key: named,
-            reason: format!(
-                "could not {verb} {key}: bucket {bucket} lies in another region or at another endpoint"
-            ),
-            source: because(refusal),
-        },
-        (501, _) => Error::Other { verb, key: named, source: Arc::new(refusal) },
+        (401 | 403, _) | (400, "ExpiredToken" | "InvalidToken") => {
+            Error::Denied { verb, key: named, source: Some(because(refusal)) }
+        }
+        (301 | 307 | 308, _)
+        | (400, "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException") => {
+            invalid("lies in another region or at another endpoint", refusal)
+        }
+        (501, _) => Error::Other { verb, key: named, source: because(refusal) },
+        // What came was not what was sent and signed: nothing was created, and the next attempt may come whole.
+        (400, "BadDigest" | "IncompleteBody" | "XAmzContentSHA256Mismatch") => {
+            Error::Unreachable { verb, key: named, reason: None, source: Some(because(refusal)) }
+        }
         (408 | 429 | 500.., _) | (_, "RequestTimeout" | "SlowDown") => match verb {
-            Verb::Create => Error::OutcomeUnknown { key: named, source: because(refusal) },
-            _ => Error::Unreachable { verb, key: named, reason: None, source: because(refusal) },
+            Verb::Create => Error::OutcomeUnknown { key: named, source: Some(because(refusal)) },
+            _ => Error::Unreachable { verb, key: named, reason: None, source: Some(because(refusal)) },
         },
-        _ => Error::Other { verb, key: named, source: Arc::new(refusal) },
-    }
-}
-
-/// Finds an error of one type among an error's sources.
-fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a T> {
-    let mut current = error;
-    loop {
-        if let Some(found) = current.downcast_ref() {
-            return Some(found);
-        }
-        current = current.source()?;
+        _ => Error::Other { verb, key: named, source: because(refusal) },
     }
 }
 
@@ -119,8 +146,15 @@ mod tests {
     use super::*;
 
     fn kind(verb: Verb, status: u16, code: &str) -> ErrorKind {
-        let refusal = Refusal { status, code: code.to_owned(), message: String::new() };
-        refused(verb, "a/b", "bucket", refusal).kind()
+        refused(verb, "a/b", &place(), refusal(status, code)).kind()
+    }
+
+    fn place() -> Place {
+        Place { bucket: "backups".to_owned(), endpoint: Some("https://s3.example.org".to_owned()) }
+    }
+
+    fn refusal(status: u16, code: &str) -> Refusal {
+        Refusal { status, code: code.to_owned(), message: String::new(), retry_after: None }
     }
 
     #[test]
@@ -145,5 +179,31 @@ mod tests {
         assert_eq!(kind(Verb::Create, 507, "XMinioStorageFull"), ErrorKind::Full);
         assert_eq!(kind(Verb::Create, 403, "QuotaExceeded"), ErrorKind::Full);
         assert_eq!(kind(Verb::Create, 301, "PermanentRedirect"), ErrorKind::Invalid);
+    }
+    #[test]
+    fn what_does_not_fit_the_configuration_is_not_tried_again() {
+        assert_eq!(kind(Verb::Get, 400, "AuthorizationHeaderMalformed"), ErrorKind::Invalid);
+        assert_eq!(kind(Verb::Get, 400, "ExpiredToken"), ErrorKind::Denied);
+        assert_eq!(kind(Verb::Create, 403, "RequestTimeTooSkewed"), ErrorKind::Denied);
+    }
+
+    #[test]
+    fn a_body_that_came_changed_is_sent_again_and_was_not_stored() {
+        for code in ["BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"] {
+            assert_eq!(kind(Verb::Create, 400, code), ErrorKind::Unreachable, "{code}");
+        }
+    }
+
+    #[test]
+    fn who_refused_is_named_and_what_helps() {
+        let error = refused(Verb::List, "main", &place(), refusal(403, "SignatureDoesNotMatch"));
+        let heard = StdError::source(&error).unwrap();
+        assert_eq!(heard.to_string(), "bucket backups at https://s3.example.org");
+        assert!(error.hint().unwrap().contains("access_key_id"), "{error:?}");
+        let missing = refused(Verb::List, "main", &place(), refusal(404, "NoSuchBucket"));
+        assert_eq!(
+            missing.to_string(),
+            "could not list main: bucket backups at https://s3.example.org does not exist"
+        );
     }
 }

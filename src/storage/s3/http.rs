@@ -7,7 +7,6 @@
 //!
 //! No redirect is followed: a signature is good for one host.
 
-use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -19,6 +18,7 @@ use object_store::client::{
     HttpService,
 };
 
+use super::super::refusal::Refusal;
 use super::super::retry::BYTES_PER_SECOND_MIN;
 
 /// The most of a refusal's body that is read.
@@ -26,47 +26,6 @@ const REFUSAL_BYTES_MAX: usize = 64 * 1024;
 
 /// The most of one page of a listing: a thousand of the longest keys with all that is said of each.
 const LISTING_BYTES_MAX: usize = 16 * 1024 * 1024;
-
-/// The most of a store's own words that is passed on.
-const MESSAGE_CHARACTERS_MAX: usize = 300;
-
-/// An answer that is no success.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) struct Refusal {
-    /// The HTTP status.
-    pub(super) status: u16,
-    /// The store's code, such as `NoSuchKey`; empty if the body gives none.
-    pub(super) code: String,
-    /// The store's words.
-    pub(super) message: String,
-}
-
-impl Refusal {
-    fn parse(status: u16, body: &[u8]) -> Self {
-        let body = String::from_utf8_lossy(body);
-        Self { status, code: element(&body, "Code"), message: element(&body, "Message") }
-    }
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HTTP status {}", self.status)?;
-        for part in [&self.code, &self.message] {
-            if !part.is_empty() {
-                write!(f, ": {part}")?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Returns the text of the first element of that name, shortened and without control characters.
-fn element(xml: &str, name: &str) -> String {
-    let text =
-        xml.split_once(&format!("<{name}>")).and_then(|(_, rest)| rest.split_once(&format!("</{name}>")));
-    let text = text.map_or("", |(text, _)| text);
-    text.chars().filter(|character| !character.is_control()).take(MESSAGE_CHARACTERS_MAX).collect()
-}
 
 /// What a store did not say in time, or said too much of.
 #[derive(Debug, thiserror::Error)]
@@ -145,9 +104,16 @@ impl HttpService for Connector {
         let answer = self.answer(request).await?;
         let status = answer.status();
         if !status.is_success() {
-            // The status alone still says much when the body cannot be read to its end.
-            let body = self.read(answer.into_body(), REFUSAL_BYTES_MAX).await.unwrap_or_default();
-            return Err(HttpError::new(HttpErrorKind::Decode, Refusal::parse(status.as_u16(), &body)));
+            let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok());
+            let retry_after = retry_after.map(str::to_owned);
+            let body = match self.read(answer.into_body(), REFUSAL_BYTES_MAX).await {
+                Ok(body) => body,
+                // What these mean, the code in the body says: a 404 without it proves nothing.
+                Err(error) if matches!(status.as_u16(), 400 | 404) => return Err(error),
+                Err(_) => BytesMut::new(),
+            };
+            let refusal = Refusal::parse(status.as_u16(), retry_after.as_deref(), &body);
+            return Err(HttpError::new(HttpErrorKind::Decode, refusal));
         }
         if !listing {
             return Ok(answer);
@@ -155,24 +121,5 @@ impl HttpService for Connector {
         let (parts, body) = answer.into_parts();
         let body = self.read(body, LISTING_BYTES_MAX).await?.freeze();
         Ok(HttpResponse::from_parts(parts, body.into()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_refusal_is_read_from_whatever_the_body_is() {
-        let body =
-            b"<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code><Message>It is\n gone</Message></Error>";
-        let refusal = Refusal::parse(404, body);
-        assert_eq!((refusal.code.as_str(), refusal.message.as_str()), ("NoSuchKey", "It is gone"));
-        assert_eq!(refusal.to_string(), "HTTP status 404: NoSuchKey: It is gone");
-        for body in [&b""[..], b"<html>", b"<Code>x", b"</Code><Code>", b"\xff\xfe<Code"] {
-            assert_eq!(Refusal::parse(502, body).to_string(), "HTTP status 502");
-        }
-        let long = format!("<Message>{}</Message>", "x".repeat(5000));
-        assert_eq!(Refusal::parse(500, long.as_bytes()).message.len(), MESSAGE_CHARACTERS_MAX);
     }
 }

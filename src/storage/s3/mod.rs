@@ -26,7 +26,7 @@ use object_store::list::{PaginatedListOptions, PaginatedListResult, PaginatedLis
 use object_store::path::Path;
 use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 
-use super::error::{Error, Verb};
+use super::error::{Error, ErrorKind, Verb};
 use super::key::ObjectKey;
 use super::store::{FOLDER_ENTRIES_MAX, Folder, ObjectMeta, Store, folder_name, folder_prefix, range_length};
 use super::traffic::KEYS_PER_REQUEST;
@@ -39,7 +39,7 @@ const BODY_BYTES_AHEAD: u64 = 1 << 20;
 #[derive(Clone)]
 pub struct S3Store {
     client: Arc<AmazonS3>,
-    bucket: String,
+    place: answer::Place,
     /// Empty, or ending in a slash.
     prefix: String,
     options: S3Options,
@@ -50,7 +50,8 @@ impl S3Store {
     pub fn open(bucket: &str, prefix: Option<&ObjectKey>, options: &S3Options) -> Result<Self, Error> {
         let client = Arc::new(options.client(bucket)?);
         let prefix = prefix.map(|prefix| format!("{prefix}/")).unwrap_or_default();
-        Ok(Self { client, bucket: bucket.to_owned(), prefix, options: options.clone() })
+        let place = answer::Place { bucket: bucket.to_owned(), endpoint: options.endpoint.clone() };
+        Ok(Self { client, place, prefix, options: options.clone() })
     }
 
     fn path(&self, key: &ObjectKey) -> Path {
@@ -58,7 +59,7 @@ impl S3Store {
     }
 
     fn failed(&self, verb: Verb, key: &str, error: object_store::Error) -> Error {
-        answer::error_of(verb, folder_name(key), &self.bucket, error)
+        answer::error_of(verb, folder_name(key), &self.place, error)
     }
 
     /// Receives a body of known size, or what came of it.
@@ -158,9 +159,8 @@ impl Store for S3Store {
             // The answer to a HEAD has no body that says what is missing, the object or the bucket. A GET's
             // has.
             Err(error) if answer::is_missing(&error) => match self.get_range(key, 0..1).await {
-                Err(error @ (Error::NotFound { .. } | Error::Invalid { .. })) => Err(error),
-                Err(error @ (Error::Unreachable { .. } | Error::Denied { .. })) => Err(error),
-                _ => Err(answer::protocol(
+                Err(error) if error.kind() != ErrorKind::Truncated => Err(error),
+                Ok(_) | Err(_) => Err(answer::protocol(
                     Verb::Head,
                     key.as_str(),
                     "it finds the object by GET but not by HEAD",
@@ -256,7 +256,7 @@ fn modified_of(found: &object_store::ObjectMeta) -> Timestamp {
 
 impl fmt::Debug for S3Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "S3Store({}/{})", self.bucket, self.prefix)
+        write!(f, "S3Store({}/{})", self.place.bucket, self.prefix)
     }
 }
 

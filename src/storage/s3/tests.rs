@@ -317,6 +317,30 @@ async fn a_listing_out_of_order_is_refused() {
     assert_eq!(store.list("", Some(&key("a")), 9).await.unwrap_err().kind(), ErrorKind::Other);
 }
 
+/// A 404 says what is missing in its body only: cut off, it is neither an absence nor final.
+#[tokio::test]
+async fn a_refusal_cut_off_before_its_code_is_asked_for_again() {
+    let cut = "HTTP/1.1 404 Not Found\r\ncontent-length: 300\r\n\r\n<Error><Co".to_owned();
+    let scripts = [cut, refusal("404 Not Found", "NoSuchKey")].map(Script::Say);
+    let peer = Peer::start(vec![scripts[0].clone()]).await;
+    assert_eq!(peer.store().get(&key("a"), 1).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(peer.store().head(&key("a")).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    let peer = Peer::start(scripts.into()).await;
+    let store = Retrying::new(peer.store(), RetryOptions::default(), Arc::new(SystemClock), 1);
+    assert!(store.get(&key("a"), 1).await.unwrap_err().is_absent());
+}
+
+/// A store that wants to be left alone for longer than anybody waits is not asked again.
+#[tokio::test]
+async fn a_store_is_left_alone_for_as_long_as_it_asks() {
+    let busy = answer("503 Slow Down", "retry-after: 3600\r\n", "<Error><Code>SlowDown</Code></Error>");
+    let peer = Peer::start(vec![Script::Say(busy), Script::Say(refusal("404 Not Found", "NoSuchKey"))]).await;
+    let options = RetryOptions::within(Duration::from_secs(60));
+    let store = Retrying::new(peer.store(), options, Arc::new(SystemClock), 1);
+    let error = store.get(&key("a"), 1).await.unwrap_err();
+    assert!(error.to_string().ends_with("given up after the first attempt"), "{error}");
+}
+
 /// A TLS server with a certificate of its own authority, run by the `openssl` command.
 struct TlsPeer {
     folder: tempfile::TempDir,

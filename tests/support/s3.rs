@@ -1,0 +1,62 @@
+//! An S3 server over a folder, for tests of the binary: objects are files there, to be looked at and damaged.
+//!
+//! With `WALDEN_TEST_STORE=s3` every repository of the tests lies behind such a server.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use tokio::runtime::{Builder, Runtime};
+
+use super::s3_server::{ACCESS_KEY_ID, BUCKET, S3Server, SECRET_ACCESS_KEY};
+
+/// A server; it ends when dropped.
+pub struct S3 {
+    // Dropped in this order.
+    server: S3Server,
+    _runtime: Runtime,
+}
+
+impl S3 {
+    /// Serves a folder as the one bucket there is.
+    pub fn over(folder: &Path) -> Self {
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let server = runtime.block_on(S3Server::start());
+        fs::remove_dir(server.bucket_folder()).unwrap();
+        symlink(folder, server.bucket_folder()).unwrap();
+        Self { server, _runtime: runtime }
+    }
+
+    /// Returns the server's address, `http://127.0.0.1:port`.
+    pub fn endpoint(&self) -> String {
+        self.server.endpoint()
+    }
+
+    /// Returns the lines of `[storage]` for it.
+    pub fn storage(&self) -> String {
+        s3_storage(&self.endpoint())
+    }
+}
+
+/// Returns the lines of `[storage]` for a server, or for what stands before it.
+pub fn s3_storage(endpoint: &str) -> String {
+    format!(
+        "url = \"s3://{BUCKET}\"\nendpoint = \"{endpoint}\"\naccess_key_id = \"{ACCESS_KEY_ID}\"\n\
+         secret_access_key = \"{SECRET_ACCESS_KEY}\"\n"
+    )
+}
+
+/// Says whether this run of the tests keeps its repositories in S3.
+pub fn tests_use_s3() -> bool {
+    match std::env::var("WALDEN_TEST_STORE").as_deref() {
+        Err(_) | Ok("file") => false,
+        Ok("s3") => true,
+        Ok(other) => panic!("WALDEN_TEST_STORE is file or s3, not {other}"),
+    }
+}
+
+impl std::fmt::Debug for S3 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "S3({})", self.endpoint())
+    }
+}
