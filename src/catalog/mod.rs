@@ -18,6 +18,7 @@ pub mod timeline_tree;
 pub mod wal_coverage;
 pub mod wal_reader;
 pub mod wal_records;
+pub mod wal_scan;
 
 pub use basebackups::{BasebackupList, ListedBasebackup, ResolveError};
 pub use recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};

@@ -138,7 +138,8 @@ async fn interrupted() -> CommandError {
     CommandError::failed("interrupted: the basebackup was given up")
 }
 
-fn host_name() -> String {
+/// Returns the name of this host.
+pub(super) fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
 }

@@ -16,6 +16,7 @@ use crate::restore::plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, 
 use crate::restore::run::{CHECKPOINT_BYTES, Resources, read_unfinished, restore};
 use crate::storage::Location;
 
+use super::backup::host_name;
 use super::context::Context;
 use super::error::CommandError;
 use super::recovery_target::TargetArguments;
@@ -165,6 +166,8 @@ impl Restore {
             user: Owner::current(),
             apart_from,
             libc: libc_version(),
+            host: host_name(),
+            source_directory: site.data_directory.clone(),
         })
     }
 }

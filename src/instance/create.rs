@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use crate::catalog::recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
+use crate::catalog::wal_scan::{WalScan, scan_wal};
 use crate::catalog::{RecoveryPlan, RecoveryTarget, TargetAction};
 use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
@@ -15,7 +16,6 @@ use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
 use crate::instance::isolation::{config_files, socket_path};
 use crate::instance::preload::{is_in, plan_preload};
-use crate::instance::wal_scan::{WalScan, scan_wal};
 use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
 use crate::repo::{self, Basebackup, BasebackupId, Repository};

@@ -8,8 +8,6 @@ pub mod clone_folder;
 pub mod create;
 pub mod supervise;
 
-mod wal_scan;
-
 mod clone_mount;
 pub mod isolation;
 pub mod launch;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::catalog::RecoveryPlan;
+use crate::catalog::wal_scan::greatest;
 use crate::control::{self, CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, CloneMarker, LockFile, Owner};
@@ -21,7 +22,6 @@ use crate::instance::isolation::{CloneFacts, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
 use crate::instance::orphans;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
-use crate::instance::wal_scan::greatest;
 use crate::pg::{ControlFile, ControlFileError};
 use crate::replication::Session;
 use crate::repo::{self, Repository};

@@ -22,6 +22,8 @@ mod writer;
 pub mod run;
 
 mod error;
+#[cfg(test)]
+mod tests;
 
 pub use error::{Error, ErrorKind};
 pub use plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, plan_restore};

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{PlannedRecovery, RecoveryPlan, RecoveryTarget};
+use crate::catalog::wal_scan::scan_wal;
+use crate::catalog::{PlannedRecovery, RecoveryPlan, RecoveryTarget, Target};
 use crate::disk::Owner;
 use crate::pg::{ControlFile, TimelineId, WalSegmentNumber};
 use crate::repo::entry::{Content, Entry, Node, TreePath};
@@ -44,6 +45,10 @@ pub struct RestoreOptions {
     pub apart_from: Vec<(PathBuf, String)>,
     /// Version of the C library of this host, where it is known.
     pub libc: Option<String>,
+    /// The name of this host.
+    pub host: String,
+    /// The data directory of the source, if it is on this host.
+    pub source_directory: Option<PathBuf>,
 }
 
 /// What is done with a directory that something is in.
@@ -135,6 +140,7 @@ pub async fn plan_restore(
     let destinations = Destinations::new(&data, &start.tablespaces, &map, configuration)?;
     let sizes = Sizes::of(basebackup, &destinations).await?;
     check_targets(&destinations, &sizes, basebackup, options)?;
+    check_replay(basebackup, &planned.plan, &destinations, options).await?;
     let control = control_file(basebackup).await?;
     let main_inside = basebackup.entry(&tree_path("data/postgresql.conf")?).await?.is_some();
     let unknown_configuration = !main_inside && destinations.configuration.is_none();
@@ -252,6 +258,34 @@ fn check_targets(
     check_space(&sizes.by_place.iter().map(needed).collect::<Vec<_>>())
 }
 
+/// Refuses WAL whose replay would create a tablespace over what is on this host (failure 27b).
+///
+/// The path stands in the WAL and is the source's, so this concerns the source's own host; and WAL is read only where
+/// the source has tablespaces at all, or nobody knows.
+async fn check_replay(
+    basebackup: &Basebackup,
+    recovery: &RecoveryPlan,
+    destinations: &Destinations,
+    options: &RestoreOptions,
+) -> Result<(), Error> {
+    let links = options.source_directory.as_ref().map(|source| source.join("pg_tblspc"));
+    let none =
+        links.and_then(|links| std::fs::read_dir(links).ok()).is_some_and(|mut links| links.next().is_none());
+    if basebackup.record().server.host != options.host || none {
+        return Ok(());
+    }
+    let scan = scan_wal(basebackup.repository(), recovery, basebackup.record().start_lsn).await?;
+    let facts = TargetFacts::of(&destinations.data)?;
+    for (oid, path) in scan.tablespaces {
+        let place = resolve(&path);
+        let ours = is_own_tablespace(&facts, &destinations.data, oid, &place);
+        if !ours && TargetFacts::of(&place).is_ok_and(|facts| facts.filled) {
+            return Err(Error::ReplayedTablespace { oid, path });
+        }
+    }
+    Ok(())
+}
+
 async fn control_file(basebackup: &Basebackup) -> Result<ControlFile, Error> {
     let damaged =
         |detail: String| Error::Repository(repo::Error::Damaged { object: CONTROL_FILE.to_owned(), detail });
@@ -304,10 +338,8 @@ fn figures(sizes: &Sizes, basebackup: &Basebackup, planned: &PlannedRecovery) ->
     let packs = basebackup.refs().records();
     let size = planned.plan.cluster.segment_size;
     let end = match planned.target.target {
-        crate::catalog::Target::Lsn(lsn) => Some(WalSegmentNumber::containing(lsn, size)),
-        crate::catalog::Target::Immediate => {
-            Some(WalSegmentNumber::containing(basebackup.record().stop_lsn, size))
-        }
+        Target::Lsn(lsn) => Some(WalSegmentNumber::containing(lsn, size)),
+        Target::Immediate => Some(WalSegmentNumber::containing(basebackup.record().stop_lsn, size)),
         _ => None,
     };
     let spans = planned.plan.spans.iter().filter_map(|span| {

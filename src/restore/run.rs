@@ -31,7 +31,7 @@ use crate::restore::journal::Journal;
 use crate::restore::plan::{Existing, RestorePlan};
 use crate::restore::recovery_settings::{AUTO_CONF, with_block};
 use crate::restore::shape::Shape;
-use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker};
+use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME};
 use crate::restore::writer::Writer;
 
 /// What a restore may use.
@@ -60,7 +60,6 @@ pub struct RestoreOutcome {
 
 /// How much is written between two syncs where nothing else is asked for.
 pub const CHECKPOINT_BYTES: u64 = 2 << 30;
-const STATE_FILE: &str = "restore.json";
 const JOURNAL_FILE: &str = "restore.journal";
 /// Says that only the renames are left: all else is on stable storage.
 const COMPLETE_FILE: &str = "complete";
@@ -71,7 +70,7 @@ const READER_CACHE_BYTES: usize = 4 << 20;
 pub fn read_unfinished(target_directory: &Path) -> Result<RestorePlan, Error> {
     let nothing = || Error::NothingToResume { path: target_directory.to_owned() };
     let area = PrivateArea::open(target_directory)?.ok_or_else(nothing)?;
-    let path = area.directory().join(STATE_FILE);
+    let path = area.directory().join(STATE_FILE_NAME);
     let text = match fs::read(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(nothing()),
         other => other.map_err(Error::at("read", &path))?,
@@ -167,7 +166,7 @@ impl Restore<'_> {
         let area = PrivateArea::create(&plan.destinations.data, Some(owner))?;
         let lock = area.lock()?;
         area.clear_temporary(&lock)?;
-        let state = area.directory().join(STATE_FILE);
+        let state = area.directory().join(STATE_FILE_NAME);
         if !resume {
             for name in [COMPLETE_FILE, JOURNAL_FILE] {
                 durable::remove_file(&area.directory().join(name))?;

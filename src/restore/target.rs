@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{Owner, Space, private_area};
-use crate::pg::{CONTROL_FILE_SIZE, ControlFile, PostmasterPid, SystemIdentifier};
+use crate::pg::{ControlFile, PostmasterPid, SystemIdentifier};
 use crate::repo::{BasebackupId, ClusterId};
 use crate::restore::Error;
 use crate::restore::destinations::Destinations;
@@ -19,6 +19,8 @@ use crate::restore::plan::Existing;
 
 /// The file in a restored data directory that says who put it there.
 pub const MARKER_FILE_NAME: &str = "walden.restore.json";
+/// The plan of an unfinished restore, in its private area; without it nothing has begun.
+pub(crate) const STATE_FILE_NAME: &str = "restore.json";
 
 /// What a restored directory says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,12 +69,12 @@ impl TargetFacts {
             Ok(_) => {}
         }
         let control = fs::read(path.join("global/pg_control")).unwrap_or_default();
-        let control = control.get(..CONTROL_FILE_SIZE).and_then(|bytes| ControlFile::parse(bytes).ok());
+        let control = ControlFile::parse(&control).ok();
         let marker = fs::read(path.join(MARKER_FILE_NAME)).ok();
         Ok(Self {
             owner: Some(Owner::of(path)?),
             filled: is_filled(path)?,
-            unfinished: path.join(private_area::DIRECTORY_NAME).exists(),
+            unfinished: path.join(private_area::DIRECTORY_NAME).join(STATE_FILE_NAME).exists(),
             marker: marker.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
             cluster: control.map(|control| control.system_identifier),
             server: server_in(path),
@@ -209,7 +211,12 @@ fn nearest_existing(path: &Path) -> &Path {
 
 fn is_filled(path: &Path) -> Result<bool, Error> {
     let mut entries = fs::read_dir(path).map_err(Error::at("list", path))?;
-    Ok(entries.any(|entry| entry.map_or(true, |entry| entry.file_name() != LOST_AND_FOUND)))
+    let begun = || path.join(private_area::DIRECTORY_NAME).join(STATE_FILE_NAME).exists();
+    let counts = |entry: fs::DirEntry| {
+        let name = entry.file_name();
+        name != LOST_AND_FOUND && (name != private_area::DIRECTORY_NAME || begun())
+    };
+    Ok(entries.any(|entry| entry.map_or(true, counts)))
 }
 
 /// Returns the postmaster of a data directory; a pid file whose process is another's is left over.

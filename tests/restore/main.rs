@@ -7,3 +7,5 @@ mod support;
 mod source;
 
 mod equal;
+mod incomplete;
+mod targets;

@@ -1,6 +1,6 @@
-//! What replay will do to the world outside the pages: read from the WAL before a clone replays it.
+//! What replay will do to the world outside the pages: read from the WAL before it is replayed.
 //!
-//! Only two things matter here: absolute paths that CREATE TABLESPACE writes to, which need a stand-in, and the
+//! Only two things matter here: absolute paths that CREATE TABLESPACE writes to (failure 27b), and the
 //! limits that a hot standby must not undercut.
 
 use std::collections::BTreeMap;
