@@ -140,7 +140,7 @@ pub async fn plan_restore(
     let destinations = Destinations::new(&data, &start.tablespaces, &map, configuration)?;
     let sizes = Sizes::of(basebackup, &destinations).await?;
     check_targets(&destinations, &sizes, basebackup, options)?;
-    check_replay(basebackup, &planned.plan, &destinations, options).await?;
+    check_replay(basebackup, &planned, &destinations, options).await?;
     let control = control_file(basebackup).await?;
     let main_inside = basebackup.entry(&tree_path("data/postgresql.conf")?).await?.is_some();
     let unknown_configuration = !main_inside && destinations.configuration.is_none();
@@ -264,7 +264,7 @@ fn check_targets(
 /// the source has tablespaces at all, or nobody knows.
 async fn check_replay(
     basebackup: &Basebackup,
-    recovery: &RecoveryPlan,
+    planned: &PlannedRecovery,
     destinations: &Destinations,
     options: &RestoreOptions,
 ) -> Result<(), Error> {
@@ -274,7 +274,13 @@ async fn check_replay(
     if basebackup.record().server.host != options.host || none {
         return Ok(());
     }
-    let scan = scan_wal(basebackup.repository(), recovery, basebackup.record().start_lsn).await?;
+    let scan = scan_wal(
+        basebackup.repository(),
+        &planned.plan,
+        &planned.target.target,
+        basebackup.record().start_lsn,
+    )
+    .await?;
     let facts = TargetFacts::of(&destinations.data)?;
     for (oid, path) in scan.tablespaces {
         let place = resolve(&path);

@@ -4,6 +4,8 @@
 //! a configuration file the last line of a name wins, so the block is last, and it names every target setting: one that
 //! the source still carried would contradict ours, and the server would not start.
 
+use std::path::{Component, PathBuf};
+
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{RecoveryTarget, Target, TargetAction};
@@ -122,6 +124,19 @@ pub fn with_block(file: &[u8], settings: &[Setting], what: &str) -> Vec<u8> {
     text
 }
 
+/// Returns the folders below its own that a configuration file includes; the server does not start where one is missing,
+/// and an empty one holds no file that a basebackup could have.
+pub fn included_folders(file: &[u8]) -> Vec<PathBuf> {
+    let text = String::from_utf8_lossy(file);
+    let value = |line: &str| {
+        let rest = line.trim_start().strip_prefix("include_dir")?;
+        let rest = rest.trim_start().trim_start_matches('=').trim_start().strip_prefix('\'')?;
+        rest.split_once('\'').map(|(value, _)| PathBuf::from(value))
+    };
+    let below = |path: &PathBuf| path.components().all(|part| matches!(part, Component::Normal(_)));
+    text.lines().filter_map(value).filter(below).collect()
+}
+
 /// Removes blocks of earlier restores; one whose end is gone is an ordinary comment with lines after it.
 fn without_block(file: &[u8]) -> Vec<u8> {
     let lines: Vec<&[u8]> = file.split_inclusive(|byte| *byte == b'\n').collect();
@@ -207,5 +222,12 @@ mod tests {
         assert_eq!(with_block(text.as_bytes(), &new, AUTO_CONF), text.as_bytes());
         let cut = b"# BEGIN walden restore\nwork_mem = '9MB'\n";
         assert!(with_block(cut, &[], AUTO_CONF).starts_with(cut));
+    }
+
+    #[test]
+    fn folders_that_are_included_by_name_are_found() {
+        let file = b"include_dir = 'conf.d'\t# Debian's\n  include_dir 'more/x'\n#include_dir = 'no'\n\
+                     include_dir = '/etc/x'\ninclude_dir = '../x'\nincluded = 'y'\n";
+        assert_eq!(included_folders(file), [PathBuf::from("conf.d"), PathBuf::from("more/x")]);
     }
 }

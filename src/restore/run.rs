@@ -29,7 +29,7 @@ use crate::restore::existing::{Staying, clear, sizes, staying_by_content, stayin
 use crate::restore::file_writer::FileWriter;
 use crate::restore::journal::Journal;
 use crate::restore::plan::{Existing, RestorePlan};
-use crate::restore::recovery_settings::{AUTO_CONF, with_block};
+use crate::restore::recovery_settings::{AUTO_CONF, included_folders, with_block};
 use crate::restore::shape::Shape;
 use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME};
 use crate::restore::writer::Writer;
@@ -238,6 +238,11 @@ impl Restore<'_> {
             && let Some(path) = plan.destinations.place(&main)?
         {
             let before = fs::read(&path).map_err(Error::at("read", &path))?;
+            let folder = path.parent().unwrap_or(Path::new("/"));
+            for included in included_folders(&before) {
+                let create = Create { mode: 0o755, ..Create::PRIVATE_DIRECTORY.owned_by(plan.owner()) };
+                durable::create_dir_all(&folder.join(included), create)?;
+            }
             let create = Create { mode: 0o644, ..create };
             durable::write_file(&path, &with_block(&before, settings, ""), create)?;
         }

@@ -8,4 +8,5 @@ mod source;
 
 mod equal;
 mod incomplete;
+mod places;
 mod targets;
