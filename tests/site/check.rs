@@ -122,6 +122,13 @@ fn each_mistake_in_the_configuration_fails_its_own_line() {
     let checked = source.with(&old, &new);
     checked.assert_failed("a foreign cluster", &["archive_command", "cluster"]);
 
+    // Each of several servers has its lines; what one lacks says nothing of the other.
+    let node = |connection: &str| format!("[[sites.main.nodes]]\nconnection = \"{connection}\"\n");
+    let nodes = node(&old) + &node("host=/nonexistent user=postgres");
+    let checked = source.with(&format!("connection = \"{old}\"\n"), &nodes);
+    checked.assert_failed("a node that does not answer", &["node 2: connection"]);
+    assert_eq!(checked.items["node 1: WAL round trip"]["status"], "ok", "{}", checked.run.stdout);
+
     let url = format!("file://{}", source.walden.repository().display());
     let checked = source.with(&url, "file:///sys/walden");
     checked.assert_failed("a store that cannot be written", &["store"]);
