@@ -21,6 +21,7 @@ use super::context::Context;
 use super::error::CommandError;
 use super::exit::ExitKind;
 use super::output::Report;
+use super::priority;
 use super::text::{TextStyle, duration, size};
 
 /// Takes a basebackup of a running server
@@ -54,6 +55,7 @@ impl Backup {
         check_label(self.label.as_deref())?;
         let site = context.site()?;
         context.warn_of_missing_protection()?;
+        priority::yield_to_others();
         let options = self.options(context, site)?;
         let outcome = context.block_on(async {
             tokio::select! {

@@ -23,6 +23,7 @@ mod logging;
 mod module_errors;
 mod mount;
 mod output;
+mod priority;
 mod progress;
 mod recovery_target;
 #[cfg(test)]
