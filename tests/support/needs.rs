@@ -4,6 +4,8 @@ use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use super::s3::tests_use_s3;
+
 /// Something a test cannot do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
@@ -15,6 +17,8 @@ pub enum Need {
     DebianCluster,
     /// A program of that name.
     Program(&'static str),
+    /// A repository that the binary itself keeps in a folder, in a run of the tests that keeps none in S3.
+    Folder,
     /// The rights of root: loop mounts, dropped caches, other owners.
     Root,
 }
@@ -40,6 +44,13 @@ impl Need {
 
 /// Says on the runner's standard error which needs are not met; fails where `CI` is set.
 pub fn unmet(needs: &[Need]) -> bool {
+    if needs.contains(&Need::Folder) && tests_use_s3() {
+        let test = std::thread::current().name().unwrap_or("a test").to_owned();
+        shout(&format!(
+            "SKIPPED {test}: it is about a repository in a folder, and this run keeps them in S3\n"
+        ));
+        return true;
+    }
     let Some(missing) = missing(needs, std::env::var_os("CI").is_some()) else { return false };
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     shout(&format!("SKIPPED {test}: this machine has no {missing}; scripts/install test gets what it can\n"));

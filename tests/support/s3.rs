@@ -12,19 +12,22 @@ use super::s3_server::{ACCESS_KEY_ID, BUCKET, S3Server, SECRET_ACCESS_KEY};
 
 /// A server; it ends when dropped.
 pub struct S3 {
-    // Dropped in this order.
     server: S3Server,
-    _runtime: Runtime,
+    /// There until dropped.
+    runtime: Option<Runtime>,
 }
 
 impl S3 {
     /// Serves a folder as the one bucket there is.
     pub fn over(folder: &Path) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let server = runtime.block_on(S3Server::start());
+        // On a thread of its own, for a test may run in a runtime already.
+        let server = std::thread::scope(|scope| {
+            scope.spawn(|| runtime.block_on(S3Server::start())).join().expect("the server starts")
+        });
         fs::remove_dir(server.bucket_folder()).unwrap();
         symlink(folder, server.bucket_folder()).unwrap();
-        Self { server, _runtime: runtime }
+        Self { server, runtime: Some(runtime) }
     }
 
     /// Returns the server's address, `http://127.0.0.1:port`.
@@ -52,6 +55,14 @@ pub fn tests_use_s3() -> bool {
         Err(_) | Ok("file") => false,
         Ok("s3") => true,
         Ok(other) => panic!("WALDEN_TEST_STORE is file or s3, not {other}"),
+    }
+}
+
+impl Drop for S3 {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 

@@ -33,7 +33,7 @@ fn a_load_is_archived_without_a_hole_and_recovered() {
 /// What root writes into a repository belongs to the repository's owner, whose archive_command comes next.
 #[test]
 fn a_repository_that_root_has_written_to_is_still_the_owners() {
-    require!(Need::PostgreSQL(15), Need::Root);
+    require!(Need::PostgreSQL(15), Need::Root, Need::Folder);
     let scene = Scene::new(15, 1);
     let repository = scene.walden.repository();
     std::fs::remove_dir_all(repository.join("main")).unwrap();

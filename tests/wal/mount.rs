@@ -143,7 +143,7 @@ fn damaged_data_is_an_error_and_a_line_in_the_log() {
 /// Failure 33: mounting over the repository itself deadlocked.
 #[test]
 fn a_mount_over_or_inside_what_it_reads_is_refused() {
-    require!(Need::PostgreSQL(15), Need::Fuse);
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Folder);
     let source = BackedUp::new(15);
     let walden = source.walden.as_root();
     let repository = source.walden.repository();
