@@ -7,16 +7,22 @@
 //! ```
 //! A dead mount that a killed supervisor left is detached first; the caller holds the folder's lock, so nobody else
 //! can be behind it. Closing syncs every upper before the mount goes.
+//! How long reads wait for the store is the supervisor's to say: it knows whether there is recovery to lose.
 
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::try_join_all;
 
 use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_reader::WalReader;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Binding, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec};
+use crate::mount::lower::Lower;
 use crate::mount::mounting::{self, MountError, MountOptions, Mounted};
+use crate::mount::patience::{Patience, PatienceSwitch, PatientLower};
 use crate::mount::repo_lower::RepoLower;
 use crate::mount::tree::Tree;
 use crate::mount::upper::{OpenError, Upper, UpperOptions};
@@ -32,6 +38,7 @@ pub struct CloneMount {
     mounted: Option<Mounted>,
     uppers: Vec<Upper>,
     reader: Arc<FileReader>,
+    switch: Arc<PatienceSwitch>,
 }
 
 /// Why a clone's mount is not there.
@@ -55,6 +62,9 @@ pub enum MountFailure {
     /// What was written could not be made durable.
     #[error("could not sync the clone's files: {0}")]
     Sync(nix::errno::Errno),
+    /// What the server must be able to read could not be fetched.
+    #[error("could not fetch what PostgreSQL must always be able to read: {0}")]
+    Fetch(nix::errno::Errno),
     /// A task of ours ended without an answer.
     #[error("internal error: {0}")]
     Internal(String),
@@ -67,6 +77,13 @@ const WAL_CACHE_BYTES: usize = 64 << 20;
 /// Stored bytes of the start-up set that a start fetches unasked; what the first sessions read of each database's
 /// catalogs is in it too, so it is kept until it is used.
 const START_SET_BYTES: u64 = 4 << 20;
+/// What is read in critical sections, where PostgreSQL turns a read error into a PANIC.
+const NEVER_FAILING: [&str; 4] = ["global", "pg_xact", "pg_multixact", "pg_commit_ts"];
+
+/// How long reads of a server that takes queries wait for the store before they fail.
+pub const RUNNING_PATIENCE: Patience = Patience::Deadline(Duration::from_secs(30));
+/// How long reads wait while the server is being stopped, those that wait already included.
+pub const STOPPING_PATIENCE: Patience = Patience::Deadline(Duration::from_secs(5));
 
 impl CloneMount {
     /// Opens the basebackup and the uppers of a clone and mounts them.
@@ -94,7 +111,9 @@ impl CloneMount {
         let reader = Arc::new(FileReader::new(basebackup.clone(), CHUNK_CACHE_BYTES));
         reader.prefetch_start_set(START_SET_BYTES).await?;
         let owner = Owner { uid: spec.owner.0, gid: spec.owner.1 };
-        let data = open_upper(folder, spec, &reader, "data", "data", true).await?;
+        let switch = PatienceSwitch::new(RUNNING_PATIENCE);
+        let patient = |path: &str| patient_lower(repository, folder, &reader, &switch, path);
+        let data = open_upper(folder, spec, patient("data")?, "data", "data", true).await?;
         let mut uppers = vec![data.clone()];
         let mut tablespaces = StaticDir::new(spec.created_at);
         for tablespace in &basebackup.start().tablespaces {
@@ -103,7 +122,8 @@ impl CloneMount {
             }
             let oid = tablespace.oid.to_string();
             let path = format!("tablespaces/{oid}");
-            let upper = open_upper(folder, spec, &reader, &format!("tablespace-{oid}"), &path, false).await?;
+            let name = format!("tablespace-{oid}");
+            let upper = open_upper(folder, spec, patient(&path)?, &name, &path, false).await?;
             tablespaces = tablespaces.with(&oid, Item::Volume(Arc::new(upper.clone())));
             uppers.push(upper);
         }
@@ -118,7 +138,7 @@ impl CloneMount {
             tokio::task::spawn_blocking(move || mounting::mount(tree, &mount_point, &options, &runtime))
                 .await
                 .map_err(|error| MountFailure::Internal(error.to_string()))??;
-        Ok(Self { mounted: Some(mounted), uppers, reader })
+        Ok(Self { mounted: Some(mounted), uppers, reader, switch })
     }
 
     /// Makes everything that was written durable.
@@ -126,6 +146,22 @@ impl CloneMount {
         let uppers = self.uppers.clone();
         let sync = move || uppers.iter().try_for_each(Upper::sync_all).map_err(MountFailure::Sync);
         tokio::task::spawn_blocking(sync).await.map_err(|error| MountFailure::Internal(error.to_string()))?
+    }
+
+    /// Says how long reads wait for the store, also those that wait already.
+    pub fn wait_for_store(&self, patience: Patience) {
+        self.switch.set(patience);
+    }
+
+    /// Returns the work of fetching what must never fail to be read, apart from this mount's life.
+    pub fn fetch_never_failing(&self) -> impl Future<Output = Result<(), MountFailure>> + Send + 'static {
+        // The uppers of tablespaces have none of it.
+        let data = self.uppers.first().cloned();
+        async move {
+            let trees = data.iter().flat_map(|data| NEVER_FAILING.map(|name| data.make_local(name)));
+            try_join_all(trees).await.map_err(MountFailure::Fetch)?;
+            Ok(())
+        }
     }
 
     /// Returns the first damage of the basebackup that this mount met.
@@ -162,10 +198,25 @@ impl CloneMount {
     }
 }
 
+/// A part of the basebackup, for reads that wait for the store.
+fn patient_lower(
+    repository: &Repository,
+    folder: &CloneFolder,
+    reader: &Arc<FileReader>,
+    switch: &Arc<PatienceSwitch>,
+    path: &str,
+) -> Result<Arc<dyn Lower>, MountFailure> {
+    // The links of pg_tblspc lead to where this mount has the tablespaces, and nowhere else (failure 27b).
+    let tablespaces = folder.mount_point().join("tablespaces/").into_os_string().into_vec();
+    let root = TreePath::new(path).map_err(|error| MountFailure::Internal(error.to_string()))?;
+    let lower = Arc::new(RepoLower::new(reader.clone(), root).with_tablespace_folder(&tablespaces));
+    Ok(Arc::new(PatientLower::new(lower, switch.clone(), repository.shared_clock())))
+}
+
 async fn open_upper(
     folder: &CloneFolder,
     spec: &CloneSpec,
-    reader: &Arc<FileReader>,
+    lower: Arc<dyn Lower>,
     name: &str,
     path: &str,
     holds_back: bool,
@@ -173,10 +224,6 @@ async fn open_upper(
     let owner = Owner { uid: spec.owner.0, gid: spec.owner.1 };
     let directory = folder.upper().join(name);
     durable::create_dir_all(&directory, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
-    // The links of pg_tblspc lead to where this mount has the tablespaces, and nowhere else (failure 27b).
-    let tablespaces = folder.mount_point().join("tablespaces/").into_os_string().into_vec();
-    let root = TreePath::new(path).map_err(|error| MountFailure::Internal(error.to_string()))?;
-    let lower = Arc::new(RepoLower::new(reader.clone(), root).with_tablespace_folder(&tablespaces));
     let binding = Binding {
         basebackup: spec.basebackup.to_string(),
         manifest_digest: spec.manifest_digest.clone(),

@@ -14,6 +14,7 @@ pub mod launch;
 mod orphans;
 pub mod programs;
 pub mod server;
+mod store_wait;
 
 pub mod demo;
 pub mod landlock;

@@ -3,13 +3,18 @@
 //! mount → first start only: links, marker, signal file → sync → PostgreSQL → requests until it ends or is told to →
 //! stop → sync → unmount. The order on the way down is what makes everything that was fsynced be there at the next
 //! start. When this process is killed PostgreSQL dies with it (`launch`), and the next start begins with detaching
-//! the dead mount. Deliberately absent: starting again by itself after a failure.
+//! the dead mount. Reads wait for the store for ever while there is recovery to lose, and until what must never fail
+//! to be read is local; after that until a deadline. A recovery that ended for want of the store is started again
+//! (`store_wait`). Deliberately absent: starting again after any other failure.
 
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
 
 use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_scan::greatest;
@@ -17,11 +22,13 @@ use crate::control::{self, CloneState, CloneStatus, Listener, Pending, Reply, Re
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, CloneMarker, LockFile, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, read_json};
-use crate::instance::clone_mount::{CloneMount, MountFailure};
+use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::isolation::{CloneFacts, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
 use crate::instance::orphans;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
+use crate::instance::store_wait::{self, Waited};
+use crate::mount::patience::Patience;
 use crate::pg::{ControlFile, ControlFileError};
 use crate::replication::Session;
 use crate::repo::{self, Repository};
@@ -100,6 +107,12 @@ const LOCK_LOOKS_MAX: u32 = 100;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// A fast stop writes a checkpoint through the mount; after this it is told to end at once.
 const STOP_WAIT: Duration = Duration::from_secs(60);
+/// A recovery that ends for want of the store this often is not helped by starting it again.
+const STARTS_MAX: u32 = 5;
+/// How long the server is asked for its state: its answer may need pages from the store.
+const STATE_WAIT: Duration = Duration::from_secs(10);
+/// How often a server that lets readers in during recovery is looked at: whether recovery has ended.
+const RECOVERY_LOOK: Duration = Duration::from_secs(1);
 
 /// Runs a clone until it is told to stop or ends by itself; `terminated` resolves when this process is to end.
 pub async fn supervise(
@@ -141,12 +154,7 @@ async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) ->
     folder.write_state(&LastState::sound(CloneState::Recovering))?;
     let listener = Listener::bind(&folder.control_socket())?;
     let mut mount = CloneMount::open(&options.repository, folder, &spec, plan).await?;
-    let outcome = run_server(&options, &spec, &listener, &mount, terminated).await;
-    blocking(|| {
-        orphans::end();
-        Ok(())
-    })
-    .await?;
+    let outcome = run_servers(&options, &spec, &listener, &mount, pin!(terminated)).await;
     let outcome = outcome.map_err(|error| match mount.damage() {
         // PostgreSQL only saw that a read failed.
         Some(damage) => SuperviseError::Damaged { damage: damage.to_owned(), error: Box::new(error) },
@@ -162,76 +170,156 @@ async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) ->
     Ok(())
 }
 
-/// Returns the request that stopped it, if it was one.
-async fn run_server(
+/// Runs PostgreSQL, and again where its recovery ended for want of the store; returns the request that stopped it, if
+/// it was one.
+async fn run_servers<T: Future<Output = ()>>(
     options: &SuperviseOptions,
     spec: &CloneSpec,
     listener: &Listener,
     mount: &CloneMount,
-    terminated: impl Future<Output = ()>,
+    mut terminated: Pin<&mut T>,
 ) -> Result<Option<Pending>, SuperviseError> {
-    let folder = options.folder.clone();
-    let (prepared_folder, prepared_spec) = (folder.clone(), spec.clone());
-    let control = blocking(move || prepare(&prepared_folder, &prepared_spec)).await?;
-    mount.sync().await?;
-    let endpoint =
-        Endpoint { socket_directory: folder.run(), port: spec.port, superuser: spec.superuser.clone() };
-    let recovering = folder.data_directory().join("recovery.signal").exists();
-    let mut server = Server::start(&launch(options, spec, &control, recovering), endpoint.clone()).await?;
-    let mut progress = Progress { state: CloneState::Recovering, seconds_to_ready: None };
-    let mut session: Option<Session> = None;
-    tokio::pin!(terminated);
-    let stopped_by = loop {
-        tokio::select! {
-            next = server.next(session.is_none()) => {
-                let ready = next?;
-                progress.state = state_of(&ready).await?;
-                let now = options.repository.clock().monotonic();
-                progress.seconds_to_ready = Some(now.saturating_duration_since(options.asked_at).as_secs_f64());
-                folder.write_state(&LastState::sound(progress.state))?;
-                session = Some(ready);
-            }
-            pending = listener.next() => match pending.request {
-                Request::Stop => break Some(pending),
-                Request::Status => {
-                    if let Some(session) = &session && progress.state != CloneState::Running {
-                        progress.state = state_of(session).await.unwrap_or(progress.state);
-                    }
-                    let status = status(options, spec, mount, &server, &progress);
-                    pending.answer(&Reply::Status(Box::new(status))).await;
-                }
-            },
-            () = &mut terminated => break None,
+    for start in 1.. {
+        let outcome = run_server(options, spec, listener, mount, terminated.as_mut()).await;
+        // A process that is left over may still wait for the store.
+        mount.wait_for_store(STOPPING_PATIENCE);
+        blocking(|| {
+            orphans::end();
+            Ok(())
+        })
+        .await?;
+        let error = match outcome {
+            Err(error @ SuperviseError::Server(_)) => error,
+            other => return other,
+        };
+        if start == STARTS_MAX || mount.damage().is_some() || !is_recovering(&options.folder) {
+            return Err(error);
         }
-    };
-    drop(session);
-    server.stop(StopMode::Fast, STOP_WAIT).await?;
-    Ok(stopped_by)
+        match store_wait::wait(options, spec, listener, terminated.as_mut(), &error).await {
+            Waited::ItIsBack => {}
+            Waited::ItWasThere | Waited::TooLong => return Err(error),
+            Waited::Stopped(by) => return Ok(by),
+        }
+    }
+    Ok(None)
 }
 
-struct Progress {
+/// PostgreSQL removes the file when recovery has ended, before it lets anybody write.
+fn is_recovering(folder: &CloneFolder) -> bool {
+    folder.data_directory().join("recovery.signal").exists()
+}
+
+/// A server that is starting or runs.
+struct Run<'a> {
+    options: &'a SuperviseOptions,
+    spec: &'a CloneSpec,
+    mount: &'a CloneMount,
+    server: Server,
+    session: Option<Session>,
     state: CloneState,
     seconds_to_ready: Option<f64>,
 }
 
-fn status(
+/// Runs PostgreSQL once; returns the request that stopped it, if it was one.
+async fn run_server<T: Future<Output = ()>>(
     options: &SuperviseOptions,
     spec: &CloneSpec,
+    listener: &Listener,
     mount: &CloneMount,
-    server: &Server,
-    progress: &Progress,
-) -> CloneStatus {
-    let traffic = options.traffic.snapshot();
-    CloneStatus {
-        state: progress.state,
-        supervisor_pid: Some(std::process::id()),
-        server_pid: Some(server.pid()),
-        hydrated_bytes: mount.hydrated_bytes(),
-        total_bytes: mount.total_bytes(),
-        bytes_fetched: options.spent_bytes + traffic.bytes_read,
-        requests: options.spent_requests + traffic.requests(),
-        seconds_to_ready: progress.seconds_to_ready,
-        ..resting_status(&options.folder, spec, &LastState::sound(progress.state))
+    mut terminated: Pin<&mut T>,
+) -> Result<Option<Pending>, SuperviseError> {
+    let mut run = Run::start(options, spec, mount).await?;
+    let mut fetching = JoinSet::new();
+    fetching.spawn(mount.fetch_never_failing());
+    let stopped_by = loop {
+        let is_ready = run.session.is_some();
+        tokio::select! {
+            next = run.server.next(!is_ready) => run.session = Some(next?),
+            Some(fetched) = fetching.join_next() => {
+                fetched.map_err(|error| MountFailure::Internal(error.to_string()))??;
+            }
+            pending = listener.next() => match pending.request {
+                Request::Stop => break Some(pending),
+                Request::Status => {
+                    let status = run.status().await;
+                    pending.answer(&Reply::Status(Box::new(status))).await;
+                }
+            },
+            () = tokio::time::sleep(RECOVERY_LOOK), if is_ready && run.state != CloneState::Running => {}
+            () = terminated.as_mut() => break None,
+        }
+        if run.session.is_some() && fetching.is_empty() {
+            run.ready().await?;
+        }
+    };
+    // A server that waits for the store has to hear that it is to stop.
+    mount.wait_for_store(STOPPING_PATIENCE);
+    run.session = None;
+    run.server.stop(StopMode::Fast, STOP_WAIT).await?;
+    Ok(stopped_by)
+}
+
+impl<'a> Run<'a> {
+    async fn start(
+        options: &'a SuperviseOptions,
+        spec: &'a CloneSpec,
+        mount: &'a CloneMount,
+    ) -> Result<Self, SuperviseError> {
+        let folder = &options.folder;
+        let (prepared_folder, prepared_spec) = (folder.clone(), spec.clone());
+        let control = blocking(move || prepare(&prepared_folder, &prepared_spec)).await?;
+        mount.sync().await?;
+        let endpoint =
+            Endpoint { socket_directory: folder.run(), port: spec.port, superuser: spec.superuser.clone() };
+        mount.wait_for_store(Patience::Forever);
+        let launch = launch(options, spec, &control, is_recovering(folder));
+        let server = Server::start(&launch, endpoint).await?;
+        let (state, session) = (CloneState::Recovering, None);
+        Ok(Self { options, spec, mount, server, session, state, seconds_to_ready: None })
+    }
+
+    /// Lets the store's absence be an error once there is no recovery to lose, and tells that the server answers.
+    async fn ready(&mut self) -> Result<(), SuperviseError> {
+        if !is_recovering(&self.options.folder) {
+            self.mount.wait_for_store(RUNNING_PATIENCE);
+        }
+        if self.seconds_to_ready.is_some() {
+            return Ok(());
+        }
+        self.look().await;
+        let now = self.options.repository.clock().monotonic();
+        self.seconds_to_ready = Some(now.saturating_duration_since(self.options.asked_at).as_secs_f64());
+        self.options.folder.write_state(&LastState::sound(self.state))?;
+        Ok(())
+    }
+
+    /// Asks the server how it is; what it does not answer in time, its directory tells.
+    async fn look(&mut self) {
+        let Some(session) = &self.session else { return };
+        let asked = tokio::time::timeout(STATE_WAIT, state_of(session)).await;
+        self.state = match asked {
+            Ok(Ok(state)) => state,
+            _ if is_recovering(&self.options.folder) => CloneState::Recovering,
+            _ => CloneState::Running,
+        };
+    }
+
+    async fn status(&mut self) -> CloneStatus {
+        if self.seconds_to_ready.is_some() && self.state != CloneState::Running {
+            self.look().await;
+        }
+        let (options, mount) = (self.options, self.mount);
+        let traffic = options.traffic.snapshot();
+        CloneStatus {
+            supervisor_pid: Some(std::process::id()),
+            server_pid: Some(self.server.pid()),
+            hydrated_bytes: mount.hydrated_bytes(),
+            total_bytes: mount.total_bytes(),
+            bytes_fetched: options.spent_bytes + traffic.bytes_read,
+            requests: options.spent_requests + traffic.requests(),
+            seconds_to_ready: self.seconds_to_ready,
+            ..resting_status(&options.folder, self.spec, &LastState::sound(self.state))
+        }
     }
 }
 

@@ -1,13 +1,14 @@
 //! How long a mount waits for a store that does not answer.
 //!
 //! The answer changes during a mount's life: recovery waits for ever, because an error would end it; a server
-//! that takes queries waits until a deadline; a stop waits no longer at all. `PatienceSwitch` holds the answer of
-//! the moment and `PatientLower` applies it in front of any lower, so that neither the tree nor the upper knows
-//! about retries. Only errors that waiting can cure are retried; damage is reported at once.
+//! that takes queries waits until a deadline; a stop waits a moment. `PatienceSwitch` holds the answer of the moment
+//! and `PatientLower` applies it in front of any lower, so that neither the tree nor the upper knows about retries.
+//! The deadline counts from the first attempt and cuts off the one under way: the store has patience of its own.
+//! Only errors that waiting can cure are retried; damage is reported at once.
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -23,8 +24,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long to wait for a store that does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Patience {
-    /// Report the first failure.
-    None,
     /// Keep trying for this long.
     Deadline(Duration),
     /// Keep trying until the switch says otherwise.
@@ -64,28 +63,53 @@ impl PatientLower {
         Self { inner, switch, clock, pause_first: PAUSE_FIRST }
     }
 
-    async fn repeat<T, F>(&self, call: impl Fn() -> F) -> Result<T, LowerError>
+    async fn repeat<T, F>(&self, node: NodeId, call: impl Fn() -> F) -> Result<T, LowerError>
     where
         F: Future<Output = Result<T, LowerError>>,
     {
-        let mut patience = self.switch.current.subscribe();
         let begun = self.clock.monotonic();
+        let mut over = std::pin::pin!(self.run_out(begun));
         let mut pause = self.pause_first;
+        let mut last = LowerError::Unreachable {
+            object: format!("of {node:?}"),
+            detail: "the store did not answer in time".to_owned(),
+        };
         loop {
-            let error = match call().await {
-                Err(error) if error.is_transient() => error,
-                outcome => return outcome,
-            };
-            let waited = self.clock.monotonic().saturating_duration_since(begun);
-            match *patience.borrow_and_update() {
-                Patience::None => return Err(error),
-                Patience::Deadline(deadline) if waited >= deadline => return Err(error),
-                Patience::Deadline(_) | Patience::Forever => {}
+            // In this order: whoever has no time left still gets what is at hand.
+            tokio::select! {
+                biased;
+                outcome = call() => match outcome {
+                    Err(error) if error.is_transient() => last = error,
+                    outcome => return outcome,
+                },
+                () = &mut over => return Err(last),
             }
-            tracing::warn!(waited_seconds = waited.as_secs(), "waiting for the store: {error}");
-            // A change of patience ends the pause. The sender lives in `self`, so `changed` cannot fail.
-            let _ = tokio::time::timeout(pause, patience.changed()).await;
+            let waited = self.clock.monotonic().saturating_duration_since(begun);
+            tracing::warn!(waited_seconds = waited.as_secs(), "waiting for the store: {last}");
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = &mut over => return Err(last),
+            }
             pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Resolves when the patience of the moment is over for what began at `begun`.
+    async fn run_out(&self, begun: Instant) {
+        let mut patience = self.switch.current.subscribe();
+        loop {
+            let current = *patience.borrow_and_update();
+            // The sender lives in `self`, so `changed` cannot fail.
+            let _ = match current {
+                Patience::Forever => patience.changed().await.is_ok(),
+                Patience::Deadline(deadline) => {
+                    let waited = self.clock.monotonic().saturating_duration_since(begun);
+                    let Some(left) = deadline.checked_sub(waited).filter(|left| !left.is_zero()) else {
+                        return;
+                    };
+                    tokio::time::timeout(left.min(self.pause_first), patience.changed()).await.is_ok()
+                }
+            };
         }
     }
 }
@@ -97,23 +121,23 @@ impl Lower for PatientLower {
     }
 
     async fn node(&self, node: NodeId) -> Result<Node, LowerError> {
-        self.repeat(|| self.inner.node(node)).await
+        self.repeat(node, || self.inner.node(node)).await
     }
 
     async fn lookup(&self, directory: NodeId, name: &[u8]) -> Result<Option<(NodeId, Node)>, LowerError> {
-        self.repeat(|| self.inner.lookup(directory, name)).await
+        self.repeat(directory, || self.inner.lookup(directory, name)).await
     }
 
     async fn list(&self, directory: NodeId) -> Result<Vec<Child>, LowerError> {
-        self.repeat(|| self.inner.list(directory)).await
+        self.repeat(directory, || self.inner.list(directory)).await
     }
 
     async fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LowerError> {
-        self.repeat(|| self.inner.read_link(node)).await
+        self.repeat(node, || self.inner.read_link(node)).await
     }
 
     async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError> {
-        self.repeat(|| self.inner.fetch(node, range.clone())).await
+        self.repeat(node, || self.inner.fetch(node, range.clone())).await
     }
 }
 
@@ -156,7 +180,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn impatience_reports_the_first_failure_and_ends_a_wait_under_way() {
+    async fn a_shorter_deadline_ends_a_wait_under_way() {
         let (inner, node) = lower();
         inner.fail_next_fetches(u32::MAX);
         let switch = PatienceSwitch::new(Patience::Forever);
@@ -164,7 +188,7 @@ mod tests {
         let waiting = tokio::spawn(async move { patient.fetch(node, 0..1).await });
         asked(&inner, 4).await;
         assert!(!waiting.is_finished());
-        switch.set(Patience::None);
+        switch.set(Patience::Deadline(Duration::ZERO));
         assert!(waiting.await.unwrap().unwrap_err().is_transient());
     }
 
@@ -180,6 +204,16 @@ mod tests {
         assert!(!waiting.is_finished());
         clock.advance(Duration::from_secs(30));
         assert!(waiting.await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_store_that_never_answers_is_given_up_and_one_that_does_is_heard_without_any_time() {
+        let (inner, node) = lower();
+        let switch = PatienceSwitch::new(Patience::Deadline(Duration::ZERO));
+        let patient = patient(&inner, &switch, Arc::new(SystemClock));
+        assert_eq!(patient.fetch(node, 0..1).await.unwrap().len(), 1);
+        let hangs = || std::future::pending::<Result<(), LowerError>>();
+        assert!(patient.repeat(node, hangs).await.unwrap_err().is_transient());
     }
 
     #[tokio::test]

@@ -37,12 +37,20 @@ pub struct FileReader {
     basebackup: Arc<Basebackup>,
     raw: Mutex<RawCache>,
     /// Stored bytes fetched ahead, by pack and offset.
-    ahead: Mutex<BTreeMap<(PackId, u32), Bytes>>,
+    ahead: Mutex<BTreeMap<(PackId, u32), Ahead>>,
     flights: Mutex<HashMap<ChunkKey, Arc<OnceCell<Bytes>>>>,
     damage: OnceLock<String>,
 }
 
 type ChunkKey = (PackId, u32);
+
+/// A run of chunks as stored.
+#[derive(Debug)]
+struct Ahead {
+    bytes: Bytes,
+    /// Whether it stays when its last chunk has been taken: the start-up set is read in no order.
+    stays: bool,
+}
 
 #[derive(Debug)]
 struct RawCache {
@@ -156,7 +164,8 @@ impl FileReader {
             }
             let bytes = self.basebackup.pack_bytes(range.pack, range.from..range.to).await?;
             fetched += bytes.len() as u64;
-            self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), bytes);
+            let run = Ahead { bytes, stays: true };
+            self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), run);
         }
         Ok(fetched)
     }
@@ -280,7 +289,8 @@ impl FileReader {
         runs.extend(run);
         for (range, _) in runs.into_iter().filter(|(_, count)| *count > 1) {
             let bytes = self.basebackup.pack_bytes(range.pack, range.from..range.to).await?;
-            self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), bytes);
+            let run = Ahead { bytes, stays: false };
+            self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), run);
         }
         Ok(())
     }
@@ -292,7 +302,7 @@ impl FileReader {
 
     fn ahead_run(&self, chunk: &ChunkRef) -> Option<((PackId, u32), Bytes)> {
         let ahead = self.ahead.lock().expect("no holder of this lock panics");
-        let (key, bytes) = ahead.range(..=(chunk.pack, chunk.offset)).next_back()?;
+        let (key, Ahead { bytes, .. }) = ahead.range(..=(chunk.pack, chunk.offset)).next_back()?;
         let from = (chunk.offset - key.1.min(chunk.offset)) as usize;
         let held = key.0 == chunk.pack && from + chunk.stored_len as usize <= bytes.len();
         held.then(|| (*key, bytes.slice(from..from + chunk.stored_len as usize)))
@@ -302,7 +312,8 @@ impl FileReader {
         let (key, stored) = self.ahead_run(chunk)?;
         let mut ahead = self.ahead.lock().expect("no holder of this lock panics");
         // A run is let go when its last chunk has been taken.
-        if ahead.get(&key).is_some_and(|run| key.1 + run.len() as u32 == chunk.offset + chunk.stored_len) {
+        let end = chunk.offset + chunk.stored_len;
+        if ahead.get(&key).is_some_and(|run| !run.stays && key.1 + run.bytes.len() as u32 == end) {
             ahead.remove(&key);
         }
         Some(stored)

@@ -10,5 +10,6 @@ mod equal;
 mod holes;
 mod hostile;
 mod life;
+mod store_away;
 mod tablespaces;
 mod targets;

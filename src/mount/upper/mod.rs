@@ -9,7 +9,7 @@
 //! ```text
 //! volume      operations: ask the lower, then change under the lock      fetch     ensure_range, single-flight
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
-//! content     one file: fill, write, cut     local_map   which units are local
+//! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls
 //! ```
 
@@ -20,6 +20,7 @@ pub mod file_system;
 mod journal;
 mod local_disk;
 mod local_map;
+mod make_local;
 mod namespace;
 mod node;
 mod origin;
