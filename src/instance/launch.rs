@@ -7,10 +7,10 @@
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::signal::Signal;
@@ -63,7 +63,13 @@ pub enum LaunchError {
     Step { step: String, source: io::Error },
     /// Somebody else's path would be written to, and nothing here can prevent it.
     #[error("replay writes to \"{}\", and this process may not make a private mount namespace", path.display())]
-    NotIsolated { path: PathBuf },
+    NotRedirected { path: PathBuf },
+    /// Nothing here can keep the server's writes within the clone.
+    #[error(
+        "nothing keeps the clone's server from writing elsewhere: neither a mount namespace ({namespace}) nor Landlock \
+         ({landlock})"
+    )]
+    NotIsolated { namespace: io::Error, landlock: io::Error },
     /// The view could not be made.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),
@@ -92,7 +98,10 @@ fn become_postgres(launch: &Launch) -> Result<LaunchError, LaunchError> {
         .open(&launch.log_file)
         .map_err(step(format!("open \"{}\"", launch.log_file.display())))?;
     let errors = log.try_clone().map_err(step("use the log twice"))?;
-    isolate(&launch.isolation)?;
+    isolate(&launch.isolation).inspect_err(|error| {
+        // Whoever looks why there is no server looks into its log.
+        let _ = writeln!(&log, "FATAL:  {error}");
+    })?;
     drop_privileges(launch.owner)?;
     nix::sys::prctl::set_pdeathsig(Signal::SIGQUIT)
         .map_err(|errno| step("follow the supervisor")(errno.into()))?;
@@ -112,24 +121,32 @@ fn become_postgres(launch: &Launch) -> Result<LaunchError, LaunchError> {
     Ok(step(format!("execute \"{}\"", launch.program.display()))(error))
 }
 
-/// The best that this host allows: a view of its own, else Landlock, else (where nothing foreign is written) a warning.
+/// Gives this process the best that the host allows.
 fn isolate(isolation: &Isolation) -> Result<(), LaunchError> {
-    let unavailable = match mount_namespace::enter(&isolation.writable, &isolation.stand_ins) {
-        Ok(()) => return Ok(()),
-        Err(NamespaceError::Unavailable { source }) => source,
+    let namespace = match mount_namespace::enter(&isolation.writable, &isolation.stand_ins) {
+        Ok(()) => Ok(()),
+        Err(NamespaceError::Unavailable { source }) => Err(source),
         Err(error) => return Err(error.into()),
     };
+    let foreign = isolation.stand_ins.first().map(|(path, _)| path.as_path());
+    choose(foreign, namespace, || landlock::restrict(&isolation.writable))
+}
+
+/// Goes on in a mount namespace, else, where replay is known to write to no `foreign` path, under Landlock.
+///
+/// Without either a clone is refused whatever its WAL holds: what is created later, by a promoted clone's own
+/// sessions or by WAL that is replayed after a pause, may name any path of this host.
+fn choose(
+    foreign: Option<&Path>,
+    namespace: io::Result<()>,
+    landlock: impl FnOnce() -> io::Result<()>,
+) -> Result<(), LaunchError> {
+    let Err(namespace) = namespace else { return Ok(()) };
     // Landlock forbids and cannot redirect: replay would end at the first foreign path.
-    if let Some((path, _)) = isolation.stand_ins.first() {
-        return Err(LaunchError::NotIsolated { path: path.clone() });
+    if let Some(path) = foreign {
+        return Err(LaunchError::NotRedirected { path: path.to_owned() });
     }
-    if let Err(error) = landlock::restrict(&isolation.writable) {
-        tracing::warn!(
-            "neither a mount namespace ({unavailable}) nor Landlock ({error}): the clone's server can write where \
-             its user can"
-        );
-    }
-    Ok(())
+    landlock().map_err(|landlock| LaunchError::NotIsolated { namespace, landlock })
 }
 
 fn drop_privileges(owner: (u32, u32)) -> Result<(), LaunchError> {
@@ -154,4 +171,33 @@ fn drop_privileges(owner: (u32, u32)) -> Result<(), LaunchError> {
 fn step(step: impl Into<String>) -> impl FnOnce(io::Error) -> LaunchError {
     let step = step.into();
     move |source| LaunchError::Step { step, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unavailable() -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EPERM))
+    }
+
+    #[test]
+    fn a_namespace_is_enough_and_landlock_is_then_not_asked() {
+        choose(Some(Path::new("/srv/ts")), Ok(()), || panic!("asked")).unwrap();
+    }
+
+    #[test]
+    fn failure_27b_landlock_is_enough_only_where_replay_writes_to_no_foreign_path() {
+        choose(None, unavailable(), || Ok(())).unwrap();
+        let refused = choose(Some(Path::new("/srv/ts")), unavailable(), || panic!("asked")).unwrap_err();
+        assert!(matches!(&refused, LaunchError::NotRedirected { path } if path == Path::new("/srv/ts")));
+        assert!(refused.to_string().contains("\"/srv/ts\""), "{refused}");
+    }
+
+    #[test]
+    fn a_clone_that_nothing_isolates_is_refused() {
+        let refused = choose(None, unavailable(), unavailable).unwrap_err();
+        assert!(matches!(&refused, LaunchError::NotIsolated { .. }), "{refused}");
+        assert!(refused.to_string().contains("Operation not permitted"), "{refused}");
+    }
 }

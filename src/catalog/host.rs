@@ -1,0 +1,115 @@
+//! Whether a host is like the one a basebackup comes from: pages are read as they lie, and indexes in their order.
+//!
+//! Pure: what the basebackup records and what is known of this host in, refusal or warnings out. What is not known on
+//! either side is not compared. The major version is the business of whoever looks for PostgreSQL's programs.
+
+use crate::repo::documents::ServerRecord;
+
+/// What decides whether pages and indexes of another host are right on this one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Host {
+    /// Operating system and architecture, as a basebackup records them.
+    pub platform: String,
+    /// Alignment of the architecture.
+    pub maximum_alignment: u32,
+    /// Version of the C library.
+    pub libc: Option<String>,
+    /// Version of ICU.
+    pub icu: Option<String>,
+}
+
+/// Pages of the basebackup would be read wrongly here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the source ran on {source_platform}, aligned to {source_alignment} bytes, and this host is {platform}, aligned to {alignment}"
+)]
+pub struct OtherArchitecture {
+    source_platform: String,
+    source_alignment: u32,
+    platform: String,
+    alignment: u32,
+}
+
+impl OtherArchitecture {
+    /// Returns what the user should do.
+    pub fn hint(&self) -> &'static str {
+        "A physical backup is of use only on the architecture it comes from."
+    }
+}
+
+/// Refuses another architecture, and warns of libraries that may order text differently.
+pub fn compare(server: &ServerRecord, host: &Host) -> Result<Vec<String>, OtherArchitecture> {
+    let is_other = |known: bool, same: bool| known && !same;
+    let platforms = !server.platform.is_empty() && !host.platform.is_empty();
+    let alignments = server.maximum_alignment != 0 && host.maximum_alignment != 0;
+    if is_other(platforms, server.platform == host.platform)
+        || is_other(alignments, server.maximum_alignment == host.maximum_alignment)
+    {
+        return Err(OtherArchitecture {
+            source_platform: server.platform.clone(),
+            source_alignment: server.maximum_alignment,
+            platform: host.platform.clone(),
+            alignment: host.maximum_alignment,
+        });
+    }
+    let libraries = [("libc", &server.libc, &host.libc), ("ICU", &server.icu, &host.icu)];
+    let warnings = libraries.into_iter().filter_map(|(library, source, here)| {
+        let (source, here) = (source.as_ref()?, here.as_ref()?);
+        (source != here).then(|| {
+            format!(
+                "the source had {library} {source} and this host has {here}: text may sort differently, so check or \
+                 rebuild indexes on text"
+            )
+        })
+    });
+    Ok(warnings.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (ServerRecord, Host) {
+        let host = Host {
+            platform: "linux x86_64".to_owned(),
+            maximum_alignment: 8,
+            libc: Some("2.36".to_owned()),
+            icu: Some("153.14".to_owned()),
+        };
+        let server = ServerRecord {
+            platform: host.platform.clone(),
+            maximum_alignment: 8,
+            libc: host.libc.clone(),
+            icu: host.icu.clone(),
+            ..ServerRecord::default()
+        };
+        (server, host)
+    }
+
+    #[test]
+    fn a_host_like_the_source_gives_no_warning() {
+        let (server, host) = pair();
+        assert_eq!(compare(&server, &host), Ok(Vec::new()));
+        let unknown = Host { libc: None, icu: None, ..host };
+        assert_eq!(compare(&server, &unknown), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn another_architecture_is_refused() {
+        let (server, host) = pair();
+        let other = Host { platform: "linux aarch64".to_owned(), ..host.clone() };
+        let refused = compare(&server, &other).unwrap_err().to_string();
+        assert!(refused.contains("linux x86_64") && refused.contains("linux aarch64"), "{refused}");
+        assert!(compare(&server, &Host { maximum_alignment: 4, ..host }).is_err());
+    }
+
+    #[test]
+    fn each_library_that_orders_text_is_compared() {
+        let (server, host) = pair();
+        let other = Host { libc: Some("2.41".to_owned()), icu: Some("153.120".to_owned()), ..host };
+        let warnings = compare(&server, &other).unwrap();
+        assert_eq!(warnings.len(), 2);
+        assert!(warnings[0].contains("libc 2.36") && warnings[0].contains("2.41"), "{warnings:?}");
+        assert!(warnings[1].contains("ICU 153.14"), "{warnings:?}");
+    }
+}
