@@ -37,8 +37,22 @@ impl OtherArchitecture {
     }
 }
 
-/// Refuses another architecture, and warns of libraries that may order text differently.
-pub fn compare(server: &ServerRecord, host: &Host) -> Result<Vec<String>, OtherArchitecture> {
+impl Host {
+    /// Returns what is known of this host. The version of ICU is the server's own affair, which is linked with it and
+    /// warns of another by itself.
+    pub fn here(libc: Option<String>) -> Self {
+        Self {
+            platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            // The largest of the types that PostgreSQL stores.
+            maximum_alignment: align_of::<u64>() as u32,
+            libc,
+            icu: None,
+        }
+    }
+}
+
+/// Refuses another architecture.
+pub fn check_architecture(server: &ServerRecord, host: &Host) -> Result<(), OtherArchitecture> {
     let is_other = |known: bool, same: bool| known && !same;
     let platforms = !server.platform.is_empty() && !host.platform.is_empty();
     let alignments = server.maximum_alignment != 0 && host.maximum_alignment != 0;
@@ -52,6 +66,11 @@ pub fn compare(server: &ServerRecord, host: &Host) -> Result<Vec<String>, OtherA
             alignment: host.maximum_alignment,
         });
     }
+    Ok(())
+}
+
+/// Warns of libraries that may order text differently.
+pub fn ordering_warnings(server: &ServerRecord, host: &Host) -> Vec<String> {
     let libraries = [("libc", &server.libc, &host.libc), ("ICU", &server.icu, &host.icu)];
     let warnings = libraries.into_iter().filter_map(|(library, source, here)| {
         let (source, here) = (source.as_ref()?, here.as_ref()?);
@@ -62,7 +81,7 @@ pub fn compare(server: &ServerRecord, host: &Host) -> Result<Vec<String>, OtherA
             )
         })
     });
-    Ok(warnings.collect())
+    warnings.collect()
 }
 
 #[cfg(test)]
@@ -89,25 +108,27 @@ mod tests {
     #[test]
     fn a_host_like_the_source_gives_no_warning() {
         let (server, host) = pair();
-        assert_eq!(compare(&server, &host), Ok(Vec::new()));
+        assert_eq!(check_architecture(&server, &host), Ok(()));
+        assert!(ordering_warnings(&server, &host).is_empty());
         let unknown = Host { libc: None, icu: None, ..host };
-        assert_eq!(compare(&server, &unknown), Ok(Vec::new()));
+        assert!(ordering_warnings(&server, &unknown).is_empty());
+        assert_eq!(check_architecture(&ServerRecord::default(), &Host::here(None)), Ok(()));
     }
 
     #[test]
     fn another_architecture_is_refused() {
         let (server, host) = pair();
         let other = Host { platform: "linux aarch64".to_owned(), ..host.clone() };
-        let refused = compare(&server, &other).unwrap_err().to_string();
+        let refused = check_architecture(&server, &other).unwrap_err().to_string();
         assert!(refused.contains("linux x86_64") && refused.contains("linux aarch64"), "{refused}");
-        assert!(compare(&server, &Host { maximum_alignment: 4, ..host }).is_err());
+        assert!(check_architecture(&server, &Host { maximum_alignment: 4, ..host }).is_err());
     }
 
     #[test]
     fn each_library_that_orders_text_is_compared() {
         let (server, host) = pair();
         let other = Host { libc: Some("2.41".to_owned()), icu: Some("153.120".to_owned()), ..host };
-        let warnings = compare(&server, &other).unwrap();
+        let warnings = ordering_warnings(&server, &other);
         assert_eq!(warnings.len(), 2);
         assert!(warnings[0].contains("libc 2.36") && warnings[0].contains("2.41"), "{warnings:?}");
         assert!(warnings[1].contains("ICU 153.14"), "{warnings:?}");

@@ -59,9 +59,10 @@ impl From<CreateError> for CommandError {
             CreateError::Repository(error) => error.into(),
             CreateError::Recovery(error) => error.into(),
             CreateError::Disk(error) => Self { hint, ..error.into() },
-            CreateError::Programs(_) | CreateError::RootOwner | CreateError::SocketPath(_) => {
-                Self::of_module(ExitKind::Failed, error, hint)
-            }
+            CreateError::Programs(_)
+            | CreateError::Architecture(_)
+            | CreateError::RootOwner
+            | CreateError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
         }
     }
 }

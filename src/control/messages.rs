@@ -72,6 +72,12 @@ pub struct CloneStatus {
     pub supervisor_pid: Option<u32>,
     /// The postmaster.
     pub server_pid: Option<u32>,
+    /// What its user should know of it.
+    #[serde(default)]
+    pub warnings: Vec<String>,
+    /// What its server is told in place of the source's configuration; empty before its first start.
+    #[serde(default)]
+    pub settings: Vec<CloneSetting>,
     /// Bytes of the basebackup that are local.
     pub hydrated_bytes: u64,
     /// Bytes of the basebackup.
@@ -82,6 +88,17 @@ pub struct CloneStatus {
     pub requests: u64,
     /// From the request to create or start it until it answered.
     pub seconds_to_ready: Option<f64>,
+}
+
+/// A setting of a clone's server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneSetting {
+    /// Its name.
+    pub name: String,
+    /// Its value, not quoted.
+    pub value: String,
+    /// Why the clone needs it.
+    pub reason: String,
 }
 
 impl std::fmt::Display for CloneState {

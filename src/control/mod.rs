@@ -9,7 +9,7 @@ mod messages;
 mod server;
 
 pub use client::request;
-pub use messages::{CloneState, CloneStatus, Reply, Request};
+pub use messages::{CloneSetting, CloneState, CloneStatus, Reply, Request};
 pub use server::{Listener, Pending};
 
 use std::io;

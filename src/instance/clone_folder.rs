@@ -4,6 +4,7 @@
 //! <clones>/<name>/clone.json    what it was made from and how it is run
 //!                 plan.json     what its recovery may ask of the archive
 //!                 state.json    how it ended, for when nothing of it runs
+//!                 settings.json what its server was told last
 //!                 upper/        what differs from the basebackup
 //!                 mnt/          the mount: data, tablespaces, wal
 //!                 pg_wal/       WAL of the clone itself, not through the mount
@@ -22,7 +23,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Hole, RecoveryTarget};
-use crate::control::CloneState;
+use crate::control::{CloneSetting, CloneState};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, LockFile, Owner};
 use crate::pg::{RecoveryLimits, TimelineId};
@@ -81,6 +82,9 @@ pub struct CloneSpec {
     pub preload: String,
     /// Absolute paths that replayed WAL writes to, each with the folder that stands in for it.
     pub stand_ins: Vec<(PathBuf, PathBuf)>,
+    /// What its user should know of it.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// When it was made.
     pub created_at: Timestamp,
 }
@@ -254,6 +258,20 @@ impl CloneFolder {
     /// Returns what was remembered last.
     pub fn read_state(&self) -> Result<LastState, disk::Error> {
         read_json(&self.path.join("state.json"), "the state of a clone")
+    }
+
+    /// Remembers what the server is told.
+    pub fn write_settings(&self, settings: &[CloneSetting]) -> Result<(), disk::Error> {
+        write_json(&self.settings_file(), &settings, "the settings of a clone")
+    }
+
+    /// Returns what the server was told last; nothing before its first start.
+    pub fn read_settings(&self) -> Vec<CloneSetting> {
+        read_json(&self.settings_file(), "the settings of a clone").unwrap_or_default()
+    }
+
+    fn settings_file(&self) -> PathBuf {
+        self.path.join("settings.json")
     }
 
     fn spec_file(&self) -> PathBuf {

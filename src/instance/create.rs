@@ -7,15 +7,18 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use crate::catalog::host::{self, Host, OtherArchitecture};
 use crate::catalog::recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
 use crate::catalog::wal_scan::{WalScan, scan_wal};
-use crate::catalog::{RecoveryPlan, RecoveryTarget, TargetAction};
+use crate::catalog::{Hole, RecoveryPlan, RecoveryTarget, TargetAction};
 use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
 use crate::instance::isolation::{config_files, socket_path};
-use crate::instance::preload::{is_in, plan_preload};
+use crate::instance::preload::{Preload, is_in, plan_preload};
+use crate::pg::Lsn;
+use crate::repo::documents::ServerRecord;
 use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
 use crate::repo::{self, Basebackup, BasebackupId, Repository};
@@ -40,6 +43,10 @@ pub struct CreateOptions {
     pub bin_directory: Option<PathBuf>,
     /// Whom PostgreSQL runs as.
     pub owner: Owner,
+    /// Who makes the clone and will serve its mount.
+    pub user: Owner,
+    /// What is known of this host.
+    pub host: Host,
 }
 
 impl CreateOptions {
@@ -48,6 +55,12 @@ impl CreateOptions {
         RecoveryRequest { basebackup: basebackup.as_deref(), target, until_hole: *until_hole }
     }
 }
+
+/// A server that runs as another user than the mount's reads neither keys nor credentials.
+const SHARED_USER: &str = "PostgreSQL runs as the user who serves the mount: a superuser of the clone can read that \
+                           user's private keys and the store's credentials; root keeps them apart";
+const NO_PIN: &str = "these credentials may not write to the store, so nothing keeps the basebackup there while the \
+                      clone lives";
 
 /// Why a clone cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +77,9 @@ pub enum CreateError {
     /// PostgreSQL's programs.
     #[error(transparent)]
     Programs(#[from] crate::instance::programs::ProgramsError),
+    /// Pages of the basebackup are of no use here.
+    #[error(transparent)]
+    Architecture(#[from] OtherArchitecture),
     /// The socket's path.
     #[error("the path of the socket, \"{}\", is longer than a socket's may be", .0.display())]
     SocketPath(PathBuf),
@@ -78,6 +94,7 @@ impl CreateError {
         Some(match self {
             Self::Repository(error) => return error.hint().map(str::to_owned),
             Self::Recovery(error) => return error.hint().map(str::to_owned),
+            Self::Architecture(error) => error.hint().to_owned(),
             Self::SocketPath(_) => "Set [paths] clones to a shorter path.".to_owned(),
             Self::RootOwner => {
                 "Give the folder to the user that is to run PostgreSQL, such as postgres.".to_owned()
@@ -101,22 +118,27 @@ pub async fn create(
     socket_path(&folder.run(), options.port).map_err(CreateError::SocketPath)?;
     let PlannedRecovery { record, plan, timeline, target, accepted_hole, window } =
         plan_for_target(repository, options.request()).await?;
-    if let Some(hole) = &accepted_hole {
-        tracing::warn!("recovery ends at {}, before a hole: {hole} missing from the archive", window.end);
-    }
+    host::check_architecture(&record.server, &options.host)?;
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
     let basebackup = Basebackup::open(repository, record.id).await?;
     folder.create(options.owner)?;
+    let mut warnings = warnings(&record.server, accepted_hole.as_ref(), window.end, options);
     let pin = match pin(repository, record.id, folder).await {
         Ok(pin) => pin,
         Err(error) => return Err(give_up(repository, folder, None, error).await),
     };
+    if pin.is_none() {
+        warnings.push(NO_PIN.to_owned());
+    }
     // Pinned before the long look at the WAL: no sweep can take the basebackup meanwhile.
     let scan = match scan_wal(repository, &plan, &target.target, record.start_lsn).await {
         Ok(scan) => scan,
         Err(error) => return Err(give_up(repository, folder, pin, error.into()).await),
     };
+    let preload = preload(&record.server.preload_libraries, &bin_directory);
+    let left_out = preload.left_out.iter();
+    warnings.extend(left_out.map(|(name, reason)| format!("the clone does not preload {name}: {reason}")));
     let spec = CloneSpec {
         format: 1,
         name: folder.name().to_owned(),
@@ -125,7 +147,7 @@ pub async fn create(
         manifest_digest: record.manifest.digest.to_string(),
         cluster: record.cluster,
         major: record.server.major,
-        preload: preload_setting(&record.server.preload_libraries, &bin_directory),
+        preload: preload.setting(),
         bin_directory,
         target,
         until_hole: accepted_hole,
@@ -137,12 +159,28 @@ pub async fn create(
         pin: pin.clone(),
         limits: scan.limits,
         stand_ins: stand_ins(folder, &basebackup, &scan),
+        warnings,
         created_at: repository.clock().now(),
     };
     match write_folder(folder, &spec, &plan, options.owner) {
-        Ok(()) => Ok(spec),
+        Ok(()) => {
+            spec.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+            Ok(spec)
+        }
         Err(error) => Err(give_up(repository, folder, pin, error.into()).await),
     }
+}
+
+/// What the user should know of any clone of this basebackup on this host.
+fn warnings(server: &ServerRecord, hole: Option<&Hole>, end: Lsn, options: &CreateOptions) -> Vec<String> {
+    let mut warnings = host::ordering_warnings(server, &options.host);
+    if let Some(hole) = hole {
+        warnings.push(format!("recovery ends at {end}, before a hole: {hole} missing from the archive"));
+    }
+    if options.user.uid == options.owner.uid {
+        warnings.push(SHARED_USER.to_owned());
+    }
+    warnings
 }
 
 /// Pins the basebackup; nothing where the store takes no writes.
@@ -174,15 +212,11 @@ async fn give_up(
     error
 }
 
-/// Decides what the clone's server preloads, and says what it leaves out.
-fn preload_setting(source: &str, bin_directory: &Path) -> String {
+/// Decides what the clone's server preloads.
+fn preload(source: &str, bin_directory: &Path) -> Preload {
     // Debian has libraries beside the programs, a plain build one level further down.
     let folders = ["../lib", "../lib/postgresql"].map(|folder| bin_directory.join(folder));
-    let plan = plan_preload(source, &[], |name| folders.iter().any(|folder| is_in(folder, name)));
-    for (name, reason) in &plan.left_out {
-        tracing::warn!("the clone does not preload {name}: {reason}");
-    }
-    plan.setting()
+    plan_preload(source, &[], |name| folders.iter().any(|folder| is_in(folder, name)))
 }
 
 /// Tablespaces that are not directories of `pg_tblspc` itself.

@@ -18,12 +18,12 @@ use tokio::task::JoinSet;
 
 use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_scan::greatest;
-use crate::control::{self, CloneState, CloneStatus, Listener, Pending, Reply, Request};
+use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, CloneMarker, LockFile, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, read_json};
 use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
-use crate::instance::isolation::{CloneFacts, clone_settings};
+use crate::instance::isolation::{CloneFacts, Setting, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
 use crate::instance::orphans;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
@@ -215,6 +215,7 @@ struct Run<'a> {
     spec: &'a CloneSpec,
     mount: &'a CloneMount,
     server: Server,
+    settings: Vec<CloneSetting>,
     session: Option<Session>,
     state: CloneState,
     seconds_to_ready: Option<f64>,
@@ -272,10 +273,11 @@ impl<'a> Run<'a> {
         let endpoint =
             Endpoint { socket_directory: folder.run(), port: spec.port, superuser: spec.superuser.clone() };
         mount.wait_for_store(Patience::Forever);
-        let launch = launch(options, spec, &control, is_recovering(folder));
-        let server = Server::start(&launch, endpoint).await?;
+        let settings = clone_settings(&facts(options, spec, &control, is_recovering(folder)));
+        let server = Server::start(&launch(options, spec, &settings), endpoint).await?;
+        let settings = settings.into_iter().map(listed).collect();
         let (state, session) = (CloneState::Recovering, None);
-        Ok(Self { options, spec, mount, server, session, state, seconds_to_ready: None })
+        Ok(Self { options, spec, mount, server, settings, session, state, seconds_to_ready: None })
     }
 
     /// Lets the store's absence be an error once there is no recovery to lose, and tells that the server answers.
@@ -289,6 +291,7 @@ impl<'a> Run<'a> {
         self.look().await;
         let now = self.options.repository.clock().monotonic();
         self.seconds_to_ready = Some(now.saturating_duration_since(self.options.asked_at).as_secs_f64());
+        self.options.folder.write_settings(&self.settings)?;
         self.options.folder.write_state(&LastState::sound(self.state))?;
         Ok(())
     }
@@ -313,6 +316,7 @@ impl<'a> Run<'a> {
         CloneStatus {
             supervisor_pid: Some(std::process::id()),
             server_pid: Some(self.server.pid()),
+            settings: self.settings.clone(),
             hydrated_bytes: mount.hydrated_bytes(),
             total_bytes: mount.total_bytes(),
             bytes_fetched: options.spent_bytes + traffic.bytes_read,
@@ -341,6 +345,8 @@ pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) 
         superuser: spec.superuser.clone(),
         supervisor_pid: None,
         server_pid: None,
+        warnings: spec.warnings.clone(),
+        settings: folder.read_settings(),
         hydrated_bytes: 0,
         total_bytes: 0,
         bytes_fetched: 0,
@@ -406,9 +412,14 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-fn launch(options: &SuperviseOptions, spec: &CloneSpec, control: &ControlFile, recovering: bool) -> Launch {
+fn facts(
+    options: &SuperviseOptions,
+    spec: &CloneSpec,
+    control: &ControlFile,
+    recovering: bool,
+) -> CloneFacts {
     let folder = &options.folder;
-    let settings = clone_settings(&CloneFacts {
+    CloneFacts {
         name: spec.name.clone(),
         major: spec.major,
         socket_directory: folder.run(),
@@ -421,9 +432,18 @@ fn launch(options: &SuperviseOptions, spec: &CloneSpec, control: &ControlFile, r
         preload: spec.preload.clone(),
         read_early: spec.read_early,
         host_memory_bytes: options.host_memory_bytes,
-    });
+    }
+}
+
+fn listed(setting: Setting) -> CloneSetting {
+    let Setting { name, value, reason } = setting;
+    CloneSetting { name: name.to_owned(), value, reason: reason.to_owned() }
+}
+
+fn launch(options: &SuperviseOptions, spec: &CloneSpec, settings: &[Setting]) -> Launch {
+    let folder = &options.folder;
     let mut arguments = vec!["-D".into(), folder.data_directory().into_os_string()];
-    for setting in &settings {
+    for setting in settings {
         arguments.push("-c".into());
         arguments.push(format!("{}={}", setting.name, setting.value).into());
     }

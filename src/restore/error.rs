@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::catalog::host::OtherArchitecture;
 use crate::codec;
 use crate::disk;
 use crate::repo;
@@ -18,6 +19,9 @@ pub enum Error {
     /// The repository.
     #[error(transparent)]
     Repository(#[from] repo::Error),
+    /// The basebackup is of another architecture.
+    #[error(transparent)]
+    Architecture(#[from] OtherArchitecture),
     /// A local file of Walden's.
     #[error(transparent)]
     Disk(#[from] disk::Error),
@@ -105,6 +109,7 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::Repository(error) => return error.hint(),
+            Self::Architecture(error) => error.hint(),
             Self::NotEmpty { .. } => {
                 "Give an empty directory; --force replaces what walden has restored there, --delta what differs."
             }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::host::{self, Host};
 use crate::catalog::wal_scan::scan_wal;
 use crate::catalog::{PlannedRecovery, RecoveryPlan, RecoveryTarget, Target};
 use crate::disk::Owner;
@@ -133,6 +134,7 @@ pub async fn plan_restore(
     options: &RestoreOptions,
 ) -> Result<RestorePlan, Error> {
     let start = basebackup.start();
+    host::check_architecture(&basebackup.record().server, &Host::here(None))?;
     let data = resolve(&options.target_directory);
     let map: Vec<(String, PathBuf)> =
         options.tablespace_map.iter().map(|(name, path)| (name.clone(), resolve(path))).collect();
@@ -384,14 +386,7 @@ fn warnings(
         let pages = record.size.damaged_pages;
         warnings.push(format!("{pages} pages had a wrong checksum in the source already"));
     }
-    if let (Some(source), Some(here)) = (&record.server.libc, &options.libc)
-        && source != here
-    {
-        warnings.push(format!(
-            "the source had libc {source} and this host has {here}: text may sort differently, so check or rebuild \
-             indexes on text"
-        ));
-    }
+    warnings.extend(host::ordering_warnings(&record.server, &Host::here(options.libc.clone())));
     for link in &basebackup.start().links {
         let target = String::from_utf8_lossy(&link.target);
         let place = destinations.place(&link.path).ok().flatten();

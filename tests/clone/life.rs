@@ -33,10 +33,12 @@ fn what_was_committed_is_there_after_a_stop_and_delete_leaves_nothing() {
     let clone = source.clone("stopped", &[]);
     assert_eq!(clone.sql("select count(*) from kept"), "1001");
     assert_eq!(source.pins(), (1, 0));
+    assert_lists_its_settings(&clone);
     clone.sql("insert into kept select n from generate_series(1, 5000) n; create index on kept (n)");
     clone.run("stop");
     assert_eq!(clone.state(), "stopped");
     assert!(mounts_below(&clone.folder()).is_empty() && !clone.answers());
+    assert_lists_its_settings(&clone);
     clone.run("stop");
     clone.run("start");
     assert_eq!(clone.sql("select count(*) from kept"), "6001");
@@ -46,6 +48,24 @@ fn what_was_committed_is_there_after_a_stop_and_delete_leaves_nothing() {
     assert_nothing_is_left(&source, &clone);
     assert_eq!(source.pins(), (1, 1));
     assert!(!clone.walden.try_run(&["clone", "status", "stopped"]).success());
+}
+
+/// Each setting that is not the source's, with the reason.
+#[track_caller]
+fn assert_lists_its_settings(clone: &Clone) {
+    let status = clone.status();
+    let settings = status["settings"].as_array().unwrap();
+    let listed = |name: &str, value: &str| {
+        let found = settings.iter().find(|setting| setting["name"] == name);
+        let found = found.unwrap_or_else(|| panic!("{name} is not listed: {status}"));
+        assert_eq!(found["value"], value, "{name}");
+        assert!(!found["reason"].as_str().unwrap().is_empty(), "{name}");
+    };
+    listed("archive_mode", "off");
+    listed("synchronous_standby_names", "");
+    listed("max_logical_replication_workers", "0");
+    let text = clone.walden.run(&["clone", "status", &clone.name]).stdout;
+    assert!(text.contains(&format!("settings      {} differ from the source's", settings.len())), "{text}");
 }
 
 #[test]

@@ -13,3 +13,4 @@ mod life;
 mod store_away;
 mod tablespaces;
 mod targets;
+mod told;

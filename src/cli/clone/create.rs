@@ -7,10 +7,12 @@ use std::path::Path;
 
 use clap::Args;
 
+use crate::catalog::host::Host;
 use crate::config::{KeyPurpose, OwnedFolder};
 use crate::disk::Owner;
 use crate::instance::clone_folder::CloneFolder;
 use crate::instance::create::{CreateOptions, create, default_action};
+use crate::instance::programs::libc_version;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
@@ -66,6 +68,8 @@ impl CloneCreate {
             read_early: self.read_early,
             bin_directory: site.bin_directory.clone(),
             owner,
+            user: Owner::current(),
+            host: Host::here(libc_version()),
         };
         let status = context.block_on(async {
             let repository = context.open_repository(site, KeyPurpose::Read).await?;

@@ -71,8 +71,18 @@ impl Report for StatusReport {
             status.basebackup, status.site, status.target
         )?;
         writeln!(out, "  data          {}", status.data_directory.display())?;
+        for warning in &status.warnings {
+            writeln!(out, "  warning       {warning}")?;
+        }
         let (socket, port, user) = (status.socket_directory.display(), status.port, &status.superuser);
         writeln!(out, "  connect       psql -h {socket} -p {port} -U {user}")?;
+        if !status.settings.is_empty() {
+            let (count, name) = (status.settings.len(), &status.name);
+            writeln!(
+                out,
+                "  settings      {count} differ from the source's: see walden --output json clone status {name}"
+            )?;
+        }
         if let Some(seconds) = status.seconds_to_ready {
             let (fetched, total) = (size(status.bytes_fetched), size(status.total_bytes));
             writeln!(out, "  first answer  after {seconds:.2} s")?;
