@@ -14,7 +14,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_scan::greatest;
@@ -232,32 +232,39 @@ async fn run_server<T: Future<Output = ()>>(
     let mut run = Run::start(options, spec, mount).await?;
     let mut fetching = JoinSet::new();
     fetching.spawn(mount.fetch_never_failing());
-    let stopped_by = loop {
+    let outcome = loop {
         let is_ready = run.session.is_some();
         tokio::select! {
             next = run.server.next(!is_ready) => run.session = Some(next?),
             Some(fetched) = fetching.join_next() => {
-                fetched.map_err(|error| MountFailure::Internal(error.to_string()))??;
+                let failed = |error: JoinError| MountFailure::Internal(error.to_string());
+                if let Err(error) = fetched.map_err(failed).flatten() {
+                    break Err(error.into());
+                }
             }
             pending = listener.next() => match pending.request {
-                Request::Stop => break Some(pending),
+                Request::Stop => break Ok(Some(pending)),
                 Request::Status => {
                     let status = run.status().await;
                     pending.answer(&Reply::Status(Box::new(status))).await;
                 }
             },
             () = tokio::time::sleep(RECOVERY_LOOK), if is_ready && run.state != CloneState::Running => {}
-            () = terminated.as_mut() => break None,
+            () = terminated.as_mut() => break Ok(None),
         }
-        if run.session.is_some() && fetching.is_empty() {
-            run.ready().await?;
+        if run.session.is_some()
+            && fetching.is_empty()
+            && let Err(error) = run.ready().await
+        {
+            break Err(error);
         }
     };
     // A server that waits for the store has to hear that it is to stop.
     mount.wait_for_store(STOPPING_PATIENCE);
     run.session = None;
-    run.server.stop(StopMode::Fast, STOP_WAIT).await?;
-    Ok(stopped_by)
+    let mode = if outcome.is_ok() { StopMode::Fast } else { StopMode::Immediate };
+    run.server.stop(mode, STOP_WAIT).await?;
+    outcome
 }
 
 impl<'a> Run<'a> {
