@@ -3,8 +3,7 @@
 //! ```text
 //! <clones>/<name>/clone.json    what it was made from and how it is run
 //!                 plan.json     what its recovery may ask of the archive
-//!                 state.json    how it ended, for when nothing of it runs
-//!                 settings.json what its server was told last
+//!                 state.json, settings.json   how it ended and what its server was told, for when nothing of it runs
 //!                 upper/        what differs from the basebackup
 //!                 mnt/          the mount: data, tablespaces, wal
 //!                 pg_wal/       WAL of the clone itself, not through the mount
