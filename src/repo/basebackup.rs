@@ -273,7 +273,7 @@ async fn read_manifest_start(
     }
     let bytes = repository.store().get_range(&repository.layout().manifest(id), 0..wanted).await;
     let bytes = bytes.map_err(|error| missing_is_damage(error, &object))?;
-    let head_bytes = &bytes[..pin.head_size as usize];
+    let head_bytes = bytes.get(..pin.head_size as usize).ok_or_else(|| damaged("it is cut"))?;
     if Digest::of(head_bytes) != pin.head_digest {
         return Err(damaged("its beginning is not the one backup.json names"));
     }
