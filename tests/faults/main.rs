@@ -1,0 +1,14 @@
+//! What goes wrong around a backup that is not damage: processes killed at any moment, two writers of one site, a full
+//! disk, one request of the store that fails.
+//!
+//! Each time the run succeeds or says what failed, nothing that is not whole is listed, and the next run converges.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod site;
+
+mod full_disk;
+mod killed;
+mod positions;
+mod two_writers;

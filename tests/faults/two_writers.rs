@@ -1,0 +1,100 @@
+//! Two hosts, which are two processes with state of their own, that write one site at the same time (failure 21).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use crate::site::Faulted;
+use crate::support::{Account, Need, require};
+
+/// Makes the configuration of a second host: the same site and keys, its own state.
+fn second_host(site: &Faulted) -> PathBuf {
+    let first = fs::read_to_string(site.walden.configuration_file()).unwrap();
+    let scratch = site.scratch();
+    for folder in ["walden/state-2", "walden/run-2", "walden/clones-2"] {
+        scratch.folder(folder);
+    }
+    let second = first
+        .replace("/state\"", "/state-2\"")
+        .replace("/run\"", "/run-2\"")
+        .replace("/clones\"", "/clones-2\"");
+    assert_ne!(first, second);
+    scratch.file("walden/second.toml", &second)
+}
+
+fn start(site: &Faulted, configuration: &Path, directory: &Path, arguments: &[&str]) -> Child {
+    let mut command: Command = Account::of_postgresql().command(site.walden.binary());
+    command.arg("--config").arg(configuration).args(arguments).current_dir(directory);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Runs a command on both hosts at once, each in a data directory of its own.
+fn both(site: &Faulted, second: &Path, directories: [&Path; 2], arguments: &[&str]) -> [Output; 2] {
+    let first = site.walden.configuration_file();
+    let hosts = [(first.as_path(), directories[0]), (second, directories[1])];
+    let running = hosts.map(|(configuration, directory)| start(site, configuration, directory, arguments));
+    running.map(|process| process.wait_with_output().unwrap())
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn failure_21_two_hosts_back_up_one_site_at_once_and_both_basebackups_are_whole() {
+    require!(Need::PostgreSQL(15));
+    let site = Faulted::start(|_, site| site);
+    site.archive();
+    let second = second_host(&site);
+    let data = site.data_directory();
+    for output in both(&site, &second, [data, data], &["backup"]) {
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    let ids = site.listed();
+    let [first, second] = &ids[..] else { panic!("two basebackups, not {ids:?}") };
+    assert_ne!(first, second);
+    for id in &ids {
+        site.assert_restores(id);
+    }
+}
+
+#[test]
+fn two_hosts_that_push_one_segment_agree_or_the_second_is_refused() {
+    require!(Need::PostgreSQL(15));
+    let site = Faulted::start(|_, site| site);
+    let second = second_host(&site);
+    let data = site.data_directory();
+    for _ in 0..3 {
+        let segment = site.end_segment();
+        let path = format!("pg_wal/{segment}");
+        for output in both(&site, &second, [data, data], &["wal", "push", &path]) {
+            assert!(output.status.success(), "{}", text(&output));
+        }
+        assert!(site.fetched(&segment) == fs::read(data.join(path)).unwrap());
+    }
+
+    // A copy of the server that went its own way: the same name, another end.
+    let segment = site.end_segment();
+    let path = format!("pg_wal/{segment}");
+    let copy = site.scratch().folder("copy");
+    for folder in ["copy/global", "copy/pg_wal"] {
+        site.scratch().folder(folder);
+    }
+    let mut other = fs::read(data.join(&path)).unwrap();
+    *other.last_mut().unwrap() ^= 1;
+    fs::copy(data.join("global/pg_control"), copy.join("global/pg_control")).unwrap();
+    fs::write(copy.join(&path), &other).unwrap();
+    for file in ["global/pg_control", &path] {
+        site.scratch().account().own(&copy.join(file));
+    }
+    let outputs = both(&site, &second, [data, &copy], &["wal", "push", &path]);
+    let won: Vec<usize> = (0..2).filter(|n| outputs[*n].status.success()).collect();
+    let [winner] = won[..] else {
+        panic!("one has to win, not {won:?}: {}", outputs.each_ref().map(text).concat())
+    };
+    let loser = text(&outputs[1 - winner]);
+    assert!(loser.contains(&segment) && loser.contains("already exists with different content"), "{loser}");
+    assert!(loser.contains("Another cluster or another host archives into this site."), "{loser}");
+    let kept = fs::read([data, &*copy][winner].join(&path)).unwrap();
+    assert!(site.fetched(&segment) == kept, "what was accepted first is what is there");
+}
