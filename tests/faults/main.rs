@@ -1,5 +1,5 @@
 //! What goes wrong around a backup that is not damage: processes killed at any moment, two writers of one site, a full
-//! disk, one request of the store that fails.
+//! disk, a clock that is off, a folder that may not be written, one request of the store that fails.
 //!
 //! Each time the run succeeds or says what failed, nothing that is not whole is listed, and the next run converges.
 
@@ -8,7 +8,9 @@ mod support;
 
 mod site;
 
+mod clocks;
 mod full_disk;
 mod killed;
 mod positions;
+mod refused;
 mod two_writers;

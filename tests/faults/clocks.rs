@@ -1,0 +1,54 @@
+//! A host whose clock is an hour off: what it writes sorts behind what it builds on, and the newest is the newest.
+
+use std::sync::Arc;
+
+use walden::catalog::basebackups;
+use walden::clock::ManualClock;
+use walden::codec::{Compression, SeededRandom};
+use walden::pg::{Lsn, TimelineId};
+use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
+use walden::repo::documents::ServerRecord;
+use walden::repo::{Basebackup, BasebackupId, Keyring, Repository, RepositoryOptions};
+use walden::storage::{MemoryStore, ObjectKey};
+
+/// Writes a basebackup as a host with that time would.
+async fn write(store: &Arc<MemoryStore>, time: &str, parent: Option<BasebackupId>) -> BasebackupId {
+    let time = time.parse().unwrap();
+    let options = RepositoryOptions {
+        store: store.clone(),
+        site: ObjectKey::parse("main").unwrap(),
+        keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(7))),
+        clock: Arc::new(ManualClock::new(time)),
+    };
+    let (repository, _) = Repository::open_or_create(options).await.unwrap();
+    let parent = match parent {
+        Some(id) => Some(Arc::new(Basebackup::open(&repository, id).await.unwrap())),
+        None => None,
+    };
+    let options = BuilderOptions {
+        cluster: "7301234567890123456-16".parse().unwrap(),
+        timeline: TimelineId::FIRST,
+        lsns: (Lsn(0x200_0028), Lsn(0x200_0100)),
+        time,
+        compression: Compression::zstd(1),
+        server: ServerRecord { major: 15, ..ServerRecord::default() },
+    };
+    let mut builder = BasebackupBuilder::begin(&repository, options, parent).await.unwrap();
+    builder.directory("data");
+    builder.file("data/PG_VERSION", b"15\n").await.unwrap();
+    let id = builder.finish().await.unwrap().id;
+    let list = basebackups::list(&repository).await.unwrap();
+    assert_eq!(list.resolve("latest").unwrap().record.id, id, "what was written last is the latest");
+    id
+}
+
+#[tokio::test]
+async fn a_basebackup_sorts_behind_its_parent_whatever_the_clocks_say() {
+    let store = Arc::new(MemoryStore::new());
+    let ahead = write(&store, "2026-11-20T11:15:00Z", None).await;
+    let right = write(&store, "2026-11-20T10:16:00Z", Some(ahead)).await;
+    let behind = write(&store, "2026-11-20T09:17:00Z", Some(right)).await;
+    assert!(ahead < right && right < behind, "{ahead}, {right}, {behind}");
+    // An hour that is repeated costs the ids their time, which people read, and nothing else.
+    assert_eq!(behind.time().to_string(), "2026-11-20T11:15:02Z");
+}
