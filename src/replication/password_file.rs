@@ -87,6 +87,8 @@ mod tests {
     use std::fs::{self, Permissions};
     use std::os::unix::fs::PermissionsExt;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     const LOGIN: Login<'_> = Login { host: "db", port: 5433, dbname: "app", user: "me" };
@@ -119,5 +121,15 @@ mod tests {
         assert_eq!(look_up(&path, LOGIN), None);
         fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         assert_eq!(look_up(&path, LOGIN).as_deref(), Some("secret"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_and_an_escaped_password_is_found_in_it(text in "(?s).{0,60}", password in "[^\r\n]{0,20}") {
+            let _ = find(&text, LOGIN);
+            let escaped = password.replace('\\', r"\\").replace(':', r"\:");
+            let found = find(&format!("db:5433:app:me:{escaped}\n{text}"), LOGIN);
+            prop_assert_eq!(found, Some(password));
+        }
     }
 }

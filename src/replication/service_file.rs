@@ -40,6 +40,8 @@ pub(super) fn find(text: &str, service: &str) -> Result<Option<Keywords>, Error>
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const FILE: &str =
@@ -60,5 +62,14 @@ mod tests {
         assert!(nested.to_string().contains("names another service"));
         assert!(find("[a]\nnonsense\n", "a").unwrap_err().to_string().contains("without \"=\""));
         assert!(find("nonsense\n[b]\nhots=1\n[a]\n", "a").unwrap().unwrap().is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(before in "(?s)[^\\[]{0,40}", text in "(?s).{0,60}") {
+            let _ = find(&text, "main");
+            let _ = find(&format!("{before}\n[main]\n{text}"), "main");
+            let _ = find(&format!("[main]\nhost={text}\n]["), "main");
+        }
     }
 }

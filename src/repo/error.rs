@@ -133,7 +133,7 @@ impl Error {
             }
             Self::WrongKey { .. } => "The private key file does not belong to the public key of that id.",
             Self::Unencrypted { .. } => {
-                "Remove the recipients from the configuration to read it all the same."
+                "Remove recipients and private keys from the configuration to read it all the same."
             }
             Self::NewerFormat { .. } => "Use the release of walden that wrote it, or a newer one.",
             Self::Incomplete(_) => "It is still running, or it was killed; take another basebackup.",

@@ -307,6 +307,7 @@ impl KeyEnvelope {
     pub fn decode(reader: &mut WireReader<'_>) -> Result<Self, WireError> {
         let cipher = Cipher::try_from(reader.u8()?).map_err(|_| WireError::Invalid { field: "cipher" })?;
         let (id, commitment) = (reader.array()?, reader.array()?);
+        // At most RECIPIENTS_MAX, so room for all of them is little whatever follows.
         let count = reader.bounded("recipient count", RECIPIENTS_MAX as u64)? as usize;
         let mut wrapped = Vec::with_capacity(count);
         for _ in 0..count {
@@ -342,5 +343,60 @@ struct ObserverHandle(Arc<dyn SealObserver>);
 impl std::fmt::Debug for ObserverHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("SealObserver")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn envelope() -> impl Strategy<Value = KeyEnvelope> {
+        let wrapped = (any::<[u8; 32]>(), prop::collection::vec(any::<u8>(), 0..40))
+            .prop_map(|(recipient, key)| WrappedKey { recipient, key });
+        let cipher = prop_oneof![Just(Cipher::None), Just(Cipher::Aes256Gcm)];
+        (cipher, any::<[u8; 16]>(), any::<[u8; 32]>(), prop::collection::vec(wrapped, 0..5))
+            .prop_map(|(cipher, id, commitment, wrapped)| KeyEnvelope { cipher, id, commitment, wrapped })
+    }
+
+    fn encoded(envelope: &KeyEnvelope) -> Vec<u8> {
+        let mut out = WireWriter::new();
+        envelope.encode(&mut out);
+        out.finish()
+    }
+
+    #[test]
+    fn more_recipients_and_longer_keys_than_there_can_be_are_refused() {
+        let envelope = |count: usize, len: usize| KeyEnvelope {
+            cipher: Cipher::Aes256Gcm,
+            id: [0; 16],
+            commitment: [0; 32],
+            wrapped: vec![WrappedKey { recipient: [0; 32], key: vec![0; len] }; count],
+        };
+        let decode = |envelope: KeyEnvelope| KeyEnvelope::decode(&mut WireReader::new(&encoded(&envelope)));
+        assert!(decode(envelope(RECIPIENTS_MAX, WRAPPED_BYTES_MAX)).is_ok());
+        assert!(decode(envelope(RECIPIENTS_MAX + 1, 1)).is_err());
+        assert!(decode(envelope(1, WRAPPED_BYTES_MAX + 1)).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn an_envelope_comes_back_and_a_damaged_one_is_read_or_refused(
+            envelope in envelope(), at: usize, flip in 1u8.., cut: usize,
+        ) {
+            let mut bytes = encoded(&envelope);
+            prop_assert_eq!(KeyEnvelope::decode(&mut WireReader::new(&bytes)), Ok(envelope));
+            let at = at % bytes.len();
+            bytes[at] ^= flip;
+            let _ = KeyEnvelope::decode(&mut WireReader::new(&bytes));
+            bytes.truncate(cut % bytes.len());
+            let _ = KeyEnvelope::decode(&mut WireReader::new(&bytes));
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = KeyEnvelope::decode(&mut WireReader::new(&bytes));
+        }
     }
 }

@@ -37,6 +37,8 @@ pub enum FrameKind {
 
 /// The largest raw frame of a sealed object.
 pub const FRAME_RAW_MAX: usize = 1 << 20;
+/// The largest stored frame: what does not become smaller is stored as it is.
+const FRAME_STORED_MAX: usize = FRAME_RAW_MAX + TAG_LEN;
 /// The largest index frame: a manifest of a million file-table blocks has a smaller one.
 const INDEX_BYTES_MAX: u32 = 64 << 20;
 
@@ -244,6 +246,11 @@ impl SealedHead {
         self.range(0..self.frames.len()).map(|range| range.end)
     }
 
+    /// Returns how many bytes all frames have once inflated.
+    fn raw_size(&self) -> u64 {
+        self.frames.iter().map(|frame| u64::from(frame.raw_len)).sum()
+    }
+
     /// Opens frame `n`, given the object's bytes from offset `base` on.
     pub fn open_frame(&self, n: usize, base: u64, bytes: &[u8]) -> Result<Vec<u8>, Error> {
         let damaged = |detail: &str| Error::damaged(&self.object, format!("frame {} {detail}", n + 1));
@@ -272,11 +279,11 @@ impl SealedHead {
 
 fn parse_index(bytes: &[u8], mut offset: u64, cipher: Cipher) -> Result<Vec<FrameEntry>, WireError> {
     let mut reader = WireReader::new(bytes);
-    // Two lengths and a codec.
+    // Two lengths and a codec: an entry in memory takes about sixteen times what it takes in an index.
     let count = reader.count_of("frame count", 3)?;
     let mut frames = Vec::with_capacity(count);
     for _ in 0..count {
-        let stored_len = reader.small("stored length")?;
+        let stored_len = reader.bounded("stored length", FRAME_STORED_MAX as u64)? as u32;
         let raw_len = reader.bounded("raw length", FRAME_RAW_MAX as u64)? as u32;
         let codec = CodecId::try_from(reader.u8()?).map_err(|_| WireError::Invalid { field: "codec" })?;
         let tag = if cipher == Cipher::None { Some(reader.array()?) } else { None };
@@ -299,22 +306,155 @@ pub fn compress_frames(
     raw.chunks(frame_len).map(|raw| CompressedFrame::compress(&mut compressor, raw)).collect()
 }
 
-/// Opens the whole of a sealed object of `identity` whose header the caller trusts.
+/// Opens the whole of a sealed object of `identity` whose header the caller trusts, and says that it has `raw_size`
+/// bytes once inflated. An index of few bytes can name a great many, so nothing is inflated where the two differ.
 pub fn open_all(
     bytes: &[u8],
     header: &Header,
     keyring: &Keyring,
     identity: &Identity,
     object: &str,
+    raw_size: u64,
 ) -> Result<Vec<u8>, Error> {
     debug_assert!(!matches!(identity.kind, ObjectKind::Pack));
     let head = SealedHead::open(bytes, header, keyring, identity, object)?;
     if head.object_size().is_some_and(|size| size != bytes.len() as u64) {
         return Err(Error::damaged(object, "its length is not the one its index names"));
     }
+    if head.raw_size() != raw_size {
+        return Err(Error::damaged(object, "its frames do not make up the size that its header names"));
+    }
     let mut raw = Vec::new();
     for n in 0..head.frame_count() {
         raw.extend_from_slice(&head.open_frame(n, 0, bytes)?);
     }
     Ok(raw)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use crate::codec::SeededRandom;
+    use crate::repo::id::ClusterId;
+    use crate::repo::keyring::Audience;
+
+    use super::*;
+
+    const ALGORITHMS: [CodecId; 4] = [CodecId::None, CodecId::Zstd, CodecId::Snappy, CodecId::Lz4];
+
+    fn identity() -> Identity {
+        Identity {
+            kind: ObjectKind::Wal,
+            site: uuid::Uuid::nil(),
+            cluster: ClusterId::UNKNOWN,
+            timeline: None,
+            name: "x".to_owned(),
+            part: String::new(),
+        }
+    }
+
+    fn keyring() -> Keyring {
+        Keyring::unencrypted(Arc::new(SeededRandom::new(7)))
+    }
+
+    fn compressed(algorithm: CodecId, raw: &[u8]) -> CompressedFrame {
+        let level = if algorithm == CodecId::Zstd { 3 } else { 0 };
+        CompressedFrame::compress(&mut Compressor::new(Compression { algorithm, level }), raw).unwrap()
+    }
+
+    /// Seals frames as they are, whatever they say of themselves, and opens the object as one of `raw_size`.
+    fn sealed_and_opened(frames: Vec<CompressedFrame>, raw_size: u64) -> Result<Vec<u8>, Error> {
+        let (keyring, identity) = (keyring(), identity());
+        let (key, envelope) = keyring.create_key(Audience::Wal).unwrap();
+        let spec = SealSpec { keyring: &keyring, identity: &identity, key: &key, envelope: &envelope };
+        let bytes = seal(&spec, frames).bytes;
+        let header = Header::parse(&bytes, ObjectKind::Wal, "x").unwrap();
+        open_all(&bytes, &header, &keyring, &identity, "x", raw_size)
+    }
+
+    #[test]
+    fn a_frame_that_lies_about_its_length_is_refused_by_every_codec() {
+        for algorithm in ALGORITHMS {
+            let raw = [5; 1000];
+            let honest = compressed(algorithm, &raw);
+            assert_eq!(honest.codec, algorithm);
+            assert_eq!(sealed_and_opened(vec![honest.clone(), honest.clone()], 2000).unwrap(), [5; 2000]);
+            for raw_len in [0, 1, 999, 1001, FRAME_RAW_MAX as u32] {
+                let lying = CompressedFrame { raw_len, ..honest.clone() };
+                let error = sealed_and_opened(vec![lying], u64::from(raw_len)).unwrap_err();
+                assert!(
+                    error.to_string().contains("does not decompress"),
+                    "{algorithm:?} {raw_len}: {error}"
+                );
+            }
+            for raw_len in [FRAME_RAW_MAX as u32 + 1, u32::MAX] {
+                let lying = CompressedFrame { raw_len, ..honest.clone() };
+                let error = sealed_and_opened(vec![lying], u64::from(raw_len)).unwrap_err();
+                assert!(error.to_string().contains("raw length"), "{algorithm:?} {raw_len}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_inflated_of_frames_that_make_up_another_size_than_the_header_names() {
+        let frame = compressed(CodecId::Zstd, &vec![0; FRAME_RAW_MAX]);
+        assert!(frame.body.len() < 200, "a small object can name a great many bytes");
+        // What it would inflate to is cut, so that the message tells which check came first.
+        let cut = CompressedFrame { body: frame.body[..20].to_vec(), ..frame };
+        let error = sealed_and_opened(vec![cut; 2000], 1 << 20).unwrap_err();
+        assert!(error.to_string().contains("do not make up the size"), "{error}");
+    }
+
+    #[test]
+    fn a_stored_length_that_no_frame_has_is_refused_before_it_is_fetched() {
+        let index = |stored_len: u64| {
+            let mut out = WireWriter::new();
+            out.varint(1).varint(stored_len).varint(1).u8(CodecId::Zstd as u8);
+            parse_index(&out.finish(), 0, Cipher::Aes256Gcm)
+        };
+        assert!(index(FRAME_STORED_MAX as u64).is_ok());
+        assert!(index(FRAME_STORED_MAX as u64 + 1).is_err());
+        assert!(index(TAG_LEN as u64 - 1).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_index_is_read_or_refused_and_so_are_its_frames(
+            entries in prop::collection::vec((0u64..1 << 21, 0u64..1 << 21, 0u8..5), 0..8),
+            cut in 0usize..60,
+            flip in any::<(usize, u8)>(),
+            body in prop::collection::vec(any::<u8>(), 0..200),
+            base in 0u64..100,
+        ) {
+            let mut out = WireWriter::new();
+            out.varint(entries.len() as u64);
+            for (stored_len, raw_len, codec) in &entries {
+                out.varint(stored_len % 60).varint(*raw_len).u8(*codec);
+            }
+            let mut bytes = out.finish();
+            bytes.truncate(1.max(bytes.len().saturating_sub(cut)));
+            let at = flip.0 % bytes.len();
+            bytes[at] ^= flip.1;
+            let key = FrameKey::unencrypted(&[0; 32], b"x");
+            for cipher in [Cipher::None, Cipher::Aes256Gcm] {
+                let Ok(frames) = parse_index(&bytes, 40, cipher) else { continue };
+                let head = SealedHead { key: key.clone(), frames, object: "x".to_owned() };
+                let _ = (head.object_size(), head.raw_size(), head.range(0..0), head.range(1..3));
+                for n in 0..=head.frame_count() {
+                    prop_assert!(head.open_frame(n, base, &body).is_err());
+                }
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_no_index_or_one_in_bounds(bytes: Vec<u8>, offset in 0u64..1 << 40) {
+            for cipher in [Cipher::None, Cipher::Aes256Gcm] {
+                let frames = parse_index(&bytes, offset, cipher).unwrap_or_default();
+                prop_assert!(frames.capacity() <= bytes.len() / 3);
+            }
+        }
+    }
 }

@@ -71,3 +71,74 @@ fn parse_signature(line: &[u8]) -> Result<Option<(SignerId, [u8; 64])>, &'static
     let signature = BASE64.decode(&line.signature).ok().and_then(|bytes| bytes.try_into().ok());
     Ok(Some((SignerId(line.signer), signature.ok_or("its signature is not 64 bytes")?)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use serde_json::Value;
+
+    use crate::codec::{SeededRandom, SigningKey, VerifyKey};
+    use crate::repo::id::ClusterId;
+    use crate::repo::identity::ObjectKind;
+    use crate::repo::keyring::KeyringOptions;
+
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity {
+            kind: ObjectKind::Begin,
+            site: uuid::Uuid::nil(),
+            cluster: ClusterId::UNKNOWN,
+            timeline: None,
+            name: String::new(),
+            part: String::new(),
+        }
+    }
+
+    /// A host that signs, and whose word it takes alone.
+    fn signing() -> Keyring {
+        let signer =
+            SigningKey::from_pem(include_str!("../../tests/data/golden-1/keys/test.sign.pem")).unwrap();
+        let verify = include_str!("../../tests/data/golden-1/keys/test.verify.pem");
+        let trusted_signers = vec![VerifyKey::from_pem(verify).unwrap()];
+        let random = Arc::new(SeededRandom::new(7));
+        let (recipients, wal_recipients, private_keys) = (Vec::new(), Vec::new(), Vec::new());
+        let signer = Some(signer);
+        let options =
+            KeyringOptions { recipients, wal_recipients, signer, trusted_signers, private_keys, random };
+        Keyring::new(options)
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_document_is_refused_by_who_trusts_a_signer_and_harms_no_other(
+            text in "\\PC{0,20}", at: usize, flip in 1u8.., cut: usize,
+        ) {
+            let (signing, trusting) = (signing(), Keyring::unencrypted(Arc::new(SeededRandom::new(1))));
+            let bytes = seal_document(&signing, &identity(), &text).unwrap();
+            let whole = open_document::<String>(&signing, &identity(), &bytes, "x").unwrap().0;
+            prop_assert_eq!(&whole, &text);
+            let end = bytes.iter().position(|byte| *byte == b'\n').unwrap();
+            let mut damaged = bytes.to_vec();
+            damaged[at % bytes.len()] ^= flip;
+            let _ = open_document::<Value>(&trusting, &identity(), &damaged, "x");
+            // Of the second line too no bit may differ, but for the blanks and the letters that JSON takes for equal.
+            if at % bytes.len() <= end {
+                prop_assert!(open_document::<Value>(&signing, &identity(), &damaged, "x").is_err());
+            }
+            let cut = &bytes[..cut % bytes.len()];
+            prop_assert!(open_document::<Value>(&signing, &identity(), cut, "x").is_err());
+            let _ = open_document::<Value>(&trusting, &identity(), cut, "x");
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>, line: Vec<u8>) {
+            let keyring = Keyring::unencrypted(Arc::new(SeededRandom::new(1)));
+            let _ = open_document::<Value>(&keyring, &identity(), &bytes, "x");
+            let _ = open_document::<Value>(&keyring, &identity(), &[b"{}\n", &line[..]].concat(), "x");
+            let _ = (parse_signature(&line), parse_signature(&[&line[..], b"\n"].concat()));
+        }
+    }
+}

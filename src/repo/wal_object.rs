@@ -291,8 +291,9 @@ async fn read(repository: &Repository, target: &Target) -> Result<Bytes, Error> 
     if wal.raw_size > WAL_RAW_BYTES_MAX {
         return Err(damaged("its header names an impossible size"));
     }
-    let raw = open_all(&bytes, &header, repository.keyring(), &target.identity, &target.object)?;
-    if raw.len() as u64 != wal.raw_size || Digest::salted(&wal.salt, &raw) != wal.content_digest {
+    let raw =
+        open_all(&bytes, &header, repository.keyring(), &target.identity, &target.object, wal.raw_size)?;
+    if Digest::salted(&wal.salt, &raw) != wal.content_digest {
         return Err(damaged("its content is not the one its header names"));
     }
     Ok(raw.into())

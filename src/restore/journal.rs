@@ -62,6 +62,8 @@ fn parse(text: &[u8]) -> HashSet<u64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -78,5 +80,23 @@ mod tests {
             assert!(cut.is_empty() || cut == HashSet::from([1, 2]), "{cut:?}");
         }
         assert_eq!(parse(&[&whole[..], b"4 5\n6 .\n"].concat()), HashSet::from([1, 2, 30]));
+    }
+
+    proptest! {
+        #[test]
+        fn what_follows_whole_lines_takes_none_of_their_numbers_away(
+            lines in prop::collection::vec(prop::collection::vec(any::<u64>(), 0..4), 0..5),
+            damage: Vec<u8>,
+        ) {
+            let mut text = Vec::new();
+            for line in &lines {
+                line.iter().for_each(|number| text.extend_from_slice(format!("{number} ").as_bytes()));
+                text.extend_from_slice(b".\n");
+            }
+            let whole: HashSet<u64> = lines.into_iter().flatten().collect();
+            prop_assert_eq!(&parse(&text), &whole);
+            text.extend_from_slice(&damage);
+            prop_assert!(whole.is_subset(&parse(&text)));
+        }
     }
 }

@@ -1,11 +1,14 @@
-//! Every decoder of bytes from outside that the library shows: nothing panics, nothing allocates by a number it reads.
+//! Decoders of bytes from outside that the library shows: nothing panics, nothing allocates by a number it reads.
 //!
 //! Each gets bytes at random and valid samples that were flipped, cut, added to, or had lengths set to the largest
-//! there are; dev builds panic where arithmetic overflows. What it has allocated at its most is held against the
-//! length of its input. Decoders that are private to a module have the same tests beside them, without the count:
-//! there a count is bounded by the bytes left (`WireReader::count_of`).
+//! there are, with checksums made right again; dev builds panic where arithmetic overflows. What it has allocated at
+//! its most is held against the length of its input. `objects` does the same to whole objects of the golden
+//! repository. Decoders that are private to a module have proptests beside them, without the count of bytes: what they
+//! make room for is bounded in the code by the bytes left (`WireReader::count_of`) or by a named limit. Not here: the
+//! XML that `object_store` reads, of which an answer's length alone is bounded, and `backup_manifest`, read by serde.
 
 mod counting;
+mod objects;
 mod samples;
 
 use proptest::prelude::*;
@@ -23,7 +26,7 @@ const CASES: u32 = 96;
 
 /// One thing done to valid bytes.
 #[derive(Debug, Clone)]
-enum Edit {
+pub enum Edit {
     Flip(Index, u8),
     Truncate(Index),
     Insert(Index, Vec<u8>),
@@ -32,7 +35,7 @@ enum Edit {
     Remove(Index, usize),
 }
 
-fn edit() -> impl Strategy<Value = Edit> {
+pub fn edit() -> impl Strategy<Value = Edit> {
     prop_oneof![
         (any::<Index>(), 0u8..8).prop_map(|(at, bit)| Edit::Flip(at, bit)),
         any::<Index>().prop_map(Edit::Truncate),
@@ -44,7 +47,7 @@ fn edit() -> impl Strategy<Value = Edit> {
 }
 
 impl Edit {
-    fn apply(&self, bytes: &mut Vec<u8>) {
+    pub fn apply(&self, bytes: &mut Vec<u8>) {
         if bytes.is_empty() {
             return;
         }
@@ -97,6 +100,8 @@ fn damaged_samples_are_read_or_refused_in_bounded_memory() {
             run(&decoder, &prop::collection::vec(edit(), 1..5), |edits| {
                 let mut bytes = sample.clone();
                 edits.iter().for_each(|edit| edit.apply(&mut bytes));
+                check(&decoder, &bytes)?;
+                (decoder.repair)(&mut bytes);
                 check(&decoder, &bytes)
             });
         }

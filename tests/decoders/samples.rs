@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use walden::catalog::RecoveryPlan;
 use walden::codec::{
     CodecId, Compression, Compressor, Decompressor, RecipientKey, RecipientPrivateKey, SigningKey, VerifyKey,
 };
@@ -30,7 +31,14 @@ pub struct Decoder {
     pub decode: fn(&[u8]),
     /// What the caller says beforehand that the output may be.
     pub declared: usize,
+    /// Makes a checksum right again after damage, so that the damage gets behind it.
+    pub repair: fn(&mut Vec<u8>),
 }
+
+/// A plan as restore writes it.
+const PLAN: &str = r#"{"format":1,"cluster":"7710459600104976879-1","basebackup":"20261120T101500Z-3fa9",
+    "spans":[{"timeline":1,"first":"000000010000000000000009","last":"00000001000000000000000C","history":false},
+             {"timeline":2,"first":"00000002000000000000000C","last":null,"history":true}],"standby":false}"#;
 
 /// What the decompressors are told that comes out.
 const RAW_LEN: usize = 100_000;
@@ -44,7 +52,7 @@ pub fn decoders() -> Vec<Decoder> {
 }
 
 fn decoder(name: &'static str, samples: Vec<Vec<u8>>, decode: fn(&[u8])) -> Decoder {
-    Decoder { name, samples, decode, declared: 0 }
+    Decoder { name, samples, decode, declared: 0, repair: |_| {} }
 }
 
 fn data(name: &str) -> Vec<u8> {
@@ -79,13 +87,16 @@ fn pg() -> Vec<Decoder> {
         START TIMELINE: 1\n";
     let pid = b"4711\n/srv/data\n1763633700\n5432\n/run/postgresql\nlocalhost\n  5432001   32768\nready   \n";
     vec![
-        decoder(
-            "pg_control",
-            majors.iter().map(|major| data(&format!("pg_control/{major}"))).collect(),
-            |bytes| {
-                let _ = ControlFile::parse(bytes);
-            },
-        ),
+        Decoder {
+            repair: repair_control,
+            ..decoder(
+                "pg_control",
+                majors.iter().map(|major| data(&format!("pg_control/{major}"))).collect(),
+                |bytes| {
+                    let _ = ControlFile::parse(bytes);
+                },
+            )
+        },
         decoder("backup_label", vec![label.to_vec()], |bytes| {
             let _ = BackupLabel::parse(&text(bytes));
         }),
@@ -98,9 +109,12 @@ fn pg() -> Vec<Decoder> {
         decoder("postmaster.pid", vec![pid.to_vec()], |bytes| {
             let _ = PostmasterPid::parse(&text(bytes));
         }),
-        decoder("relation map", Vec::new(), |bytes| {
-            let _ = RelationMap::parse(bytes);
-        }),
+        Decoder {
+            repair: repair_map,
+            ..decoder("relation map", relation_maps(), |bytes| {
+                let _ = RelationMap::parse(bytes);
+            })
+        },
         decoder("page", vec![data("page/heap-2-blocks")[..8192].to_vec()], |bytes| {
             let _ = (PageHeader::parse(bytes), walden::pg::page::verify(bytes, 0, Lsn(0)));
         }),
@@ -115,6 +129,40 @@ fn pg() -> Vec<Decoder> {
         decoder("WAL records", starts.clone(), read_records),
         decoder("the last page of WAL", [starts, vec![full_page()]].concat(), read_last_page),
     ]
+}
+
+/// Writes the checksum of all that stands before it.
+fn repair_at(bytes: &mut [u8], at: usize) {
+    if bytes.len() >= at + 4 {
+        let crc = Crc32c::of(&bytes[..at]).0;
+        bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
+    }
+}
+
+/// From 18 on the checksum stands four bytes later.
+fn repair_control(bytes: &mut Vec<u8>) {
+    let late = bytes.get(8..12) == Some(&1800u32.to_le_bytes());
+    repair_at(bytes, if late { 292 } else { 288 });
+}
+
+/// The checksum is behind the room for mappings, of which there is more from 16 on.
+fn repair_map(bytes: &mut Vec<u8>) {
+    let at = if bytes.len() >= 524 { 520 } else { 504 };
+    repair_at(bytes, at);
+}
+
+/// Maps of two catalogs, as a server up to 15 and one from 16 on writes them.
+fn relation_maps() -> Vec<Vec<u8>> {
+    [512, 524]
+        .map(|len| {
+            let words = [0x0059_2717u32, 2, 1259, 1259, 1249, 16_500];
+            let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            bytes.resize(len, 0);
+            repair_map(&mut bytes);
+            assert_eq!(RelationMap::parse(&bytes).unwrap().mappings.len(), 2);
+            bytes
+        })
+        .to_vec()
 }
 
 /// Two pages, of which the second is one record to its end.
@@ -263,6 +311,7 @@ fn texts() -> Vec<Decoder> {
     let bytes = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect();
     let toml = "[storage]\nurl = \"s3://bucket/prefix\"\n[limits]\nmemory = \"1GB\"\n[sites.main]\n\
                 connection = \"host=/run/postgresql\"\n";
+    assert!(serde_json::from_str::<RecoveryPlan>(PLAN).is_ok());
     vec![
         decoder("object key", bytes(&keys), |bytes| {
             if let Ok(key) = ObjectKey::parse(&text(bytes)) {
@@ -283,6 +332,14 @@ fn texts() -> Vec<Decoder> {
         }),
         decoder("where a repository is", bytes(&["file:///srv/walden", "s3://bucket/prefix"]), |bytes| {
             let _ = Location::parse(&text(bytes));
+        }),
+        decoder("walden.plan.json", bytes(&[PLAN]), |bytes| {
+            if let Ok(plan) = serde_json::from_slice::<RecoveryPlan>(bytes) {
+                // The names of a span are counted through, however many it says that there are.
+                for name in plan.segments().take(100) {
+                    let _ = plan.contains(ArchiveFileName::Segment(name));
+                }
+            }
         }),
         decoder(
             "control message",

@@ -141,6 +141,8 @@ fn escape(path: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::mount::upper::real_disk::RealDisk;
 
@@ -189,6 +191,30 @@ mod tests {
             std::fs::write(scratch.path().join(PATH), text).unwrap();
             let disk = RealDisk::open(scratch.path()).unwrap();
             assert!(NamesJournal::open(&disk, Path::new(PATH)).is_err(), "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_names_come_back_and_any_damage_behind_them_hides_no_fewer(
+            paths in prop::collection::hash_set(prop::collection::vec(any::<u8>(), 1..12), 0..5),
+            damage: Vec<u8>,
+            zeros: bool,
+        ) {
+            let mut text: Vec<u8> =
+                paths.iter().flat_map(|path| format!("hide {}\n", escape(path)).into_bytes()).collect();
+            prop_assert_eq!(&parse(&text).unwrap().0, &paths);
+            let length = text.len() as u64;
+            text.extend_from_slice(if zeros { b"\0" } else { b"" });
+            text.extend_from_slice(&damage);
+            match parse(&text) {
+                Ok((hidden, trusted)) => {
+                    prop_assert!(hidden.is_superset(&paths));
+                    prop_assert!((length..=text.len() as u64).contains(&trusted));
+                    prop_assert!(!zeros || trusted == length);
+                }
+                Err(_) => prop_assert!(!zeros),
+            }
         }
     }
 }

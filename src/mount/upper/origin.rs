@@ -52,6 +52,8 @@ pub(crate) fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -78,5 +80,19 @@ mod tests {
         }
         let long = Origin { base_length: 0, path: vec![b'a'; PATH_BYTES_MAX + 1] };
         assert_eq!(long.to_bytes().unwrap_err().raw_os_error(), Some(libc::ENAMETOOLONG));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_read_is_in_bounds_and_would_be_written_so(bytes: Vec<u8>, length in ".{0,22}", path: Vec<u8>) {
+            let made = [b"1 ", length.as_bytes(), b" ", &path].concat();
+            for bytes in [bytes, made] {
+                if let Ok(origin) = Origin::from_bytes(&bytes) {
+                    prop_assert!(origin.base_length <= BASE_LENGTH_MAX);
+                    let written = Origin::from_bytes(&origin.to_bytes().unwrap()).unwrap();
+                    prop_assert_eq!(written, origin);
+                }
+            }
+        }
     }
 }
