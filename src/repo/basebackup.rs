@@ -45,6 +45,8 @@ pub struct Basebackup {
 
 /// A block holds about a thousand entries of some hundred bytes; 128 of them stay below 32 MiB.
 const BLOCKS_CACHED_MAX: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
+/// Whoever goes through all blocks fetches half of what is cached ahead.
+pub const BLOCKS_AHEAD: usize = BLOCKS_CACHED_MAX.get() / 2;
 /// Blocks that lie side by side are fetched by one request up to this size.
 const BLOCK_RUN_BYTES_MAX: u64 = 4 << 20;
 /// A manifest up to this size is fetched whole at once.
@@ -167,6 +169,24 @@ impl Basebackup {
             }
         }
         Ok(children)
+    }
+
+    /// Shows every entry with its number, in order; blocks are fetched many at a time.
+    pub async fn visit_entries<E: From<Error>>(
+        &self,
+        mut visit: impl FnMut(u64, &Entry) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let count = self.block_count();
+        for n in 0..count {
+            if n.is_multiple_of(BLOCKS_AHEAD) {
+                self.load_blocks(n..(n + BLOCKS_AHEAD).min(count)).await?;
+            }
+            let first = self.start.blocks[n].first_number;
+            for (number, entry) in (first..).zip(&*self.block(n).await?) {
+                visit(number, entry)?;
+            }
+        }
+        Ok(())
     }
 
     /// Returns how many blocks the file table has.

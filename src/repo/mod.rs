@@ -47,7 +47,7 @@ mod tests;
 #[cfg(test)]
 mod writing_tests;
 
-pub use basebackup::{Basebackup, read_outcome, read_refs};
+pub use basebackup::{BLOCKS_AHEAD, Basebackup, read_outcome, read_refs};
 pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
 pub use chunk_runs::{ChunkRun, RUN_BYTES_MAX, StoredRun, plan_runs};
 pub use error::{Error, ErrorKind};

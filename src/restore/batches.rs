@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt};
 use crate::repo::chunk::ChunkRef;
 use crate::repo::entry::{BlobRef, Content, Entry, Node};
 use crate::repo::page_map::MapBlock;
-use crate::repo::{self, Basebackup, FrameKind, PackId, plan_runs};
+use crate::repo::{self, BLOCKS_AHEAD, Basebackup, FrameKind, PackId, plan_runs};
 use crate::restore::Error;
 use crate::restore::batch::{Batch, BatchBuilder};
 
@@ -35,8 +35,6 @@ pub(super) struct Batches<F> {
     entry: usize,
 }
 
-/// Table blocks that are fetched together; half of what an open basebackup keeps.
-const BLOCKS_AHEAD: usize = 64;
 /// Map blocks that are held at a time, each at most a few hundred KiB.
 const MAP_BLOCKS_MAX: usize = 128;
 

@@ -77,17 +77,16 @@ pub(super) async fn staying_by_content(
     let basebackup = reader.basebackup();
     let checksums = manifest_checksums(reader).await?;
     let mut candidates: Vec<(u64, PathBuf, u64, Option<String>)> = Vec::new();
-    for n in 0..basebackup.block_count() {
-        let first = basebackup.start().blocks[n].first_number;
-        for (number, entry) in (first..).zip(&*basebackup.block(n).await?) {
-            let Node::File { size, .. } = &entry.node else { continue };
-            let Some(path) = destinations.place(&entry.path)? else { continue };
-            if shape.files.get(&path) == Some(&number) {
-                let checksum = server_path(&entry.path).and_then(|path| checksums.get(&path).cloned());
-                candidates.push((number, path, *size, checksum));
-            }
+    let consider = |number, entry: &Entry| {
+        if let (Node::File { size, .. }, Some(path)) = (&entry.node, destinations.place(&entry.path)?)
+            && shape.files.get(&path) == Some(&number)
+        {
+            let checksum = server_path(&entry.path).and_then(|path| checksums.get(&path).cloned());
+            candidates.push((number, path, *size, checksum));
         }
-    }
+        Ok::<_, Error>(())
+    };
+    basebackup.visit_entries(consider).await?;
     let compared = candidates.into_iter().map(|(number, path, size, checksum)| async move {
         let state = pool.run(move || state_of(&path, size, checksum.as_deref())).await??;
         Ok::<_, Error>((number, state))
@@ -195,10 +194,10 @@ fn server_path(path: &TreePath) -> Option<Vec<u8>> {
 /// Returns the sizes of all files by number.
 pub(super) async fn sizes(basebackup: &Basebackup) -> Result<HashMap<u64, u64>, Error> {
     let mut sizes = HashMap::new();
-    for n in 0..basebackup.block_count() {
-        let first = basebackup.start().blocks[n].first_number;
-        let block = basebackup.block(n).await?;
-        sizes.extend((first..).zip(&*block).map(|(number, entry)| (number, entry.size())));
-    }
+    let note = |number, entry: &Entry| {
+        sizes.insert(number, entry.size());
+        Ok::<_, Error>(())
+    };
+    basebackup.visit_entries(note).await?;
     Ok(sizes)
 }

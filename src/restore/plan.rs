@@ -202,11 +202,7 @@ impl Sizes {
     /// Adds up the file table, and refuses one that names what no basebackup has.
     async fn of(basebackup: &Basebackup, destinations: &Destinations) -> Result<Self, Error> {
         let mut sizes = Self::default();
-        for n in 0..basebackup.block_count() {
-            for entry in &*basebackup.block(n).await? {
-                sizes.add(entry, destinations)?;
-            }
-        }
+        basebackup.visit_entries(|_, entry| sizes.add(entry, destinations)).await?;
         Ok(sizes)
     }
 

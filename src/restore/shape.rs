@@ -38,12 +38,7 @@ impl Shape {
     /// Reads the shape of what goes to `destinations`.
     pub(super) async fn of(basebackup: &Basebackup, destinations: &Destinations) -> Result<Self, Error> {
         let mut shape = Self::default();
-        for n in 0..basebackup.block_count() {
-            let first = basebackup.start().blocks[n].first_number;
-            for (number, entry) in (first..).zip(&*basebackup.block(n).await?) {
-                shape.add(number, entry, destinations)?;
-            }
-        }
+        basebackup.visit_entries(|number, entry| shape.add(number, entry, destinations)).await?;
         for (oid, path) in &destinations.tablespaces {
             let link = destinations.data.join("pg_tblspc").join(oid.to_string());
             shape.links.push((link, path.clone()));

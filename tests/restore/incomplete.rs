@@ -9,6 +9,9 @@ use std::time::Duration;
 use crate::source::Source;
 use crate::support::{Need, Options, Pgbench, Run, Server, require};
 
+/// What is done to the bytes of a pack.
+type Damage = fn(&mut Vec<u8>);
+
 /// Says why PostgreSQL refuses to start on a directory.
 #[track_caller]
 fn refusal(source: &Source, name: &str) -> String {
@@ -75,7 +78,7 @@ fn a_restore_of_damaged_packs_fails_and_cannot_be_started() {
     source.archive_wal();
     let packs = source.walden.repository().join(format!("main/basebackups/{id}/packs"));
     let packs: Vec<PathBuf> = fs::read_dir(packs).unwrap().flatten().map(|entry| entry.path()).collect();
-    let damages: [(&str, fn(&mut Vec<u8>)); 3] = [
+    let damages: [(&str, Damage); 3] = [
         ("flipped", |bytes| {
             let middle = bytes.len() / 2;
             bytes[middle] ^= 1;
