@@ -9,7 +9,7 @@
 # Places: `local` is a folder on this disk; `far` the store of the benches (scripts/bench/store: S3, TLS, in memory)
 # over a line of 10 ms each way and 1 Gbit/s each way of a connection; `near` the same store without the line.
 
-json=false quick=false keep=false runs=3 peer_runs=1 dir=/var/tmp/walden-bench rest=()
+json=false quick=false keep=false build=true wal=true runs=3 peer_runs=1 dir=/var/tmp/walden-bench rest=()
 folder='' postmaster='' store='' cluster='' bin='' store_json=''
 delay_ms=10 mbit=1000
 
@@ -19,6 +19,8 @@ options() {
             --json) json=true ;;
             --quick) quick=true runs=1 ;;
             --keep) keep=true ;;
+            --no-build) build=false ;;
+            --no-wal) wal=false ;;
             --runs) runs=$2; shift ;;
             --peer-runs) peer_runs=$2; shift ;;
             --dir) dir=$2; shift ;;
@@ -41,10 +43,13 @@ find_programs() {
     say "peer: $(pgbackrest version)"
 }
 
+# Builds what is measured; with --no-build it is what was built last.
 build() {
-    say "building (release; some minutes the first time)"
-    (cd "$root" && nice cargo build --quiet --locked --release --bin walden --example bench-store --example bench-run) \
-        </dev/null 1>&2
+    if $build; then
+        say "building (release; some minutes the first time)"
+        (cd "$root" && cargo build --quiet --locked --release --bin walden --example bench-store --example bench-run) \
+            </dev/null 1>&2
+    fi
     built=$(cd "$root" && cargo metadata --locked --no-deps --format-version 1 |
         sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release
 }
@@ -235,7 +240,7 @@ make_cluster() {
     as_postgres "$bin/initdb" -D "$cluster/data" --data-checksums --no-sync --auth=trust -E UTF8 --locale=C >/dev/null
     cat >>"$cluster/data/postgresql.conf" <<CONF
 listen_addresses = ''
-max_wal_size = '4GB'
+max_wal_size = '1GB'
 shared_buffers = '256MB'
 fsync = off
 CONF
