@@ -107,3 +107,44 @@ fn a_restore_of_damaged_packs_fails_and_cannot_be_started() {
         source.walden.run(&["restore", "--target-dir", directory.to_str().unwrap(), "--resume"]);
     }
 }
+
+/// Failure 22, the rest of it: a pack of another basebackup in its place; and a signer whose word is not taken.
+#[test]
+fn what_belongs_elsewhere_or_comes_from_strangers_is_not_restored() {
+    require!(Need::PostgreSQL(15));
+    let source = Source::start(Options::default());
+    let ids = [source.backup(), source.backup()];
+    source.archive_wal();
+    let pack = |id: &str| {
+        let packs = source.walden.repository().join(format!("main/basebackups/{id}/packs"));
+        let mut packs: Vec<PathBuf> =
+            fs::read_dir(packs).unwrap().flatten().map(|entry| entry.path()).collect();
+        packs.sort();
+        packs.remove(0)
+    };
+    let original = fs::read(pack(&ids[1])).unwrap();
+    fs::write(pack(&ids[1]), fs::read(pack(&ids[0])).unwrap()).unwrap();
+    let directory = source.place("swapped");
+    let command = ["restore", "--target-dir", directory.to_str().unwrap()];
+    let run = source.walden.try_run(&command).expect_code(3);
+    assert!(run.stderr.contains("pack ") || run.stderr.contains("packs/"), "{}", run.stderr);
+    refusal(&source, "swapped");
+    fs::write(pack(&ids[1]), original).unwrap();
+
+    let folder = source.scratch().path().join("walden");
+    let mut create = source.walden.command();
+    Run::of(create.args(["key", "create", "--id", "other"]).current_dir(&folder), "").expect_success();
+    let configuration = fs::read_to_string(source.walden.configuration_file()).unwrap();
+    let other = configuration.replace("trusted_signers = [\"test\"]", "trusted_signers = [\"other\"]")
+        + "\n[encryption.keys.other]\nverify_key_file = \"other.verify.pem\"\n";
+    assert_ne!(configuration.len(), other.len());
+    source.scratch().file("walden/walden.toml", &other);
+    let directory = source.place("strange");
+    let command = ["restore", "--target-dir", directory.to_str().unwrap()];
+    let run = source.walden.try_run(&command).expect_code(3);
+    assert!(run.stderr.contains("is not trusted"), "{}", run.stderr);
+    assert!(!directory.exists());
+    let run = source.walden.run(&[&command[..], &["--allow-unsigned"]].concat());
+    assert!(run.stderr.contains("no trusted signer vouches for"), "{}", run.stderr);
+    assert!(directory.join("global/pg_control").exists());
+}
