@@ -102,6 +102,7 @@ impl FileReader {
             let from = (range.start - piece.offset) as usize;
             return Ok(piece.bytes.slice(from..from + (range.end - range.start) as usize));
         }
+        // As much as the caller asks for, which its own limit bounds: a file may claim any size.
         let mut out = vec![0; (range.end - range.start) as usize];
         let mut covered = 0;
         for piece in &pieces {

@@ -91,6 +91,7 @@ impl Refs {
         if count.checked_mul(RECORD_LEN) != Some(reader.left()) {
             return Err(WireError::Invalid { field: "record count" });
         }
+        // All of them are there: the count is that of the bytes.
         let mut records: Vec<PackRecord> = Vec::with_capacity(count);
         for _ in 0..count {
             let origin = BasebackupId::from_parts(reader.u64()?, reader.u16()?)

@@ -115,6 +115,8 @@ pub(super) fn is_about_a_certificate(error: &(dyn StdError + 'static)) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -154,5 +156,21 @@ mod tests {
         assert!(hint(404, "NoSuchBucket").contains("bucket"));
         assert!(hint(301, "").contains("region"));
         assert_eq!(hint(500, "InternalError"), "");
+    }
+
+    proptest! {
+        #[test]
+        fn any_answer_is_read_and_little_of_it_passed_on(
+            body: Vec<u8>, wait in ".{0,22}", seconds: u64, message in "[^<]{0,400}", cut: usize,
+        ) {
+            let _ = Refusal::parse(500, Some(&wait), &body);
+            let said = format!("<Error><Code>SlowDown</Code><Message>{message}</Message></Error>");
+            let refusal = Refusal::parse(503, Some(&seconds.to_string()), said.as_bytes());
+            prop_assert_eq!(&refusal.code, "SlowDown");
+            prop_assert_eq!(refusal.retry_after, Some(Duration::from_secs(seconds)));
+            prop_assert!(refusal.message.chars().count() <= MESSAGE_CHARACTERS_MAX);
+            prop_assert!(!refusal.to_string().contains(char::is_control));
+            let _ = Refusal::parse(503, None, &said.as_bytes()[..cut % said.len()]);
+        }
     }
 }

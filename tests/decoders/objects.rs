@@ -35,7 +35,7 @@ const CASES: u32 = 150;
 
 type Objects = Vec<(ObjectKey, Vec<u8>)>;
 
-/// One number of a JSON document, and what it is to be.
+/// What is done to an object: its bytes edited, or one number of its JSON set.
 #[derive(Debug, Clone)]
 enum Damage {
     Bytes(Vec<Edit>),

@@ -32,7 +32,7 @@ pub struct Decoder {
     /// What the caller says beforehand that the output may be.
     pub declared: usize,
     /// Makes a checksum right again after damage, so that the damage gets behind it.
-    pub repair: fn(&mut Vec<u8>),
+    pub repair: fn(&mut [u8]),
 }
 
 /// A plan as restore writes it.
@@ -140,13 +140,13 @@ fn repair_at(bytes: &mut [u8], at: usize) {
 }
 
 /// From 18 on the checksum stands four bytes later.
-fn repair_control(bytes: &mut Vec<u8>) {
+fn repair_control(bytes: &mut [u8]) {
     let late = bytes.get(8..12) == Some(&1800u32.to_le_bytes());
     repair_at(bytes, if late { 292 } else { 288 });
 }
 
 /// The checksum is behind the room for mappings, of which there is more from 16 on.
-fn repair_map(bytes: &mut Vec<u8>) {
+fn repair_map(bytes: &mut [u8]) {
     let at = if bytes.len() >= 524 { 520 } else { 504 };
     repair_at(bytes, at);
 }
