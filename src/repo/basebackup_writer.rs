@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use jiff::{SignedDuration, Timestamp};
 
 use crate::codec::{Compression, Digest};
 use crate::pg::{Lsn, TimelineId};
@@ -59,6 +60,9 @@ pub struct ParentBasebackup {
 /// Keys asked for at a time, as many as S3 gives.
 const LIST_PAGE: usize = 1000;
 
+/// How far ahead of this host's clock another host's is believed to be.
+const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_hours(24);
+
 /// An attempt at a basebackup.
 #[derive(Debug)]
 pub struct BasebackupWriter {
@@ -92,8 +96,9 @@ impl BasebackupWriter {
         let keyring = repository.keyring();
         let (key, envelope) = keyring.create_key(Audience::Basebackup)?;
         let parent_id = options.parent.as_ref().map(|parent| parent.record.id);
+        let before = newest_before(repository).await?.max(parent_id);
         let mut begin = Begin {
-            id: BasebackupId::new(repository.clock().now(), parent_id, keyring.random()),
+            id: BasebackupId::new(repository.clock().now(), before, keyring.random()),
             parent: parent_id,
             cluster: options.cluster,
             timeline: options.timeline,
@@ -109,7 +114,7 @@ impl BasebackupWriter {
                 Ok(()) => break,
                 // Another attempt drew the same four digits in the same second.
                 Err(error) if error.kind() == storage::ErrorKind::AlreadyExists => {
-                    begin.id = BasebackupId::new(repository.clock().now(), parent_id, keyring.random());
+                    begin.id = BasebackupId::new(repository.clock().now(), before, keyring.random());
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -294,6 +299,21 @@ impl BasebackupWriter {
             None => Ok((refs, keys)),
         }
     }
+}
+
+/// Returns the newest attempt there is, so that the next sorts after it though this host's clock may be behind the
+/// last one's: `latest` is the last by id.
+///
+/// One that seems to come from a day ahead or more is left out: a clock that was once wrong must not date
+/// everything after it.
+async fn newest_before(repository: &Repository) -> Result<Option<BasebackupId>, Error> {
+    let layout = repository.layout();
+    let prefix = layout.basebackups();
+    let folder = repository.store().list_folder(&prefix).await?;
+    let bound = repository.clock().now().saturating_add(CLOCK_SKEW_MAX).unwrap_or(Timestamp::MAX);
+    let ids =
+        folder.folders.iter().filter_map(|name| layout.parse_basebackup_folder(&format!("{prefix}{name}")));
+    Ok(ids.filter(|id| id.time() < bound).max())
 }
 
 /// Reads the parent after `begin` exists, so that no sweeper can take it unseen.

@@ -35,10 +35,10 @@ impl BasebackupId {
     /// The last second with a four-digit year, so that ids have one length and sort as text.
     const SECONDS_MAX: u64 = 253_402_300_799;
 
-    /// Creates an id for a basebackup that starts `now`, after its parent's.
-    pub fn new(now: Timestamp, parent: Option<BasebackupId>, random: &dyn Random) -> Self {
+    /// Creates an id for a basebackup that starts `now`, which sorts after the one `before` it.
+    pub fn new(now: Timestamp, before: Option<BasebackupId>, random: &dyn Random) -> Self {
         let clock = u64::try_from(now.as_second()).unwrap_or(0).min(Self::SECONDS_MAX);
-        let seconds = parent.map_or(clock, |parent| clock.max(parent.seconds + 1));
+        let seconds = before.map_or(clock, |before| clock.max(before.seconds + 1));
         let mut digits = [0; 2];
         random.fill(&mut digits);
         Self { seconds, random: u16::from_be_bytes(digits) }

@@ -75,7 +75,7 @@ async fn begin_comes_first_then_the_parent_then_content_and_the_outcome_last() {
     };
     let order = [
         at(Verb::Create, &format!("{id}/begin")),
-        at(Verb::Head, &format!("{old}/expired")),
+        at(Verb::Get, &format!("{old}/expired")),
         at(Verb::Get, &format!("{old}/backup.json")),
         calls.iter().position(|call| call.verb == Verb::Create && call.key.contains("/packs/")).unwrap(),
         calls.iter().rposition(|call| call.verb == Verb::Create && call.key.contains("/packs/")).unwrap(),
@@ -115,6 +115,15 @@ async fn a_parent_that_expired_or_has_no_outcome_or_was_given_up_is_not_built_up
     store.delete(&layout.outcome(id)).await.unwrap();
     store.create(&layout.outcome(id), outcome).await.unwrap();
     child(&repository, parent).await.unwrap();
+}
+
+/// A clock that was once wrong by years must not date everything that comes after.
+#[tokio::test]
+async fn an_attempt_from_far_ahead_does_not_date_the_next() {
+    let (store, repository) = site().await;
+    let wrong: BasebackupId = "20310101T000000Z-0001".parse().unwrap();
+    store.create(&repository.layout().begin(wrong), Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(full(&repository).await.record().id.time(), repository.clock().now());
 }
 
 /// A sweeper that took the attempt for dead has settled its outcome first.

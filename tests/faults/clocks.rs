@@ -52,3 +52,12 @@ async fn a_basebackup_sorts_behind_its_parent_whatever_the_clocks_say() {
     // An hour that is repeated costs the ids their time, which people read, and nothing else.
     assert_eq!(behind.time().to_string(), "2026-11-20T11:15:02Z");
 }
+
+/// A full one has no parent, and is the latest all the same; `write` holds that.
+#[tokio::test]
+async fn a_full_basebackup_sorts_behind_the_one_before_it() {
+    let store = Arc::new(MemoryStore::new());
+    let ahead = write(&store, "2026-11-20T11:15:00Z", None).await;
+    let right = write(&store, "2026-11-20T10:16:00Z", None).await;
+    assert!(ahead < right, "{ahead}, {right}");
+}

@@ -3,22 +3,24 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::site::Faulted;
-use crate::support::{Need, Run, Scratch, require, wait_for};
+use crate::support::{Need, Run, Scratch, Server, require, wait_for};
 
 /// Mounts a small file system of its own in the test's folder, which takes it away again.
 #[track_caller]
-fn small_disk(scratch: &Scratch) -> PathBuf {
+fn small_disk(scratch: &Scratch, name: &str, mib: u64, options: &[&str]) -> PathBuf {
     let image = scratch.path().join("disk.img");
-    File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    let point = scratch.folder("disk");
-    Run::of(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image), "").expect_success();
+    File::create(&image).unwrap().set_len(mib << 20).unwrap();
+    let point = scratch.folder(name);
+    let mut mkfs = Command::new("mkfs.ext4");
+    Run::of(mkfs.args(["-q", "-m", "0"]).args(options).arg(&image), "").expect_success();
     Run::of(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&point), "").expect_success();
     scratch.account().own(&point);
-    scratch.folder("disk/repository");
+    fs::set_permissions(&point, fs::Permissions::from_mode(0o700)).unwrap();
     point
 }
 
@@ -46,7 +48,8 @@ fn fill(disk: &Path, leave: u64) -> PathBuf {
 fn a_repository_on_a_full_disk_refuses_and_goes_on_when_there_is_room() {
     require!(Need::PostgreSQL(15), Need::Root, Need::Program("mkfs.ext4"));
     let site = Faulted::start(|cluster, site| {
-        let disk = small_disk(cluster.scratch());
+        let disk = small_disk(cluster.scratch(), "disk", 64, &[]);
+        cluster.scratch().folder("disk/repository");
         site.storage(&format!("url = \"file://{}/repository\"", disk.display()))
     });
     let disk = site.scratch().path().join("disk");
@@ -80,4 +83,68 @@ fn a_repository_on_a_full_disk_refuses_and_goes_on_when_there_is_room() {
     let ids = site.listed();
     assert_eq!(ids.len(), 2);
     site.assert_restores(ids.iter().max().unwrap());
+}
+
+/// The plan counts bytes before anything is written; what it cannot foresee is a disk that others fill meanwhile, here
+/// with files instead of bytes.
+#[test]
+fn a_restore_to_a_full_disk_is_refused_or_goes_on_when_there_is_room() {
+    require!(Need::PostgreSQL(15), Need::Root, Need::Program("mkfs.ext4"));
+    let site = Faulted::start(|_, site| site);
+    site.archive();
+    site.walden.run(&["backup"]);
+    let disk = small_disk(site.scratch(), "disk", 128, &["-N", "2048"]);
+    let target = disk.join("restored");
+    let restore = |options: &[&str]| {
+        site.walden.try_run(&[&["restore", "--target-dir", target.to_str().unwrap()], options].concat())
+    };
+    let filler = fill(&disk, 1 << 20);
+    let refused = restore(&[]);
+    assert_ne!(refused.code(), Some(0));
+    assert!(refused.stderr.contains("space") && refused.stderr.contains("hint:"), "{}", refused.stderr);
+    assert!(!target.exists(), "nothing is written");
+    fs::remove_file(filler).unwrap();
+
+    let crowd = disk.join("crowd");
+    fs::create_dir(&crowd).unwrap();
+    (0..1700).for_each(|n| drop(File::create(crowd.join(n.to_string())).unwrap()));
+    let failed = restore(&[]);
+    assert_eq!(failed.code(), Some(1), "{}", failed.stderr);
+    assert!(failed.stderr.contains("No space left on device"), "{}", failed.stderr);
+    assert!(!target.join("global/pg_control").exists(), "it can be started");
+    fs::remove_dir_all(crowd).unwrap();
+    assert_eq!(restore(&["--resume"]).code(), Some(0));
+    let mut server = Server::new(15, &target, &site.scratch().folder("run"));
+    server.set("archive_mode", "off").start();
+    assert_eq!(server.sql("select count(*) from kept"), "20000");
+}
+
+/// What PostgreSQL writes comes first to know, as on any file system; what was committed is there afterwards.
+#[test]
+fn a_clone_on_a_full_disk_tells_its_server_and_goes_on_when_there_is_room() {
+    require!(Need::PostgreSQL(15), Need::Root, Need::Fuse, Need::Program("mkfs.ext4"));
+    let site = Faulted::start(|_, site| site);
+    site.archive();
+    site.walden.run(&["backup"]);
+    let disk = small_disk(site.scratch(), "walden/clones", 192, &[]);
+    let walden = site.walden.as_root();
+    walden.run(&["clone", "create", "full"]);
+    let psql = |sql: &str| walden.try_run(&["clone", "psql", "full", "--", "-XAtc", sql]);
+    psql("create table own as select n from generate_series(1, 1000) n").expect_success();
+    let filler = fill(&disk, 0);
+    let refused =
+        psql("create table large as select repeat(n::text, 100) as text from generate_series(1, 200000) n");
+    assert_ne!(refused.code(), Some(0));
+    let log = fs::read_to_string(disk.join("full/server.log")).unwrap();
+    assert!(log.contains("No space left on device"), "{log}");
+    fs::remove_file(filler).unwrap();
+    // Without room for WAL a server ends itself, and the clone with it.
+    if walden.json(&["clone", "status", "full"])["state"] != "running" {
+        walden.try_run(&["clone", "stop", "full"]);
+        walden.run(&["clone", "start", "full"]);
+    }
+    let rows = "select (select count(*) from own), (select count(*) from kept), to_regclass('large') is null";
+    assert_eq!(psql(rows).expect_success().stdout.trim(), "1000|20000|t");
+    psql("create table large as select n from generate_series(1, 10000) n").expect_success();
+    walden.run(&["clone", "delete", "full"]);
 }

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::site::{Faulted, files_below};
-use crate::support::{Need, require};
+use crate::support::{Need, Run, require};
 
 /// When a process is killed.
 #[derive(Debug, Clone, Copy)]
@@ -120,4 +120,42 @@ fn a_push_killed_at_any_moment_is_accepted_when_postgresql_pushes_again() {
     }
     // How many depends on what else the machine does.
     assert!(killed >= 1, "none of the pushes was killed before it ended");
+}
+
+/// Bit-equal whatever the moment: what is not complete cannot be started, and `--resume` goes on.
+#[test]
+fn a_restore_killed_at_any_moment_is_completed_by_resume() {
+    require!(Need::PostgreSQL(15));
+    let site = Faulted::start(|_, site| site);
+    site.archive();
+    site.walden.run(&["backup"]);
+    let place = |name: &str| site.scratch().path().join(name);
+    let whole = place("whole");
+    let began = Instant::now();
+    site.walden.run(&["restore", "--target-dir", whole.to_str().unwrap()]);
+    let undisturbed = began.elapsed();
+    let mut killed = 0;
+    for (n, moment) in [200, 600].map(Moment::Files).into_iter().chain(drawn(6)).enumerate() {
+        let directory = place(&format!("killed-{n}"));
+        let path = directory.to_str().unwrap();
+        let restore = &mut site.walden.command();
+        restore.args(["restore", "--target-dir", path]);
+        let ended = kill(restore, moment, undisturbed, || files_below(&directory));
+        killed += usize::from(!ended);
+        let has_begun = directory.join(".walden/restore.json").exists();
+        let may_start = directory.join("PG_VERSION").exists() && directory.join("global/pg_control").exists();
+        assert!(
+            ended || !has_begun || !may_start || directory.join(".walden/complete").exists(),
+            "{moment:?}"
+        );
+        if !ended {
+            let resume = if has_begun { &["--resume"][..] } else { &["--force"] };
+            site.walden.run(&[&["restore", "--target-dir", path], resume].concat());
+        }
+        let mut diff = Command::new("diff");
+        diff.args(["-r", "--no-dereference", "-x", "walden.restore.json"]).args([&whole, &directory]);
+        Run::of(&mut diff, "").expect_success();
+        fs::remove_dir_all(&directory).unwrap();
+    }
+    assert!(killed >= 1, "none of the restores was killed before it ended");
 }

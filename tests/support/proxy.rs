@@ -160,7 +160,7 @@ impl Plan {
         let count = self.heads.len();
         let fault = ruled.or_else(|| {
             let (every, faults) = self.disturbance.as_mut()?;
-            if count % *every != 0 {
+            if !count.is_multiple_of(*every) {
                 return None;
             }
             faults.rotate_left(1);
