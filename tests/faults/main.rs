@@ -9,6 +9,7 @@ mod support;
 mod site;
 
 mod clocks;
+mod engines;
 mod full_disk;
 mod killed;
 mod positions;

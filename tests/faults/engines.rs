@@ -1,0 +1,170 @@
+//! One request of the store that fails, at each position of a whole basebackup of a live server, and of making a clone:
+//! the run is right, or fails and says where; nothing half-made is listed or left, and the next run converges.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use walden::backup::{self, BackupOptions, Budget, Checkpoint, Node, RepositoryArchive, WalArchive};
+use walden::catalog::host::Host;
+use walden::catalog::{RecoveryTarget, TargetAction, basebackups};
+use walden::clock::SystemClock;
+use walden::codec::{Compression, CpuPool, SystemRandom};
+use walden::disk::Owner;
+use walden::instance::clone_folder::CloneFolder;
+use walden::instance::create::{CreateOptions, create};
+use walden::monitor::VoidMonitor;
+use walden::replication::{ConnectOptions, ServerRole};
+use walden::repo::entry::TreePath;
+use walden::repo::{Basebackup, ClusterId, FileReader, Keyring, Repository, RepositoryOptions};
+use walden::storage::{ErrorKind, Fault, Faulty, LocalStore, ObjectKey, Rule};
+
+use crate::site::Faulted;
+use crate::support::{Need, require};
+
+type TestStore = Arc<Faulty<LocalStore>>;
+
+/// More calls than any of the runs makes: a loop that never ends is a failure too.
+const CALLS_MAX: usize = 300;
+
+fn store_of(site: &Faulted) -> TestStore {
+    Arc::new(Faulty::new(LocalStore::open(&site.walden.repository(), &SystemClock).unwrap()))
+}
+
+async fn open(store: &TestStore) -> Result<Repository, walden::repo::Error> {
+    let options = RepositoryOptions {
+        store: store.clone(),
+        site: ObjectKey::parse("main").unwrap(),
+        keyring: Keyring::unencrypted(Arc::new(SystemRandom)),
+        clock: Arc::new(SystemClock),
+    };
+    Repository::open(options).await
+}
+
+/// No effect, and an effect whose answer was lost.
+fn faults() -> [Fault; 2] {
+    [Fault::Before(ErrorKind::Unreachable), Fault::After(ErrorKind::OutcomeUnknown)]
+}
+
+/// Says whether an error tells which object or folder it is about.
+fn names_what(text: &str) -> bool {
+    ["main/", "of basebackup ", "WAL file "].iter().any(|name| text.contains(name))
+}
+
+async fn back_up(store: &TestStore, site: &Faulted, pool: &CpuPool) -> Result<(), backup::Error> {
+    let repository = open(store).await?;
+    let node = Node { connection: ConnectOptions::new(&site.connection()), preferred: ServerRole::Primary };
+    let options = BackupOptions {
+        nodes: vec![node],
+        data_directory: None,
+        label: None,
+        checkpoint: Checkpoint::Fast,
+        compression: Compression::zstd(1),
+        budget: Budget::new(128 << 20, 2, 4),
+        wal_patience: Duration::from_secs(60),
+        host: "here".to_owned(),
+    };
+    let archive = |cluster: ClusterId| -> Box<dyn WalArchive> {
+        Box::new(RepositoryArchive { repository: repository.clone(), cluster })
+    };
+    backup::run(&repository, &options, pool, archive, &VoidMonitor).await?;
+    Ok(())
+}
+
+/// Opens every basebackup that is listed, reads a file of each, and returns how many there are.
+async fn whole_basebackups(store: &TestStore) -> usize {
+    let repository = open(store).await.unwrap();
+    let listed = basebackups::list(&repository).await.unwrap();
+    assert!(listed.unreadable.is_empty(), "{:?}", listed.unreadable);
+    for basebackup in &listed.complete {
+        let opened = Basebackup::open(&repository, basebackup.record.id).await.unwrap();
+        let reader = FileReader::new(Arc::new(opened), 1 << 20);
+        let path = TreePath::new("data/global/pg_control").unwrap();
+        let (_, entry) = reader.basebackup().entry(&path).await.unwrap().expect("it is always there");
+        assert_eq!(reader.read(&entry, 0..entry.size()).await.unwrap().len(), 8192);
+    }
+    listed.complete.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_survives_a_fault_at_every_call_or_fails_and_the_next_converges() {
+    require!(Need::PostgreSQL(15));
+    let site = Faulted::start(|_, site| site.unencrypted());
+    site.archive();
+    site.walden.run(&["backup"]);
+    let (store, pool) = (store_of(&site), CpuPool::new(2, 2));
+    let mut whole = whole_basebackups(&store).await;
+    for fault in faults() {
+        let mut failures = 0;
+        for calls in 0..CALLS_MAX {
+            let before = store.faults();
+            store.inject(Rule::always(fault.clone()).skip(calls).times(1));
+            let outcome = back_up(&store, &site, &pool).await;
+            store.heal();
+            let after = whole_basebackups(&store).await;
+            match outcome {
+                Ok(()) => assert_eq!(after, whole + 1, "{fault:?} at call {calls}"),
+                Err(error) => {
+                    failures += 1;
+                    assert_eq!(after, whole, "{fault:?} at call {calls}: {error}");
+                    assert!(names_what(&error.to_string()), "{fault:?} at call {calls}: {error}");
+                }
+            }
+            whole = after;
+            if store.faults() == before {
+                assert!(calls >= 8 && failures > 0, "{fault:?}: {calls} calls, {failures} failures");
+                break;
+            }
+        }
+    }
+    let ids = site.listed();
+    site.assert_restores(ids.iter().max().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn making_a_clone_survives_a_fault_at_every_call_or_fails_and_leaves_nothing() {
+    require!(Need::PostgreSQL(15));
+    let site = Faulted::start(|_, site| site.unencrypted());
+    site.archive();
+    site.walden.run(&["backup"]);
+    site.archive_wal();
+    let store = store_of(&site);
+    let clones = site.scratch().path().join("walden/clones");
+    let owner = Owner::of(site.data_directory()).unwrap();
+    let options = CreateOptions {
+        site: "main".to_owned(),
+        basebackup: None,
+        target: RecoveryTarget::latest(TargetAction::Promote),
+        until_hole: false,
+        port: 5432,
+        read_early: false,
+        bin_directory: Some(site.bin_directory()),
+        owner,
+        user: Owner::current(),
+        host: Host::here(None),
+    };
+    for fault in faults() {
+        let mut failures = 0;
+        for calls in 0..CALLS_MAX {
+            let folder = CloneFolder::new(&clones, &format!("clone-{calls}")).unwrap();
+            let before = store.faults();
+            store.inject(Rule::always(fault.clone()).skip(calls).times(1));
+            let outcome = match open(&store).await {
+                Ok(repository) => create(&repository, &folder, &options).await.map_err(|e| e.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            store.heal();
+            if let Err(error) = outcome {
+                failures += 1;
+                assert!(names_what(&error), "{fault:?} at call {calls}: {error}");
+                assert!(!folder.path().exists(), "{fault:?} at call {calls} left a folder: {error}");
+                create(&open(&store).await.unwrap(), &folder, &options).await.unwrap();
+            }
+            assert_eq!(folder.read_spec().unwrap().name, folder.name());
+            folder.discard();
+            if store.faults() == before {
+                assert!(calls >= 8 && failures > 0, "{fault:?}: {calls} calls, {failures} failures");
+                break;
+            }
+        }
+    }
+}
