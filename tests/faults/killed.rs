@@ -1,5 +1,5 @@
-//! `kill -9` of `backup` and `wal push` at moments drawn from a seed, and at each object that appears in the repository
-//! (failure 17): no half basebackup is listed, what is left behind disturbs nobody, the next run is good.
+//! `kill -9` of `backup`, `wal push` and `restore` at moments drawn from a seed, and at each object that appears in the
+//! repository (failure 17): nothing half-made is listed or can be started, the next run is good.
 //!
 //! `scripts/bench/kill-rounds` draws more moments than a test run has time for.
 
