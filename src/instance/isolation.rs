@@ -273,7 +273,7 @@ mod tests {
     }
 
     /// 7-postgresql, *Clones*: name, value, and the first version that knows it.
-    const SAFE: [(&str, &str, u32); 29] = [
+    const SAFE: [(&str, &str, u32); 28] = [
         ("archive_mode", "off", 13),
         ("archive_command", "", 13),
         ("archive_library", "", 15),
@@ -295,7 +295,6 @@ mod tests {
         ("listen_addresses", "", 13),
         ("restart_after_crash", "off", 13),
         ("recovery_init_sync_method", "syncfs", 14),
-        ("recovery_prefetch", "try", 15),
         ("recovery_target", "", 13),
         ("recovery_target_time", "", 13),
         ("recovery_target_lsn", "", 13),
