@@ -117,7 +117,8 @@ pub fn files_below(folder: &Path) -> Vec<PathBuf> {
 
 /// Copies a tree with its owners, as `cp -a` does.
 fn copy(from: &Path, to: &Path) {
-    Run::of(Command::new("cp").arg("-a").arg(from).arg(to), "").expect_success();
+    // Into the folder where there is one: a mount that has just ended may still write the end of its lease.
+    Run::of(Command::new("cp").args(["-a", "-T"]).arg(from).arg(to), "").expect_success();
 }
 
 /// Waits until nothing is mounted on a folder any more.
