@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::checked::edit;
-use crate::support::{Account, Cluster, Need, Options, Run, Server, Site, Sql, Stop, Walden, require};
+use crate::support::{
+    Account, Cluster, Need, Options, Run, Server, Site, Sql, Stop, Walden, require, wait_for,
+};
 
 /// The latest basebackup's id.
 #[track_caller]
@@ -24,6 +26,19 @@ fn rows_of_clone(walden: &Walden, name: &str, basebackup: &str) -> String {
     let rows = sql.sql("select string_agg(t, ' ' order by t) from r");
     walden.run(&["clone", "delete", name]);
     rows
+}
+
+/// Restores a basebackup to disk, starts its version of PostgreSQL on it, and returns the rows at the end of its archive.
+#[track_caller]
+fn rows_of_restore(walden: &Walden, cluster: &Cluster, major: u32, basebackup: &str) -> String {
+    let directory = cluster.scratch().path().join(format!("restored-{basebackup}"));
+    walden.run(&["restore", basebackup, "--target-dir", directory.to_str().unwrap()]);
+    let mut server = Server::new(major, &directory, &cluster.scratch().folder("run"));
+    server.set("archive_mode", "off").start();
+    wait_for("recovery to end", || {
+        server.try_sql("select pg_is_in_recovery()").is_ok_and(|answer| answer == "f").then_some(())
+    });
+    server.sql("select string_agg(t, ' ' order by t) from r")
 }
 
 /// Runs a PostgreSQL program as its account in a folder.
@@ -94,6 +109,8 @@ fn pg_upgrade_and_a_roll_back_from_it_both_keep_archiving() {
     old.stop(Stop::Fast);
     assert_eq!(rows_of_clone(&walden, "old", &of_old), "common rolled back");
     assert_eq!(rows_of_clone(&walden, "new", &of_new), "common new newer");
+    assert_eq!(rows_of_restore(&walden, &old, 15, &of_old), "common rolled back");
+    assert_eq!(rows_of_restore(&walden, &old, 15, &of_new), "common new newer");
 }
 
 #[test]
@@ -102,7 +119,9 @@ fn a_new_major_version_archives_into_the_same_site() {
     let old = Cluster::start_with(13, Options::default());
     let walden = Walden::configure(old.scratch(), &Site::of(&old, old.data_directory()));
     old.set_archive_command(&walden.archive_command());
+    old.sql("create table r (t text); insert into r values ('13')");
     walden.run(&["backup"]);
+    let of_old = newest(&walden);
 
     // Of the same size of segments, at the same place in the WAL, on the same timeline.
     let new = Cluster::start_with(18, Options::default());
@@ -118,10 +137,16 @@ fn a_new_major_version_archives_into_the_same_site() {
     assert!(refused.contains("is not of this site"), "{refused}");
     walden.run(&["site", "upgrade"]);
     new.set_archive_command(&walden.archive_command());
+    new.sql("create table r (t text); insert into r values ('18')");
     walden.run(&["backup"]);
+    let of_new = newest(&walden);
+    old.sql("insert into r values ('13 later')");
     old.archive_wal();
+    new.archive_wal();
     let clusters = walden.json(&["wal", "list"])["clusters"].as_array().unwrap().len();
     let versions = walden.run(&["list"]).stdout;
     assert_eq!(clusters, 2);
     assert!(versions.contains(" 13.") && versions.contains(" 18."), "{versions}");
+    assert_eq!(rows_of_restore(&walden, &old, 13, &of_old), "13 13 later");
+    assert_eq!(rows_of_restore(&walden, &old, 18, &of_new), "18");
 }
