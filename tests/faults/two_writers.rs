@@ -98,3 +98,54 @@ fn two_hosts_that_push_one_segment_agree_or_the_second_is_refused() {
     let kept = fs::read([data, &*copy][winner].join(&path)).unwrap();
     assert!(site.fetched(&segment) == kept, "what was accepted first is what is there");
 }
+
+/// Runs clones of both hosts as root, where the test is root.
+fn clone_command(site: &Faulted, configuration: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(site.walden.binary());
+    command.arg("--config").arg(configuration).arg("clone").args(arguments);
+    command.env("HOME", site.scratch().path()).env_remove("WALDEN_CONFIG");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn rows(site: &Faulted, configuration: &Path, name: &str) -> Output {
+    let sql = ["psql", name, "--", "-XAtc", "select count(*) from kept"];
+    clone_command(site, configuration, &sql).output().unwrap()
+}
+
+#[test]
+fn two_hosts_clone_one_site_while_it_is_written_to_and_neither_touches_the_others() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let site = Faulted::start(|_, site| site);
+    site.archive();
+    site.walden.run(&["backup"]);
+    site.archive_wal();
+    let hosts = [site.walden.configuration_file(), second_host(&site)];
+    let create = |host: &PathBuf| clone_command(&site, host, &["create", "twin"]).spawn().unwrap();
+    let running = hosts.each_ref().map(create);
+    site.walden.run(&["backup"]);
+    site.archive_wal();
+    for process in running {
+        let output = process.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    for host in &hosts {
+        assert_eq!(rows(&site, host, "twin").stdout, b"20000\n");
+    }
+    let deleted = clone_command(&site, &hosts[0], &["delete", "twin"]).output().unwrap();
+    assert!(deleted.status.success(), "{}", text(&deleted));
+    assert_eq!(rows(&site, &hosts[1], "twin").stdout, b"20000\n", "the other host's clone goes on");
+    let deleted = clone_command(&site, &hosts[1], &["delete", "twin"]).output().unwrap();
+    assert!(deleted.status.success(), "{}", text(&deleted));
+
+    // On one host a name is somebody's: the second is told, and the first is as it was.
+    let running = [&hosts[0], &hosts[0]].map(create);
+    let outputs = running.map(|process| process.wait_with_output().unwrap());
+    let won = outputs.iter().filter(|output| output.status.success()).count();
+    let texts = outputs.each_ref().map(text).concat();
+    assert_eq!(won, 1, "{texts}");
+    assert!(texts.contains("exists") && texts.contains("hint:"), "{texts}");
+    assert_eq!(rows(&site, &hosts[0], "twin").stdout, b"20000\n");
+    let deleted = clone_command(&site, &hosts[0], &["delete", "twin"]).output().unwrap();
+    assert!(deleted.status.success(), "{}", text(&deleted));
+}
