@@ -1,9 +1,9 @@
 //! What replay will do to the world outside the pages: read from the WAL before it is replayed.
 //!
-//! Only two things matter here: absolute paths that CREATE TABLESPACE writes to (failure 27b), and the
-//! limits that a hot standby must not undercut.
+//! Three things matter here: absolute paths that CREATE TABLESPACE writes to (failure 27b), the limits that a hot
+//! standby must not undercut, and records that only an extension's library can replay.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStringExt;
@@ -21,6 +21,8 @@ pub struct WalScan {
     pub tablespaces: BTreeMap<u32, PathBuf>,
     /// The greatest limits that are announced on the way.
     pub limits: RecoveryLimits,
+    /// Extensions' resource managers that have records on the way, by number.
+    pub managers: BTreeSet<u8>,
 }
 
 /// Reads the WAL that recovery from `start` will go through, up to the target: nothing behind it is replayed.
@@ -49,6 +51,7 @@ impl WalScan {
                 self.tablespaces.insert(tablespace.0, PathBuf::from(OsString::from_vec(path)));
             }
             WalPayload::ParameterChange(change) => self.limits = greatest(self.limits, change.limits),
+            WalPayload::Extension { manager } => drop(self.managers.insert(manager)),
             _ => {}
         }
     }
@@ -76,6 +79,8 @@ mod tests {
         scan.note(WalPayload::CreateTablespace { tablespace: crate::pg::Oid(16400), path });
         scan.note(WalPayload::CreateTablespace { tablespace: crate::pg::Oid(16401), path: Vec::new() });
         assert_eq!(scan.tablespaces.len(), 1, "one within PGDATA needs no stand-in");
+        (128..130).for_each(|manager| scan.note(WalPayload::Extension { manager }));
+        assert_eq!(scan.managers, BTreeSet::from([128, 129]));
         let a = RecoveryLimits { max_connections: 100, max_wal_senders: 3, ..RecoveryLimits::default() };
         let b = RecoveryLimits { max_connections: 50, max_wal_senders: 9, ..RecoveryLimits::default() };
         assert_eq!(greatest(a, b).max_connections, 100);

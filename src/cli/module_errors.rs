@@ -62,6 +62,7 @@ impl From<CreateError> for CommandError {
             CreateError::Programs(_)
             | CreateError::Architecture(_)
             | CreateError::RootOwner
+            | CreateError::ResourceManagers(_)
             | CreateError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
         }
     }

@@ -47,6 +47,8 @@ pub struct CreateOptions {
     pub user: Owner,
     /// What is known of this host.
     pub host: Host,
+    /// Libraries to preload that the user vouches for.
+    pub preload: Vec<String>,
 }
 
 impl CreateOptions {
@@ -83,6 +85,9 @@ pub enum CreateError {
     /// The socket's path.
     #[error("the path of the socket, \"{}\", is longer than a socket's may be", .0.display())]
     SocketPath(PathBuf),
+    /// The WAL needs a library that the clone would not load.
+    #[error("the WAL has records of an extension's resource manager ({}), which only its library can replay", numbers(.0))]
+    ResourceManagers(Vec<u8>),
     /// PostgreSQL refuses to run as root.
     #[error("PostgreSQL does not run as root, and the clones folder belongs to root")]
     RootOwner,
@@ -100,6 +105,10 @@ impl CreateError {
                 "Give the folder to the user that is to run PostgreSQL, such as postgres.".to_owned()
             }
             Self::Programs(error) => return error.hint(),
+            Self::ResourceManagers(_) => {
+                "Name the extension's library with --preload; what it does when it is loaded is not looked at."
+                    .to_owned()
+            }
             Self::Disk(disk::Error::Exists { .. }) => "\"walden clone delete\" removes a clone.".to_owned(),
             Self::Disk(_) => return None,
         })
@@ -136,7 +145,10 @@ pub async fn create(
         Ok(scan) => scan,
         Err(error) => return Err(give_up(repository, folder, pin, error.into()).await),
     };
-    let preload = preload(&record.server.preload_libraries, &bin_directory);
+    if let Some(error) = unreplayable(&scan, &options.preload) {
+        return Err(give_up(repository, folder, pin, error).await);
+    }
+    let preload = preload(&record.server.preload_libraries, &options.preload, &bin_directory);
     let left_out = preload.left_out.iter();
     warnings.extend(left_out.map(|(name, reason)| format!("the clone does not preload {name}: {reason}")));
     let spec = CloneSpec {
@@ -212,11 +224,22 @@ async fn give_up(
     error
 }
 
+/// Refuses WAL that needs a library, while nobody has said which: the server would end in the middle of it.
+fn unreplayable(scan: &WalScan, vouched_for: &[String]) -> Option<CreateError> {
+    let unknown = !scan.managers.is_empty() && vouched_for.is_empty();
+    unknown.then(|| CreateError::ResourceManagers(scan.managers.iter().copied().collect()))
+}
+
+fn numbers(managers: &[u8]) -> String {
+    let numbers: Vec<String> = managers.iter().map(u8::to_string).collect();
+    numbers.join(", ")
+}
+
 /// Decides what the clone's server preloads.
-fn preload(source: &str, bin_directory: &Path) -> Preload {
+fn preload(source: &str, vouched_for: &[String], bin_directory: &Path) -> Preload {
     // Debian has libraries beside the programs, a plain build one level further down.
     let folders = ["../lib", "../lib/postgresql"].map(|folder| bin_directory.join(folder));
-    plan_preload(source, &[], |name| folders.iter().any(|folder| is_in(folder, name)))
+    plan_preload(source, vouched_for, |name| folders.iter().any(|folder| is_in(folder, name)))
 }
 
 /// Tablespaces that are not directories of `pg_tblspc` itself.
@@ -265,4 +288,21 @@ fn write_folder(
 /// Returns the action that a clone takes where none is named.
 pub const fn default_action() -> TargetAction {
     TargetAction::Promote
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn wal_of_an_extension_is_refused_until_its_library_is_named() {
+        let scan = WalScan { managers: BTreeSet::from([140]), ..WalScan::default() };
+        let error = unreplayable(&scan, &[]).unwrap();
+        assert!(error.to_string().contains("resource manager (140)"), "{error}");
+        assert!(error.hint().unwrap().contains("--preload"));
+        assert!(unreplayable(&scan, &["its_library".to_owned()]).is_none());
+        assert!(unreplayable(&WalScan::default(), &[]).is_none());
+    }
 }

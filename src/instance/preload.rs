@@ -46,9 +46,9 @@ impl Preload {
 /// `needed` are names the user vouches for; `is_present` tells whether a library's file is on this host.
 pub fn plan_preload(setting: &str, needed: &[String], is_present: impl Fn(&str) -> bool) -> Preload {
     let mut plan = Preload::default();
-    for name in names(setting) {
+    for name in names(setting).into_iter().chain(needed.iter().cloned()) {
         let known = HARMLESS.contains(&name.as_str()) || needed.contains(&name);
-        if plan.loaded.contains(&name) {
+        if plan.loaded.contains(&name) || plan.left_out.iter().any(|(left_out, _)| *left_out == name) {
             continue;
         }
         if !known {
@@ -120,6 +120,9 @@ mod tests {
         assert_eq!(plan.left_out.len(), 3);
         let plan = plan_preload("pg_cron,citus", &["citus".into()], |_| true);
         assert_eq!(plan.loaded, ["citus"]);
+        // The source may have been given it since the basebackup.
+        assert_eq!(plan_preload("pg_cron", &["citus".into()], |_| true).loaded, ["citus"]);
+        assert_eq!(plan_preload("", &["citus".into()], |_| false).left_out.len(), 1);
     }
 
     #[test]

@@ -54,6 +54,10 @@ pub enum WalPayload {
         tablespace: Oid,
         source: Option<(Oid, Oid)>,
     },
+    /// A record of an extension's resource manager, which only the extension's library can replay.
+    Extension {
+        manager: u8,
+    },
     /// Anything else.
     Other,
 }
@@ -130,6 +134,7 @@ impl WalRecord {
             ResourceManager::Transaction => self.transaction(fields).ok_or("transaction record"),
             ResourceManager::Tablespace => tablespace(info, fields).ok_or("tablespace record"),
             ResourceManager::Database => database(info, self.version, fields).ok_or("database record"),
+            ResourceManager::Custom(manager) => Ok(WalPayload::Extension { manager }),
             _ => Ok(WalPayload::Other),
         };
         payload.map_err(|what| WalRecordError { lsn: self.lsn, what })
@@ -435,6 +440,8 @@ mod tests {
         assert_eq!(xlog(0x90, end), Ok(WalPayload::EndOfRecovery { time, timeline, previous_timeline }));
         assert_eq!(xlog(0x50, words(&[0x28, 1])), Ok(WalPayload::BackupEnd { start: Lsn(1 << 32 | 0x28) }));
         assert_eq!(xlog(0xE0, words(&[1])), Ok(WalPayload::Other));
+        let extension = record(MajorVersion::V17, ResourceManager::Custom(140), 0, words(&[1])).payload();
+        assert_eq!(extension, Ok(WalPayload::Extension { manager: 140 }));
         let dropped = record(MajorVersion::V17, ResourceManager::Tablespace, 0x10, words(&[16401])).payload();
         assert_eq!(dropped, Ok(WalPayload::DropTablespace { tablespace: Oid(16401) }));
     }

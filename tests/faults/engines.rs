@@ -52,7 +52,7 @@ fn names_what(text: &str) -> bool {
 
 async fn back_up(store: &TestStore, site: &Faulted, pool: &CpuPool) -> Result<(), backup::Error> {
     let repository = open(store).await?;
-    let node = Node { connection: ConnectOptions::new(&site.connection()), preferred: ServerRole::Primary };
+    let node = Node { connection: ConnectOptions::new(site.connection()), preferred: ServerRole::Primary };
     let options = BackupOptions {
         nodes: vec![node],
         data_directory: None,
@@ -141,6 +141,7 @@ async fn making_a_clone_survives_a_fault_at_every_call_or_fails_and_leaves_nothi
         owner,
         user: Owner::current(),
         host: Host::here(None),
+        preload: Vec::new(),
     };
     for fault in faults() {
         let mut failures = 0;

@@ -48,6 +48,10 @@ pub(super) struct CloneCreate {
     /// Ends recovery before missing WAL that the target lies behind, instead of refusing
     #[arg(long)]
     until_hole: bool,
+
+    /// Preloads a library of an extension, without which its WAL cannot be replayed
+    #[arg(long, value_name = "LIBRARY")]
+    preload: Vec<String>,
 }
 
 impl CloneCreate {
@@ -70,6 +74,7 @@ impl CloneCreate {
             owner,
             user: Owner::current(),
             host: Host::here(libc_version()),
+            preload: self.preload.clone(),
         };
         let status = context.block_on(async {
             let repository = context.open_repository(site, KeyPurpose::Read).await?;
