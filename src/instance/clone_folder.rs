@@ -171,6 +171,14 @@ impl CloneFolder {
         self.mount_point().join("data")
     }
 
+    /// Returns where a file of PGDATA that came to be in the clone stands beneath the mount.
+    ///
+    /// The supervisor looks here: it serves the mount, and a thread of it that waits for its own answer when it is
+    /// killed would keep the mount, and all who wait for it, for ever.
+    pub fn beneath_mount(&self, name: &str) -> PathBuf {
+        self.upper().join("data").join(name)
+    }
+
     /// Returns where a tablespace of the basebackup stands, within the mount.
     pub fn tablespace(&self, oid: u32) -> PathBuf {
         self.mount_point().join("tablespaces").join(oid.to_string())

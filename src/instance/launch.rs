@@ -30,6 +30,8 @@ pub struct Launch {
     pub arguments: Vec<OsString>,
     /// Where it runs.
     pub data_directory: PathBuf,
+    /// Where its pid file appears, beneath the mount.
+    pub pid_file: PathBuf,
     /// The user and group it runs as.
     pub owner: (u32, u32),
     /// What it may write to.

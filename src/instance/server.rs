@@ -103,7 +103,7 @@ impl Server {
         if let Some(mut stdin) = child.stdin.take() {
             stdin.write_all(&order).await.map_err(ServerError::Spawn)?;
         }
-        let pid_file = launch.data_directory.join("postmaster.pid");
+        let pid_file = launch.pid_file.clone();
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
         let pid = pid.ok_or_else(|| ServerError::Spawn(std::io::Error::other("it ended at once")))?;
         Ok(Self { child, pid: Pid::from_raw(pid), endpoint, log_file: launch.log_file.clone(), pid_file })

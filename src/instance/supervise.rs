@@ -206,7 +206,7 @@ async fn run_servers<T: Future<Output = ()>>(
 
 /// PostgreSQL removes the file when recovery has ended, before it lets anybody write.
 fn is_recovering(folder: &CloneFolder) -> bool {
-    folder.data_directory().join("recovery.signal").exists()
+    folder.beneath_mount("recovery.signal").exists()
 }
 
 /// A server that is starting or runs.
@@ -458,6 +458,7 @@ fn launch(options: &SuperviseOptions, spec: &CloneSpec, settings: &[Setting]) ->
         program: spec.bin_directory.join("postgres"),
         arguments,
         data_directory: folder.data_directory(),
+        pid_file: folder.beneath_mount("postmaster.pid"),
         owner: spec.owner,
         isolation: Isolation { writable: vec![folder.path().to_owned()], stand_ins: spec.stand_ins.clone() },
         log_file: folder.server_log(),
