@@ -8,11 +8,12 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::{KeyPurpose, machine_memory};
 use crate::instance::clone_folder::CloneFolder;
-use crate::instance::supervise::{SuperviseOptions, supervise};
+use crate::instance::supervise::{SuperviseOptions, could_not_open, supervise};
 
 use super::clone::HandedOver;
 use super::context::Context;
 use super::error::CommandError;
+use super::exit::ExitKind;
 
 /// Mounts a clone, runs its PostgreSQL and answers for it
 #[derive(Debug, Args)]
@@ -31,7 +32,16 @@ impl ServeClone {
         let now = context.clock().monotonic();
         let spent = Duration::try_from_secs_f64(self.spent.spent_seconds).unwrap_or_default();
         context.block_on(async {
-            let repository = context.open_repository(site, KeyPurpose::Read).await?;
+            let repository = match context.open_repository(site, KeyPurpose::Read).await {
+                Ok(repository) => repository,
+                Err(error) => {
+                    let damaged = error.kind == ExitKind::Damaged;
+                    if let Err(error) = could_not_open(&folder, error.error.as_ref(), damaged).await {
+                        tracing::warn!("{error}");
+                    }
+                    return Err(error);
+                }
+            };
             let options = SuperviseOptions {
                 folder,
                 repository,

@@ -14,6 +14,7 @@
 //! ```
 //! Mode 0700, owned by whom PostgreSQL runs as. The supervisor holds the lock; whoever holds it is alone.
 
+use std::error::Error as StdError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -104,6 +105,20 @@ impl LastState {
     /// A state in which nothing has failed.
     pub fn sound(state: CloneState) -> Self {
         Self { state, message: None, damaged: false }
+    }
+
+    /// The end of a clone that failed, with every cause said once: what a store said stands below the first.
+    pub fn failed(error: &dyn StdError, damaged: bool) -> Self {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            let said = error.to_string();
+            if !message.contains(&said) {
+                message = format!("{message}: {said}");
+            }
+            cause = error.source();
+        }
+        Self { state: CloneState::Failed, message: Some(message), damaged }
     }
 }
 

@@ -7,6 +7,7 @@
 //! to be read is local; after that until a deadline. A recovery that ended for want of the store is started again
 //! (`store_wait`). Deliberately absent: starting again after any other failure.
 
+use std::error::Error as StdError;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -125,14 +126,20 @@ pub async fn supervise(
     let outcome = run(options, terminated).await;
     let last = match &outcome {
         Ok(()) => LastState::sound(CloneState::Stopped),
-        Err(error) => LastState {
-            state: CloneState::Failed,
-            message: Some(error.to_string()),
-            damaged: error.is_damage(),
-        },
+        Err(error) => LastState::failed(error, error.is_damage()),
     };
     folder.write_state(&last)?;
     outcome
+}
+
+/// Notes why a supervisor could not even open the repository, for whoever started it: it ends without another word.
+pub async fn could_not_open(
+    folder: &CloneFolder,
+    error: &(dyn StdError + Send + Sync + 'static),
+    damaged: bool,
+) -> Result<(), disk::Error> {
+    let _lock = lock(folder).await?;
+    folder.write_state(&LastState::failed(error, damaged))
 }
 
 /// Takes the folder's lock, which somebody who looks whether a supervisor is alive holds for a moment.

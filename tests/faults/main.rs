@@ -9,6 +9,7 @@ mod support;
 mod site;
 
 mod clocks;
+mod clone_start;
 mod engines;
 mod full_disk;
 mod killed;

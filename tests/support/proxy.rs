@@ -55,6 +55,8 @@ struct Rule {
     method: &'static str,
     /// A part of the request's target.
     part: String,
+    /// So many of them go by first.
+    skip: usize,
     times: usize,
     fault: Fault,
 }
@@ -125,7 +127,14 @@ impl Proxy {
 
     /// Lets the next so many requests of a method, whose target has this part, meet a fault.
     pub fn inject(&self, method: &'static str, part: &str, times: usize, fault: Fault) {
-        self.plan.lock().unwrap().rules.push(Rule { method, part: part.to_owned(), times, fault });
+        let rule = Rule { method, part: part.to_owned(), skip: 0, times, fault };
+        self.plan.lock().unwrap().rules.push(rule);
+    }
+
+    /// Lets one request meet a fault: the one after so many others.
+    pub fn inject_at(&self, position: usize, fault: Fault) {
+        let rule = Rule { method: "", part: String::new(), skip: position, times: 1, fault };
+        self.plan.lock().unwrap().rules.push(rule);
     }
 
     /// Lets every n-th request meet one fault after the other.
@@ -153,9 +162,13 @@ impl Plan {
         let target = head.split(' ').nth(1).unwrap_or_default();
         let meets =
             |rule: &&mut Rule| rule.times > 0 && head.starts_with(rule.method) && target.contains(&rule.part);
-        let ruled = self.rules.iter_mut().find(meets).map(|rule| {
+        let ruled = self.rules.iter_mut().find(meets).and_then(|rule| {
+            if rule.skip > 0 {
+                rule.skip -= 1;
+                return None;
+            }
             rule.times = rule.times.saturating_sub(1);
-            rule.fault.clone()
+            Some(rule.fault.clone())
         });
         let count = self.heads.len();
         let fault = ruled.or_else(|| {
