@@ -1,59 +1,173 @@
-//! `kill -9` of `backup`, `wal push` and `restore` at moments drawn from a seed, and at each object that appears in the
-//! repository (failure 17): nothing half-made is listed or can be started, the next run is good.
+//! `kill -9` of `backup`, `wal push` and `restore` at moments drawn from a seed, upload and commit among them
+//! (failure 17), each followed by a good run: nothing half-made counts or can be started, nothing is lost.
 //!
-//! `scripts/bench/kill-rounds` draws more moments than a test run has time for.
+//! A killed process is sorted by what it left behind, so that one sees where the kills fell; a test that never hit the
+//! upload or the commit fails. `scripts/bench/kill-rounds` draws more moments than a test run has time for
+//! (`WALDEN_KILL_ROUNDS`) and has the counts written down (`WALDEN_KILL_REPORT`).
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::site::{Faulted, files_below};
-use crate::support::{Need, Run, require};
+use crate::support::{Need, Run, Stop, require};
+
+/// How far a process has come, by what can be seen of its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// Nothing of it is there.
+    Begin,
+    /// Parts of it are: objects go up, or the files of a restore are written.
+    Upload,
+    /// All that is missing is what makes it count, or it counts and the process has not said so.
+    Commit,
+    /// The process ended before it was killed.
+    Ended,
+}
+
+impl Phase {
+    const ALL: [(Self, &str); 4] =
+        [(Self::Begin, "begin"), (Self::Upload, "upload"), (Self::Commit, "commit"), (Self::Ended, "ended")];
+}
 
 /// When a process is killed.
 #[derive(Debug, Clone, Copy)]
 enum Moment {
     /// After that share of the time of an undisturbed run.
     Share(f64),
-    /// As soon as the repository has so many more files.
-    Files(usize),
+    /// That long after it was seen to come to a phase.
+    After(Phase, Duration),
 }
 
-/// Moments that a seed gives, as many as `WALDEN_KILL_ROUNDS` says.
-fn drawn(rounds: usize) -> impl Iterator<Item = Moment> {
-    let rounds = std::env::var("WALDEN_KILL_ROUNDS").map_or(rounds, |text| text.parse().unwrap());
-    let mut state = 0x5eed_u64;
-    std::iter::repeat_with(move || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        Moment::Share((state >> 40) as f64 / f64::from(1 << 24))
-    })
-    .take(rounds)
+/// The moments of one command, and what fell where.
+struct Rounds {
+    command: &'static str,
+    undisturbed: Duration,
+    state: u64,
+    drawn: usize,
+    rounds: usize,
+    hit: BTreeMap<Phase, usize>,
+    /// Kills after which the work counted all the same.
+    counted: usize,
 }
 
-fn start(command: &mut Command) -> Child {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
-}
+/// Kills in one round where an own test run has time for no more.
+const ROUNDS: usize = 20;
+/// Rounds that aim at a phase that none has hit yet: it may be over before this process gets a processor again.
+const AIMED_ROUNDS_MAX: usize = 40;
+/// A commit is over after some milliseconds.
+const COMMIT_MOST: Duration = Duration::from_millis(4);
 
-/// Starts a command and kills it at a moment; says whether it had ended by itself before.
-fn kill(command: &mut Command, moment: Moment, undisturbed: Duration, files: impl Fn() -> usize) -> bool {
-    let (began, before) = (Instant::now(), files());
-    let mut process = start(command);
-    loop {
-        if process.try_wait().unwrap().is_some() {
-            return true;
-        }
-        let due = match moment {
-            Moment::Share(share) => began.elapsed() >= undisturbed.mul_f64(share),
-            Moment::Files(count) => files() >= before + count,
-        };
-        if due {
-            break;
-        }
-        std::thread::sleep(Duration::from_micros(200));
+impl Rounds {
+    fn of(command: &'static str, undisturbed: Duration) -> Self {
+        let rounds = std::env::var("WALDEN_KILL_ROUNDS").map_or(ROUNDS, |text| text.parse().unwrap());
+        let hit = Phase::ALL.into_iter().map(|(phase, _)| (phase, 0)).collect();
+        Self { command, undisturbed, state: 0x5eed, drawn: 0, rounds, hit, counted: 0 }
     }
-    process.kill().unwrap();
-    process.wait().unwrap();
-    false
+
+    fn fraction(&mut self) -> f64 {
+        self.state =
+            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.state >> 40) as f64 / f64::from(1 << 24)
+    }
+
+    /// Draws the next moment: half of them anywhere in the run, the others in its upload and its commit. Those that come
+    /// on top aim at what was missed.
+    fn next(&mut self) -> Option<Moment> {
+        let missed = [Phase::Upload, Phase::Commit].into_iter().find(|phase| self.hit[phase] == 0);
+        let fraction = self.fraction();
+        let moment = match (self.drawn.checked_sub(self.rounds), missed) {
+            (None, _) => match self.drawn % 4 {
+                0 | 2 => Moment::Share(fraction),
+                1 => Moment::After(Phase::Upload, self.undisturbed.mul_f64(fraction / 4.0)),
+                _ => Moment::After(Phase::Commit, COMMIT_MOST.mul_f64(fraction)),
+            },
+            (Some(more), Some(phase)) if more < AIMED_ROUNDS_MAX => Moment::After(phase, Duration::ZERO),
+            (Some(_), _) => return None,
+        };
+        self.drawn += 1;
+        Some(moment)
+    }
+
+    /// Starts a command and kills it at a moment; returns how far it had come.
+    fn kill(&mut self, command: &mut Command, moment: Moment, seen: impl Fn() -> Phase) -> Phase {
+        let began = Instant::now();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut process = command.spawn().unwrap();
+        let mut due = match moment {
+            Moment::Share(share) => Some(began + self.undisturbed.mul_f64(share)),
+            Moment::After(..) => None,
+        };
+        let phase = loop {
+            if process.try_wait().unwrap().is_some() {
+                break Phase::Ended;
+            }
+            if let (None, Moment::After(phase, delay)) = (due, moment)
+                && seen() >= phase
+            {
+                due = Some(Instant::now() + delay);
+            }
+            if due.is_some_and(|due| Instant::now() >= due) {
+                process.kill().unwrap();
+                // It may have come to its end just now.
+                break if process.wait().unwrap().code().is_some() { Phase::Ended } else { seen() };
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        };
+        *self.hit.get_mut(&phase).expect("every phase has its count") += 1;
+        phase
+    }
+
+    /// Checks that the kills fell where they matter.
+    #[track_caller]
+    fn assert_hit(&self) {
+        for phase in [Phase::Upload, Phase::Commit] {
+            assert!(
+                self.hit[&phase] > 0,
+                "{}: none of {} kills fell into {phase:?}",
+                self.command,
+                self.drawn
+            );
+        }
+    }
+}
+
+impl Drop for Rounds {
+    /// Says what fell where, also of rounds that a loss ended.
+    fn drop(&mut self) {
+        let hit: String =
+            Phase::ALL.iter().map(|(phase, name)| format!("\"{name}\":{},", self.hit[phase])).collect();
+        let line = format!(
+            "{{\"command\":\"{}\",\"rounds\":{},{hit}\"counted\":{},\"lost\":{}}}\n",
+            self.command,
+            self.drawn,
+            self.counted,
+            std::thread::panicking()
+        );
+        eprint!("{line}");
+        if let Some(path) = std::env::var_os("WALDEN_KILL_REPORT") {
+            let report = fs::File::options().append(true).create(true).open(path);
+            let _ = report.and_then(|mut report| report.write_all(line.as_bytes()));
+        }
+    }
+}
+
+fn names_in(folder: &Path) -> Vec<PathBuf> {
+    fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
+/// The objects that stand in the folder of an attempt before it is committed.
+const PREPARED: [&str; 3] = ["begin", "manifest", "refs"];
+const OUTCOME: &str = "backup.json";
+
+/// How far the attempts have come that are not among those there were.
+fn backup_phase(basebackups: &Path, before: &[PathBuf]) -> Phase {
+    let attempts = names_in(basebackups).into_iter().filter(|attempt| !before.contains(attempt));
+    let of = |attempt: PathBuf| if attempt.join("manifest").exists() { Phase::Commit } else { Phase::Upload };
+    attempts.map(of).max().unwrap_or(Phase::Begin)
 }
 
 #[test]
@@ -63,40 +177,48 @@ fn failure_17_a_backup_killed_at_any_moment_leaves_no_half_one_and_the_next_is_g
     site.archive();
     let began = Instant::now();
     site.walden.run(&["backup"]);
-    let undisturbed = began.elapsed();
+    let mut rounds = Rounds::of("backup", began.elapsed());
     let basebackups = site.walden.repository().join("main/basebackups");
-    let objects = files_below(&basebackups);
-    assert!(objects >= 5, "begin, a pack, manifest, refs and outcome: {objects}");
-    let mut killed = 0;
-    for moment in (1..objects).map(Moment::Files).chain(drawn(4)) {
-        let before = site.listed();
-        let backup = &mut site.walden.command();
-        let ended = kill(backup.arg("backup"), moment, undisturbed, || files_below(&basebackups));
-        killed += usize::from(!ended);
+    let (mut listed, mut last_of_killed) = (site.listed(), None);
+    while let Some(moment) = rounds.next() {
+        let before = names_in(&basebackups);
+        let phase =
+            rounds.kill(site.walden.command().arg("backup"), moment, || backup_phase(&basebackups, &before));
         // What is listed has its outcome, and only an attempt that reached it is added.
         let after = site.listed();
-        assert!(after.len() <= before.len() + 1, "{moment:?}: {before:?}, {after:?}");
-        assert!(before.iter().all(|id| after.contains(id)), "{moment:?}: {before:?}, {after:?}");
-        for id in &after {
+        let added: Vec<&String> = after.iter().filter(|id| !listed.contains(id)).collect();
+        assert!(listed.iter().all(|id| after.contains(id)), "{moment:?}: {listed:?}, {after:?}");
+        assert!(added.len() <= 1, "{moment:?}: {listed:?}, {after:?}");
+        assert!(added.is_empty() || phase >= Phase::Commit, "{moment:?}, {phase:?}: {added:?} counts");
+        for id in &added {
             let has = |name: &str| basebackups.join(id).join(name).is_file();
-            assert!(["begin", "manifest", "refs", "backup.json"].into_iter().all(has), "{moment:?}: {id}");
+            assert!(PREPARED.into_iter().chain([OUTCOME]).all(has), "{moment:?}: {id}");
+            if phase != Phase::Ended {
+                rounds.counted += 1;
+                last_of_killed = Some(id.to_string());
+            }
         }
+        // The next is good, whatever was left.
+        let good = site.walden.json(&["backup"])["id"].as_str().unwrap().to_owned();
+        let now = site.listed();
+        assert_eq!(now.len(), after.len() + 1, "{moment:?}");
+        assert!(now.contains(&good) && after.iter().all(|id| now.contains(id)), "{moment:?}: {now:?}");
+        listed = now;
     }
-    assert!(killed >= 1, "none of the backups was killed before it ended");
-    // One may have been committed and killed before it said so: that is a good one too.
-    let before = site.listed();
-    site.walden.run(&["backup"]);
-    let after = site.listed();
-    assert_eq!(after.len(), before.len() + 1);
-    assert!(fs::read_dir(&basebackups).unwrap().count() > after.len(), "a killed attempt was left behind");
-    site.assert_restores(after.iter().max().unwrap());
+    rounds.assert_hit();
+    assert!(names_in(&basebackups).len() > listed.len(), "no killed attempt was left behind");
+    // One that was committed, and killed before it said so, is as good as any.
+    for id in last_of_killed.iter().chain(listed.iter().max()) {
+        site.assert_restores(id);
+    }
 }
 
 #[test]
 fn a_push_killed_at_any_moment_is_accepted_when_postgresql_pushes_again() {
     require!(Need::PostgreSQL(15));
     let site = Faulted::start(|_, site| site);
-    let clusters = site.walden.repository().join("main/clusters");
+    let (clusters, staging) =
+        (site.walden.repository().join("main/clusters"), site.walden.repository().join(".staging"));
     let push = |segment: &str| {
         let mut command = site.walden.command();
         command.args(["wal", "push", &format!("pg_wal/{segment}")]).current_dir(site.data_directory());
@@ -109,53 +231,82 @@ fn a_push_killed_at_any_moment_is_accepted_when_postgresql_pushes_again() {
     };
     // The first one creates the site as well.
     let undisturbed = std::iter::repeat_with(measured).take(3).min().expect("three were taken");
-    let mut killed = 0;
-    for moment in std::iter::once(Moment::Files(1)).chain(drawn(9)) {
+    let mut rounds = Rounds::of("push", undisturbed);
+    while let Some(moment) = rounds.next() {
         let segment = site.end_segment();
-        let ended = kill(&mut push(&segment), moment, undisturbed, || files_below(&clusters));
-        killed += usize::from(!ended);
-        assert!(push(&segment).status().unwrap().success(), "{moment:?}");
+        let (stored, staged) = (files_below(&clusters), files_below(&staging));
+        // What stays staged is of the killed push: nothing else writes here.
+        let seen = || match files_below(&clusters) {
+            now if now > stored => Phase::Commit,
+            _ if files_below(&staging) > staged => Phase::Upload,
+            _ => Phase::Begin,
+        };
+        let phase = rounds.kill(&mut push(&segment), moment, seen);
+        rounds.counted += usize::from(phase == Phase::Commit);
+        assert!(push(&segment).status().unwrap().success(), "{moment:?}, {phase:?}");
         let content = fs::read(site.data_directory().join("pg_wal").join(&segment)).unwrap();
-        assert!(site.fetched(&segment) == content, "{moment:?}: {segment} came back different");
+        assert!(site.fetched(&segment) == content, "{moment:?}, {phase:?}: {segment} came back different");
     }
-    // How many depends on what else the machine does.
-    assert!(killed >= 1, "none of the pushes was killed before it ended");
+    rounds.assert_hit();
+}
+
+/// How far a restore into a directory has come.
+fn restore_phase(directory: &Path) -> Phase {
+    let area = directory.join(".walden");
+    if area.join("complete").exists() || may_start(directory) {
+        Phase::Commit
+    } else if area.join("restore.json").exists() {
+        Phase::Upload
+    } else {
+        Phase::Begin
+    }
+}
+
+/// Compares two restored directories but for the area that goes last and the note of when each was restored.
+#[track_caller]
+fn assert_same(whole: &Path, restored: &Path) {
+    let mut diff = Command::new("diff");
+    diff.args(["-r", "--no-dereference", "-x", "walden.restore.json", "-x", ".walden"]);
+    Run::of(diff.args([whole, restored]), "").expect_success();
+}
+
+fn may_start(directory: &Path) -> bool {
+    directory.join("PG_VERSION").exists() && directory.join("global/pg_control").exists()
 }
 
 /// Bit-equal whatever the moment: what is not complete cannot be started, and `--resume` goes on.
 #[test]
 fn a_restore_killed_at_any_moment_is_completed_by_resume() {
     require!(Need::PostgreSQL(15));
-    let site = Faulted::start(|_, site| site);
+    let mut site = Faulted::start(|_, site| site);
     site.archive();
     site.walden.run(&["backup"]);
-    let place = |name: &str| site.scratch().path().join(name);
-    let whole = place("whole");
+    // What else it archived would be in the plans of later restores.
+    site.cluster.stop(Stop::Fast);
+    let whole = site.scratch().path().join("whole");
     let began = Instant::now();
     site.walden.run(&["restore", "--target-dir", whole.to_str().unwrap()]);
-    let undisturbed = began.elapsed();
-    let mut killed = 0;
-    for (n, moment) in [200, 600].map(Moment::Files).into_iter().chain(drawn(6)).enumerate() {
-        let directory = place(&format!("killed-{n}"));
+    let mut rounds = Rounds::of("restore", began.elapsed());
+    while let Some(moment) = rounds.next() {
+        let directory = site.scratch().path().join(format!("killed-{}", rounds.drawn));
         let path = directory.to_str().unwrap();
         let restore = &mut site.walden.command();
         restore.args(["restore", "--target-dir", path]);
-        let ended = kill(restore, moment, undisturbed, || files_below(&directory));
-        killed += usize::from(!ended);
-        let has_begun = directory.join(".walden/restore.json").exists();
-        let may_start = directory.join("PG_VERSION").exists() && directory.join("global/pg_control").exists();
-        assert!(
-            ended || !has_begun || !may_start || directory.join(".walden/complete").exists(),
-            "{moment:?}"
-        );
-        if !ended {
-            let resume = if has_begun { &["--resume"][..] } else { &["--force"] };
-            site.walden.run(&[&["restore", "--target-dir", path], resume].concat());
+        let phase = rounds.kill(restore, moment, || restore_phase(&directory));
+        let may_start = may_start(&directory);
+        rounds.counted += usize::from(may_start && phase == Phase::Commit);
+        let begun = directory.join(".walden/restore.json").exists();
+        if may_start {
+            // Whether or not the area beside it is gone, and whatever a later command makes of it.
+            assert_same(&whole, &directory);
         }
-        let mut diff = Command::new("diff");
-        diff.args(["-r", "--no-dereference", "-x", "walden.restore.json"]).args([&whole, &directory]);
-        Run::of(&mut diff, "").expect_success();
+        if begun || !may_start {
+            let on = if begun { "--resume" } else { "--force" };
+            site.walden.run(&["restore", "--target-dir", path, on]);
+            assert!(!directory.join(".walden").exists(), "{moment:?}, {phase:?}");
+        }
+        assert_same(&whole, &directory);
         fs::remove_dir_all(&directory).unwrap();
     }
-    assert!(killed >= 1, "none of the restores was killed before it ended");
+    rounds.assert_hit();
 }
