@@ -5,6 +5,7 @@
 //! Deliberately absent: carrying anything out; `wal`, `mount` and `restore` ask here and act.
 
 pub mod basebackups;
+pub mod ending_segment;
 pub mod host;
 pub mod overview;
 pub mod recoverable;
@@ -20,6 +21,7 @@ pub mod wal_coverage;
 pub mod wal_reader;
 pub mod wal_records;
 pub mod wal_scan;
+pub mod window_ending;
 
 pub use basebackups::{BasebackupList, ListedBasebackup, ResolveError};
 pub use recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
@@ -30,3 +32,4 @@ pub use recovery_window::{Hole, Recoverability, RecoveryStart, RecoveryWindow, S
 pub use timeline_tree::{Stretch, TimelineTree};
 pub use wal_coverage::{TimelineCoverage, WalCoverage};
 pub use wal_reader::{Found, Patience, WalReader};
+pub use window_ending::Ending;

@@ -147,7 +147,7 @@ async fn load_cluster(
         }
         basebackups.push(BasebackupOverview { listed, recoverability, refs });
     }
-    let windows = time_windows(repository, cluster, found).await?;
+    let windows = time_windows(repository, cluster, &coverage, found).await?;
     Ok(ClusterOverview { cluster, tree, damaged_histories, coverage, basebackups, windows })
 }
 
@@ -181,15 +181,23 @@ fn add_window(
     }
 }
 
+/// The last segment of a window and the position behind it, by which windows that end alike are known.
+type End = (WalSegmentName, Lsn);
+
+fn end_of_window(window: &RecoveryWindow) -> Option<End> {
+    Some((window.last_segment()?, window.end))
+}
+
 /// Finds the times of the ends, each of which is asked for once.
 async fn time_windows(
     repository: &Repository,
     cluster: ClusterId,
+    coverage: &WalCoverage,
     found: BTreeMap<TimelineId, Vec<Untimed>>,
 ) -> Result<BTreeMap<TimelineId, Vec<TimelineWindow>>, Error> {
-    let mut ends: BTreeMap<WalSegmentName, &RecoveryWindow> = BTreeMap::new();
+    let mut ends: BTreeMap<End, &RecoveryWindow> = BTreeMap::new();
     for untimed in found.values().flatten() {
-        let Some(last) = untimed.window.last_segment() else { continue };
+        let Some(last) = end_of_window(&untimed.window) else { continue };
         // The longest of those that end there is looked through.
         let longest = ends.entry(last).or_insert(&untimed.window);
         if untimed.window.start.start_lsn < longest.start.start_lsn {
@@ -197,14 +205,16 @@ async fn time_windows(
         }
     }
     let reads = ends.into_iter().map(|(last, window)| async move {
-        Ok::<_, Error>((last, end_of(repository, cluster, last, window).await?))
+        Ok::<_, Error>((last, end_of(repository, cluster, coverage, window).await?))
     });
-    let ends: BTreeMap<WalSegmentName, WindowEnd> =
+    let ends: BTreeMap<End, WindowEnd> =
         futures::stream::iter(reads).buffered(ENDS_MAX).try_collect().await?;
     let mut timed: BTreeMap<TimelineId, Vec<TimelineWindow>> = BTreeMap::new();
     for (timeline, windows) in found {
         for Untimed { mut basebackups, begin, window } in windows {
-            let Some(end) = window.last_segment().and_then(|last| ends.get(&last)).cloned() else { continue };
+            let Some(end) = end_of_window(&window).and_then(|last| ends.get(&last)).cloned() else {
+                continue;
+            };
             basebackups.sort_unstable();
             timed.entry(timeline).or_default().push(TimelineWindow { basebackups, begin, window, end });
         }
@@ -213,26 +223,38 @@ async fn time_windows(
     Ok(timed)
 }
 
+/// Finds out when the last segment was archived; of one that is there in part, when the newest part was.
+async fn archived_at(
+    repository: &Repository,
+    cluster: ClusterId,
+    coverage: &WalCoverage,
+    window: &RecoveryWindow,
+) -> Result<Option<Timestamp>, Error> {
+    let Some(last) = window.last_segment() else { return Ok(None) };
+    if window.ending.is_some() {
+        return Ok(coverage.timelines.get(&last.timeline()).and_then(|held| held.newest_at));
+    }
+    let key = repository.layout().wal_object(cluster, WalObjectName::Segment(last));
+    match repository.store().head(&key).await {
+        Ok(meta) => Ok(Some(meta.last_modified)),
+        // Expired between the listing and now.
+        Err(error) if error.is_absent() => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 async fn end_of(
     repository: &Repository,
     cluster: ClusterId,
-    last: WalSegmentName,
+    coverage: &WalCoverage,
     window: &RecoveryWindow,
 ) -> Result<WindowEnd, Error> {
-    let key = repository.layout().wal_object(cluster, WalObjectName::Segment(last));
-    let archived_at = match repository.store().head(&key).await {
-        Ok(meta) => Some(meta.last_modified),
-        // Expired between the listing and now.
-        Err(error) if error.is_absent() => None,
-        Err(error) => return Err(error.into()),
-    };
+    let archived_at = archived_at(repository, cluster, coverage, window).await?;
     if !repository.keyring().can_read() {
         let last_transaction = Err("there is no private key here".to_owned());
         return Ok(WindowEnd { last_transaction, archived_at });
     }
-    let last_transaction = match last_transaction(repository, cluster, &window.reached, SEGMENTS_BACK_MAX)
-        .await
-    {
+    let last_transaction = match last_transaction(repository, cluster, window, SEGMENTS_BACK_MAX).await {
         Ok(LastTransaction::EndedAt(time)) => Ok(Some(time)),
         Ok(LastTransaction::None) => Ok(None),
         Ok(LastTransaction::NotNear) => Err(format!("none ended in the last {SEGMENTS_BACK_MAX} segments")),

@@ -150,7 +150,7 @@ async fn plan_from(
     let way = way.map(|stretch| stretch.timeline);
     let coverage = WalCoverage::load_timelines(repository, record.cluster, way, from).await?;
     let window = window_for(record, tree, &coverage, &target.target, timeline)?;
-    let place = match place_by_position(&window, &target.target) {
+    let place = match place_by_position(&window, &target.target, record.cluster.segment_size) {
         Some(place) => place,
         None => place_by_reading(repository, record.cluster, &window, target).await?,
     };
@@ -167,11 +167,16 @@ async fn place_by_reading(
     target: &RecoveryTarget,
 ) -> Result<TargetPlace, repo::Error> {
     if let Target::Time(time) = target.target {
-        let last = last_transaction(repository, cluster, &window.reached, SEGMENTS_BACK_MAX).await?;
+        let last = last_transaction(repository, cluster, window, SEGMENTS_BACK_MAX).await?;
         return Ok(place_of_time(last, time, target.inclusive));
     }
-    let segments =
-        segments_of(window.reached.iter().map(|range| (range.first, range.last)), cluster.segment_size);
+    let mut segments = segments_of(window.stretches(), cluster.segment_size);
+    let mut start = window.start.start_lsn;
+    if let (Target::Lsn(_), Some(ending)) = (&target.target, window.ending) {
+        // By its position it lies in the last segment, if that goes so far.
+        segments.retain(|part| part.name == ending.segment);
+        start = ending.segment.start_lsn(cluster.segment_size).map_or(start, |begin| start.max(begin));
+    }
     let mut place = TargetPlace::Behind(None);
     let visit = |lsn, payload| {
         if is_reached(&target.target, lsn, &payload) {
@@ -180,7 +185,7 @@ async fn place_by_reading(
         }
         ControlFlow::Continue(())
     };
-    visit_records(repository, cluster, segments, window.start.start_lsn, visit).await?;
+    visit_records(repository, cluster, segments, start, visit).await?;
     Ok(place)
 }
 

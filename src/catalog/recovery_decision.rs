@@ -13,7 +13,7 @@ use crate::catalog::recovery_target::{RecoveryTarget, Target};
 use crate::catalog::recovery_window::{Hole, RecoveryStart, RecoveryWindow, SegmentRange};
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::WalCoverage;
-use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
+use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::BasebackupId;
 use crate::repo::documents::BackupRecord;
 
@@ -157,15 +157,22 @@ pub fn window_for(
 }
 
 /// Returns where a target lies, where that follows from positions; nothing where the WAL has to be read.
-pub fn place_by_position(window: &RecoveryWindow, target: &Target) -> Option<TargetPlace> {
+pub fn place_by_position(
+    window: &RecoveryWindow,
+    target: &Target,
+    size: WalSegmentSize,
+) -> Option<TargetPlace> {
     let is_whole = window.holes.is_empty();
     match target {
         Target::Immediate => Some(TargetPlace::Within),
         Target::Latest if is_whole => Some(TargetPlace::Within),
         Target::Latest => Some(TargetPlace::Behind(None)),
         // The server stops at the first record that begins at the target or behind it.
-        Target::Lsn(lsn) if *lsn < window.end => Some(TargetPlace::Within),
-        Target::Lsn(_) => Some(TargetPlace::Behind(None)),
+        Target::Lsn(lsn) if *lsn >= window.end => Some(TargetPlace::Behind(None)),
+        Target::Lsn(lsn) => {
+            let ending = window.ending.and_then(|ending| ending.segment.start_lsn(size).ok());
+            ending.is_none_or(|begin| *lsn < begin).then_some(TargetPlace::Within)
+        }
         Target::Xid(_) | Target::Name(_) if is_whole => Some(TargetPlace::Unproven),
         Target::Xid(_) | Target::Name(_) | Target::Time(_) => None,
     }
@@ -188,14 +195,14 @@ pub fn plan_recovery(
     };
     let shown = || (target.target.to_string(), Reach::new(record, window, newest));
     let mut decision = Decision {
-        plan: plan_through(record, tree, &window.reached),
+        plan: plan_through(record, tree, window, &window.reached),
         target: target.clone(),
         accepted_hole: None,
     };
     match (place, window.holes.first()) {
         (TargetPlace::Within, _) if target.target == Target::Immediate => {
             // Recovery ends at the stop position and needs nothing behind it.
-            decision.plan = plan_through(record, tree, &up_to(record, &window.reached));
+            decision.plan = plan_through(record, tree, window, &up_to(record, &window.reached));
         }
         (TargetPlace::Within, _) | (TargetPlace::Unproven, None) => {}
         (_, Some(hole)) if until_hole => {
@@ -229,12 +236,18 @@ fn up_to(record: &BackupRecord, reached: &[SegmentRange]) -> Vec<SegmentRange> {
     ranges
 }
 
-fn plan_through(record: &BackupRecord, tree: &TimelineTree, ranges: &[SegmentRange]) -> RecoveryPlan {
+fn plan_through(
+    record: &BackupRecord,
+    tree: &TimelineTree,
+    window: &RecoveryWindow,
+    ranges: &[SegmentRange],
+) -> RecoveryPlan {
     let spans = ranges.iter().map(|range| TimelineSpan {
         timeline: range.timeline(),
         first: range.first,
         last: Some(range.last),
         history: tree.branch(range.timeline()).is_some(),
+        end: window.end_of(range),
     });
     RecoveryPlan {
         format: 1,

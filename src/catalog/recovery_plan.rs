@@ -7,9 +7,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::timeline_tree::TimelineTree;
-use crate::catalog::wal_coverage::WalCoverage;
-use crate::pg::{ArchiveFileName, Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
+use crate::catalog::timeline_tree::{Stretch, TimelineTree};
+use crate::catalog::wal_coverage::{TimelineCoverage, WalCoverage};
+use crate::catalog::window_ending::Ending;
+use crate::pg::{ArchiveFileName, Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::{BasebackupId, ClusterId};
 
 /// The name of the plan's file in a data directory.
@@ -41,6 +42,9 @@ pub struct TimelineSpan {
     pub last: Option<WalSegmentName>,
     /// Whether the timeline's history file was in the archive.
     pub history: bool,
+    /// Where the WAL of the last segment ends, if the archive has no more than its beginning or the way leaves it there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<Lsn>,
 }
 
 /// What the store says of a name.
@@ -79,16 +83,30 @@ impl RecoveryPlan {
             .timelines
             .iter()
             .filter_map(|(timeline, held)| {
-                let newest = held.last()?;
                 let begin = tree.branch(*timeline).map_or(Lsn::ZERO, |branch| branch.switch);
+                let begin = WalSegmentNumber::containing(begin, size);
                 let name = |number| WalSegmentName::new(*timeline, number, size);
-                let first = held.runs().first()?.0.max(WalSegmentNumber::containing(begin, size));
-                let last = (!standby).then(|| name(newest));
+                let ending = ending_of(*timeline, held, tree, coverage, size);
+                let proven = Some(held.proven_end(size)).filter(|end| !end.is_zero());
+                let proven = proven.map(|end| WalSegmentNumber::ending_at(end, size));
+                let unfinished = ending.and_then(|ending| ending.segment.number(size).ok());
+                let newest = proven.max(unfinished)?;
+                let first = held.runs().first().map_or(newest, |run| run.0).max(begin);
+                let end = ending.filter(|ending| ending.segment == name(newest)).map(|ending| ending.end);
+                let (last, end) = if standby { (None, None) } else { (Some(name(newest)), end) };
                 let history = tree.branch(*timeline).is_some();
-                Some(TimelineSpan { timeline: *timeline, first: name(first), last, history })
+                Some(TimelineSpan { timeline: *timeline, first: name(first), last, history, end })
             })
             .collect();
         Self { format: 1, cluster, basebackup: None, spans, standby }
+    }
+
+    /// Returns where the WAL of a segment ends, if recovery is to have no more of it than its beginning.
+    ///
+    /// Never for a standby: it may have got more of the segment by streaming, and confirmed it, and would write over that.
+    pub fn ending_of(&self, segment: WalSegmentName) -> Option<Lsn> {
+        let span = self.span(segment.timeline()).filter(|span| span.last == Some(segment));
+        span.filter(|_| !self.standby).and_then(|span| span.end)
     }
 
     /// Returns the span of a timeline.
@@ -130,6 +148,33 @@ impl RecoveryPlan {
         self.span(segment.timeline())
             .is_some_and(|span| span.first <= segment && span.last.is_none_or(|last| segment <= last))
     }
+}
+
+/// Returns what there is of the segment behind the last whole one of a timeline.
+///
+/// Of a timeline that another one left in that segment it is cut at the switch point: a recovery comes here only where
+/// the newer timeline has nothing of the segment.
+fn ending_of(
+    timeline: TimelineId,
+    held: &TimelineCoverage,
+    tree: &TimelineTree,
+    coverage: &WalCoverage,
+    size: WalSegmentSize,
+) -> Option<Ending> {
+    let last = held.pieces.last_key_value().map(|(number, _)| *number);
+    let last = last.filter(|last| Some(*last) > held.last());
+    let partial = || held.partials.iter().filter_map(|partial| partial.number(size).ok()).max();
+    let number = last.or_else(|| held.last().map(WalSegmentNumber::next)).or_else(partial)?;
+    let begin = tree.branch(timeline).map_or(Lsn::ZERO, |branch| branch.switch);
+    let of_segment = |switch: &Lsn| WalSegmentNumber::containing(*switch, size) == number;
+    let children = tree.timelines().filter_map(|child| tree.branch(child));
+    let switches = children.filter(|branch| branch.parent == timeline).map(|branch| branch.switch);
+    let end = switches.filter(of_segment).min();
+    let proven = held.proven_end(size);
+    let proven = end.map_or(proven, |end| proven.min(end));
+    let ending = Ending::find(&[Stretch { timeline, begin, end }], coverage, number, size);
+    // Where more was written than there is, recovery must not end.
+    ending.filter(|ending| ending.end >= proven)
 }
 
 /// Decides what is answered to one name.
@@ -174,12 +219,14 @@ mod tests {
                     first: "000000010000000000000002".parse().unwrap(),
                     last: Some("000000010000000000000004".parse().unwrap()),
                     history: false,
+                    end: None,
                 },
                 TimelineSpan {
                     timeline: timeline(2),
                     first: "000000020000000000000005".parse().unwrap(),
                     last: Some("000000020000000000000007".parse().unwrap()),
                     history: true,
+                    end: None,
                 },
             ],
             standby: false,

@@ -1,9 +1,10 @@
 //! How far recovery gets from a basebackup: which WAL is there without a gap, and what lies behind the first gap.
 //!
 //! Pure: the way to a timeline is cut into what the archive has and what it lacks. The window begins where the
-//! basebackup is consistent and ends with the last segment before the first one missing. A gap with WAL behind it is a
-//! hole, and so is one below a switch point: the history says that there was WAL. Everything else is the end of the
-//! archive. Segments past a switch point and partial segments are never *behind*.
+//! basebackup is consistent and ends before the first segment missing, or in it, where its beginning is there. A gap
+//! with WAL behind it is a hole, and so is one below a switch point or a head: the history or the head says that there
+//! was WAL. Everything else is the end of the archive. Segments past a switch point and partial segments are never
+//! *behind*.
 
 use std::fmt;
 
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalog::timeline_tree::{Stretch, TimelineTree};
 use crate::catalog::wal_coverage::WalCoverage;
+use crate::catalog::window_ending::Ending;
 use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::documents::BackupRecord;
 
@@ -52,14 +54,14 @@ pub struct RecoveryWindow {
     pub timeline: TimelineId,
     /// Where it begins.
     pub start: RecoveryStart,
-    /// The WAL from the start on, without a gap; one range for each timeline.
+    /// The WAL from the start on, without a gap; one range for each timeline. With the segment of the ending.
     pub reached: Vec<SegmentRange>,
-    /// The position behind the last segment that is reached: no record from here on can be.
+    /// The position behind the WAL that is reached: no record from here on can be.
     pub end: Lsn,
     /// The holes behind that, nearest first.
     pub holes: Vec<Hole>,
-    /// The segment behind the end, where the archive has it as `.partial`.
-    pub partial: Option<WalSegmentName>,
+    /// The last segment that is reached, where there is no more of it than its beginning.
+    pub ending: Option<Ending>,
     /// The first segment missing of those without which the basebackup is never consistent.
     pub missing_start: Option<WalSegmentName>,
 }
@@ -130,20 +132,24 @@ impl RecoveryWindow {
         if !tree.passes(timeline, start.timeline, start.stop_lsn) {
             return None;
         }
+        let way = tree.way_to(timeline);
+        let proven_end =
+            coverage.timelines.get(&timeline).map_or(Lsn::ZERO, |coverage| coverage.proven_end(size));
         let mut pieces = Vec::new();
         let first_segment =
             |stretch: &Stretch| WalSegmentNumber::containing(stretch.begin.max(start.start_lsn), size);
         // A standby's basebackup may begin before its timeline does; then the way begins on the parent.
-        for stretch in tree.way_to(timeline) {
+        for stretch in &way {
             // The switch-point segment is read from the child, which begins with a copy of it.
             let last = match stretch.end {
                 Some(end) => match WalSegmentNumber::containing(end, size).0.checked_sub(1) {
-                    Some(last) => Some(WalSegmentNumber(last)),
+                    Some(last) => WalSegmentNumber(last),
                     None => continue,
                 },
-                None => None,
+                None if proven_end.is_zero() => continue,
+                None => WalSegmentNumber::ending_at(proven_end, size),
             };
-            cut(coverage, stretch.timeline, first_segment(&stretch), last, size, &mut pieces);
+            cut(coverage, stretch.timeline, first_segment(stretch), last, size, &mut pieces);
         }
         let reached_len = pieces.iter().take_while(|(_, held)| *held).count();
         let holes = holes_of(&pieces[reached_len..]);
@@ -152,12 +158,46 @@ impl RecoveryWindow {
             Some(range) => range.last.end_lsn(size).ok()?,
             None => WalSegmentNumber::containing(start.start_lsn, size).start_lsn(size),
         };
-        let mut window = Self { timeline, start, reached, end, holes, partial: None, missing_start: None };
-        window.partial = window.find_partial(tree, coverage, size);
-        if end < start.stop_lsn {
+        let mut window = Self { timeline, start, reached, end, holes, ending: None, missing_start: None };
+        let next = WalSegmentNumber::containing(end, size);
+        if let Some(ending) = Ending::find(&way, coverage, next, size) {
+            window.end_in(ending, next, size);
+        }
+        // Nothing on the last timeline lies behind the ending, and before it every switch point is passed.
+        let is_last = way.last().is_some_and(|stretch| first_segment(stretch) <= next);
+        if is_last && proven_end <= window.end {
+            window.holes.clear();
+        }
+        if window.whole_or_pieces_end() < start.stop_lsn {
             window.missing_start = Some(window.next_segment(tree, size));
         }
         Some(window)
+    }
+
+    /// Adds the segment of which there is only the beginning.
+    fn end_in(&mut self, ending: Ending, number: WalSegmentNumber, size: WalSegmentSize) {
+        match self.reached.last_mut() {
+            Some(range) if range.timeline() == ending.segment.timeline() => {
+                (range.last, range.segments) = (ending.segment, range.segments + 1);
+            }
+            _ => self.reached.push(SegmentRange::new(ending.segment.timeline(), number, number, size)),
+        }
+        (self.end, self.ending) = (ending.end, Some(ending));
+    }
+
+    /// Returns the position behind the WAL that names alone prove to be there: how much a `.partial` holds is not known.
+    pub fn whole_or_pieces_end(&self) -> Lsn {
+        self.ending.map_or(self.end, |ending| ending.pieces_end)
+    }
+
+    /// Returns the first and the last segment of each timeline, and where the WAL of the last one ends.
+    pub fn stretches(&self) -> impl Iterator<Item = (WalSegmentName, WalSegmentName, Option<Lsn>)> {
+        self.reached.iter().map(|range| (range.first, range.last, self.end_of(range)))
+    }
+
+    /// Returns where the WAL of a range ends, if not with its last segment.
+    pub fn end_of(&self, range: &SegmentRange) -> Option<Lsn> {
+        self.ending.filter(|ending| ending.segment == range.last).map(|ending| ending.end)
     }
 
     /// Returns whether the basebackup becomes consistent on this way.
@@ -178,28 +218,10 @@ impl RecoveryWindow {
     /// Returns the segment that recovery would need next.
     fn next_segment(&self, tree: &TimelineTree, size: WalSegmentSize) -> WalSegmentName {
         let way = tree.way_to(self.timeline);
-        let number = WalSegmentNumber::containing(self.end, size);
+        let number = WalSegmentNumber::containing(self.whole_or_pieces_end(), size);
         let child =
             way.iter().rev().find(|stretch| WalSegmentNumber::containing(stretch.begin, size) <= number);
         WalSegmentName::new(child.map_or(self.timeline, |stretch| stretch.timeline), number, size)
-    }
-
-    fn find_partial(
-        &self,
-        tree: &TimelineTree,
-        coverage: &WalCoverage,
-        size: WalSegmentSize,
-    ) -> Option<WalSegmentName> {
-        let number = WalSegmentNumber::containing(self.end, size);
-        let segment_of = |lsn| WalSegmentNumber::containing(lsn, size);
-        // A timeline's own partial is of use as far as the way stays on it: up to the switch-point segment.
-        let goes_through = |stretch: &Stretch| {
-            segment_of(stretch.begin) <= number && stretch.end.is_none_or(|end| number <= segment_of(end))
-        };
-        tree.way_to(self.timeline).into_iter().rev().filter(goes_through).find_map(|stretch| {
-            let name = WalSegmentName::new(stretch.timeline, number, size);
-            coverage.timelines.get(&stretch.timeline)?.partials.contains(&name).then_some(name)
-        })
     }
 }
 
@@ -208,12 +230,11 @@ fn cut(
     coverage: &WalCoverage,
     timeline: TimelineId,
     first: WalSegmentNumber,
-    last: Option<WalSegmentNumber>,
+    last: WalSegmentNumber,
     size: WalSegmentSize,
     pieces: &mut Vec<(SegmentRange, bool)>,
 ) {
     let held = coverage.timelines.get(&timeline);
-    let Some(last) = last.or_else(|| held.and_then(|held| held.last())) else { return };
     let mut push = |first: WalSegmentNumber, last: WalSegmentNumber, held| {
         if first <= last {
             pieces.push((SegmentRange::new(timeline, first, last, size), held));
@@ -460,14 +481,78 @@ mod tests {
             let coverage = with_partials(held, partials);
             RecoveryWindow::new(start(1, 3, 3), &tree, &coverage, timeline(number), size).unwrap()
         };
+        let partial = |found: &RecoveryWindow| found.ending.map(|ending| ending.segment.to_string());
         let end = found("1: 3-5", &["000000010000000000000006"], 2);
-        assert_eq!(end.partial, Some("000000010000000000000006".parse().unwrap()));
+        assert_eq!(partial(&end).as_deref(), Some("000000010000000000000006"));
+        // The way leaves the timeline there, and who stays on it has all that the partial may hold.
+        assert_eq!((end.end, end.whole_or_pieces_end()), (within(6), Lsn(6 << 24)));
+        assert_eq!(found("1: 3-5", &["000000010000000000000006"], 1).end, Lsn(7 << 24));
         let later = found("1: 3-5", &["000000010000000000000008"], 1);
-        assert_eq!((later.partial, later.holes.len(), later.end), (None, 0, Lsn(6 << 24)));
+        assert_eq!((partial(&later), later.holes.len(), later.end), (None, 0, Lsn(6 << 24)));
         // Once the child has the switch-point segment, the parent's partial is nothing any more.
-        assert_eq!(found("1: 3-5; 2: 6", &["000000010000000000000006"], 2).partial, None);
+        assert_eq!(partial(&found("1: 3-5; 2: 6", &["000000010000000000000006"], 2)), None);
         let past = found("1: 3-5; 2: 6-7", &["000000010000000000000008"], 2);
-        assert_eq!(past.partial, None);
+        assert_eq!(partial(&past), None);
+        // How much a partial holds is not known, so that no basebackup is recoverable by it.
+        let backup = |held| {
+            let coverage = with_partials(held, &["000000010000000000000006"]);
+            RecoveryWindow::new(start(1, 3, 6), &tree, &coverage, timeline(1), size).unwrap()
+        };
+        assert_eq!(backup("1: 3-5").missing_start, Some("000000010000000000000006".parse().unwrap()));
+    }
+
+    /// What is there of one timeline: whole segments, pieces `(segment, from, to)`, and the newest head.
+    fn pieced(held: &str, pieces: &[(u64, u32, u32)], head: Option<Lsn>) -> RecoveryWindow {
+        let mut coverage = archive(held);
+        let first = coverage.timelines.entry(timeline(1)).or_default();
+        for (number, from, to) in pieces {
+            first.push_piece(WalSegmentNumber(*number), *from, *to, WalSegmentSize::DEFAULT);
+        }
+        first.head = head;
+        let size = WalSegmentSize::DEFAULT;
+        RecoveryWindow::new(start(1, 3, 3), &tree(&[]), &coverage, timeline(1), size).unwrap()
+    }
+
+    #[test]
+    fn pieces_lengthen_the_last_segment_and_prove_a_hole_before_them() {
+        let end = pieced("1: 3-5", &[(6, 0, 0x100), (6, 0x100, 0x500)], None);
+        assert_eq!(names(&end.reached), ["000000010000000000000003 to 000000010000000000000006 (4)"]);
+        assert_eq!((end.end, end.holes.len()), (Lsn((6 << 24) + 0x500), 0));
+        assert_eq!(end.stretches().next().unwrap().2, Some(end.end));
+        // A piece behind a gap: what is before it can be had, and it is said that there was more.
+        let gap = pieced("1: 3-5", &[(6, 0, 0x100), (6, 0x200, 0x500)], None);
+        assert_eq!((gap.end, gap.holes.len()), (Lsn((6 << 24) + 0x100), 1));
+        assert_eq!(gap.holes[0].to_string(), "WAL segment 000000010000000000000006 is");
+        let first_missing = pieced("1: 3-5", &[(6, 0x100, 0x500)], None);
+        assert_eq!((first_missing.end, first_missing.holes.len()), (Lsn(6 << 24), 1));
+        // A segment is missing between, and of one with WAL behind it there is the beginning.
+        let later = pieced("1: 3-5", &[(7, 0, 0x100)], None);
+        assert_eq!((later.end, later.holes[0].missing[0].segments), (Lsn(6 << 24), 2));
+        let before = pieced("1: 3-5 7-8", &[(6, 0, 0x100)], None);
+        assert_eq!((before.end, names(&before.holes[0].behind).len()), (Lsn((6 << 24) + 0x100), 1));
+        // All of a segment in pieces is the segment, and pieces that the whole segment followed are nothing.
+        let whole = pieced("1: 3-5", &[(6, 0, 1 << 24), (7, 0, 8)], None);
+        assert_eq!((whole.end, whole.holes.len()), (Lsn((7 << 24) + 8), 0));
+        let old = pieced("1: 3-5", &[(5, 0, 0x100)], None);
+        assert_eq!((old.end, old.ending), (Lsn(6 << 24), None));
+    }
+
+    #[test]
+    fn a_head_behind_the_last_segment_proves_that_a_tail_was_cut_off() {
+        for (pieces, head, end, missing) in [
+            (&[][..], Lsn(6 << 24), Lsn(6 << 24), 0),
+            (&[], Lsn((6 << 24) + 1), Lsn(6 << 24), 1),
+            (&[], Lsn(9 << 24), Lsn(6 << 24), 3),
+            (&[(6, 0, 0x100)], Lsn((6 << 24) + 0x100), Lsn((6 << 24) + 0x100), 0),
+            (&[(6, 0, 0x100)], Lsn((6 << 24) + 0x101), Lsn((6 << 24) + 0x100), 1),
+        ] {
+            let found = pieced("1: 3-5", pieces, Some(head));
+            let holes: Vec<u64> = found.holes.iter().map(|hole| hole.missing[0].segments).collect();
+            assert_eq!((found.end, holes.iter().sum::<u64>()), (end, missing), "{head}");
+        }
+        // All of the timeline was cut off.
+        let none = pieced("1:", &[], Some(Lsn(5 << 24)));
+        assert_eq!(none.holes[0].missing[0].segments, 2);
     }
 
     /// Failures 6 and 7: other segment sizes, and the successor of `…FF`.

@@ -2,7 +2,8 @@
 //!
 //! Found by listing names alone: whether a segment is whole is told when it is read. A run that ends before the
 //! next begins is a hole. Segments past a switch point and partial segments are listed and never counted as
-//! *later* by those who ask whether something is missing.
+//! *later* by those who ask whether something is missing; pieces are, and so is the newest head, which are both
+//! proof that WAL was written.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -10,8 +11,10 @@ use std::ops::RangeInclusive;
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 
-use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::layout::{ObjectName, WalObjectName};
+use crate::repo::wal_object::newest_head;
+use crate::repo::wal_piece::PieceReach;
 use crate::repo::{ClusterId, Error, Repository};
 use crate::storage::ObjectMeta;
 
@@ -22,9 +25,14 @@ pub struct TimelineCoverage {
     runs: Vec<(WalSegmentNumber, WalSegmentNumber)>,
     /// Segments that exist as `.partial`; one may be there more than once.
     pub partials: Vec<WalSegmentName>,
+    /// Segments of which there are pieces alone, and how far those reach; where they are all of it, the segment counts
+    /// as there.
+    pub pieces: BTreeMap<WalSegmentNumber, PieceReach>,
+    /// The position that the archive had reached when its newest head was written, where that was asked for.
+    pub head: Option<Lsn>,
     /// Bytes of all objects that were listed, as stored.
     pub stored_bytes: u64,
-    /// When the last of its segments came, by the store's clock.
+    /// When the last of its segments or pieces came, by the store's clock.
     pub newest_at: Option<Timestamp>,
 }
 
@@ -61,6 +69,27 @@ impl TimelineCoverage {
             (pair[0].1.next(), WalSegmentNumber(pair[1].0.0 - 1))
         };
         self.runs.windows(2).map(between).collect()
+    }
+
+    /// Adds a piece of a segment; segments and pieces come in the order of their names.
+    pub fn push_piece(&mut self, number: WalSegmentNumber, from: u32, to: u32, size: WalSegmentSize) {
+        if self.last() == Some(number) {
+            return;
+        }
+        let reach = self.pieces.entry(number).or_default();
+        reach.add(from, to);
+        if reach.contiguous >= size.bytes() {
+            self.pieces.remove(&number);
+            self.push(number);
+        }
+    }
+
+    /// Returns the position behind the last byte that anything here proves to have been archived.
+    pub fn proven_end(&self, size: WalSegmentSize) -> Lsn {
+        let whole = self.last().map(|last| last.next().start_lsn(size));
+        let pieces = self.pieces.last_key_value();
+        let pieces = pieces.map(|(number, reach)| number.start_lsn(size) + u64::from(reach.furthest));
+        whole.max(pieces).max(self.head).unwrap_or(Lsn::ZERO)
     }
 
     /// Returns how many segments there are.
@@ -142,7 +171,7 @@ impl WalCoverage {
         Self::load_timelines(repository, cluster, timelines, WalSegmentNumber(0)).await
     }
 
-    /// Lists these timelines from the log of `from` on, some of them at a time.
+    /// Lists these timelines from the log of `from` on, with their heads, some of them at a time.
     pub async fn load_timelines(
         repository: &Repository,
         cluster: ClusterId,
@@ -150,8 +179,10 @@ impl WalCoverage {
         from: WalSegmentNumber,
     ) -> Result<Self, Error> {
         let listings = timelines.into_iter().map(|timeline| async move {
+            // First the head: all that one speaks of stands in a listing that begins later.
+            let head = newest_head(repository, cluster, timeline).await?.map(|head| head.end);
             let coverage = Self::load_timeline(repository, cluster, timeline, from).await?;
-            Ok::<_, Error>((timeline, coverage))
+            Ok::<_, Error>((timeline, TimelineCoverage { head, ..coverage }))
         });
         let timelines = futures::stream::iter(listings).buffered(LISTINGS_MAX).try_collect().await?;
         Ok(Self { timelines })
@@ -168,6 +199,11 @@ impl TimelineCoverage {
                 self.newest_at = self.newest_at.max(Some(object.last_modified));
             }
             WalObjectName::Partial { segment, .. } => self.partials.push(segment),
+            WalObjectName::Piece { segment, from, to } => {
+                let Ok(number) = segment.number(size) else { return };
+                self.push_piece(number, from, to, size);
+                self.newest_at = self.newest_at.max(Some(object.last_modified));
+            }
             WalObjectName::BackupHistory { .. } => {}
         }
     }

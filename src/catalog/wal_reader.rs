@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::OnceCell;
 
+use crate::catalog::ending_segment::{self, list_partials};
 use crate::clock::Clock;
 use crate::codec::Digest;
-use crate::pg::{ArchiveFileName, WalSegmentName};
-use crate::repo::layout::{ObjectName, WalObjectName};
+use crate::pg::{ArchiveFileName, Lsn, WalSegmentName};
+use crate::repo::layout::WalObjectName;
 use crate::repo::{ClusterId, Error, ErrorKind, Repository, wal_object};
 use crate::storage;
 
@@ -73,8 +74,6 @@ struct Cache {
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
 /// The longest pause: a store that comes back is noticed this fast.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// Partials of one segment; each is left by another server that was on the timeline.
-const PARTIALS_MAX: usize = 100;
 
 impl WalReader {
     /// Creates a reader that keeps at most `cache_bytes_max` of files read lately.
@@ -124,6 +123,20 @@ impl WalReader {
         found
     }
 
+    /// Reads a segment up to the position where a plan ends in it, filled up with zeros; asks the store each time.
+    ///
+    /// # Errors
+    /// As [`WalReader::read`].
+    pub async fn read_ending(
+        &self,
+        segment: WalSegmentName,
+        end: Lsn,
+        patience: Patience,
+    ) -> Result<Found<Bytes>, Error> {
+        let read = || ending_segment::read_ending(&self.repository, self.cluster, segment, end);
+        self.patiently(patience, &segment.to_string(), read).await
+    }
+
     /// Starts reading files that are about to be asked for: no more than half of the cache holds, so that they do not
     /// push each other out. Who asks for one meanwhile waits for the same read; a failure is left for them to meet.
     pub fn read_ahead(self: &Arc<Self>, names: impl IntoIterator<Item = ArchiveFileName>) {
@@ -169,7 +182,7 @@ impl WalReader {
         let (repository, cluster) = (&self.repository, self.cluster);
         match name {
             ArchiveFileName::Segment(segment) => {
-                wal_object::read_wal(repository, cluster, WalObjectName::Segment(segment)).await
+                ending_segment::read_segment(repository, cluster, segment).await
             }
             ArchiveFileName::Partial(segment) => self.read_partial(segment).await,
             ArchiveFileName::History(timeline) => {
@@ -188,14 +201,21 @@ impl WalReader {
             return Ok(self.read_once(name).await?.len() as u64);
         };
         let name = WalObjectName::Segment(segment);
-        Ok(wal_object::read_wal_header(&self.repository, self.cluster, name).await?.raw_size)
+        match wal_object::read_wal_header(&self.repository, self.cluster, name).await {
+            // It may be there in pieces.
+            Err(error) if error.is_absent() => {
+                let read = ending_segment::read_segment(&self.repository, self.cluster, segment).await;
+                Ok(read?.len() as u64)
+            }
+            header => Ok(header?.raw_size),
+        }
     }
 
     /// Reads the partial segment that holds the most WAL; one that is damaged does not hide another.
     async fn read_partial(&self, segment: WalSegmentName) -> Result<Bytes, Error> {
         let mut best: Option<(usize, Bytes)> = None;
         let mut failure = None;
-        for name in self.partials(segment).await? {
+        for name in list_partials(&self.repository, self.cluster, segment).await? {
             match wal_object::read_wal(&self.repository, self.cluster, name).await {
                 Ok(bytes) => {
                     let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |at| at + 1);
@@ -212,19 +232,6 @@ impl WalReader {
             storage::Error::NotFound { key: format!("{key}.partial") }.into()
         };
         best.map(|(_, bytes)| bytes).ok_or_else(|| failure.unwrap_or_else(absent))
-    }
-
-    /// Lists the partials of a segment.
-    async fn partials(&self, segment: WalSegmentName) -> Result<Vec<WalObjectName>, Error> {
-        let layout = self.repository.layout();
-        let folder = layout.wal_log(self.cluster, segment.timeline(), segment.log());
-        let after = layout.wal_object(self.cluster, WalObjectName::Segment(segment));
-        let listed = self.repository.store().list(&folder, Some(&after), PARTIALS_MAX).await?;
-        let names = listed.iter().filter_map(|object| match layout.parse(&object.key) {
-            Some(ObjectName::Wal(_, name @ WalObjectName::Partial { .. })) => Some(name),
-            _ => None,
-        });
-        Ok(names.filter(|name| name.segment() == segment).collect())
     }
 
     fn cache(&self) -> std::sync::MutexGuard<'_, Cache> {

@@ -9,12 +9,13 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 
+use crate::catalog::ending_segment::{read_ending, read_segment};
 use crate::catalog::recovery_target::Target;
-use crate::catalog::recovery_window::SegmentRange;
+use crate::catalog::recovery_window::RecoveryWindow;
 use crate::pg::{
     Lsn, WalPayload, WalRecordStream, WalSegmentName, WalSegmentNumber, WalSegmentSize, WalStep,
 };
-use crate::repo::{ClusterId, Error, Repository, layout::WalObjectName, wal_object::read_wal};
+use crate::repo::{ClusterId, Error, Repository};
 
 /// What was found of the last transaction that ended in a stretch of WAL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,22 +28,31 @@ pub enum LastTransaction {
     NotNear,
 }
 
+/// A segment of which WAL is read, and where the WAL of it ends that counts, if not with the segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentPart {
+    /// The segment.
+    pub name: WalSegmentName,
+    /// A position in it.
+    pub end: Option<Lsn>,
+}
+
 /// Segments fetched side by side: the store's latency is hidden, and memory stays at a few segments.
 const SEGMENTS_AHEAD: usize = 4;
 /// The only size that servers are built with.
-const WAL_PAGE_BYTES: u32 = 8192;
+pub(crate) const WAL_PAGE_BYTES: u32 = 8192;
 
 /// Shows each record, by its position and what it means, that recovery from `start` through `segments` will replay, until `visit` has seen enough.
 pub async fn visit_records(
     repository: &Repository,
     cluster: ClusterId,
-    segments: Vec<WalSegmentName>,
+    segments: Vec<SegmentPart>,
     start: Lsn,
     mut visit: impl FnMut(Lsn, WalPayload) -> ControlFlow<()>,
 ) -> Result<(), Error> {
     let size = cluster.segment_size;
     let mut records = WalRecordStream::new(start, size, WAL_PAGE_BYTES);
-    let reads = segments.into_iter().map(|segment| read_segment(repository, cluster, segment));
+    let reads = segments.into_iter().map(|segment| read_part(repository, cluster, segment));
     let segments = futures::stream::iter(reads).buffered(SEGMENTS_AHEAD);
     futures::pin_mut!(segments);
     while let Some((segment, bytes)) = segments.try_next().await? {
@@ -83,28 +93,27 @@ pub fn is_reached(target: &Target, lsn: Lsn, payload: &WalPayload) -> bool {
     }
 }
 
-/// Looks backward for the last transaction that ended in `ranges`, through at most `segments_max` of their segments.
+/// Looks backward for the last transaction that ended in a window, through at most `segments_max` of its segments.
 pub async fn last_transaction(
     repository: &Repository,
     cluster: ClusterId,
-    ranges: &[SegmentRange],
+    window: &RecoveryWindow,
     segments_max: usize,
 ) -> Result<LastTransaction, Error> {
     let size = cluster.segment_size;
-    let ranges = ranges.iter().map(|range| (range.first, range.last));
-    let mut segments = segments_of(ranges, size).into_iter().rev();
+    let mut segments = segments_of(window.stretches(), size).into_iter().rev();
     // Nearly always the first one tells, so no other is read with it.
     let mut ahead = 1;
     let (mut read, mut following) = (0, None);
     loop {
-        let batch: Vec<WalSegmentName> = segments.by_ref().take(ahead.min(segments_max - read)).collect();
+        let batch: Vec<SegmentPart> = segments.by_ref().take(ahead.min(segments_max - read)).collect();
         if batch.is_empty() {
             let all = segments.next().is_none();
             return Ok(if all { LastTransaction::None } else { LastTransaction::NotNear });
         }
         read += batch.len();
         ahead = SEGMENTS_AHEAD;
-        let reads = batch.into_iter().map(|segment| read_segment(repository, cluster, segment));
+        let reads = batch.into_iter().map(|segment| read_part(repository, cluster, segment));
         for (segment, bytes) in futures::future::try_join_all(reads).await? {
             if let Some(time) = last_end_in(start_of(segment, size)?, &bytes, following.as_ref(), size) {
                 return Ok(LastTransaction::EndedAt(time));
@@ -114,27 +123,33 @@ pub async fn last_transaction(
     }
 }
 
-/// Lists the segments from the first to the last of each pair, in their order.
+/// Lists the segments from the first to the last of each stretch, in their order; with the last one comes where its WAL
+/// ends.
 pub fn segments_of(
-    ranges: impl IntoIterator<Item = (WalSegmentName, WalSegmentName)>,
+    stretches: impl IntoIterator<Item = (WalSegmentName, WalSegmentName, Option<Lsn>)>,
     size: WalSegmentSize,
-) -> Vec<WalSegmentName> {
+) -> Vec<SegmentPart> {
     let mut segments = Vec::new();
-    for (first, last) in ranges {
+    for (first, last, end) in stretches {
         // A name that cannot be at this size stands for no segment.
         let (Ok(from), Ok(to)) = (first.number(size), last.number(size)) else { continue };
         let name = |number| WalSegmentName::new(first.timeline(), WalSegmentNumber(number), size);
-        segments.extend((from.0..=to.0).map(name));
+        let parts = (from.0..=to.0).map(name);
+        segments.extend(parts.map(|name| SegmentPart { name, end: end.filter(|_| name == last) }));
     }
     segments
 }
 
-async fn read_segment(
+async fn read_part(
     repository: &Repository,
     cluster: ClusterId,
-    segment: WalSegmentName,
+    SegmentPart { name, end }: SegmentPart,
 ) -> Result<(WalSegmentName, Bytes), Error> {
-    Ok((segment, read_wal(repository, cluster, WalObjectName::Segment(segment)).await?))
+    let bytes = match end {
+        Some(end) => read_ending(repository, cluster, name, end).await?,
+        None => read_segment(repository, cluster, name).await?,
+    };
+    Ok((name, bytes))
 }
 
 fn start_of(segment: WalSegmentName, size: WalSegmentSize) -> Result<Lsn, Error> {
@@ -170,9 +185,11 @@ fn last_end_in(at: Lsn, bytes: &Bytes, following: Option<&Bytes>, size: WalSegme
 mod tests {
     use std::sync::Arc;
 
+    use crate::catalog::recovery_window::{RecoveryStart, SegmentRange};
     use crate::clock::SystemClock;
     use crate::codec::{Compression, SeededRandom};
     use crate::pg::TimelineId;
+    use crate::repo::layout::WalObjectName;
     use crate::repo::wal_object::{WalKey, archive_wal};
     use crate::repo::{Keyring, RepositoryOptions};
     use crate::storage::{MemoryStore, ObjectKey};
@@ -201,6 +218,14 @@ mod tests {
         SegmentRange::new(TimelineId::FIRST, first, last, size)
     }
 
+    /// A window over these segments.
+    fn window(reached: &[SegmentRange]) -> RecoveryWindow {
+        let timeline = TimelineId::FIRST;
+        let start = RecoveryStart { timeline, start_lsn: Lsn::ZERO, stop_lsn: Lsn::ZERO };
+        let (reached, holes) = (reached.to_vec(), Vec::new());
+        RecoveryWindow { timeline, start, reached, end: Lsn::ZERO, holes, ending: None, missing_start: None }
+    }
+
     /// An archive with these segments, filled up with zeros.
     async fn archive(segments: &[(u64, &[u8])]) -> Repository {
         let options = RepositoryOptions {
@@ -223,7 +248,7 @@ mod tests {
     /// The ends of transactions that a plain pass forward sees.
     async fn ends_of(repository: &Repository, range: SegmentRange) -> Vec<Timestamp> {
         let mut ends = Vec::new();
-        let segments = segments_of([(range.first, range.last)], cluster().segment_size);
+        let segments = segments_of([(range.first, range.last, None)], cluster().segment_size);
         let start = range.first.start_lsn(cluster().segment_size).unwrap();
         let visit = |_, payload| {
             if let WalPayload::Commit(ended) | WalPayload::Abort(ended) = payload {
@@ -246,13 +271,13 @@ mod tests {
         for (last, segments_max, expected) in
             [(9, 1, newest), (10, 100, newest), (19, 11, newest), (19, 10, LastTransaction::NotNear)]
         {
-            let ranges = [range(9, last)];
-            let found = last_transaction(&repository, cluster(), &ranges, segments_max).await.unwrap();
+            let window = window(&[range(9, last)]);
+            let found = last_transaction(&repository, cluster(), &window, segments_max).await.unwrap();
             assert_eq!(found, expected, "{last} {segments_max}");
         }
-        let empty = last_transaction(&repository, cluster(), &[range(10, 19)], 100).await.unwrap();
+        let empty = last_transaction(&repository, cluster(), &window(&[range(10, 19)]), 100).await.unwrap();
         assert_eq!(empty, LastTransaction::None);
-        let nothing = last_transaction(&repository, cluster(), &[], 100).await.unwrap();
+        let nothing = last_transaction(&repository, cluster(), &window(&[]), 100).await.unwrap();
         assert_eq!(nothing, LastTransaction::None);
     }
 
@@ -270,7 +295,8 @@ mod tests {
             (Target::Latest, false),
         ] {
             // What lies behind the first segment is not there, and nobody asks for it in vain.
-            let segments = segments_of([(name(9), name(9 + u64::from(is_met)))], cluster().segment_size);
+            let segments =
+                segments_of([(name(9), name(9 + u64::from(is_met)), None)], cluster().segment_size);
             let mut met = false;
             let visit = |lsn, payload| {
                 met = is_reached(&target, lsn, &payload);
@@ -284,7 +310,7 @@ mod tests {
     #[tokio::test]
     async fn a_pass_goes_on_behind_a_switch_and_ends_when_it_has_seen_enough() {
         let repository = archive(&[(13, BORDER[0]), (14, BORDER[1])]).await;
-        let segments = segments_of([(name(13), name(14))], cluster().segment_size);
+        let segments = segments_of([(name(13), name(14), None)], cluster().segment_size);
         let start = Lsn(0xD0_0000);
         let (mut all, mut first) = (0, 0);
         let count = |counter: &mut u32, enough| {
@@ -306,12 +332,16 @@ mod tests {
     #[test]
     fn segments_are_listed_across_the_end_of_a_log_and_of_a_timeline() {
         let size = WalSegmentSize::DEFAULT;
-        let range = |first: &str, last: &str| (first.parse().unwrap(), last.parse().unwrap());
+        let range = |first: &str, last: &str| (first.parse().unwrap(), last.parse().unwrap(), Some(Lsn(7)));
         let ranges = [
             range("0000000100000000000000FE", "000000010000000100000000"),
             range("000000020000000100000001", "000000020000000100000001"),
         ];
-        let names: Vec<String> = segments_of(ranges, size).iter().map(ToString::to_string).collect();
+        let segments = segments_of(ranges, size);
+        // Where the WAL of a stretch ends matters to its last segment alone.
+        let ends: Vec<bool> = segments.iter().map(|part| part.end.is_some()).collect();
+        assert_eq!(ends, [false, false, true, true]);
+        let names: Vec<String> = segments.iter().map(|part| part.name.to_string()).collect();
         assert_eq!(
             names,
             [

@@ -32,7 +32,7 @@ pub async fn scan_wal(
     target: &Target,
     start: Lsn,
 ) -> Result<WalScan, repo::Error> {
-    let spans = plan.spans.iter().filter_map(|span| Some((span.first, span.last?)));
+    let spans = plan.spans.iter().filter_map(|span| Some((span.first, span.last?, span.end)));
     let segments = segments_of(spans, plan.cluster.segment_size);
     let mut scan = WalScan::default();
     let visit = |lsn, payload| {

@@ -11,10 +11,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::catalog::overview::{self, BasebackupOverview, ClusterOverview, SiteOverview, TimelineWindow};
-use crate::catalog::{Hole, Recoverability, SegmentRange};
+use crate::catalog::{Ending, Hole, Recoverability, SegmentRange};
 use crate::codec::SystemRandom;
 use crate::config::KeyPurpose;
-use crate::pg::{TimelineId, WalSegmentName};
+use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentSize};
 
 use super::context::Context;
 use super::error::CommandError;
@@ -119,6 +119,7 @@ pub(super) struct WindowReport {
     pub reaches_timeline: bool,
     pub hole: Option<Hole>,
     pub partial: Option<WalSegmentName>,
+    pub pieces_end_lsn: Option<String>,
 }
 
 /// A basebackup and whether it can be recovered.
@@ -239,13 +240,25 @@ impl TimelineReport {
             runs: coverage.runs().iter().map(range).collect(),
             holes: coverage.holes().iter().map(range).collect(),
             partials,
-            windows: found.windows.get(&timeline).into_iter().flatten().map(WindowReport::of).collect(),
+            windows: found
+                .windows
+                .get(&timeline)
+                .into_iter()
+                .flatten()
+                .map(|window| WindowReport::of(window, size))
+                .collect(),
         }
     }
 }
 
+/// Where the pieces of the last segment end; nothing where there are none.
+fn pieces_end(ending: Ending, size: WalSegmentSize) -> Option<Lsn> {
+    let start = ending.segment.start_lsn(size).ok()?;
+    (ending.pieces_end > start).then_some(ending.pieces_end)
+}
+
 impl WindowReport {
-    fn of(found: &TimelineWindow) -> Self {
+    fn of(found: &TimelineWindow, size: WalSegmentSize) -> Self {
         let (window, end) = (&found.window, &found.end);
         Self {
             basebackups: found.basebackups.iter().map(ToString::to_string).collect(),
@@ -257,7 +270,11 @@ impl WindowReport {
             archived_at: end.archived_at,
             reaches_timeline: window.reaches_timeline(),
             hole: window.holes.first().cloned(),
-            partial: window.partial,
+            partial: window.ending.filter(|ending| ending.partial).map(|ending| ending.segment),
+            pieces_end_lsn: window
+                .ending
+                .and_then(|ending| pieces_end(ending, size))
+                .map(|end| end.to_string()),
         }
     }
 

@@ -118,11 +118,14 @@ impl WindowReport {
         let reached = if self.reaches_timeline { "recoverable " } else { "not reached " };
         writeln!(out, "    {reached} from {begin} {end}")?;
         writeln!(out, "                 LSN {} to {}, basebackup {of}", self.begin_lsn, self.end_lsn)?;
-        if let Some(hole) = self.hole_text() {
-            writeln!(out, "                 it ends there because {hole} missing")?;
+        if let Some(end) = &self.pieces_end_lsn {
+            writeln!(out, "                 of its last WAL segment there are pieces, up to {end}")?;
         }
         if let Some(partial) = self.partial {
-            writeln!(out, "                 behind it stands {partial}.partial")?;
+            writeln!(out, "                 its last WAL segment is {partial}.partial, which may hold less")?;
+        }
+        if let Some(hole) = self.hole_text() {
+            writeln!(out, "                 it ends there because {hole} missing")?;
         }
         Ok(())
     }
@@ -190,6 +193,7 @@ mod tests {
             reaches_timeline: true,
             hole: Some(Hole { missing: vec![range("06", "07", 2)], behind: vec![range("08", "09", 2)] }),
             partial: None,
+            pieces_end_lsn: Some("0/5F00028".to_owned()),
         }
     }
 
@@ -263,6 +267,7 @@ Cluster 7301234567890123456, PostgreSQL 15.18, WAL segments of 16.0 MiB
   Timeline 1
     recoverable  from 2026-11-20 10:00:05+00:00 to 2026-11-20 11:30:00+00:00, the last transaction
                  LSN 0/3000028 to 0/6000000, basebackup 20261120T100000Z-0001 and 1 later
+                 of its last WAL segment there are pieces, up to 0/5F00028
                  it ends there because WAL segments 000000010000000000000006 to 000000010000000000000007 (2) are missing
     WAL          000000010000000000000003 to 000000010000000000000005 (3)
     missing      000000010000000000000006 to 000000010000000000000007 (2)

@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::catalog::timeline_tree::list_histories;
@@ -23,7 +24,7 @@ use crate::mount::wal_file::{EmptyFile, PartialFile, WalFile};
 use crate::pg::{ArchiveFileName, TimelineId, WalSegmentName};
 use crate::repo;
 use crate::repo::layout::{ObjectName, WalObjectName};
-use crate::repo::wal_object::{HistoryBranch, read_history_branch};
+use crate::repo::wal_object::{HistoryBranch, newest_head, read_history_branch};
 
 /// The WAL archive of one cluster as a directory.
 #[derive(Debug)]
@@ -70,6 +71,10 @@ impl WalDir {
     }
 
     async fn find_segment(&self, segment: WalSegmentName) -> Result<Option<Item>, LowerError> {
+        if let Some(end) = self.plan.as_ref().and_then(|plan| plan.ending_of(segment)) {
+            let found = self.reader.read_ending(segment, end, Patience::Forever).await;
+            return self.find_part(segment, found.map_err(|error| lower_error(&error))?);
+        }
         match self.size_of(segment).await? {
             Found::Present(size) => Ok(Some(self.file(ArchiveFileName::Segment(segment), size))),
             Found::Unreadable(error) => {
@@ -93,7 +98,9 @@ impl WalDir {
         let found = match &self.plan {
             None => self.reader.size(name, Patience::Forever).await,
             Some(plan) => {
-                self.reader.read_ahead(plan.segments_behind(segment).map(ArchiveFileName::Segment));
+                let behind =
+                    plan.segments_behind(segment).filter(|segment| plan.ending_of(*segment).is_none());
+                self.reader.read_ahead(behind.map(ArchiveFileName::Segment));
                 let found = self.reader.read(name, Patience::Forever).await;
                 found.map(|found| found.map(|bytes| bytes.len() as u64))
             }
@@ -119,17 +126,24 @@ impl WalDir {
 
     async fn find_partial(&self, name: ArchiveFileName) -> Result<Option<Item>, LowerError> {
         match self.reader.read(name, Patience::Forever).await.map_err(|error| lower_error(&error))? {
-            Found::Present(content) => {
-                let digest = *Digest::of(&content).as_bytes();
-                let identity = u64::from_le_bytes(*digest.first_chunk().expect("a digest has 32 bytes"));
-                Ok(Some(Item::File(Arc::new(PartialFile { content, identity: identity.max(2) }))))
-            }
+            Found::Present(content) => Ok(Some(part_item(content))),
             Found::Absent => Ok(None),
             Found::Unreadable(error) => {
                 tracing::error!("{name} is served with length 0: {error}");
                 Ok(Some(Item::File(Arc::new(EmptyFile))))
             }
         }
+    }
+
+    /// Shows the segment in which the plan ends; without its beginning the recovery must not end there.
+    fn find_part(&self, segment: WalSegmentName, found: Found<Bytes>) -> Result<Option<Item>, LowerError> {
+        let reason = match found {
+            Found::Present(content) => return Ok(Some(part_item(content))),
+            Found::Absent => "the archive has less of it than the recovery plan".to_owned(),
+            Found::Unreadable(error) => error.to_string(),
+        };
+        tracing::error!("WAL segment {segment} is served with length 0: {reason}");
+        Ok(Some(Item::File(Arc::new(EmptyFile))))
     }
 
     /// Tells whether recovery may go on without the file.
@@ -166,16 +180,23 @@ impl WalDir {
         }
     }
 
-    /// Looks for anything that shows that a segment was written: a later one on its timeline, or a timeline that
-    /// left this one behind it.
+    /// Looks for anything that shows that a segment was written: pieces of it, a later one on its timeline, a head, or a
+    /// timeline that left this one behind it.
     async fn look_for_evidence(&self, segment: WalSegmentName) -> Result<Absence, repo::Error> {
         let (repository, cluster) = (self.reader.repository(), self.reader.cluster());
         // In a site that is gone everything is absent, and nothing proven.
         repository.store().head(&repository.layout().site()).await?;
         if let Some(later) = self.later_segment(segment).await? {
-            return Ok(Absence::Hole { evidence: format!("{later} is there") });
+            return Ok(Absence::Hole { evidence: later });
         }
         let Ok(end) = segment.end_lsn(cluster.segment_size) else { return Ok(Absence::Proven) };
+        let head = newest_head(repository, cluster, segment.timeline()).await?;
+        if let Some(head) =
+            head.filter(|head| segment.start_lsn(cluster.segment_size).is_ok_and(|at| at < head.end))
+        {
+            let evidence = format!("the archive reached {} on {}", head.end, head.written_at);
+            return Ok(Absence::Hole { evidence });
+        }
         let tree = self.timelines().await?;
         for timeline in tree.timelines() {
             let way = tree.way_to(timeline);
@@ -188,7 +209,7 @@ impl WalDir {
         Ok(Absence::Proven)
     }
 
-    async fn later_segment(&self, segment: WalSegmentName) -> Result<Option<WalSegmentName>, repo::Error> {
+    async fn later_segment(&self, segment: WalSegmentName) -> Result<Option<String>, repo::Error> {
         let (repository, cluster) = (self.reader.repository(), self.reader.cluster());
         let layout = repository.layout();
         let folder = layout.wal_timeline(cluster, segment.timeline());
@@ -196,7 +217,12 @@ impl WalDir {
         loop {
             let page = repository.store().list(&folder, Some(&after), PAGE).await?;
             let later = page.iter().find_map(|object| match layout.parse(&object.key) {
-                Some(ObjectName::Wal(_, WalObjectName::Segment(later))) if later > segment => Some(later),
+                Some(ObjectName::Wal(_, WalObjectName::Segment(later))) if later > segment => {
+                    Some(format!("{later} is there"))
+                }
+                Some(ObjectName::Wal(_, WalObjectName::Piece { segment: later, .. })) if later >= segment => {
+                    Some(format!("pieces of {later} are there"))
+                }
                 _ => None,
             });
             match page.last() {
@@ -231,6 +257,23 @@ impl WalDir {
     fn says_absent(&self, name: ArchiveFileName) -> bool {
         let absent = |plan| answer(plan, name, InArchive::Absent, false) == Answer::Absent;
         self.plan.as_ref().is_none_or(absent)
+    }
+
+    /// Returns the names under which PostgreSQL knows an object, ascending; pieces and partials stand for their segment
+    /// where the plan ends in it.
+    fn names_of(&self, object: WalObjectName) -> Vec<ArchiveFileName> {
+        let segment = object.segment();
+        let own = match object {
+            WalObjectName::Segment(segment) => Some(ArchiveFileName::Segment(segment)),
+            WalObjectName::Partial { segment, .. } => Some(ArchiveFileName::Partial(segment)),
+            WalObjectName::BackupHistory { segment, offset } => {
+                Some(ArchiveFileName::BackupHistory { segment, offset })
+            }
+            WalObjectName::Piece { .. } => None,
+        };
+        let is_ending = self.plan.as_ref().is_some_and(|plan| plan.ending_of(segment).is_some());
+        let part = is_ending.then_some(ArchiveFileName::Segment(segment));
+        part.filter(|part| own != Some(*part)).into_iter().chain(own).collect()
     }
 
     fn file(&self, name: ArchiveFileName, size: u64) -> Item {
@@ -291,9 +334,14 @@ impl WalDir {
             let page = repository.store().list(&folder, key.as_ref(), PAGE).await?;
             for listed in &page {
                 let Some(ObjectName::Wal(_, object)) = layout.parse(&listed.key) else { continue };
-                let name = file_name(object);
-                let shown = !self.is_outside_plan(name) && Some(&name.to_string()) != names.last();
-                names.extend(shown.then(|| name.to_string()));
+                for name in self.names_of(object) {
+                    let text = name.to_string();
+                    let is_next = names.last().is_none_or(|last| text > *last)
+                        && after.is_none_or(|after| text > after.to_string());
+                    if is_next && !self.is_outside_plan(name) {
+                        names.push(text);
+                    }
+                }
             }
             if page.len() < PAGE {
                 break;
@@ -343,15 +391,11 @@ fn lifetime_of(name: ArchiveFileName, item: &Item) -> Lifetime {
     }
 }
 
-/// Returns the name under which PostgreSQL knows an object.
-fn file_name(object: WalObjectName) -> ArchiveFileName {
-    match object {
-        WalObjectName::Segment(segment) => ArchiveFileName::Segment(segment),
-        WalObjectName::Partial { segment, .. } => ArchiveFileName::Partial(segment),
-        WalObjectName::BackupHistory { segment, offset } => {
-            ArchiveFileName::BackupHistory { segment, offset }
-        }
-    }
+/// A beginning of a segment as it is now; more of it may come, so that each content is a file of its own.
+fn part_item(content: Bytes) -> Item {
+    let digest = *Digest::of(&content).as_bytes();
+    let identity = u64::from_le_bytes(*digest.first_chunk().expect("a digest has 32 bytes"));
+    Item::File(Arc::new(PartialFile { content, identity: identity.max(2) }))
 }
 
 #[cfg(test)]
@@ -573,6 +617,7 @@ mod tests {
             first: segment(1, 2),
             last: Some(segment(1, last)),
             history: false,
+            end: None,
         };
         RecoveryPlan { format: 1, cluster: cluster(), basebackup: None, spans: vec![span], standby: false }
     }

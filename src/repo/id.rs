@@ -1,4 +1,4 @@
-//! The names things have in a repository: basebackup, cluster, pack, site.
+//! The names things have in a repository: basebackup, cluster, pack, archive head.
 //!
 //! A basebackup's id is its start time and four random hex digits. It sorts by time, a child always after its
 //! parent whatever the clocks say, and it is never used twice.
@@ -147,6 +147,38 @@ pub struct PackId {
 impl fmt::Display for PackId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "pack {} of basebackup {}", self.number, self.origin)
+    }
+}
+
+/// The name of an archive head, `20261120T101500Z-3fa9`: when it was written, and digits that keep two hosts apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HeadId(BasebackupId);
+
+impl HeadId {
+    /// Names a head that is written `now`.
+    pub fn new(now: Timestamp, random: &dyn Random) -> Self {
+        Self(BasebackupId::new(now, None, random))
+    }
+
+    /// Returns a name that sorts before every other of this time or later.
+    pub fn first_at(time: Timestamp) -> Self {
+        let seconds = u64::try_from(time.as_second()).unwrap_or(0).min(BasebackupId::SECONDS_MAX);
+        Self(BasebackupId { seconds, random: 0 })
+    }
+}
+
+impl fmt::Display for HeadId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl FromStr for HeadId {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        let invalid = |_| InvalidName { what: "archive head", text: text.to_owned() };
+        text.parse().map(Self).map_err(invalid)
     }
 }
 

@@ -28,6 +28,8 @@ pub enum ObjectKind {
     Outcome = 17,
     /// The mark that a basebackup has expired.
     Expired = 18,
+    /// How far the archive of a timeline was known to reach.
+    Head = 19,
 }
 
 /// The identity of an object: domain, kind, site, cluster, timeline, name and part.

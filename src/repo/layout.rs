@@ -5,7 +5,7 @@
 
 use crate::codec::{DataKeyId, RecipientId};
 use crate::pg::{TimelineId, WalSegmentName};
-use crate::repo::id::{BasebackupId, ClusterId, PackId};
+use crate::repo::id::{BasebackupId, ClusterId, HeadId, PackId};
 use crate::storage::ObjectKey;
 
 /// Builds and parses the keys of one site.
@@ -23,6 +23,8 @@ pub enum WalObjectName {
     Partial { segment: WalSegmentName, digest: [u8; 4] },
     /// The backup history file of an exclusive or non-exclusive backup.
     BackupHistory { segment: WalSegmentName, offset: u32 },
+    /// The bytes `from..to` of a segment that was still being written when they came.
+    Piece { segment: WalSegmentName, from: u32, to: u32 },
 }
 
 /// What an object key of a site means.
@@ -48,6 +50,8 @@ pub enum ObjectName {
     Wal(ClusterId, WalObjectName),
     /// `clusters/<c>/history/<tli>.history`
     History(ClusterId, TimelineId),
+    /// `clusters/<c>/heads/<tli>/<time>-<random>`
+    Head(ClusterId, TimelineId, HeadId),
 }
 
 impl Layout {
@@ -162,6 +166,16 @@ impl Layout {
         self.key(&format!("clusters/{cluster}/history/{}.history", timeline.hex8()))
     }
 
+    /// `clusters/<c>/heads/<tli>/`
+    pub fn heads(&self, cluster: ClusterId, timeline: TimelineId) -> String {
+        format!("{}/clusters/{cluster}/heads/{}/", self.site, timeline.hex8())
+    }
+
+    /// `clusters/<c>/heads/<tli>/<time>-<random>`
+    pub fn head(&self, cluster: ClusterId, timeline: TimelineId, id: HeadId) -> ObjectKey {
+        self.key(&format!("clusters/{cluster}/heads/{}/{id}", timeline.hex8()))
+    }
+
     /// `clusters/<c>/wal/`, below it one folder for each timeline.
     pub fn wal(&self, cluster: ClusterId) -> String {
         format!("{}/clusters/{cluster}/wal/", self.site)
@@ -198,6 +212,7 @@ impl Layout {
             WalObjectName::BackupHistory { segment, offset } => {
                 format!("{segment}.{offset:08X}.backup")
             }
+            WalObjectName::Piece { segment, from, to } => format!("{segment}.{from:08X}-{to:08X}.piece"),
         };
         let (timeline, log) = (segment.timeline().hex8(), segment.log());
         self.key(&format!("clusters/{cluster}/wal/{timeline}/{log:08X}/{leaf}"))
@@ -230,6 +245,10 @@ impl Layout {
                 let timeline = TimelineId::new(parse_hex8(leaf.strip_suffix(".history")?)?)?;
                 ObjectName::History(cluster.parse().ok()?, timeline)
             }
+            ["clusters", cluster, "heads", timeline, id] => {
+                let timeline = TimelineId::new(parse_hex8(timeline)?)?;
+                ObjectName::Head(cluster.parse().ok()?, timeline, id.parse().ok()?)
+            }
             ["clusters", cluster, "wal", _, _, leaf] => {
                 ObjectName::Wal(cluster.parse().ok()?, WalObjectName::parse(leaf)?)
             }
@@ -247,9 +266,10 @@ impl WalObjectName {
     /// Returns the segment that the object is, or is part of, or is about.
     pub fn segment(&self) -> WalSegmentName {
         match *self {
-            Self::Segment(segment) | Self::Partial { segment, .. } | Self::BackupHistory { segment, .. } => {
-                segment
-            }
+            Self::Segment(segment)
+            | Self::Partial { segment, .. }
+            | Self::BackupHistory { segment, .. }
+            | Self::Piece { segment, .. } => segment,
         }
     }
 
@@ -261,6 +281,11 @@ impl WalObjectName {
         }
         if let Some(digest) = suffix.strip_prefix(".partial.") {
             return Some(Self::Partial { segment, digest: parse_hex4(digest)? });
+        }
+        if let Some(range) = suffix.strip_suffix(".piece") {
+            let (from, to) = range.strip_prefix('.')?.split_once('-')?;
+            let (from, to) = (parse_hex8(from)?, parse_hex8(to)?);
+            return (from < to).then_some(Self::Piece { segment, from, to });
         }
         let offset = parse_hex8(suffix.strip_prefix('.')?.strip_suffix(".backup")?)?;
         Some(Self::BackupHistory { segment, offset })
@@ -302,6 +327,8 @@ mod tests {
         salt[..4].copy_from_slice(&[0xde, 0xad, 0xbe, 0xef]);
         let partial = WalObjectName::Partial { segment, digest: [1, 2, 3, 4] };
         let label = WalObjectName::BackupHistory { segment, offset: 0x28 };
+        let piece = WalObjectName::Piece { segment, from: 0xAB_CDEF, to: 0x100_0000 };
+        let head: HeadId = "20261120T101500Z-3fa9".parse().unwrap();
         for (key, name) in [
             (layout.site(), ObjectName::Site),
             (layout.begin(id), ObjectName::Begin(id)),
@@ -318,6 +345,8 @@ mod tests {
             ),
             (layout.wal_object(cluster, partial), ObjectName::Wal(cluster, partial)),
             (layout.wal_object(cluster, label), ObjectName::Wal(cluster, label)),
+            (layout.wal_object(cluster, piece), ObjectName::Wal(cluster, piece)),
+            (layout.head(cluster, timeline, head), ObjectName::Head(cluster, timeline, head)),
         ] {
             assert_eq!(layout.parse(&key), Some(name), "{key}");
         }
@@ -332,6 +361,9 @@ mod tests {
             layout.wal_object(cluster, segment).as_str(),
             "prefix/main/clusters/7301234567890123456-16/wal/00000002/000000A0/00000002000000A0000000FF"
         );
+        let piece = WalObjectName::Piece { segment: segment.segment(), from: 0, to: 0x28 };
+        let leaf = layout.wal_object(cluster, piece);
+        assert!(leaf.as_str().ends_with("/00000002000000A0000000FF.00000000-00000028.piece"), "{leaf}");
     }
 
     #[test]
@@ -343,6 +375,10 @@ mod tests {
             "prefix/main/basebackups/20261120T101500Z-3fa9/packs/01-deadbeef",
             "prefix/main/basebackups/20261120T101500Z-3fa9/packs/1-DEADBEEF",
             "prefix/main/clusters/7301234567890123456-16/wal/00000002/000000A0/00000002000000A0000000FF.tmp",
+            "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.00000028-00000028.piece",
+            "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.0000002a-0000002B.piece",
+            "prefix/main/clusters/1-16/heads/00000000/20261120T101500Z-3fa9",
+            "prefix/main/clusters/1-16/heads/00000001/newest",
         ] {
             assert_eq!(layout().parse(&ObjectKey::parse(key).unwrap()), None, "{key}");
         }

@@ -41,6 +41,9 @@ mod file_reader;
 pub mod lease;
 pub mod wal_object;
 
+mod archive_head;
+pub mod wal_piece;
+
 mod error;
 #[cfg(test)]
 mod tests;
@@ -52,7 +55,7 @@ pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBa
 pub use chunk_runs::{ChunkRun, RUN_BYTES_MAX, StoredRun, plan_runs};
 pub use error::{Error, ErrorKind};
 pub use file_reader::{FileReader, Piece};
-pub use id::{BasebackupId, ClusterId, PackId};
+pub use id::{BasebackupId, ClusterId, HeadId, PackId};
 pub use keyring::{Keyring, KeyringOptions};
 pub use map_writer::{FileMap, MapWriter};
 pub use membership::Membership;

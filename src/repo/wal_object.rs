@@ -20,6 +20,9 @@ use crate::repo::sealed::{SealSpec, compress_frames, open_all, seal_signed};
 use crate::repo::wire::{WireError, WireWriter};
 use crate::storage::{ErrorKind, ObjectKey};
 
+pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
+pub use crate::repo::wal_piece::{archive_piece, read_pieces};
+
 /// What became of a file that was to be archived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Archived {

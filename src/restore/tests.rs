@@ -195,7 +195,7 @@ fn planned(record: BackupRecord) -> PlannedRecovery {
         reached: Vec::new(),
         end: record.stop_lsn,
         holes: Vec::new(),
-        partial: None,
+        ending: None,
         missing_start: None,
     };
     let target = RecoveryTarget::latest(TargetAction::Pause);

@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::catalog::ending_segment::end_of_records;
 use crate::catalog::wal_reader::{Found, Patience, Pauses, WalReader, may_heal};
 use crate::catalog::{Answer, InArchive, RecoveryPlan, answer};
 use crate::clock::Clock;
 use crate::disk::durable::{TEMPORARY_PREFIX, write_file};
-use crate::pg::{ArchiveFileName, ControlFile};
+use crate::pg::{ArchiveFileName, ControlFile, WalSegmentName};
 use crate::repo::{self, Repository};
 use crate::storage::{self, Verb};
 use crate::wal::Error;
@@ -128,11 +129,24 @@ impl Fetch<'_> {
             return Ok(Fetched::Absent);
         }
         let reader = WalReader::new(repository, plan.cluster, self.clock.clone(), CACHE_BYTES);
-        let (archive, found) = match reader.read(name, self.patience).await? {
+        let ending = match name {
+            ArchiveFileName::Segment(segment) => plan.ending_of(segment).map(|end| (segment, end)),
+            _ => None,
+        };
+        let read = match ending {
+            Some((segment, end)) => reader.read_ending(segment, end, self.patience).await?,
+            None => reader.read(name, self.patience).await?,
+        };
+        let (archive, found) = match read {
             Found::Present(bytes) => (InArchive::Present, Ok(bytes)),
             Found::Absent => (InArchive::Absent, Err(Error::Missing { name: name.to_string() })),
             Found::Unreadable(error) => (InArchive::Unknown, Err(error.into())),
         };
+        if let (Some((segment, _)), Ok(bytes)) = (ending, &found)
+            && self.has_more_than(segment, bytes)
+        {
+            return Ok(Fetched::Absent);
+        }
         let own_copy = archive == InArchive::Absent && self.has_valid_copy();
         match (answer(plan, name, archive, own_copy), found) {
             (Answer::Absent, _) => Ok(Fetched::Absent),
@@ -148,10 +162,23 @@ impl Fetch<'_> {
 
     /// Tells whether the server has the segment itself, as a whole file that is what its name says.
     fn has_valid_copy(&self) -> bool {
-        let ArchiveFileName::Segment(segment) = self.options.name else { return false };
+        self.valid_copy().is_some()
+    }
+
+    /// Tells whether the server's own segment holds more WAL than the archive's beginning of it: what it wrote last was
+    /// perhaps never archived, and must not be written over.
+    fn has_more_than(&self, segment: WalSegmentName, beginning: &Bytes) -> bool {
+        let size = self.control.wal_segment_size;
+        let (Some(own), Ok(start)) = (self.valid_copy(), segment.start_lsn(size)) else { return false };
+        end_of_records(start, &own, size) > end_of_records(start, beginning, size)
+    }
+
+    fn valid_copy(&self) -> Option<Bytes> {
+        let ArchiveFileName::Segment(segment) = self.options.name else { return None };
         let path = self.options.data_directory.join("pg_wal").join(segment.to_string());
-        let size = u64::from(self.control.wal_segment_size.bytes());
-        read_at_most(&path, size).and_then(|bytes| check_segment(&bytes, segment, &self.control)).is_ok()
+        let bytes = read_at_most(&path, u64::from(self.control.wal_segment_size.bytes())).ok()?;
+        check_segment(&bytes, segment, &self.control).ok()?;
+        Some(bytes.into())
     }
 
     /// Writes the file whole and durably, so that the server never reads part of one.

@@ -8,6 +8,7 @@
 mod data_directory;
 mod error;
 pub mod fetch;
+pub mod head;
 pub mod list;
 pub mod plan_file;
 pub mod push;

@@ -1,0 +1,106 @@
+//! Notes how far the archive of a timeline reaches: the proof against a tail that is cut off later.
+//!
+//! For who archives for long, every quarter of an hour; no push waits for it. What is noted is what a listing shows to
+//! be stored, whoever stored it. A head never goes back: where the archive has become shorter than its newest head, that
+//! is said and nothing is written.
+
+use crate::catalog::WalCoverage;
+use crate::pg::{Lsn, TimelineId, WalSegmentNumber};
+use crate::repo::wal_object::{ArchiveHead, archive_head, newest_head};
+use crate::repo::{ClusterId, Error, Repository};
+
+/// What became of a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadWritten {
+    /// It was written, for this position.
+    Written(Lsn),
+    /// The newest one says so already, or nothing is archived.
+    Unchanged,
+    /// The archive ends before its newest head: WAL has been removed from its end.
+    CutOff { head: Lsn, archived: Lsn },
+}
+
+/// Writes a head for a timeline, where more is archived than the newest one says.
+pub async fn write(
+    repository: &Repository,
+    cluster: ClusterId,
+    timeline: TimelineId,
+) -> Result<HeadWritten, Error> {
+    let newest = newest_head(repository, cluster, timeline).await?.map(|head| head.end);
+    let size = cluster.segment_size;
+    let from = newest.map_or(WalSegmentNumber(0), |head| WalSegmentNumber::ending_at(head, size));
+    let archived = WalCoverage::load_timeline(repository, cluster, timeline, from).await?.proven_end(size);
+    let decided = decide(newest, archived);
+    if let HeadWritten::Written(end) = decided {
+        let head = ArchiveHead { timeline, end, written_at: repository.clock().now() };
+        archive_head(repository, cluster, &head).await?;
+    }
+    Ok(decided)
+}
+
+/// Decides what to write, from the newest head and the position behind all that is listed from its segment on.
+fn decide(newest: Option<Lsn>, archived: Lsn) -> HeadWritten {
+    match newest {
+        Some(head) if archived < head => HeadWritten::CutOff { head, archived },
+        Some(head) if archived == head => HeadWritten::Unchanged,
+        None if archived.is_zero() => HeadWritten::Unchanged,
+        _ => HeadWritten::Written(archived),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::clock::SystemClock;
+    use crate::codec::{Compression, SeededRandom};
+    use crate::pg::WalSegmentName;
+    use crate::repo::layout::WalObjectName;
+    use crate::repo::wal_object::{WalKey, archive_piece, archive_wal};
+    use crate::repo::{Keyring, RepositoryOptions};
+    use crate::storage::{MemoryStore, ObjectKey, Store};
+
+    use super::*;
+
+    fn cluster() -> ClusterId {
+        "7301234567890123456-1".parse().unwrap()
+    }
+
+    fn segment(number: u64) -> WalSegmentName {
+        WalSegmentName::new(TimelineId::FIRST, WalSegmentNumber(number), cluster().segment_size)
+    }
+
+    #[tokio::test]
+    async fn a_head_follows_the_archive_and_never_goes_back() {
+        let store = Arc::new(MemoryStore::new());
+        let options = RepositoryOptions {
+            store: store.clone(),
+            site: ObjectKey::parse("main").unwrap(),
+            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
+            clock: Arc::new(SystemClock),
+        };
+        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let key = WalKey::create(repository.keyring()).unwrap();
+        let zstd = Compression::zstd(1);
+        let head = async || write(&repository, cluster(), TimelineId::FIRST).await.unwrap();
+        assert_eq!(head().await, HeadWritten::Unchanged);
+        let whole = async |number| {
+            let name = WalObjectName::Segment(segment(number));
+            archive_wal(&repository, cluster(), name, b"x", &key, zstd).await.unwrap();
+        };
+        whole(2).await;
+        whole(3).await;
+        assert_eq!(head().await, HeadWritten::Written(Lsn(4 << 20)));
+        assert_eq!(head().await, HeadWritten::Unchanged);
+        archive_piece(&repository, cluster(), segment(4), 0..7, &[1; 7], &key, zstd).await.unwrap();
+        assert_eq!(head().await, HeadWritten::Written(Lsn((4 << 20) + 7)));
+        whole(4).await;
+        assert_eq!(head().await, HeadWritten::Written(Lsn(5 << 20)));
+        let last = repository.layout().wal_object(cluster(), WalObjectName::Segment(segment(4)));
+        store.delete(&last).await.unwrap();
+        let archived = Lsn((4 << 20) + 7);
+        assert_eq!(head().await, HeadWritten::CutOff { head: Lsn(5 << 20), archived });
+        let newest = newest_head(&repository, cluster(), TimelineId::FIRST).await.unwrap().unwrap();
+        assert_eq!(newest.end, Lsn(5 << 20));
+    }
+}
