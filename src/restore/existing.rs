@@ -105,24 +105,30 @@ pub(super) async fn staying_by_content(
 
 /// Removes everything in the destinations that is neither a directory of the basebackup nor a file that stays.
 ///
-/// The configuration's directory is the host's, and nothing in it is removed.
+/// The configuration's directory is the host's, and nothing in it is removed. A tablespace's directory is shared with
+/// clusters of other major versions, as pg_upgrade leaves it: only the folder that the basebackup has there is its own.
 pub(super) fn clear(destinations: &Destinations, shape: &Shape, staying: &Staying) -> Result<(), Error> {
     let directories = shape.directory_set();
     let stays = |path: &Path| {
         let number = shape.files.get(path);
         number.is_some_and(|n| staying.complete.contains(n) || staying.in_place.contains(n))
     };
-    let roots = std::iter::once(&destinations.data).chain(destinations.tablespaces.values());
-    for root in roots {
+    let tablespaces = destinations.tablespaces.values().map(|root| (root, true));
+    for (root, is_shared) in std::iter::once((&destinations.data, false)).chain(tablespaces) {
         let mut folders = vec![root.clone()];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(&folder).map_err(Error::at("list", &folder))? {
                 let entry = entry.map_err(Error::at("list", &folder))?;
                 let (path, kind) = (entry.path(), entry.file_type().map_err(Error::at("look up", &folder))?);
                 let name = entry.file_name();
-                let spared = name == private_area::DIRECTORY_NAME || name == LOST_AND_FOUND;
+                let spared = match is_shared {
+                    true => !directories.contains(&*path),
+                    false => {
+                        kind.is_dir() && (name == private_area::DIRECTORY_NAME || name == LOST_AND_FOUND)
+                    }
+                };
                 match kind.is_dir() {
-                    true if spared && folder == *root => {}
+                    _ if spared && folder == *root => {}
                     true if directories.contains(&*path) => folders.push(path),
                     true => fs::remove_dir_all(&path).map_err(Error::at("remove", &path))?,
                     false if kind.is_file() && stays(&path) => {}

@@ -196,6 +196,8 @@ struct Sizes {
     directories: u64,
     bytes: u64,
     by_place: BTreeMap<PathBuf, u64>,
+    /// What the basebackup has directly in a tablespace: the folder of its own major version.
+    tablespace_folders: Vec<PathBuf>,
 }
 
 impl Sizes {
@@ -209,7 +211,13 @@ impl Sizes {
     fn add(&mut self, entry: &Entry, destinations: &Destinations) -> Result<(), Error> {
         let Some(place) = destinations.place(&entry.path)? else { return Ok(()) };
         match &entry.node {
-            Node::Directory => self.directories += 1,
+            Node::Directory => {
+                self.directories += 1;
+                let parent = place.parent();
+                if destinations.tablespaces.values().any(|root| Some(&**root) == parent) {
+                    self.tablespace_folders.push(place);
+                }
+            }
             Node::Symlink(_) => {}
             Node::File { size, content } => {
                 self.files += 1;
@@ -224,6 +232,19 @@ impl Sizes {
             }
         }
         Ok(())
+    }
+
+    /// Returns how much more room each place needs than what will be replaced in it.
+    fn needs(&self, destinations: &Destinations) -> Vec<(PathBuf, u64)> {
+        let replaced = |path: &PathBuf| match destinations.tablespaces.values().any(|root| root == path) {
+            true => {
+                let own = self.tablespace_folders.iter().filter(|folder| folder.starts_with(path));
+                own.map(|folder| used_bytes(folder)).sum()
+            }
+            false => used_bytes(path),
+        };
+        let need = |(path, bytes): (&PathBuf, &u64)| (path.clone(), bytes.saturating_sub(replaced(path)));
+        self.by_place.iter().map(need).collect()
     }
 }
 
@@ -252,8 +273,7 @@ fn check_targets(
         // Files of the same name are replaced, and nothing else is touched.
         decide_part(&place.directory, options.existing, true, options.user)?;
     }
-    let needed = |(path, bytes): (&PathBuf, &u64)| (path.clone(), bytes.saturating_sub(used_bytes(path)));
-    check_space(&sizes.by_place.iter().map(needed).collect::<Vec<_>>())
+    check_space(&sizes.needs(destinations))
 }
 
 /// Refuses WAL whose replay would create a tablespace over what is on this host (failure 27b).

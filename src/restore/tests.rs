@@ -30,6 +30,8 @@ use crate::storage::error::Verb;
 use crate::storage::fault::{Fault, Faulty, Rule};
 use crate::storage::{ErrorKind as StoreErrorKind, MemoryStore, ObjectKey};
 
+mod existing;
+
 const CONTROL_FILE: &[u8] = include_bytes!("../../tests/data/pg_control/15");
 const PAGE: usize = 8192;
 
@@ -80,6 +82,7 @@ impl Site {
         let mut builder = BasebackupBuilder::begin(&self.repository, options, parent).await.unwrap();
         builder.directory("data").directory("data/base").directory("data/global").directory("data/pg_tblspc");
         builder.directory("data/pg_wal").symlink("data/latest", "base/1").directory("tablespaces/16400");
+        builder.directory("tablespaces/16400/PG_15_202209061");
         builder.tablespace(Tablespace { oid: 16400, location: b"/srv/ts".to_vec(), name: "ts".to_owned() });
         builder.file("data/PG_VERSION", b"15\n").await.unwrap();
         builder.file("data/global/pg_control", CONTROL_FILE).await.unwrap();
@@ -259,13 +262,19 @@ fn some_files(seed: u8) -> Files {
     files.insert("base/3".to_owned(), content(&(0..60).map(|n| n % 7 + 1).collect::<Vec<_>>(), 0));
     files.insert("base/empty".to_owned(), Vec::new());
     files.insert("base/zero".to_owned(), content(&[0; 20], 0));
-    files.insert("pg_tblspc/16400/16500".to_owned(), content(&[seed, 2, 3], 500));
+    files.insert("pg_tblspc/16400/PG_15_202209061/16500".to_owned(), content(&[seed, 2, 3], 500));
     files
 }
 
 fn generations() -> impl Strategy<Value = Vec<Files>> {
-    const NAMES: [&str; 6] =
-        ["base/1", "base/2", "base/16384", "global/1262", "pg_tblspc/16400/5", "postgresql.conf"];
+    const NAMES: [&str; 6] = [
+        "base/1",
+        "base/2",
+        "base/16384",
+        "global/1262",
+        "pg_tblspc/16400/PG_15_202209061/5",
+        "postgresql.conf",
+    ];
     let file = (proptest::collection::vec(0u8..4, 0..24), prop_oneof![Just(0usize), 1usize..300]);
     let files = proptest::collection::btree_map(proptest::sample::select(&NAMES[..]), file, 1..6);
     let files = files.prop_map(|files| {

@@ -1,0 +1,26 @@
+//! What a restore meets in the directories it is given: what stays, what is refused, whom things belong to afterwards.
+
+use super::*;
+
+/// PostgreSQL keeps the tablespaces of several major versions side by side, as pg_upgrade leaves them.
+#[test]
+fn the_files_of_another_major_version_stay_in_a_shared_tablespace() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        site.restore(id, "a", Existing::Refuse).await.unwrap();
+        let tablespace = site.data("a").with_file_name("ts");
+        let older = tablespace.join("PG_13_202007201/5/16384");
+        fs::create_dir_all(older.parent().unwrap()).unwrap();
+        fs::write(tablespace.join("readme"), b"whose disk this is").unwrap();
+        for existing in [Existing::Delta, Existing::Replace] {
+            fs::write(&older, b"rows").unwrap();
+            let stranger = tablespace.join("PG_15_202209061/stranger");
+            fs::write(&stranger, b"x").unwrap();
+            site.restore(id, "a", existing).await.unwrap();
+            assert_eq!(fs::read(&older).ok().as_deref(), Some(&b"rows"[..]), "{existing:?}");
+            assert!(tablespace.join("readme").exists(), "{existing:?}");
+            assert!(!stranger.exists(), "{existing:?}");
+        }
+    });
+}
