@@ -14,13 +14,14 @@ use crate::instance::programs::{self, ProgramsError, libc_version};
 use crate::repo::{Basebackup, Repository};
 use crate::restore::plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, plan_restore};
 use crate::restore::run::{CHECKPOINT_BYTES, Resources, read_unfinished, restore};
+use crate::restore::{take_sample, work_of};
 use crate::storage::Location;
 
 use super::backup::host_name;
 use super::context::Context;
 use super::error::CommandError;
 use super::recovery_target::TargetArguments;
-use super::restore_report::{RestoreReport, Spent};
+use super::restore_report::{Estimated, RestoreReport, Spent};
 
 /// Writes a basebackup to disk, ready to recover to a target
 #[derive(Debug, Args)]
@@ -72,7 +73,7 @@ pub struct Restore {
     #[arg(long)]
     allow_unsigned: bool,
 
-    /// Shows what would be written, and writes nothing
+    /// Shows what would be written and about how long it would take, and writes nothing
     #[arg(long, conflicts_with = "resume")]
     dry_run: bool,
 }
@@ -81,7 +82,7 @@ impl Restore {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let began = context.clock().monotonic();
         let site = context.site()?;
-        let (plan, outcome) = context.block_on(async {
+        let (plan, outcome, estimated) = context.block_on(async {
             let repository = match self.allow_unsigned {
                 true => context.open_repository_unsigned(site).await?,
                 false => context.open_repository(site, KeyPurpose::Read).await?,
@@ -93,9 +94,6 @@ impl Restore {
             for warning in &plan.warnings {
                 tracing::warn!("{warning}");
             }
-            if self.dry_run {
-                return Ok::<_, CommandError>((plan, None));
-            }
             let limits = context.config()?.limits;
             let resources = Resources {
                 pool: context.cpu_pool()?,
@@ -103,14 +101,19 @@ impl Restore {
                 memory_bytes: limits.memory_bytes / 2,
                 checkpoint_bytes: CHECKPOINT_BYTES,
             };
+            if self.dry_run {
+                let sample = take_sample(&basebackup, &resources).await?;
+                let estimated = sample.map(|sample| Estimated::new(&work_of(&basebackup, &plan), &sample));
+                return Ok::<_, CommandError>((plan, None, estimated));
+            }
             let monitor = context.monitor();
             let outcome = restore(basebackup, &plan, self.resume, &resources, &*monitor).await?;
-            Ok((plan, Some(outcome)))
+            Ok((plan, Some(outcome), None))
         })??;
         context.end_progress();
         let seconds = context.clock().monotonic().saturating_duration_since(began).as_secs_f64();
         let spent = Spent { traffic: context.traffic.snapshot(), seconds };
-        context.output.print(&RestoreReport::new(&site.name, plan, outcome, spent))
+        context.output.print(&RestoreReport::new(&site.name, plan, outcome, estimated, spent))
     }
 
     async fn resumed(&self, repository: &Repository) -> Result<(Basebackup, RestorePlan), CommandError> {

@@ -61,6 +61,13 @@ pub fn plan_runs<'a>(chunks: impl IntoIterator<Item = &'a ChunkRef>) -> Vec<Chun
     runs
 }
 
+/// Returns how many runs it takes, at most, to fetch so many live bytes of a pack of a size: its whole length in the
+/// longest runs, and one more for each gap that is too long to be fetched with its neighbours.
+pub fn runs_expected(size: u32, live: u32) -> u32 {
+    let gaps = size.saturating_sub(live) / GAP_BYTES_MAX;
+    live.div_ceil(RUN_BYTES_MAX) + if live == 0 { 0 } else { gaps }
+}
+
 impl Basebackup {
     /// Fetches a run by one request.
     pub async fn fetch_run(&self, run: &ChunkRun) -> Result<StoredRun, Error> {
@@ -104,6 +111,21 @@ mod tests {
         let ranges: Vec<_> = runs.iter().map(|run| (run.pack.number, run.range.clone())).collect();
         assert_eq!(ranges, [(0, 0..200), (0, far..far + 50), (1, far + 50..far + 60)]);
         assert_eq!(runs[0].chunks, 0..2);
+    }
+
+    #[test]
+    fn a_whole_pack_takes_few_runs_and_one_with_gaps_more() {
+        let mib = 1 << 20;
+        assert_eq!(runs_expected(0, 0), 0);
+        assert_eq!(runs_expected(32 * mib, 0), 0);
+        assert_eq!(runs_expected(1, 1), 1);
+        assert_eq!(runs_expected(32 * mib, 32 * mib), 4);
+        assert_eq!(runs_expected(32 * mib, 31 * mib), 4 + 8);
+        // Every second stretch of 256 KiB is dead: as many runs as there are gaps, and no fewer are expected.
+        let stretch = 256 << 10;
+        let chunks: Vec<ChunkRef> = (0..64).map(|n| chunk(0, n, 2 * n * stretch, stretch)).collect();
+        let runs = plan_runs(&chunks).len() as u32;
+        assert!(runs_expected(32 * mib, 16 * mib) >= runs, "{runs}");
     }
 
     #[test]

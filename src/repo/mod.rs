@@ -52,7 +52,7 @@ mod writing_tests;
 
 pub use basebackup::{BLOCKS_AHEAD, Basebackup, read_outcome, read_refs};
 pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
-pub use chunk_runs::{ChunkRun, RUN_BYTES_MAX, StoredRun, plan_runs};
+pub use chunk_runs::{ChunkRun, RUN_BYTES_MAX, StoredRun, plan_runs, runs_expected};
 pub use error::{Error, ErrorKind};
 pub use file_reader::{FileReader, Piece};
 pub use id::{BasebackupId, ClusterId, HeadId, PackId};

@@ -38,7 +38,8 @@ pub(super) struct Batches<F> {
 /// Map blocks that are held at a time, each at most a few hundred KiB.
 const MAP_BLOCKS_MAX: usize = 128;
 
-type RawChunks = HashMap<(PackId, u32), Vec<u8>>;
+/// Opened chunks by pack and position.
+pub(super) type RawChunks = HashMap<(PackId, u32), Vec<u8>>;
 
 impl<F: FnMut(u64, &Entry) -> Result<FileFate, Error>> Batches<F> {
     /// Starts at the beginning; `fate` is asked about each file.
@@ -90,7 +91,7 @@ impl<F: FnMut(u64, &Entry) -> Result<FileFate, Error>> Batches<F> {
             }
             files.push((number, entry, path, in_place));
         }
-        let raw = self.fetch_maps(&blobs).await?;
+        let raw = fetch_maps(&self.basebackup, self.transfers, &blobs).await?;
         for (number, entry, path, in_place) in files {
             let blocks = match &entry.node {
                 Node::File { content: Content::Blocks(blobs), .. } => {
@@ -102,27 +103,33 @@ impl<F: FnMut(u64, &Entry) -> Result<FileFate, Error>> Batches<F> {
         }
         Ok(())
     }
-
-    async fn fetch_maps(&self, blobs: &[&BlobRef]) -> Result<RawChunks, Error> {
-        let mut chunks: Vec<ChunkRef> = blobs.iter().map(|blob| blob.chunk).collect();
-        chunks.sort_unstable_by_key(|chunk| (chunk.pack, chunk.offset));
-        chunks.dedup_by_key(|chunk| (chunk.pack, chunk.position));
-        let runs = plan_runs(&chunks);
-        let (basebackup, chunks) = (&self.basebackup, &chunks);
-        let fetched = futures::stream::iter(runs.into_iter().map(|run| async move {
-            let stored = basebackup.fetch_run(&run).await?;
-            let open = |chunk: &ChunkRef| {
-                Ok::<_, repo::Error>(((chunk.pack, chunk.position), stored.open(FrameKind::Map, chunk)?))
-            };
-            chunks[run.chunks].iter().map(open).collect::<Result<Vec<_>, _>>()
-        }))
-        .buffer_unordered(self.transfers);
-        let opened: Vec<_> = fetched.try_collect().await?;
-        Ok(opened.into_iter().flatten().collect())
-    }
 }
 
-fn map_block(blob: &BlobRef, raw: &RawChunks, entry: &Entry) -> Result<MapBlock, Error> {
+/// Fetches and opens the chunks that blocks of page maps are in.
+pub(super) async fn fetch_maps(
+    basebackup: &Basebackup,
+    transfers: usize,
+    blobs: &[&BlobRef],
+) -> Result<RawChunks, Error> {
+    let mut chunks: Vec<ChunkRef> = blobs.iter().map(|blob| blob.chunk).collect();
+    chunks.sort_unstable_by_key(|chunk| (chunk.pack, chunk.offset));
+    chunks.dedup_by_key(|chunk| (chunk.pack, chunk.position));
+    let runs = plan_runs(&chunks);
+    let chunks = &chunks;
+    let fetched = futures::stream::iter(runs.into_iter().map(|run| async move {
+        let stored = basebackup.fetch_run(&run).await?;
+        let open = |chunk: &ChunkRef| {
+            Ok::<_, repo::Error>(((chunk.pack, chunk.position), stored.open(FrameKind::Map, chunk)?))
+        };
+        chunks[run.chunks].iter().map(open).collect::<Result<Vec<_>, _>>()
+    }))
+    .buffer_unordered(transfers.max(1));
+    let opened: Vec<_> = fetched.try_collect().await?;
+    Ok(opened.into_iter().flatten().collect())
+}
+
+/// Reads a block of a page map out of its chunk.
+pub(super) fn map_block(blob: &BlobRef, raw: &RawChunks, entry: &Entry) -> Result<MapBlock, Error> {
     let damaged = |detail: String| repo::Error::Damaged {
         object: format!("the page map of {} in {}", entry.path, blob.chunk.pack),
         detail,

@@ -6,6 +6,7 @@
 //! Deliberately absent: choosing the basebackup and the WAL of the recovery, which `catalog` does, and starting it.
 
 pub mod destinations;
+pub mod estimate;
 pub mod plan;
 pub mod target;
 
@@ -16,6 +17,7 @@ mod batches;
 mod existing;
 mod file_writer;
 mod journal;
+mod sample;
 mod shape;
 mod writer;
 
@@ -26,5 +28,7 @@ mod error;
 mod tests;
 
 pub use error::{Error, ErrorKind};
+pub use estimate::{Estimate, Limit, Sample, Work, estimate};
 pub use plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, plan_restore};
 pub use run::{Resources, RestoreOutcome, restore};
+pub use sample::{take_sample, work_of};

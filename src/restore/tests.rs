@@ -25,7 +25,7 @@ use crate::repo::manifest::Tablespace;
 use crate::repo::{Basebackup, BasebackupId, ClusterId, Keyring, Repository, RepositoryOptions};
 use crate::restore::plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, plan_restore};
 use crate::restore::run::{Resources, RestoreOutcome, read_unfinished, restore};
-use crate::restore::{Error, ErrorKind};
+use crate::restore::{Error, ErrorKind, take_sample, work_of};
 use crate::storage::error::Verb;
 use crate::storage::fault::{Fault, Faulty, Rule};
 use crate::storage::{ErrorKind as StoreErrorKind, MemoryStore, ObjectKey};
@@ -483,6 +483,37 @@ fn a_damaged_pack_is_named_and_nothing_can_be_started() {
             assert_eq!(damage.kind(), crate::repo::ErrorKind::Damaged, "{name}: {error}");
             assert!(error.to_string().contains(&format!("pack 0 of basebackup {id}")), "{name}: {error}");
             site.assert_cannot_be_started(name);
+        }
+    });
+}
+
+/// What a dry run measures: pieces of what a restore would fetch, opened as it would open them, and nothing else.
+#[test]
+fn a_sample_is_fetched_and_opened_and_writes_nothing() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        let plan = site.plan(id, "a", Existing::Refuse).await.unwrap();
+        let basebackup = Basebackup::open(&site.repository, id).await.unwrap();
+        let work = work_of(&basebackup, &plan);
+        assert_eq!(work.bytes, plan.figures.bytes);
+        assert!(work.requests >= 1 && work.stored_bytes == plan.figures.stored_bytes, "{work:?}");
+        let resources =
+            Resources { pool: CpuPool::new(2, 2), transfers: 4, memory_bytes: 1, checkpoint_bytes: 1 };
+        let sample = take_sample(&basebackup, &resources).await.unwrap().unwrap();
+        assert!((1..=4).contains(&sample.at_once), "{sample:?}");
+        assert!(
+            sample.fetched_bytes > PAGE as u64 && sample.fetched_bytes <= work.stored_bytes,
+            "{sample:?}"
+        );
+        assert!(sample.unpacked_bytes > PAGE as u64 && sample.unpacked_bytes <= work.bytes, "{sample:?}");
+        assert!(!site.data("a").exists());
+        // A dry run finds what would fail the restore, as far as its sample goes.
+        for fault in [Fault::FlipByte(70), Fault::TruncateBody(300)] {
+            site.store.inject(Rule::on(Verb::GetRange, fault).key("packs"));
+            let error = take_sample(&basebackup, &resources).await.unwrap_err();
+            site.store.heal();
+            assert!(error.to_string().contains(&format!("pack 0 of basebackup {id}")), "{error}");
         }
     });
 }

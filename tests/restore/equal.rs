@@ -39,3 +39,38 @@ fn a_restore_of_a_cluster_under_load_equals_its_source() {
     let segment = server.sql("select pg_walfile_name(pg_current_wal_lsn())");
     assert!(segment.starts_with("00000002"), "{segment}");
 }
+
+/// An estimate before anything is written, and what it stands on.
+#[test]
+fn a_dry_run_estimates_from_a_sample_and_writes_nothing() {
+    require!(Need::PostgreSQL(15));
+    let source = Source::start(Options::default());
+    Pgbench::initialize(&source, 2);
+    source.backup();
+    source.archive_wal();
+    let report = source.restore("planned", &["--dry-run"]);
+    assert!(!source.place("planned").exists());
+    let figure = |name: &str| report["estimate"][name].as_f64().unwrap_or_else(|| panic!("{name}: {report}"));
+    assert!(figure("seconds") > 0.0 && figure("round_trip_seconds") > 0.0, "{report}");
+    assert!(
+        ["store", "processors"].contains(&report["estimate"]["limited_by"].as_str().unwrap()),
+        "{report}"
+    );
+    // What was read is what was counted: the sample, its round trips, and the file table.
+    let sampled = figure("sample_bytes");
+    assert!(sampled > 100_000.0 && sampled <= report["stored_bytes"].as_f64().unwrap(), "{report}");
+    assert!(report["bytes_fetched"].as_f64().unwrap() >= sampled, "{report}");
+    assert!(figure("requests") >= 1.0 && figure("sample_requests") >= 1.0, "{report}");
+
+    let directory = source.place("planned");
+    let words = ["restore", "--dry-run", "--target-dir", directory.to_str().unwrap()];
+    let told = source.walden.run(&words).stdout;
+    assert!(told.contains("takes about ") && told.contains("if the disk keeps up"), "{told}");
+    assert!(told.contains("estimated from ") && told.contains(" a round trip"), "{told}");
+    // A restore that was done has no estimate, and one that exists already costs at most that much.
+    assert!(source.restore("done", &[])["estimate"].is_null());
+    let directory = source.place("done");
+    let words = ["restore", "--dry-run", "--delta", "--target-dir", directory.to_str().unwrap()];
+    let told = source.walden.run(&words).stdout;
+    assert!(told.contains("takes at most about "), "{told}");
+}
