@@ -204,7 +204,9 @@ impl TimelineCoverage {
                 self.push_piece(number, from, to, size);
                 self.newest_at = self.newest_at.max(Some(object.last_modified));
             }
-            WalObjectName::BackupHistory { .. } => {}
+            WalObjectName::BackupHistory { .. }
+            | WalObjectName::Forced { .. }
+            | WalObjectName::Part { .. } => {}
         }
     }
 }

@@ -269,7 +269,8 @@ impl WalDir {
             WalObjectName::BackupHistory { segment, offset } => {
                 Some(ArchiveFileName::BackupHistory { segment, offset })
             }
-            WalObjectName::Piece { .. } => None,
+            // PostgreSQL knows no name for what is only a part of a file.
+            WalObjectName::Piece { .. } | WalObjectName::Forced { .. } | WalObjectName::Part { .. } => None,
         };
         let is_ending = self.plan.as_ref().is_some_and(|plan| plan.ending_of(segment).is_some());
         let part = is_ending.then_some(ArchiveFileName::Segment(segment));

@@ -25,6 +25,10 @@ pub enum WalObjectName {
     BackupHistory { segment: WalSegmentName, offset: u32 },
     /// The bytes `from..to` of a segment that was still being written when they came.
     Piece { segment: WalSegmentName, from: u32, to: u32 },
+    /// A segment that takes the place of another of its name; the digest is of what it replaces and of its content.
+    Forced { segment: WalSegmentName, digest: [u8; 4] },
+    /// One part of a large segment; the salt is drawn anew at each attempt to store the segment.
+    Part { segment: WalSegmentName, salt: [u8; 4], number: u32 },
 }
 
 /// What an object key of a site means.
@@ -213,6 +217,10 @@ impl Layout {
                 format!("{segment}.{offset:08X}.backup")
             }
             WalObjectName::Piece { segment, from, to } => format!("{segment}.{from:08X}-{to:08X}.piece"),
+            WalObjectName::Forced { segment, digest } => format!("{segment}.forced.{}", hex::encode(digest)),
+            WalObjectName::Part { segment, salt, number } => {
+                format!("{segment}.{}.{number}.part", hex::encode(salt))
+            }
         };
         let (timeline, log) = (segment.timeline().hex8(), segment.log());
         self.key(&format!("clusters/{cluster}/wal/{timeline}/{log:08X}/{leaf}"))
@@ -269,7 +277,9 @@ impl WalObjectName {
             Self::Segment(segment)
             | Self::Partial { segment, .. }
             | Self::BackupHistory { segment, .. }
-            | Self::Piece { segment, .. } => segment,
+            | Self::Piece { segment, .. }
+            | Self::Forced { segment, .. }
+            | Self::Part { segment, .. } => segment,
         }
     }
 
@@ -281,6 +291,13 @@ impl WalObjectName {
         }
         if let Some(digest) = suffix.strip_prefix(".partial.") {
             return Some(Self::Partial { segment, digest: parse_hex4(digest)? });
+        }
+        if let Some(digest) = suffix.strip_prefix(".forced.") {
+            return Some(Self::Forced { segment, digest: parse_hex4(digest)? });
+        }
+        if let Some(part) = suffix.strip_suffix(".part") {
+            let (salt, number) = part.strip_prefix('.')?.split_once('.')?;
+            return Some(Self::Part { segment, salt: parse_hex4(salt)?, number: parse_number(number)? });
         }
         if let Some(range) = suffix.strip_suffix(".piece") {
             let (from, to) = range.strip_prefix('.')?.split_once('-')?;
@@ -328,6 +345,8 @@ mod tests {
         let partial = WalObjectName::Partial { segment, digest: [1, 2, 3, 4] };
         let label = WalObjectName::BackupHistory { segment, offset: 0x28 };
         let piece = WalObjectName::Piece { segment, from: 0xAB_CDEF, to: 0x100_0000 };
+        let forced = WalObjectName::Forced { segment, digest: [0xde, 0xad, 0xbe, 0xef] };
+        let part = WalObjectName::Part { segment, salt: [9, 0, 0, 1], number: 15 };
         let head: HeadId = "20261120T101500Z-3fa9".parse().unwrap();
         for (key, name) in [
             (layout.site(), ObjectName::Site),
@@ -346,6 +365,8 @@ mod tests {
             (layout.wal_object(cluster, partial), ObjectName::Wal(cluster, partial)),
             (layout.wal_object(cluster, label), ObjectName::Wal(cluster, label)),
             (layout.wal_object(cluster, piece), ObjectName::Wal(cluster, piece)),
+            (layout.wal_object(cluster, forced), ObjectName::Wal(cluster, forced)),
+            (layout.wal_object(cluster, part), ObjectName::Wal(cluster, part)),
             (layout.head(cluster, timeline, head), ObjectName::Head(cluster, timeline, head)),
         ] {
             assert_eq!(layout.parse(&key), Some(name), "{key}");
@@ -364,6 +385,12 @@ mod tests {
         let piece = WalObjectName::Piece { segment: segment.segment(), from: 0, to: 0x28 };
         let leaf = layout.wal_object(cluster, piece);
         assert!(leaf.as_str().ends_with("/00000002000000A0000000FF.00000000-00000028.piece"), "{leaf}");
+        let part = WalObjectName::Part { segment: segment.segment(), salt: [1, 2, 3, 0xff], number: 0 };
+        let leaf = layout.wal_object(cluster, part);
+        assert!(leaf.as_str().ends_with("/00000002000000A0000000FF.010203ff.0.part"), "{leaf}");
+        let forced = WalObjectName::Forced { segment: segment.segment(), digest: [1, 2, 3, 0xff] };
+        let leaf = layout.wal_object(cluster, forced);
+        assert!(leaf.as_str().ends_with("/00000002000000A0000000FF.forced.010203ff"), "{leaf}");
     }
 
     #[test]
@@ -377,6 +404,10 @@ mod tests {
             "prefix/main/clusters/7301234567890123456-16/wal/00000002/000000A0/00000002000000A0000000FF.tmp",
             "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.00000028-00000028.piece",
             "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.0000002a-0000002B.piece",
+            "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.forced.010203FF",
+            "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.forced",
+            "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.010203ff.00.part",
+            "prefix/main/clusters/1-16/wal/00000002/000000A0/00000002000000A0000000FF.010203ff.part",
             "prefix/main/clusters/1-16/heads/00000000/20261120T101500Z-3fa9",
             "prefix/main/clusters/1-16/heads/00000001/newest",
         ] {
