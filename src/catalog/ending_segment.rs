@@ -159,3 +159,166 @@ fn padded(bytes: &Bytes, length: usize, size: WalSegmentSize) -> Bytes {
     whole[..length].copy_from_slice(&bytes[..length]);
     whole.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::catalog::wal_reader::partial_object;
+    use crate::clock::SystemClock;
+    use crate::codec::{Compression, SeededRandom};
+    use crate::repo::wal_object::{WalKey, archive_piece, archive_wal};
+    use crate::repo::{Keyring, RepositoryOptions};
+    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
+
+    use super::*;
+
+    const SEGMENT_BYTES: usize = 1 << 20;
+    /// WAL of a server of version 15 from 0/900000 on.
+    const WAL: &[u8] = include_bytes!("../../tests/data/wal/15-start");
+    const START: Lsn = Lsn(0x90_0000);
+
+    struct Archive {
+        store: Arc<Faulty<MemoryStore>>,
+        repository: Repository,
+        key: WalKey,
+    }
+
+    fn cluster() -> ClusterId {
+        "7301234567890123456-1".parse().unwrap()
+    }
+
+    fn segment() -> WalSegmentName {
+        "000000010000000000000009".parse().unwrap()
+    }
+
+    /// The segment with the first bytes of the WAL in it, as a server keeps it.
+    fn filled(length: usize) -> Bytes {
+        padded(&Bytes::from_static(WAL), length, cluster().segment_size)
+    }
+
+    /// Where the whole records end of the first bytes.
+    fn records_end(length: usize) -> Lsn {
+        end_of_records(START, &filled(length), cluster().segment_size)
+    }
+
+    impl Archive {
+        async fn new() -> Self {
+            let store = Arc::new(Faulty::new(MemoryStore::new()));
+            let options = RepositoryOptions {
+                store: store.clone(),
+                site: ObjectKey::parse("main").unwrap(),
+                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
+                clock: Arc::new(SystemClock),
+            };
+            let repository = Repository::open_or_create(options).await.unwrap().0;
+            let key = WalKey::create(repository.keyring()).unwrap();
+            Self { store, repository, key }
+        }
+
+        async fn put(&self, name: WalObjectName, raw: &[u8]) -> ObjectKey {
+            let (repository, key) = (&self.repository, &self.key);
+            archive_wal(repository, cluster(), name, raw, key, Compression::zstd(1)).await.unwrap();
+            repository.layout().wal_object(cluster(), name)
+        }
+
+        async fn piece(&self, from: usize, to: usize) -> ObjectKey {
+            let (from32, to32) = (from as u32, to as u32);
+            let (repository, key, zstd) = (&self.repository, &self.key, Compression::zstd(1));
+            archive_piece(repository, cluster(), segment(), from32..to32, &WAL[from..to], key, zstd)
+                .await
+                .unwrap();
+            let name = WalObjectName::Piece { segment: segment(), from: from32, to: to32 };
+            repository.layout().wal_object(cluster(), name)
+        }
+
+        fn damage(&self, key: &ObjectKey) {
+            self.store.inner().tamper(key, |bytes| bytes.map(|bytes| bytes.slice(..bytes.len() - 1)));
+        }
+
+        async fn read(&self, end: usize) -> Result<Bytes, Error> {
+            read_ending(&self.repository, cluster(), segment(), START + end as u64).await
+        }
+
+        #[track_caller]
+        fn check(read: Result<Bytes, Error>, expected: &Bytes) {
+            let read = read.unwrap();
+            assert_eq!(read.len(), SEGMENT_BYTES);
+            assert!(read == expected, "other bytes than expected");
+        }
+    }
+
+    #[tokio::test]
+    async fn pieces_are_handed_out_up_to_the_planned_end_and_no_shorter() {
+        let archive = Archive::new().await;
+        assert!(archive.read(100).await.unwrap_err().is_absent());
+        archive.piece(0, 9000).await;
+        archive.piece(9000, 20_000).await;
+        Archive::check(archive.read(20_000).await, &filled(20_000));
+        // What came since the plan was made is not part of it.
+        Archive::check(archive.read(12_345).await, &filled(12_345));
+        assert!(archive.read(20_001).await.unwrap_err().is_absent());
+        assert!(read_segment(&archive.repository, cluster(), segment()).await.unwrap_err().is_absent());
+        // Nor does the whole segment make the answer another one.
+        archive.put(WalObjectName::Segment(segment()), &filled(WAL.len())).await;
+        Archive::check(archive.read(20_000).await, &filled(20_000));
+        Archive::check(archive.read(SEGMENT_BYTES).await, &filled(WAL.len()));
+        for end in [Lsn(START.0 - 1), START, START + SEGMENT_BYTES as u64 + 1] {
+            let error = read_ending(&archive.repository, cluster(), segment(), end).await.unwrap_err();
+            assert!(matches!(error, Error::Internal(_)), "{end}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn of_partials_and_pieces_the_one_with_the_most_wal_is_taken() {
+        let lengths = [10_000, 15_000, 22_000];
+        assert!(lengths.is_sorted_by_key(|length| records_end(*length)));
+        let [short, middle, long] = lengths;
+        let archive = Archive::new().await;
+        let partial =
+            async |length| archive.put(partial_object(segment(), &filled(length)), &filled(length)).await;
+        partial(short).await;
+        Archive::check(archive.read(SEGMENT_BYTES).await, &filled(short));
+        archive.piece(0, middle).await;
+        Archive::check(archive.read(SEGMENT_BYTES).await, &filled(middle));
+        let longest = partial(long).await;
+        Archive::check(archive.read(SEGMENT_BYTES).await, &filled(long));
+        // Cut at a switch point, they have the same to say.
+        Archive::check(archive.read(5000).await, &filled(5000));
+        // One that cannot be read may be the longest.
+        archive.damage(&longest);
+        assert_eq!(archive.read(SEGMENT_BYTES).await.unwrap_err().kind(), ErrorKind::Damaged);
+        Archive::check(archive.read(middle).await, &filled(middle));
+    }
+
+    #[tokio::test]
+    async fn damage_is_made_up_for_by_pieces_and_nothing_else_passes_for_absence() {
+        let archive = Archive::new().await;
+        let whole = archive.put(WalObjectName::Segment(segment()), &filled(WAL.len())).await;
+        archive.damage(&whole);
+        assert_eq!(archive.read(9000).await.unwrap_err().kind(), ErrorKind::Damaged);
+        let first = archive.piece(0, 9000).await;
+        Archive::check(archive.read(9000).await, &filled(9000));
+        assert_eq!(archive.read(9001).await.unwrap_err().kind(), ErrorKind::Damaged);
+        archive.store.inner().delete(&whole).await.unwrap();
+        archive.damage(&first);
+        assert_eq!(archive.read(9000).await.unwrap_err().kind(), ErrorKind::Damaged);
+        for verb in [Verb::Get, Verb::List] {
+            archive.store.inject(Rule::on(verb, Fault::Before(crate::storage::ErrorKind::Unreachable)));
+            assert_eq!(archive.read(9000).await.unwrap_err().kind(), ErrorKind::Retry, "{verb:?}");
+            archive.store.heal();
+        }
+    }
+
+    #[tokio::test]
+    async fn all_of_a_segment_in_pieces_is_the_segment() {
+        let archive = Archive::new().await;
+        let whole = filled(WAL.len());
+        for (from, to) in [(0, 9000), (9000, SEGMENT_BYTES)] {
+            let name = WalObjectName::Piece { segment: segment(), from: from as u32, to: to as u32 };
+            archive.put(name, &whole[from..to]).await;
+        }
+        Archive::check(read_segment(&archive.repository, cluster(), segment()).await, &whole);
+        Archive::check(archive.read(SEGMENT_BYTES).await, &whole);
+    }
+}

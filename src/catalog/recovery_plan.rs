@@ -125,9 +125,15 @@ impl RecoveryPlan {
         })
     }
 
-    /// Lists the segments that recovery asks for after this one.
+    /// Lists the segments that recovery goes through and that are served whole: what may be read ahead.
+    pub fn whole_segments(&self) -> impl Iterator<Item = WalSegmentName> {
+        self.segments().filter(|segment| self.ending_of(*segment).is_none())
+    }
+
+    /// Lists the whole segments that recovery asks for after this one.
     pub fn segments_behind(&self, segment: WalSegmentName) -> impl Iterator<Item = WalSegmentName> {
-        self.segments().skip_while(move |name| *name != segment).skip(1)
+        let behind = self.segments().skip_while(move |name| *name != segment).skip(1);
+        behind.filter(|segment| self.ending_of(*segment).is_none())
     }
 
     /// Returns whether recovery may need the file of this name.
@@ -202,6 +208,8 @@ pub fn answer(
 
 #[cfg(test)]
 mod tests {
+    use crate::repo::wal_object::HistoryBranch;
+
     use super::*;
 
     fn timeline(number: u32) -> TimelineId {
@@ -291,6 +299,73 @@ mod tests {
         assert_eq!(ask(&standby, "000000020000000000000008", InArchive::Present), Answer::Serve);
         assert_eq!(ask(&standby, "000000030000000000000008", InArchive::Present), Answer::Serve);
         assert_eq!(ask(&standby, "000000020000000000000006", InArchive::Unknown), Answer::CannotTell);
+    }
+
+    /// Two timelines, the second of which left the first at 500 bytes into segment 5.
+    fn tree() -> TimelineTree {
+        let branch = HistoryBranch { parent: timeline(1), switch: Lsn((5 << 24) + 500) };
+        TimelineTree::new([(timeline(2), branch)])
+    }
+
+    fn planned(tree: &TimelineTree, coverage: &WalCoverage) -> Vec<(String, String, Option<u64>)> {
+        let cluster = plan().cluster;
+        let plan = RecoveryPlan::of_archive(cluster, tree, coverage, false);
+        let standby = RecoveryPlan::of_archive(cluster, tree, coverage, true);
+        assert!(standby.spans.iter().all(|span| span.last.is_none() && span.end.is_none()));
+        let text = |span: &TimelineSpan| {
+            let last = span.last.unwrap();
+            (span.first.to_string(), last.to_string(), span.end.map(|end| end.0 & 0xFF_FFFF))
+        };
+        plan.spans.iter().map(text).collect()
+    }
+
+    /// Whole segments 2 to 4 of timeline 1 and pieces of a later one, up to as many bytes.
+    fn coverage(pieces: Option<(u64, u32)>) -> WalCoverage {
+        let mut held = TimelineCoverage::default();
+        (2..=4).for_each(|number| held.push(WalSegmentNumber(number)));
+        if let Some((number, to)) = pieces {
+            held.push_piece(WalSegmentNumber(number), 0, to, WalSegmentSize::DEFAULT);
+        }
+        WalCoverage { timelines: [(timeline(1), held)].into() }
+    }
+
+    #[test]
+    fn a_plan_of_an_archive_ends_in_the_segment_that_is_there_in_part() {
+        let (first, alone) = ("000000010000000000000002".to_owned(), TimelineTree::default());
+        let whole = (first.clone(), "000000010000000000000004".to_owned(), None);
+        let fifth = |end| (first.clone(), "000000010000000000000005".to_owned(), end);
+        assert_eq!(planned(&alone, &coverage(None)), [whole]);
+        assert_eq!(planned(&alone, &coverage(Some((5, 700)))), [fifth(Some(700))]);
+        // Another timeline left it there, and has nothing of its own yet.
+        assert_eq!(planned(&tree(), &coverage(Some((5, 700)))), [fifth(Some(500))]);
+        assert_eq!(planned(&tree(), &coverage(Some((5, 300)))), [fifth(Some(300))]);
+        // A piece behind a missing segment: recovery goes there, and does not end before it.
+        let sixth = (first.clone(), "000000010000000000000006".to_owned(), Some(700));
+        assert_eq!(planned(&alone, &coverage(Some((6, 700)))), [sixth]);
+        let mut partial = coverage(None);
+        let held = partial.timelines.get_mut(&timeline(1)).unwrap();
+        held.partials.push("000000010000000000000005".parse().unwrap());
+        assert_eq!(planned(&alone, &partial), [fifth(Some(0))], "the end of the segment");
+        assert_eq!(planned(&tree(), &partial), [fifth(Some(500))]);
+    }
+
+    #[test]
+    fn a_plan_of_an_archive_goes_as_far_as_anything_proves_that_wal_was_written() {
+        let (first, alone) = ("000000010000000000000002".to_owned(), TimelineTree::default());
+        let with_head = |pieces, head| {
+            let mut coverage = coverage(pieces);
+            coverage.timelines.get_mut(&timeline(1)).unwrap().head = Some(Lsn(head));
+            planned(&alone, &coverage)
+        };
+        let to = |last: &str, end| [(first.clone(), format!("0000000100000000000000{last}"), end)];
+        assert_eq!(with_head(None, 7 << 24), to("06", None));
+        assert_eq!(with_head(Some((5, 700)), (5 << 24) + 700), to("05", Some(700)));
+        // Of the last segment there was more: what is there of it is not its end.
+        assert_eq!(with_head(Some((5, 700)), (5 << 24) + 701), to("05", None));
+        let mut gap = coverage(Some((5, 700)));
+        let held = gap.timelines.get_mut(&timeline(1)).unwrap();
+        held.push_piece(WalSegmentNumber(5), 800, 900, WalSegmentSize::DEFAULT);
+        assert_eq!(planned(&alone, &gap), to("05", None));
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl CloneMount {
         let wal = Arc::new(wal);
         if !folder.upper().join("data").exists() {
             // The first start: recovery asks for these as soon as there is a mount.
-            wal.read_ahead(plan.segments().map(ArchiveFileName::Segment));
+            wal.read_ahead(plan.whole_segments().map(ArchiveFileName::Segment));
         }
         let basebackup = Arc::new(Basebackup::open(repository, spec.basebackup).await?);
         if basebackup.record().manifest.digest.to_string() != spec.manifest_digest {

@@ -403,8 +403,11 @@ fn part_item(content: Bytes) -> Item {
 mod tests {
     use crate::clock::SystemClock;
     use crate::codec::{Compression, SeededRandom};
+    use crate::mount::fs::IoMode;
     use crate::pg::{Lsn, WalSegmentNumber};
-    use crate::repo::wal_object::{WalKey, archive_history, archive_wal};
+    use crate::repo::wal_object::{
+        ArchiveHead, WalKey, archive_head, archive_history, archive_piece, archive_wal,
+    };
     use crate::repo::{ClusterId, Keyring, Repository, RepositoryOptions};
     use crate::storage::{self, Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
 
@@ -657,6 +660,69 @@ mod tests {
         let names: Vec<WalSegmentName> =
             listed.iter().map(|(name, _)| std::str::from_utf8(name).unwrap().parse().unwrap()).collect();
         assert_eq!(names, [segment(1, 2), segment(1, 3), segment(1, 5)]);
+    }
+
+    impl Archive {
+        async fn piece(&self, number: u64, from: u32, to: u32) {
+            let key = WalKey::create(self.repository.keyring()).unwrap();
+            let (segment, bytes) = (segment(1, number), vec![7; (to - from) as usize]);
+            let zstd = Compression::zstd(1);
+            archive_piece(&self.repository, cluster(), segment, from..to, &bytes, &key, zstd).await.unwrap();
+        }
+    }
+
+    /// Shows the content of a segment, and whether the kernel may keep it.
+    async fn content_of(dir: &WalDir, number: u64) -> (Vec<u8>, u64, bool) {
+        let found = dir.lookup(segment(1, number).to_string().as_bytes()).await.unwrap().unwrap();
+        let keeps = matches!(found.lifetime, Lifetime::Forever);
+        let Item::File(file) = found.item else { panic!("it is no file") };
+        let (reader, mode) = file.open().await.unwrap();
+        assert_eq!(matches!(mode, IoMode::Cached), keeps);
+        (reader.read(0, u32::MAX).await.unwrap().to_vec(), file.identity(), keeps)
+    }
+
+    #[tokio::test]
+    async fn the_segment_in_which_a_plan_ends_is_shown_padded_and_uncached() {
+        let archive = Archive::of(&[(1, 2), (1, 3)], &[]).await;
+        archive.piece(4, 0, 500).await;
+        archive.piece(4, 500, 900).await;
+        let planned = |end| {
+            let mut plan = plan_to(4);
+            plan.spans[0].end = Some(Lsn(4 * MIB + end));
+            plan
+        };
+        let dir = archive.dir(Some(planned(700)));
+        let (content, identity, keeps) = content_of(&dir, 4).await;
+        assert_eq!(content, [vec![7; 700], vec![0; MIB as usize - 700]].concat());
+        assert!(identity > 1 && !keeps);
+        assert!(content_of(&dir, 3).await.2, "a whole segment is kept");
+        let (_, other, _) = content_of(&archive.dir(Some(planned(900))), 4).await;
+        assert_ne!(identity, other, "another content is another file");
+        let names = dir.list(None, 100).await.unwrap();
+        let expected = [2, 3, 4].map(|number| segment(1, number).to_string().into_bytes());
+        assert_eq!(names.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), expected);
+        assert_eq!(dir.list(Some(&expected[2]), 100).await.unwrap(), []);
+        // Less than planned is a hole, and not the end.
+        assert_eq!(see_segment(&archive.dir(Some(planned(901))), 1, 4).await, Seen::Bytes(0));
+        // A standby waits for the whole segment.
+        let standby = RecoveryPlan { standby: true, ..planned(700) };
+        assert_eq!(see_segment(&archive.dir(Some(standby)), 1, 4).await, Seen::ProvenAbsent);
+    }
+
+    #[tokio::test]
+    async fn without_a_plan_pieces_and_heads_prove_that_wal_was_written() {
+        let archive = Archive::of(&[(1, 2)], &[]).await;
+        archive.piece(4, 0, 500).await;
+        let dir = archive.dir(None);
+        for (number, seen) in [(3, Seen::Bytes(0)), (4, Seen::Bytes(0)), (5, Seen::ProvenAbsent)] {
+            assert_eq!(see_segment(&dir, 1, number).await, seen, "{number}");
+        }
+        let written_at = archive.repository.clock().now();
+        let head = ArchiveHead { timeline: tli(1), end: Lsn(6 * MIB), written_at };
+        archive_head(&archive.repository, cluster(), &head).await.unwrap();
+        for (number, seen) in [(5, Seen::Bytes(0)), (6, Seen::ProvenAbsent)] {
+            assert_eq!(see_segment(&dir, 1, number).await, seen, "{number}");
+        }
     }
 
     #[tokio::test]

@@ -10,11 +10,12 @@ use crate::clock::{Clock, SystemClock};
 use crate::codec::{Compression, SeededRandom};
 use crate::disk::CloneMarker;
 use crate::disk::durable::Create;
-use crate::pg::{SystemIdentifier, WalSegmentName, WalSegmentNumber, WalSegmentSize};
-use crate::repo::wal_object::Archived;
+use crate::pg::{Lsn, SystemIdentifier, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+use crate::repo::wal_object::{Archived, WalKey, archive_piece};
 use crate::repo::{self, ClusterId, Keyring, Repository, RepositoryOptions};
 use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, Rule, Verb};
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
+use crate::wal::head::{self, HeadWritten};
 use crate::wal::plan_file::STANDBY_SIGNAL;
 use crate::wal::push::{check_file, push};
 use crate::wal::{Error, list, plan_file};
@@ -409,4 +410,90 @@ async fn the_longest_partial_is_the_one_that_is_read() {
     }
     assert_eq!(server.fetch(&partial).await.unwrap(), Fetched::Restored);
     assert_eq!(fs::read(server.path("pg_wal/RECOVERYXLOG")).unwrap(), cut(9000));
+}
+
+/// WAL of a server of version 15 from 0/900000 on, as if ours had written it; its first bytes, filled up with zeros.
+fn written(length: usize) -> Vec<u8> {
+    let mut bytes = include_bytes!("../../tests/data/wal/15-start")[..length].to_vec();
+    bytes[24..32].copy_from_slice(&SYSTEM.0.to_le_bytes());
+    bytes.resize(MIB, 0);
+    bytes
+}
+
+impl Server {
+    /// Stores a piece of the segment with the sample of WAL.
+    async fn piece(&self, from: u32, to: u32) {
+        let repository = self.open().await.unwrap();
+        let key = WalKey::create(repository.keyring()).unwrap();
+        let bytes = &written(to as usize)[from as usize..to as usize];
+        let segment = name(1, 9).parse().unwrap();
+        let zstd = Compression::zstd(1);
+        archive_piece(&repository, Self::cluster(), segment, from..to, bytes, &key, zstd).await.unwrap();
+    }
+
+    fn fetched(&self) -> Vec<u8> {
+        fs::read(self.path("pg_wal/RECOVERYXLOG")).unwrap()
+    }
+}
+
+#[tokio::test]
+async fn the_segment_that_is_there_in_pieces_is_the_last_one_and_has_what_was_planned() {
+    let server = Server::new();
+    server.push_segments(1, 7..=8).await;
+    server.piece(0, 9000).await;
+    server.piece(9000, 12_000).await;
+    assert_eq!(server.fetch(&name(1, 9)).await.unwrap(), Fetched::Restored);
+    assert!(server.fetched() == written(12_000));
+    assert_eq!(server.plan().spans[0].end, Some(Lsn(9 * MIB as u64 + 12_000)));
+    assert_eq!(server.fetch(&name(1, 10)).await.unwrap(), Fetched::Absent);
+    // More of it is not part of this recovery, nor is the whole segment.
+    server.piece(12_000, 20_000).await;
+    server.push(&name(1, 9), &written(24_000)).await.unwrap();
+    fs::remove_file(server.path("pg_wal").join(name(1, 9))).unwrap();
+    assert_eq!(server.fetch(&name(1, 9)).await.unwrap(), Fetched::Restored);
+    assert!(server.fetched() == written(12_000));
+    // Less of it is not the end.
+    let object = |leaf: &str| {
+        let folder = format!("main/clusters/{}/wal/00000001/00000000", Server::cluster());
+        ObjectKey::parse(&format!("{folder}/{}{leaf}", name(1, 9))).unwrap()
+    };
+    for leaf in ["", ".00002328-00002EE0.piece"] {
+        server.store.inner().tamper(&object(leaf), |_| None);
+    }
+    let error = server.fetch(&name(1, 9)).await.unwrap_err();
+    assert!(matches!(error, Error::Missing { .. }), "{error}");
+    // A standby gets whole segments alone: it may have more of this one by streaming.
+    fs::write(server.path(STANDBY_SIGNAL), "").unwrap();
+    assert_eq!(server.fetch(&name(1, 9)).await.unwrap(), Fetched::Absent);
+}
+
+#[tokio::test]
+async fn a_server_that_has_more_of_the_last_segment_itself_is_told_to_read_that() {
+    let server = Server::new();
+    server.push_segments(1, 7..=8).await;
+    server.piece(0, 12_000).await;
+    for (own, expected) in [(5000, Fetched::Restored), (12_000, Fetched::Restored), (20_000, Fetched::Absent)]
+    {
+        server.write_wal(&name(1, 9), &written(own));
+        assert_eq!(server.fetch(&name(1, 9)).await.unwrap(), expected, "{own}");
+    }
+    // A recycled file is none of its own.
+    server.write_wal(&name(1, 9), &segment(1, 3));
+    assert_eq!(server.fetch(&name(1, 9)).await.unwrap(), Fetched::Restored);
+}
+
+#[tokio::test]
+async fn a_tail_that_was_cut_off_is_not_the_end_of_the_archive() {
+    let server = Server::new();
+    server.push_segments(1, 7..=9).await;
+    let repository = server.open().await.unwrap();
+    let timeline = crate::pg::TimelineId::FIRST;
+    let written = head::write(&repository, Server::cluster(), timeline).await.unwrap();
+    assert_eq!(written, HeadWritten::Written(Lsn(10 * MIB as u64)));
+    let last = format!("main/clusters/{}/wal/00000001/00000000/{}", Server::cluster(), name(1, 9));
+    server.store.inner().tamper(&ObjectKey::parse(&last).unwrap(), |_| None);
+    assert_eq!(server.fetch(&name(1, 8)).await.unwrap(), Fetched::Restored);
+    let error = server.fetch(&name(1, 9)).await.unwrap_err();
+    assert!(matches!(error, Error::Missing { .. }), "{error}");
+    assert_eq!(server.fetch(&name(1, 10)).await.unwrap(), Fetched::Absent);
 }
