@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 use crate::source::{Source, wait_until_writable};
 use crate::support::{Need, Options, Server, Stop, require, wait_for};
 
-/// Rows 1 to 5 of table `marks`, each in a transaction of its own, with a target after most of them.
+/// Rows 1 to 5 of table `marks`, each in a transaction of its own, and targets among them.
 struct Marks {
     source: Source,
-    /// After row 1.
-    lsn: String,
     /// That of row 2.
     transaction: String,
-    /// After row 4.
+    /// Where row 2 is committed.
+    lsn: String,
+    /// When row 4 was committed, to the microsecond.
     time: String,
     /// Before the basebackup.
     before: String,
@@ -21,21 +21,25 @@ struct Marks {
 
 impl Marks {
     fn make() -> Self {
-        let source = Source::start(Options::default().initdb("--wal-segsize=1"));
+        let options = Options::default().initdb("--wal-segsize=1").setting("track_commit_timestamp", "on");
+        let source = Source::start(options);
         let before = source.sql("select clock_timestamp(); select pg_sleep(0.01)").trim().to_owned();
         source.sql("create table marks (n int)");
         source.backup();
         source.sql("insert into marks values (1)");
-        let lsn = source.sql("select pg_current_wal_insert_lsn()");
-        let transaction =
-            source.sql("begin; insert into marks values (2); select pg_current_xact_id(); commit");
+        // The next record is the commit's.
+        let second = source.sql(
+            "begin; insert into marks values (2); \
+             select pg_current_xact_id() || ' ' || pg_current_wal_insert_lsn(); commit",
+        );
+        let (transaction, lsn) = second.trim().split_once(' ').unwrap();
         source.sql("insert into marks values (3)");
         source.sql("select pg_create_restore_point('three')");
         source.sql("insert into marks values (4)");
-        let time = source.sql("select pg_sleep(0.01); select clock_timestamp(); select pg_sleep(0.01)");
+        let time = source.sql("select pg_xact_commit_timestamp(xmin) from marks where n = 4");
         source.sql("insert into marks values (5)");
         source.archive_wal();
-        Self { source, lsn, transaction, time: time.trim().to_owned(), before }
+        Self { source, transaction: transaction.to_owned(), lsn: lsn.to_owned(), time, before }
     }
 }
 
@@ -43,41 +47,120 @@ fn rows(server: &Server) -> String {
     server.sql("select coalesce(string_agg(n::text, '' order by n), '') from marks")
 }
 
+/// A restore and the rows it ends with.
+struct Case {
+    name: String,
+    options: Vec<String>,
+    action: &'static str,
+    rows: &'static str,
+    /// Without a target there is nothing to stop at: recovery ends and the server takes writes.
+    has_target: bool,
+}
+
+const ACTIONS: [&str; 3] = ["pause", "promote", "shutdown"];
+/// Restores under way at once: much of one is waiting.
+const LANES: usize = 2;
+
+fn cases(marks: &Marks) -> Vec<Case> {
+    let targets: [(&str, &[&str], &'static str); 9] = [
+        ("end", &[], "12345"),
+        ("immediate", &["--target", "immediate"], ""),
+        ("lsn", &["--target-lsn", &marks.lsn], "12"),
+        ("before-lsn", &["--target-lsn", &marks.lsn, "--target-exclusive"], "1"),
+        ("xid", &["--target-xid", &marks.transaction], "12"),
+        ("before-xid", &["--target-xid", &marks.transaction, "--target-exclusive"], "1"),
+        ("time", &["--target-time", &marks.time], "1234"),
+        ("before-time", &["--target-time", &marks.time, "--target-exclusive"], "123"),
+        ("name", &["--target-name", "three"], "123"),
+    ];
+    let mut cases = Vec::new();
+    for (name, options, rows) in targets {
+        let has_target = !options.is_empty();
+        for action in ACTIONS {
+            let options = options.iter().copied().chain(["--target-action", action]).map(str::to_owned);
+            let name = format!("{name}-{action}");
+            cases.push(Case { name, options: options.collect(), action, rows, has_target });
+        }
+    }
+    cases
+}
+
+fn wait_until_paused(server: &Server) {
+    wait_for("the pause", || {
+        let state = server.try_sql("select pg_get_wal_replay_pause_state()");
+        (state.ok()? == "paused").then_some(())
+    });
+}
+
+/// On the next timeline, taking writes.
+#[track_caller]
+fn assert_promoted(server: &Server, rows_expected: &str, case: &str) {
+    wait_until_writable(server);
+    assert_eq!(rows(server), rows_expected, "{case}");
+    let segment = server.sql("select pg_walfile_name(pg_current_wal_lsn())");
+    assert!(segment.starts_with("00000002"), "{case}: {segment}");
+    server.sql("insert into marks values (9)");
+}
+
+impl Case {
+    fn check(&self, source: &Source) {
+        let Self { name, rows: expected, .. } = self;
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        let report = source.restore(name, &options);
+        let action = if self.has_target { self.action } else { "promote" };
+        assert_eq!(report["target_action"].as_str(), self.has_target.then_some(action), "{name}: {report}");
+        let mut server = source.server(name);
+        match action {
+            "promote" => {
+                server.start();
+                assert_promoted(&server, expected, name);
+            }
+            "pause" => {
+                server.start();
+                wait_until_paused(&server);
+                assert_eq!(rows(&server), *expected, "{name}");
+                assert!(server.try_sql("insert into marks values (9)").is_err(), "{name} takes writes");
+                server.sql("select pg_wal_replay_resume()");
+                assert_promoted(&server, expected, name);
+            }
+            _ => {
+                server.spawn();
+                let (code, log) = server.wait();
+                assert_eq!(code, Some(0), "{name}: {log}");
+                assert!(log.contains("shutdown at recovery target"), "{name}: {log}");
+                // It would shut down again; told otherwise it shows where it stands.
+                server.set("recovery_target_action", "pause").start();
+                wait_until_paused(&server);
+                assert_eq!(rows(&server), *expected, "{name}");
+            }
+        }
+        drop(server);
+        std::fs::remove_dir_all(source.place(name)).unwrap();
+    }
+}
+
+/// Every target with every action, ending just before it and just after it where that is something else.
 #[test]
 fn a_restore_stops_at_its_target_and_does_what_was_asked() {
     require!(Need::PostgreSQL(15));
     let marks = Marks::make();
-    for (name, options, expected) in [
-        ("immediate", vec!["--target", "immediate"], ""),
-        ("lsn", vec!["--target-lsn", &marks.lsn], "1"),
-        ("xid", vec!["--target-xid", &marks.transaction], "12"),
-        ("before-xid", vec!["--target-xid", &marks.transaction, "--target-exclusive"], "1"),
-        ("name", vec!["--target-name", "three"], "123"),
-        ("time", vec!["--target-time", &marks.time], "1234"),
-    ] {
-        let promoted = [&options[..], &["--target-action", "promote"]].concat();
-        let server = marks.source.recovered(name, &promoted);
-        assert_eq!(rows(&server), expected, "{name}");
-        server.sql("insert into marks values (9)");
-    }
-    // Without an action it waits, readable, and goes on when told.
-    marks.source.restore("waits", &["--target-name", "three"]);
-    let mut server = marks.source.server("waits");
-    server.start();
-    wait_for("the pause", || {
-        (server.sql("select pg_get_wal_replay_pause_state()") == "paused").then_some(())
+    let cases = cases(&marks);
+    std::thread::scope(|scope| {
+        for lane in 0..LANES {
+            let (cases, source) = (&cases, &marks.source);
+            scope.spawn(move || cases.iter().skip(lane).step_by(LANES).for_each(|case| case.check(source)));
+        }
     });
-    assert_eq!(rows(&server), "123");
-    server.sql("select pg_wal_replay_resume()");
-    wait_until_writable(&server);
-    assert_eq!(rows(&server), "123");
-    drop(server);
-    // A server that has shut down at its target shows it when it is told to go on from there.
-    marks.source.restore("stops", &["--target-lsn", &marks.lsn, "--target-action", "shutdown"]);
-    let mut server = marks.source.server("stops");
-    server.spawn();
-    let (_, log) = server.wait();
-    assert!(log.contains("shutdown at recovery target"), "{log}");
+
+    // Without an action it waits, and a target that is taken away is none.
+    let report = marks.source.restore("default", &["--target-xid", &marks.transaction]);
+    assert_eq!(report["target_action"], "pause");
+    let mut server = marks.source.server("default");
+    server.start();
+    wait_until_paused(&server);
+    server.stop(Stop::Fast);
+    server.set("recovery_target_xid", "").start();
+    assert_promoted(&server, "12345", "default");
 }
 
 /// Failure 26.
