@@ -10,6 +10,7 @@ mod equal;
 mod holes;
 mod hostile;
 mod life;
+mod pieces;
 mod store_away;
 mod tablespaces;
 mod targets;
