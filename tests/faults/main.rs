@@ -14,5 +14,6 @@ mod engines;
 mod full_disk;
 mod killed;
 mod positions;
+mod primary_and_standby;
 mod refused;
 mod two_writers;
