@@ -14,10 +14,14 @@ use proptest::sample::{Index, select};
 use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use walden::clock::SystemClock;
-use walden::codec::{Digest, SystemRandom};
+use walden::codec::{Compression, Digest, SystemRandom};
+use walden::pg::{Lsn, TimelineId};
 use walden::repo::entry::Node;
-use walden::repo::layout::ObjectName;
-use walden::repo::wal_object::{read_history, read_history_branch, read_wal, read_wal_header, verify_wal};
+use walden::repo::layout::{ObjectName, WalObjectName};
+use walden::repo::wal_object::{
+    ArchiveHead, WalKey, archive_head, archive_piece, newest_head, read_history, read_history_branch,
+    read_pieces, read_wal, read_wal_header, verify_wal,
+};
 use walden::repo::{Basebackup, BasebackupId, FileReader, Keyring, Repository, RepositoryOptions};
 use walden::storage::{MemoryStore, ObjectKey, Store};
 
@@ -58,7 +62,43 @@ fn golden() -> Objects {
         }
     }
     objects.sort();
-    objects
+    futures::executor::block_on(with_pieces(objects))
+}
+
+async fn open(objects: &Objects) -> (Arc<MemoryStore>, Result<Repository, walden::repo::Error>) {
+    let store = Arc::new(MemoryStore::new());
+    for (key, bytes) in objects {
+        store.create(key, Bytes::copy_from_slice(bytes)).await.unwrap();
+    }
+    let options = RepositoryOptions {
+        store: store.clone(),
+        site: ObjectKey::parse(SITE).unwrap(),
+        keyring: Keyring::unencrypted(Arc::new(SystemRandom)),
+        clock: Arc::new(SystemClock),
+    };
+    (store, Repository::open(options).await)
+}
+
+/// Adds what came into the format after the golden repository was written: pieces of a segment, and a head.
+async fn with_pieces(objects: Objects) -> Objects {
+    let (store, repository) = open(&objects).await;
+    let repository = repository.unwrap();
+    let cluster = repository.clusters().await.unwrap()[0];
+    let segment = "00000001000000000000000F".parse().unwrap();
+    let key = WalKey::create(repository.keyring()).unwrap();
+    let zstd = Compression::zstd(1);
+    for range in [0..5000, 5000..9000, 7000..12_000] {
+        let bytes = vec![7; range.len()];
+        archive_piece(&repository, cluster, segment, range, &bytes, &key, zstd).await.unwrap();
+    }
+    let written_at = repository.clock().now();
+    let head = ArchiveHead { timeline: TimelineId::FIRST, end: Lsn(0xF00_2EE0), written_at };
+    archive_head(&repository, cluster, &head).await.unwrap();
+    let mut all = Objects::new();
+    for object in store.list("", None, 10_000).await.unwrap() {
+        all.push((object.key.clone(), store.get(&object.key, u64::MAX).await.unwrap().to_vec()));
+    }
+    all
 }
 
 fn damage() -> impl Strategy<Value = Damage> {
@@ -142,17 +182,7 @@ fn repair_body(bytes: &mut [u8], before: &[u8]) {
 
 /// Reads all of a site and returns how many reads went well and how many were refused.
 async fn read_all(objects: &Objects) -> (usize, usize) {
-    let store = Arc::new(MemoryStore::new());
-    for (key, bytes) in objects {
-        store.create(key, Bytes::copy_from_slice(bytes)).await.unwrap();
-    }
-    let options = RepositoryOptions {
-        store,
-        site: ObjectKey::parse(SITE).unwrap(),
-        keyring: Keyring::unencrypted(Arc::new(SystemRandom)),
-        clock: Arc::new(SystemClock),
-    };
-    let Ok(repository) = Repository::open(options).await else { return (0, 1) };
+    let (_, Ok(repository)) = open(objects).await else { return (0, 1) };
     let (mut read, mut refused) = (0, 0);
     let mut count = |well: bool| *(if well { &mut read } else { &mut refused }) += 1;
     for (key, _) in objects {
@@ -162,10 +192,17 @@ async fn read_all(objects: &Objects) -> (usize, usize) {
                 count(read_wal(&repository, cluster, name).await.is_ok());
                 count(read_wal_header(&repository, cluster, name).await.is_ok());
                 count(verify_wal(&repository, cluster, name).await.is_ok());
+                if matches!(name, WalObjectName::Piece { .. }) {
+                    count(read_pieces(&repository, cluster, name.segment()).await.is_ok());
+                }
             }
             Some(ObjectName::History(cluster, timeline)) => {
                 count(read_history(&repository, cluster, timeline).await.is_ok());
                 count(read_history_branch(&repository, cluster, timeline).await.is_ok());
+            }
+            // One that is damaged is passed over.
+            Some(ObjectName::Head(cluster, timeline, _)) => {
+                count(newest_head(&repository, cluster, timeline).await.is_ok_and(|head| head.is_some()));
             }
             _ => {}
         }

@@ -16,12 +16,14 @@ use walden::clock::ManualClock;
 use walden::codec::{
     Compression, NewKeys, RecipientKey, RecipientPrivateKey, SeededRandom, SigningKey, VerifyKey, create_keys,
 };
-use walden::pg::{Lsn, TimelineId};
+use walden::pg::{Lsn, TimelineId, WalSegmentName};
 use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
 use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
-use walden::repo::wal_object::{WalKey, archive_wal, read_wal};
+use walden::repo::wal_object::{
+    ArchiveHead, WalKey, archive_head, archive_piece, archive_wal, newest_head, read_pieces, read_wal,
+};
 use walden::repo::{
     Basebackup, BasebackupId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
 };
@@ -68,6 +70,18 @@ fn wal_name() -> WalObjectName {
     WalObjectName::BackupHistory { segment: "000000010000000000000002".parse().unwrap(), offset: 0x28 }
 }
 
+/// The segment that is there in two pieces.
+fn growing() -> WalSegmentName {
+    "000000010000000000000003".parse().unwrap()
+}
+
+const PIECES: [&[u8]; 2] = [b"the beginning of a segment, ", b"as far as it was received"];
+
+fn head() -> ArchiveHead {
+    let written_at = "2026-11-20T10:15:00Z".parse().unwrap();
+    ArchiveHead { timeline: TimelineId::FIRST, end: Lsn(0x300_0035), written_at }
+}
+
 async fn build() -> (Arc<MemoryStore>, NewKeys) {
     let (store, keys) = (Arc::new(MemoryStore::default()), create_keys(3072).unwrap());
     let (repository, _) = Repository::open_or_create(repository_options(store.clone(), &keys)).await.unwrap();
@@ -85,6 +99,13 @@ async fn build() -> (Arc<MemoryStore>, NewKeys) {
     let key = WalKey::create(repository.keyring()).unwrap();
     let cluster = builder_options().cluster;
     archive_wal(&repository, cluster, wal_name(), BACKUP_LABEL, &key, Compression::NONE).await.unwrap();
+    let mut at = 0;
+    for piece in PIECES {
+        let range = at..at + piece.len() as u32;
+        at = range.end;
+        archive_piece(&repository, cluster, growing(), range, piece, &key, Compression::NONE).await.unwrap();
+    }
+    archive_head(&repository, cluster, &head()).await.unwrap();
     (store, keys)
 }
 
@@ -202,6 +223,9 @@ async fn the_example_of_the_page_decodes() {
     let named: Vec<_> = reader.basebackup().refs().records().iter().map(|record| record.id.origin).collect();
     assert_eq!(named, [first, second], "the second basebackup names a pack of each");
     assert_eq!(read_wal(&repository, builder_options().cluster, wal_name()).await.unwrap(), BACKUP_LABEL);
+    let cluster = builder_options().cluster;
+    assert_eq!(read_pieces(&repository, cluster, growing()).await.unwrap(), PIECES.concat());
+    assert_eq!(newest_head(&repository, cluster, TimelineId::FIRST).await.unwrap(), Some(head()));
     check_refs(&from_hex_dump(find(&blocks, &format!("object main/basebackups/{second}/refs"))), &packs);
 }
 
