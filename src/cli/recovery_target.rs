@@ -38,8 +38,8 @@ pub(super) struct TargetArguments {
     /// What the server does at the target
     #[arg(long, value_name = "ACTION", value_parser = ["pause", "promote", "shutdown"])]
     target_action: Option<String>,
-    /// Ends just before the target instead of just after it
-    #[arg(long)]
+    /// Ends just before the target, a time, position or transaction, instead of just after it
+    #[arg(long, requires = "recovery-target", conflicts_with_all = ["target_name", "target"])]
     target_exclusive: bool,
 }
 

@@ -23,6 +23,9 @@ use super::error::CommandError;
 use super::recovery_target::TargetArguments;
 use super::restore_report::{Estimated, RestoreReport, Spent};
 
+/// The options of [`TargetArguments`]: a standby has no target, and what is resumed has its own.
+const TARGET_OPTIONS: [&str; 4] = ["recovery-target", "target_timeline", "target_action", "target_exclusive"];
+
 /// Writes a basebackup to disk, ready to recover to a target
 #[derive(Debug, Args)]
 pub struct Restore {
@@ -46,7 +49,7 @@ pub struct Restore {
     config_dir: Option<PathBuf>,
 
     /// Sets up a standby, which follows the archive and then its primary
-    #[arg(long, requires = "primary_conninfo", conflicts_with_all = ["resume", "recovery-target"])]
+    #[arg(long, requires = "primary_conninfo", conflicts_with_all = TARGET_OPTIONS, conflicts_with = "resume")]
     standby: bool,
 
     /// The primary's connection, in libpq's syntax
@@ -66,7 +69,7 @@ pub struct Restore {
     until_hole: bool,
 
     /// Goes on with a restore that was interrupted, as it was begun
-    #[arg(long, conflicts_with = "recovery-target")]
+    #[arg(long, conflicts_with_all = TARGET_OPTIONS)]
     resume: bool,
 
     /// Takes a basebackup that no trusted signer vouches for

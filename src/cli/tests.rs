@@ -62,6 +62,36 @@ fn configuration() -> (TempDir, String) {
     (scratch, file)
 }
 
+/// An option that a command would leave aside is a mistake, not a wish to be passed over.
+#[test]
+fn options_that_would_be_passed_over_are_mistakes() {
+    let restore = ["restore", "--target-dir", "/nowhere"];
+    let standby = ["--standby", "--primary-conninfo", "host=a"];
+    let targets = [
+        &["--target-time", "2026-11-20 10:15:00Z"][..],
+        &["--target-timeline", "2"],
+        &["--target-action", "promote"],
+        &["--target-xid", "7", "--target-exclusive"],
+    ];
+    let mut lines: Vec<Vec<&str>> = vec![
+        [&restore[..], &["--target-name", "a", "--target-exclusive"]].concat(),
+        [&restore[..], &["--target", "immediate", "--target-exclusive"]].concat(),
+        // Of what is not said.
+        [&restore[..], &["--target-exclusive"]].concat(),
+        vec!["clone", "create", "a", "--target-name", "a", "--target-exclusive"],
+    ];
+    for target in targets {
+        lines.push([&restore[..], &["--resume"], target].concat());
+        lines.push([&restore[..], &standby, target].concat());
+    }
+    for line in lines {
+        let outcome = run(&line);
+        assert_eq!(outcome.status, 2, "{line:?}: {}", outcome.stderr);
+        let says = ["cannot be used with", "were not provided"];
+        assert!(says.iter().any(|part| outcome.stderr.contains(part)), "{line:?}: {}", outcome.stderr);
+    }
+}
+
 #[test]
 fn mistakes_on_the_command_line_are_status_2_in_our_form() {
     for (line, stderr) in [
