@@ -55,6 +55,9 @@ pub enum Error {
     /// One place is in another that must stay apart.
     #[error("\"{}\" and {other} are in each other's way", path.display())]
     Overlap { path: PathBuf, other: String },
+    /// A server may run there, such as one in a container, whose processes have other numbers.
+    #[error("\"{}\" {}, which may be a running server", path.display(), names(*pid))]
+    MayRun { path: PathBuf, pid: Option<i32> },
     /// The directory belongs to somebody else.
     #[error("\"{}\" belongs to user {owner}, and walden runs as user {user}", path.display())]
     Owner { path: PathBuf, owner: u32, user: u32 },
@@ -127,6 +130,9 @@ impl Error {
             Self::ReplayedTablespace { .. } => {
                 "Choose an earlier target, restore on another host, or make a clone, which keeps replay inside."
             }
+            Self::MayRun { .. } => {
+                "Look in containers and at other users' processes; remove the file when it is certain that no server runs."
+            }
             Self::State { .. } => "Resume it with the release that began it, or start again with --force.",
             _ => return None,
         })
@@ -135,4 +141,8 @@ impl Error {
     pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }
+}
+
+fn names(pid: Option<i32>) -> String {
+    pid.map_or_else(|| "names no process".to_owned(), |pid| format!("names process {pid}"))
 }

@@ -18,6 +18,7 @@ mod existing;
 mod file_writer;
 mod journal;
 mod sample;
+mod server;
 mod shape;
 mod writer;
 

@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{Owner, Space, private_area};
-use crate::pg::{ControlFile, PostmasterPid, SystemIdentifier};
+use crate::pg::{ControlFile, SystemIdentifier};
 use crate::repo::{BasebackupId, ClusterId};
 use crate::restore::Error;
 use crate::restore::destinations::Destinations;
 use crate::restore::plan::Existing;
+use crate::restore::server::{Server, server_in};
 
 /// The file in a restored data directory that says who put it there.
 pub const MARKER_FILE_NAME: &str = "walden.restore.json";
@@ -48,8 +49,8 @@ pub struct TargetFacts {
     pub marker: Option<RestoreMarker>,
     /// The cluster whose data directory it is.
     pub cluster: Option<SystemIdentifier>,
-    /// The server that runs there.
-    pub server: Option<i32>,
+    /// The server that runs there, or may.
+    pub server: Option<Server>,
 }
 
 /// The type of Walden's own mounts.
@@ -90,8 +91,8 @@ impl TargetFacts {
         user: Owner,
     ) -> Result<(), Error> {
         let path = path.to_owned();
-        if let Some(pid) = self.server {
-            return Err(Error::Running { path, pid });
+        if let Some(server) = self.server {
+            return Err(server.refusal(&path));
         }
         if let Some(owner) = self.owner.filter(|owner| !user.is_root() && owner.uid != user.uid) {
             return Err(Error::Owner { path, owner: owner.uid, user: user.uid });
@@ -219,19 +220,6 @@ fn is_filled(path: &Path) -> Result<bool, Error> {
     Ok(entries.any(|entry| entry.map_or(true, counts)))
 }
 
-/// Returns the postmaster of a data directory; a pid file whose process is another's is left over.
-fn server_in(path: &Path) -> Option<i32> {
-    let text = fs::read_to_string(path.join("postmaster.pid")).ok()?;
-    let pid = PostmasterPid::parse(&text).ok()?.pid;
-    let directory = fs::read_link(format!("/proc/{pid}/cwd"));
-    let runs = match directory {
-        Ok(directory) => fs::canonicalize(path).is_ok_and(|path| path == directory),
-        // Another user's process does not tell, so it may be the one.
-        Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
-    };
-    runs.then_some(pid)
-}
-
 /// Returns the type of the file system that a path is on, from the lines of `/proc/self/mountinfo`.
 fn mount_type_of<'a>(path: &Path, mounts: &'a str) -> Option<&'a str> {
     let fields = |line: &'a str| {
@@ -288,8 +276,12 @@ mod tests {
 
     #[test]
     fn neither_a_running_server_nor_another_users_directory_is_touched() {
-        let running =
-            TargetFacts { server: Some(7), filled: true, unfinished: true, ..TargetFacts::default() };
+        let running = TargetFacts {
+            server: Some(Server::Running(7)),
+            filled: true,
+            unfinished: true,
+            ..TargetFacts::default()
+        };
         for existing in [Existing::Refuse, Existing::Replace, Existing::Delta] {
             assert!(decide(&running, existing, ROOT).unwrap_err().contains("process 7"));
         }
