@@ -231,7 +231,7 @@ impl Restore<'_> {
         let (plan, data) = (self.plan, &self.plan.destinations.data);
         let create = Create::PRIVATE_FILE.owned_by(plan.owner());
         let auto_conf = data.join(AUTO_CONF);
-        let before = fs::read(&auto_conf).unwrap_or_default();
+        let before = read_or_empty(&auto_conf)?;
         durable::write_file(&auto_conf, &with_block(&before, &plan.settings, AUTO_CONF), create)?;
         if let Some((main, settings)) = &plan.configuration
             && let Ok(main) = crate::repo::entry::TreePath::new(main.as_bytes())
@@ -350,3 +350,11 @@ fn to_json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Error> {
     text.push(b'\n');
     Ok(text)
 }
+/// Reads a file that need not be there. What cannot be read is no reason to leave out what it says (failure 24).
+pub(super) fn read_or_empty(path: &Path) -> Result<Vec<u8>, Error> {
+    match fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.map_err(Error::at("read", path)),
+    }
+}
+

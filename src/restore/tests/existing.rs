@@ -1,6 +1,7 @@
 //! What a restore meets in the directories it is given: what stays, what is refused, whom things belong to afterwards.
 
 use super::*;
+use crate::restore::run::read_or_empty;
 
 /// PostgreSQL keeps the tablespaces of several major versions side by side, as pg_upgrade leaves them.
 #[test]
@@ -23,4 +24,15 @@ fn the_files_of_another_major_version_stay_in_a_shared_tablespace() {
             assert!(!stranger.exists(), "{existing:?}");
         }
     });
+}
+
+/// Failure 24: a file that is there and cannot be read was taken for an empty one.
+#[test]
+fn only_a_file_that_is_not_there_is_empty() {
+    let scratch = scratch();
+    assert_eq!(read_or_empty(&scratch.path().join("absent")).unwrap(), b"");
+    fs::write(scratch.path().join("file"), b"work_mem = '9MB'\n").unwrap();
+    assert_eq!(read_or_empty(&scratch.path().join("file")).unwrap(), b"work_mem = '9MB'\n");
+    let unreadable = read_or_empty(scratch.path()).unwrap_err();
+    assert!(matches!(unreadable, Error::Io { action: "read", .. }), "{unreadable}");
 }
