@@ -7,19 +7,21 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use futures::StreamExt;
+use jiff::Timestamp;
 use serde::Deserialize;
 
 use crate::codec::CpuPool;
-use crate::disk::private_area;
+use crate::disk::{Owner, private_area};
 use crate::pg::Crc32cDigest;
 use crate::repo::entry::{Entry, Node, TreePath};
 use crate::repo::{self, Basebackup, FileReader};
 use crate::restore::Error;
 use crate::restore::destinations::Destinations;
+use crate::restore::file_writer::set_attributes;
 use crate::restore::shape::Shape;
 
 /// What may stay of what is there, by number in the file table.
@@ -67,28 +69,31 @@ pub(super) fn staying_by_journal(
     Staying { complete: shape.files.iter().filter_map(there).collect(), in_place: HashSet::new() }
 }
 
-/// Compares what is there with the basebackup.
+/// Compares what is there with the basebackup; what stays gets its owner, mode and time, as if it had been written.
 pub(super) async fn staying_by_content(
     reader: &FileReader,
     shape: &Shape,
     destinations: &Destinations,
+    owner: Owner,
     pool: &CpuPool,
 ) -> Result<Staying, Error> {
     let basebackup = reader.basebackup();
     let checksums = manifest_checksums(reader).await?;
-    let mut candidates: Vec<(u64, PathBuf, u64, Option<String>)> = Vec::new();
+    let mut candidates: Vec<Candidate> = Vec::new();
     let consider = |number, entry: &Entry| {
         if let (Node::File { size, .. }, Some(path)) = (&entry.node, destinations.place(&entry.path)?)
             && shape.files.get(&path) == Some(&number)
         {
             let checksum = server_path(&entry.path).and_then(|path| checksums.get(&path).cloned());
-            candidates.push((number, path, *size, checksum));
+            let (size, mode, modified) = (*size, entry.mode, entry.modified);
+            candidates.push(Candidate { number, path, size, mode, modified, checksum });
         }
         Ok::<_, Error>(())
     };
     basebackup.visit_entries(consider).await?;
-    let compared = candidates.into_iter().map(|(number, path, size, checksum)| async move {
-        let state = pool.run(move || state_of(&path, size, checksum.as_deref())).await??;
+    let compared = candidates.into_iter().map(|candidate| async move {
+        let number = candidate.number;
+        let state = pool.run(move || candidate.settle(owner)).await??;
         Ok::<_, Error>((number, state))
     });
     let mut compared = futures::stream::iter(compared).buffer_unordered(pool.threads() * 2);
@@ -146,28 +151,53 @@ enum State {
     Differs,
 }
 
-fn state_of(path: &Path, size: u64, checksum: Option<&str>) -> Result<State, Error> {
-    let open = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
-    let mut file = match open {
-        Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(State::Absent),
-        // Not a file, or one that cannot be read: it is made anew.
-        Err(_) => return Ok(State::Absent),
-    };
-    let metadata = file.metadata().map_err(Error::at("look up", path))?;
-    if !metadata.is_file() {
-        return Ok(State::Absent);
+/// A file of the basebackup whose place is to be looked at.
+struct Candidate {
+    number: u64,
+    path: PathBuf,
+    size: u64,
+    mode: u32,
+    modified: Timestamp,
+    checksum: Option<String>,
+}
+
+impl Candidate {
+    /// Compares, and where nothing differs sets what belongs to the file beside its content.
+    fn settle(&self, owner: Owner) -> Result<State, Error> {
+        let path = &*self.path;
+        let open = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+        // Absent, not a file, or one that cannot be read: it is made anew.
+        let Ok(mut file) = open else { return Ok(State::Absent) };
+        let metadata = file.metadata().map_err(Error::at("look up", path))?;
+        if !metadata.is_file() {
+            return Ok(State::Absent);
+        }
+        if metadata.len() == self.size
+            && self.checksum.is_some()
+            && self.checksum == Some(crc_of(&mut file, path)?)
+        {
+            return match set_attributes(&file, path, owner, self.mode, self.modified) {
+                // Somebody else's: in a directory of ours it can still be made anew.
+                Err(Error::Io { source, .. }) if source.kind() == ErrorKind::PermissionDenied => {
+                    Ok(State::Absent)
+                }
+                set => set.map(|()| State::Same),
+            };
+        }
+        Ok(if metadata.uid() == owner.uid { State::Differs } else { State::Absent })
     }
-    let Some(checksum) = checksum.filter(|_| metadata.len() == size) else { return Ok(State::Differs) };
+}
+
+/// Reads a file to its end, and returns its CRC as the server's manifest has it.
+fn crc_of(file: &mut File, path: &Path) -> Result<String, Error> {
     let mut digest = Crc32cDigest::new();
     let mut buffer = vec![0; READ_BYTES];
     loop {
         match file.read(&mut buffer).map_err(Error::at("read", path))? {
-            0 => break,
+            0 => return Ok(digest.finish().manifest_hex()),
             count => digest.update(&buffer[..count]),
         }
     }
-    Ok(if digest.finish().manifest_hex() == checksum { State::Same } else { State::Differs })
 }
 
 /// Reads the CRCs of the server's manifest, by the path that the server calls a file.

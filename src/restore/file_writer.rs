@@ -100,15 +100,27 @@ impl FileWriter {
     fn finish(&self, task: &FileTask, file: &File) -> Result<(), Error> {
         let at = |action| Error::at(action, &task.path);
         file.set_len(task.size).map_err(at("set the size of"))?;
-        let metadata = file.metadata().map_err(at("look up"))?;
-        if (metadata.uid(), metadata.gid()) != (self.owner.uid, self.owner.gid) {
-            fchown(file, Some(self.owner.uid), Some(self.owner.gid)).map_err(at("change the owner of"))?;
-        }
-        file.set_permissions(Permissions::from_mode(task.mode)).map_err(at("set the mode of"))?;
-        file.set_modified(system_time(task.modified)).map_err(at("set the time of"))?;
+        set_attributes(file, &task.path, self.owner, task.mode, task.modified)?;
         self.finished.lock().expect("no holder of this lock panics").push(task.number);
         Ok(())
     }
+}
+
+/// Gives a file its owner, mode and time.
+pub(super) fn set_attributes(
+    file: &File,
+    path: &Path,
+    owner: Owner,
+    mode: u32,
+    modified: Timestamp,
+) -> Result<(), Error> {
+    let at = |action| Error::at(action, path);
+    let metadata = file.metadata().map_err(at("look up"))?;
+    if (metadata.uid(), metadata.gid()) != (owner.uid, owner.gid) {
+        fchown(file, Some(owner.uid), Some(owner.gid)).map_err(at("change the owner of"))?;
+    }
+    file.set_permissions(Permissions::from_mode(mode)).map_err(at("set the mode of"))?;
+    file.set_modified(system_time(modified)).map_err(at("set the time of"))
 }
 
 /// Returns a time as the system has it.

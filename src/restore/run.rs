@@ -185,7 +185,8 @@ impl Restore<'_> {
     async fn staying(&self, shape: &Shape, area: &PrivateArea, resume: bool) -> Result<Staying, Error> {
         if self.plan.existing == Existing::Delta {
             let reader = FileReader::new(self.basebackup.clone(), READER_CACHE_BYTES);
-            return staying_by_content(&reader, shape, &self.plan.destinations, &self.resources.pool).await;
+            let (destinations, owner) = (&self.plan.destinations, self.plan.owner());
+            return staying_by_content(&reader, shape, destinations, owner, &self.resources.pool).await;
         }
         if !resume {
             return Ok(Staying::default());

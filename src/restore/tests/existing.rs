@@ -26,6 +26,27 @@ fn the_files_of_another_major_version_stay_in_a_shared_tablespace() {
     });
 }
 
+#[test]
+fn files_that_a_delta_keeps_get_their_owner_mode_and_time() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        site.restore(id, "a", Existing::Refuse).await.unwrap();
+        let kept = site.data("a").join("base/3");
+        let before = fs::metadata(&kept).unwrap();
+        fs::set_permissions(&kept, fs::Permissions::from_mode(0o666)).unwrap();
+        fs::File::open(&kept).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        if Owner::current().is_root() {
+            std::os::unix::fs::chown(&kept, Some(4711), Some(4711)).unwrap();
+        }
+        site.restore(id, "a", Existing::Delta).await.unwrap();
+        let after = fs::metadata(&kept).unwrap();
+        assert_eq!(after.ino(), before.ino(), "it was written anew");
+        let attributes = |file: &fs::Metadata| (file.uid(), file.gid(), file.mode() & 0o7777, file.mtime());
+        assert_eq!(attributes(&after), attributes(&before));
+    });
+}
+
 /// Failure 24: a file that is there and cannot be read was taken for an empty one.
 #[test]
 fn only_a_file_that_is_not_there_is_empty() {
