@@ -45,6 +45,39 @@ pub struct Binding {
     pub part: String,
 }
 
+/// What a released area is called until it is removed: PostgreSQL's tools and Walden's backups leave out such a name.
+const RELEASED_NAME: &str = "pgsql_tmp.walden";
+
+/// One step of a release, which may be taken again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum ReleaseStep {
+    /// A held-back file comes to its place, unless it is there.
+    Place { held: PathBuf, place: PathBuf },
+    /// The area ceases to be one.
+    Withdraw { area: PathBuf, to: PathBuf },
+    /// A directory is removed, if there is one.
+    Remove { directory: PathBuf },
+}
+
+impl ReleaseStep {
+    fn take(&self) -> Result<(), Error> {
+        match self {
+            Self::Place { held, place } if held.exists() => {
+                durable::fsync_file(held)?;
+                durable::rename(held, place)
+            }
+            Self::Place { .. } => Ok(()),
+            Self::Withdraw { area, to } => durable::rename(area, to),
+            Self::Remove { directory } => match fs::remove_dir_all(directory) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    Err(Error::at("remove", directory)(source))
+                }
+                _ => durable::fsync_parent(directory),
+            },
+        }
+    }
+}
+
 /// The private area of one directory.
 #[derive(Debug, Clone)]
 pub struct PrivateArea {
@@ -131,17 +164,26 @@ impl PrivateArea {
     ///
     /// Everything else must be there and synced. Safe to repeat after a crash at any point.
     pub fn release(self) -> Result<(), Error> {
-        let parent =
-            self.directory.parent().expect("the area was built by joining its name to a parent").to_owned();
-        for (place, name) in HELD_BACK {
-            let held = self.held_directory().join(name);
-            if held.exists() {
-                durable::fsync_file(&held)?;
-                durable::rename(&held, &parent.join(place))?;
-            }
-        }
-        fs::remove_dir_all(&self.directory).map_err(Error::at("remove", &self.directory))?;
-        durable::fsync_dir(&parent)
+        self.release_steps().iter().try_for_each(ReleaseStep::take)
+    }
+
+    /// Returns what a release does, in order; a crash may come before, between and within the steps.
+    ///
+    /// The area goes in one step. With part of it gone it would say that work is left to be done, and not which.
+    fn release_steps(&self) -> Vec<ReleaseStep> {
+        let parent = self.directory.parent().expect("the area was built by joining its name to a parent");
+        let held = HELD_BACK.iter().map(|(place, name)| ReleaseStep::Place {
+            held: self.held_directory().join(name),
+            place: parent.join(place),
+        });
+        let released = parent.join(RELEASED_NAME);
+        let last = [
+            // What a crash has left of an earlier area.
+            ReleaseStep::Remove { directory: released.clone() },
+            ReleaseStep::Withdraw { area: self.directory.clone(), to: released.clone() },
+            ReleaseStep::Remove { directory: released },
+        ];
+        held.chain(last).collect()
     }
 
     /// Returns the area's own directory.
@@ -218,6 +260,36 @@ mod tests {
         assert_eq!(fs::read(scratch.path().join("PG_VERSION")).unwrap(), b"15\n");
         assert_eq!(fs::read(scratch.path().join("global/pg_control")).unwrap(), b"control");
         assert!(PrivateArea::open(scratch.path()).unwrap().is_none());
+    }
+
+    /// Whatever is done by then, an area that is there is whole, and the release can be repeated.
+    #[test]
+    fn a_crash_between_any_two_steps_of_a_release_leaves_a_whole_area_or_none() {
+        let steps_of = |scratch: &Path| PrivateArea::open(scratch).unwrap().map(|area| area.release_steps());
+        for crash in 0..=5 {
+            let scratch = tempfile::tempdir().unwrap();
+            let area = PrivateArea::create(scratch.path(), None).unwrap();
+            fs::create_dir(scratch.path().join("global")).unwrap();
+            fs::write(area.held_directory().join("PG_VERSION"), b"15\n").unwrap();
+            fs::write(area.held_directory().join("pg_control"), b"control").unwrap();
+            area.bind(&binding("x")).unwrap();
+            let steps = steps_of(scratch.path()).unwrap();
+            assert_eq!(steps.len(), 5);
+            steps[..crash].iter().for_each(|step| step.take().unwrap());
+            let may_start =
+                ["PG_VERSION", "global/pg_control"].iter().all(|name| scratch.path().join(name).exists());
+            match PrivateArea::open(scratch.path()).unwrap() {
+                Some(area) => {
+                    assert_eq!(area.binding().unwrap(), Some(binding("x")), "{crash}");
+                    assert!(area.held_directory().is_dir() && area.temporary_directory().is_dir(), "{crash}");
+                    area.release().unwrap();
+                }
+                None => assert!(may_start, "{crash}"),
+            }
+            assert_eq!(fs::read(scratch.path().join("PG_VERSION")).unwrap(), b"15\n", "{crash}");
+            assert_eq!(fs::read(scratch.path().join("global/pg_control")).unwrap(), b"control", "{crash}");
+            assert!(steps_of(scratch.path()).is_none(), "{crash}");
+        }
     }
 
     #[test]

@@ -46,6 +46,9 @@ pub enum Error {
     /// A delta needs a data directory of the same cluster.
     #[error("\"{}\" is not a data directory of this cluster: {reason}", path.display())]
     OtherCluster { path: PathBuf, reason: String },
+    /// The unfinished restore in the directory was begun in another.
+    #[error("\"{}\" holds the unfinished restore of \"{}\"", path.display(), began.display())]
+    Moved { path: PathBuf, began: PathBuf },
     /// A server runs there.
     #[error("a server is running in \"{}\" (process {pid})", path.display())]
     Running { path: PathBuf, pid: i32 },
@@ -124,6 +127,7 @@ impl Error {
             Self::OtherCluster { .. } => "Restore into an empty directory.",
             Self::Running { .. } => "Stop it first.",
             Self::Overlap { .. } => "Choose places of which none is within another.",
+            Self::Moved { .. } => "Move it back there, or start again with --force.",
             Self::Owner { .. } => "Run walden as the owner of the directory, or as root.",
             Self::NoSpace { .. } => "Choose a larger file system, or map tablespaces to others.",
             Self::UnknownTablespace { .. } => "\"walden show\" lists the tablespaces.",

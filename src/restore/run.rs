@@ -30,8 +30,9 @@ use crate::restore::file_writer::FileWriter;
 use crate::restore::journal::Journal;
 use crate::restore::plan::{Existing, RestorePlan};
 use crate::restore::recovery_settings::{AUTO_CONF, included_folders, with_block};
+use crate::restore::server::server_in;
 use crate::restore::shape::Shape;
-use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME};
+use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME, resolve};
 use crate::restore::writer::Writer;
 
 /// What a restore may use.
@@ -66,7 +67,7 @@ const COMPLETE_FILE: &str = "complete";
 /// Map chunks and small files are read through a reader of their own.
 const READER_CACHE_BYTES: usize = 4 << 20;
 
-/// Reads the plan of an unfinished restore, for `--resume`.
+/// Reads the plan of an unfinished restore, for `--resume`; refuses where going on by it would touch what is not its own.
 pub fn read_unfinished(target_directory: &Path) -> Result<RestorePlan, Error> {
     let nothing = || Error::NothingToResume { path: target_directory.to_owned() };
     let area = PrivateArea::open(target_directory)?.ok_or_else(nothing)?;
@@ -77,9 +78,17 @@ pub fn read_unfinished(target_directory: &Path) -> Result<RestorePlan, Error> {
     };
     let unusable = |detail: String| Error::State { path: path.clone(), detail };
     let plan: RestorePlan = serde_json::from_slice(&text).map_err(|error| unusable(error.to_string()))?;
-    match plan.format {
-        1 => Ok(plan),
-        other => Err(unusable(format!("it has format {other}"))),
+    if plan.format != 1 {
+        return Err(unusable(format!("it has format {}", plan.format)));
+    }
+    let (path, began) = (resolve(target_directory), &plan.destinations.data);
+    if path != *began {
+        return Err(Error::Moved { path, began: began.clone() });
+    }
+    // All but the removal of the private area may have been done, and the server started.
+    match server_in(&path) {
+        Some(server) => Err(server.refusal(&path)),
+        None => Ok(plan),
     }
 }
 
@@ -346,11 +355,6 @@ fn sync_all(roots: &[PathBuf]) -> Result<(), Error> {
     Ok(())
 }
 
-fn to_json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Error> {
-    let mut text = serde_json::to_vec_pretty(value).map_err(|error| Error::Internal(error.to_string()))?;
-    text.push(b'\n');
-    Ok(text)
-}
 /// Reads a file that need not be there. What cannot be read is no reason to leave out what it says (failure 24).
 pub(super) fn read_or_empty(path: &Path) -> Result<Vec<u8>, Error> {
     match fs::read(path) {
@@ -359,3 +363,8 @@ pub(super) fn read_or_empty(path: &Path) -> Result<Vec<u8>, Error> {
     }
 }
 
+fn to_json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Error> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|error| Error::Internal(error.to_string()))?;
+    text.push(b'\n');
+    Ok(text)
+}

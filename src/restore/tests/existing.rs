@@ -26,6 +26,50 @@ fn the_files_of_another_major_version_stay_in_a_shared_tablespace() {
     });
 }
 
+fn copy_of(from: &Path, to: &Path) {
+    fs::create_dir_all(to.parent().unwrap()).unwrap();
+    let copied = std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap();
+    assert!(copied.success());
+}
+
+/// Interrupts a restore by a store that goes away.
+async fn unfinished(site: &Site, id: BasebackupId, name: &str) {
+    let plan = site.plan(id, name, Existing::Refuse).await.unwrap();
+    site.store.inject(Rule::on(Verb::GetRange, Fault::Before(StoreErrorKind::Unreachable)).key("packs"));
+    site.run(&plan, false).await.unwrap_err();
+    site.store.heal();
+}
+
+#[test]
+fn an_unfinished_restore_is_resumed_where_it_was_begun() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        unfinished(&site, id, "a").await;
+        copy_of(&site.data("a"), &site.data("copy"));
+        let moved = read_unfinished(&site.data("copy")).unwrap_err();
+        assert!(matches!(moved, Error::Moved { .. }), "{moved}");
+        read_unfinished(&site.data("a")).unwrap();
+    });
+}
+
+/// A release that a crash cut short before the area went leaves a directory that can be started.
+#[test]
+fn nothing_is_resumed_under_a_running_server() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        unfinished(&site, id, "a").await;
+        let data = site.data("a");
+        let mut server = std::process::Command::new("sleep").arg("600").current_dir(&data).spawn().unwrap();
+        fs::write(data.join("postmaster.pid"), format!("{}\n", server.id())).unwrap();
+        let refused = read_unfinished(&data);
+        server.kill().unwrap();
+        server.wait().unwrap();
+        assert!(matches!(refused, Err(Error::Running { .. })), "{refused:?}");
+    });
+}
+
 #[test]
 fn files_that_a_delta_keeps_get_their_owner_mode_and_time() {
     block_on(async {
