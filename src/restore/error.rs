@@ -37,30 +37,33 @@ pub enum Error {
     /// Something is in the directory, and Walden did not put it there.
     #[error("\"{}\" is not empty, and was not restored by walden", path.display())]
     NotRestored { path: PathBuf },
+    /// Something is in the directory, and what a restore has left there does not speak of it.
+    #[error("\"{}\" is not empty, and its walden.restore.json is of {of}", path.display())]
+    StrangeMarker { path: PathBuf, of: String },
     /// A restore of this directory has not ended.
     #[error("\"{}\" holds an unfinished restore", path.display())]
     Unfinished { path: PathBuf },
     /// No restore of this directory is unfinished.
     #[error("\"{}\" holds no unfinished restore", path.display())]
     NothingToResume { path: PathBuf },
-    /// A delta needs a data directory of the same cluster.
-    #[error("\"{}\" is not a data directory of this cluster: {reason}", path.display())]
-    OtherCluster { path: PathBuf, reason: String },
     /// The unfinished restore in the directory was begun in another.
     #[error("\"{}\" holds the unfinished restore of \"{}\"", path.display(), began.display())]
     Moved { path: PathBuf, began: PathBuf },
+    /// A delta needs a data directory of the same cluster.
+    #[error("\"{}\" is not a data directory of this cluster: {reason}", path.display())]
+    OtherCluster { path: PathBuf, reason: String },
     /// A server runs there.
     #[error("a server is running in \"{}\" (process {pid})", path.display())]
     Running { path: PathBuf, pid: i32 },
+    /// A server may run there, such as one in a container, whose processes have other numbers.
+    #[error("\"{}\" {}, which may be a running server", path.display(), names(*pid))]
+    MayRun { path: PathBuf, pid: Option<i32> },
     /// The place is no directory of a disk.
     #[error("\"{}\" is {what}", path.display())]
     Unfit { path: PathBuf, what: String },
     /// One place is in another that must stay apart.
     #[error("\"{}\" and {other} are in each other's way", path.display())]
     Overlap { path: PathBuf, other: String },
-    /// A server may run there, such as one in a container, whose processes have other numbers.
-    #[error("\"{}\" {}, which may be a running server", path.display(), names(*pid))]
-    MayRun { path: PathBuf, pid: Option<i32> },
     /// The directory belongs to somebody else.
     #[error("\"{}\" belongs to user {owner}, and walden runs as user {user}", path.display())]
     Owner { path: PathBuf, owner: u32, user: u32 },
@@ -119,23 +122,23 @@ impl Error {
             Self::NotEmpty { .. } => {
                 "Give an empty directory; --force replaces what walden has restored there, --delta what differs."
             }
-            Self::NotRestored { .. } => {
+            Self::NotRestored { .. } | Self::StrangeMarker { .. } => {
                 "Empty it yourself, or let --delta turn a data directory into this one."
             }
             Self::Unfinished { .. } => "Go on with --resume, or start again with --force.",
             Self::NothingToResume { .. } => "Leave --resume out.",
+            Self::Moved { .. } => "Move it back there, or start again with --force.",
             Self::OtherCluster { .. } => "Restore into an empty directory.",
             Self::Running { .. } => "Stop it first.",
+            Self::MayRun { .. } => {
+                "Look in containers and at other users' processes; remove the file when it is certain that no server runs."
+            }
             Self::Overlap { .. } => "Choose places of which none is within another.",
-            Self::Moved { .. } => "Move it back there, or start again with --force.",
             Self::Owner { .. } => "Run walden as the owner of the directory, or as root.",
             Self::NoSpace { .. } => "Choose a larger file system, or map tablespaces to others.",
             Self::UnknownTablespace { .. } => "\"walden show\" lists the tablespaces.",
             Self::ReplayedTablespace { .. } => {
                 "Choose an earlier target, restore on another host, or make a clone, which keeps replay inside."
-            }
-            Self::MayRun { .. } => {
-                "Look in containers and at other users' processes; remove the file when it is certain that no server runs."
             }
             Self::State { .. } => "Resume it with the release that began it, or start again with --force.",
             _ => return None,

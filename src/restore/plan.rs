@@ -20,7 +20,8 @@ use crate::restore::Error;
 use crate::restore::destinations::{ConfigurationPlace, Destinations};
 use crate::restore::recovery_settings::{RecoveryEnd, RecoveryFacts, Setting, recovery_settings};
 use crate::restore::target::{
-    TargetFacts, check_place, check_space, decide_part, is_own_tablespace, resolve, used_bytes,
+    TargetFacts, check_place, check_space, decide_part, is_linked_tablespace, is_own_tablespace, resolve,
+    used_bytes,
 };
 
 /// What the user asked for.
@@ -265,8 +266,12 @@ fn check_targets(
     }
     let facts = TargetFacts::of(&destinations.data)?;
     facts.decide(&destinations.data, options.existing, basebackup.record().cluster, options.user)?;
+    // A copy of the source has the source's links, and these lead to the source's tablespaces (failure 27b).
+    let source =
+        options.source_directory.as_deref().map(resolve).filter(|source| *source != destinations.data);
     for (oid, path) in &destinations.tablespaces {
-        let own = is_own_tablespace(&facts, &destinations.data, *oid, path);
+        let of_source = source.as_ref().is_some_and(|source| is_linked_tablespace(source, *oid, path));
+        let own = !of_source && is_own_tablespace(&facts, &destinations.data, *oid, path);
         decide_part(path, options.existing, own, options.user)?;
     }
     if let Some(place) = &destinations.configuration {

@@ -97,13 +97,12 @@ impl TargetFacts {
         if let Some(owner) = self.owner.filter(|owner| !user.is_root() && owner.uid != user.uid) {
             return Err(Error::Owner { path, owner: owner.uid, user: user.uid });
         }
-        let by_walden = self.unfinished || self.marker.is_some();
         match existing {
             _ if !self.filled => Ok(()),
             Existing::Refuse if self.unfinished => Err(Error::Unfinished { path }),
             Existing::Refuse => Err(Error::NotEmpty { path }),
-            Existing::Replace if by_walden => Ok(()),
-            Existing::Replace => Err(Error::NotRestored { path }),
+            Existing::Replace if self.unfinished => Ok(()),
+            Existing::Replace => self.decide_by_marker(path, cluster.system_identifier),
             Existing::Delta => match (self.cluster, &self.marker) {
                 (Some(found), _) if found == cluster.system_identifier => Ok(()),
                 (Some(found), _) => {
@@ -115,6 +114,26 @@ impl TargetFacts {
                     Err(Error::OtherCluster { path, reason: "it has no global/pg_control".to_owned() })
                 }
             },
+        }
+    }
+}
+
+impl TargetFacts {
+    /// Decides whether Walden has restored what is there. The marker is a file like any other: a copy of the directory
+    /// has it, whether made with `cp` or with `pg_basebackup`.
+    fn decide_by_marker(&self, path: PathBuf, cluster: SystemIdentifier) -> Result<(), Error> {
+        let Some(marker) = &self.marker else { return Err(Error::NotRestored { path }) };
+        let restored = marker.cluster.system_identifier;
+        if marker.destinations.data != path {
+            let of = format!("\"{}\"", marker.destinations.data.display());
+            return Err(Error::StrangeMarker { path, of });
+        }
+        let there = self.cluster.unwrap_or(restored);
+        match [there, cluster].into_iter().find(|other| *other != restored) {
+            Some(other) => {
+                Err(Error::StrangeMarker { path, of: format!("cluster {restored}, not of {other}") })
+            }
+            None => Ok(()),
         }
     }
 }
@@ -138,9 +157,14 @@ pub fn decide_part(path: &Path, existing: Existing, own: bool, user: Owner) -> R
 
 /// Returns whether a tablespace's directory is the one that the data directory uses now.
 pub fn is_own_tablespace(facts: &TargetFacts, data: &Path, oid: u32, path: &Path) -> bool {
-    let of_marker = facts.marker.as_ref().and_then(|marker| marker.destinations.tablespaces.get(&oid));
-    let linked = || fs::canonicalize(data.join("pg_tblspc").join(oid.to_string())).ok();
-    of_marker.is_some_and(|known| known == path) || linked().is_some_and(|known| known == path)
+    let marker = facts.marker.as_ref().filter(|marker| marker.destinations.data == data);
+    let of_marker = marker.and_then(|marker| marker.destinations.tablespaces.get(&oid));
+    of_marker.is_some_and(|known| known == path) || is_linked_tablespace(data, oid, path)
+}
+
+/// Returns whether a data directory has a link to the directory of a tablespace.
+pub fn is_linked_tablespace(data: &Path, oid: u32, path: &Path) -> bool {
+    fs::canonicalize(data.join("pg_tblspc").join(oid.to_string())).is_ok_and(|linked| linked == path)
 }
 
 /// Refuses a place on a mount of Walden's, or one that has to stay apart from what is given.

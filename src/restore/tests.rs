@@ -102,12 +102,10 @@ impl Site {
         fs::canonicalize(self.scratch.path()).unwrap().join(name).join("data")
     }
 
-    async fn plan(&self, id: BasebackupId, name: &str, existing: Existing) -> Result<RestorePlan, Error> {
-        let basebackup = Basebackup::open(&self.repository, id).await?;
-        let record = basebackup.record().clone();
+    fn options(&self, name: &str, existing: Existing) -> RestoreOptions {
         let user = Owner::of(self.scratch.path()).unwrap();
         let data = self.data(name);
-        let options = RestoreOptions {
+        RestoreOptions {
             tablespace_map: vec![("ts".to_owned(), data.with_file_name("ts"))],
             target_directory: data,
             configuration_directory: None,
@@ -120,8 +118,13 @@ impl Site {
             libc: None,
             host: "here".to_owned(),
             source_directory: None,
-        };
-        plan_restore(&basebackup, planned(record), &options).await
+        }
+    }
+
+    async fn plan(&self, id: BasebackupId, name: &str, existing: Existing) -> Result<RestorePlan, Error> {
+        let basebackup = Basebackup::open(&self.repository, id).await?;
+        let record = basebackup.record().clone();
+        plan_restore(&basebackup, planned(record), &self.options(name, existing)).await
     }
 
     async fn run(&self, plan: &RestorePlan, resume: bool) -> Result<RestoreOutcome, Error> {

@@ -3,6 +3,9 @@
 use super::*;
 use crate::restore::run::read_or_empty;
 
+/// That of another cluster.
+const OTHER_CONTROL_FILE: &[u8] = include_bytes!("../../../tests/data/pg_control/14");
+
 /// PostgreSQL keeps the tablespaces of several major versions side by side, as pg_upgrade leaves them.
 #[test]
 fn the_files_of_another_major_version_stay_in_a_shared_tablespace() {
@@ -23,6 +26,43 @@ fn the_files_of_another_major_version_stay_in_a_shared_tablespace() {
             assert!(tablespace.join("readme").exists(), "{existing:?}");
             assert!(!stranger.exists(), "{existing:?}");
         }
+    });
+}
+
+/// A copy has the links of what it is a copy of, and those lead to tablespaces that are in use.
+#[test]
+fn a_delta_into_a_copy_of_the_source_leaves_the_sources_tablespaces_alone() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        site.restore(id, "source", Existing::Refuse).await.unwrap();
+        let (source, copy) = (site.data("source"), site.data("copy"));
+        copy_of(&source, &copy);
+        let basebackup = Basebackup::open(&site.repository, id).await.unwrap();
+        let mut options = site.options("copy", Existing::Delta);
+        options.tablespace_map = vec![("ts".to_owned(), source.with_file_name("ts"))];
+        options.source_directory = Some(source);
+        let refused =
+            plan_restore(&basebackup, planned(basebackup.record().clone()), &options).await.unwrap_err();
+        assert!(refused.to_string().contains("/source/ts\" is not empty"), "{refused}");
+    });
+}
+
+#[test]
+fn a_marker_speaks_only_of_the_directory_it_was_written_for() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        site.restore(id, "a", Existing::Refuse).await.unwrap();
+        copy_of(&site.data("a"), &site.data("copy"));
+        let refused = site.plan(id, "copy", Existing::Replace).await.unwrap_err();
+        assert!(refused.to_string().contains("walden.restore.json is of \""), "{refused}");
+        assert!(refused.hint().is_some());
+        // Another cluster has come to this place since, and the marker with it.
+        let control = site.data("a").join("global/pg_control");
+        fs::write(&control, OTHER_CONTROL_FILE).unwrap();
+        let refused = site.plan(id, "a", Existing::Replace).await.unwrap_err();
+        assert!(refused.to_string().contains("walden.restore.json is of cluster"), "{refused}");
     });
 }
 
