@@ -14,6 +14,7 @@ pub mod recovery_decision;
 pub mod recovery_plan;
 pub mod recovery_target;
 pub mod recovery_window;
+pub mod target_search;
 #[cfg(test)]
 mod tests;
 pub mod timeline_tree;

@@ -1,28 +1,27 @@
 //! Which basebackup a recovery starts from and which WAL it goes through: decided before anything is written.
 //!
-//! What the repository holds is read here, listings and signed headers alone; what follows from it is decided by pure
-//! functions. Clones and restores ask the same question and get the same answer.
+//! What the repository holds is read here, listings and signed headers alone where that tells; what follows from it is
+//! decided by pure functions. Where only the WAL tells whether a target lies behind a basebackup, the newest is asked
+//! first and the older ones after it. Clones and restores ask the same question and get the same answer.
 
-use std::ops::ControlFlow;
+use std::fmt;
 
 use jiff::Timestamp;
 use thiserror::Error;
 
 use crate::catalog::basebackups::{self, BasebackupList, ListedBasebackup, ResolveError};
 use crate::catalog::recovery_decision::{
-    Decision, PlanError, TargetPlace, place_by_position, plan_recovery, window_for,
+    Decision, LeftBehind, PlanError, TargetPlace, left_behind, place_by_position, plan_recovery, window_for,
 };
 use crate::catalog::recovery_plan::RecoveryPlan;
 use crate::catalog::recovery_target::{RecoveryTarget, Target};
 use crate::catalog::recovery_window::{Hole, RecoveryWindow};
+use crate::catalog::target_search::{SEGMENTS_FORWARD_MAX, Searched, place_by_reading};
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::{WalCoverage, list_timelines};
-use crate::catalog::wal_records::{
-    LastTransaction, is_reached, last_transaction, segments_of, visit_records,
-};
-use crate::pg::{TimelineId, WalSegmentNumber};
+use crate::pg::{Lsn, TimelineId, WalSegmentNumber};
 use crate::repo::documents::BackupRecord;
-use crate::repo::{self, BasebackupId, ClusterId, Repository};
+use crate::repo::{self, BasebackupId, Repository};
 
 /// What is to be recovered.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +49,10 @@ pub struct PlannedRecovery {
     pub accepted_hole: Option<Hole>,
     /// What could be recovered from the basebackup on this timeline.
     pub window: RecoveryWindow,
+    /// What the way leaves behind, which has to be said.
+    pub left_behind: Vec<LeftBehind>,
+    /// Whether the WAL of the plan was too much to be sure that the target is in it.
+    pub unproven: bool,
 }
 
 /// Why nothing can be recovered as requested.
@@ -65,11 +68,53 @@ pub enum RecoveryError {
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// No basebackup ends before the target.
-    #[error("no basebackup ended before {0}")]
-    NoneBefore(String),
+    #[error("no basebackup ended before {target}; the oldest, {}", .oldest)]
+    NoneBefore { target: String, oldest: BasebackupEnd },
     /// No basebackup that ends before the target leads to the timeline.
-    #[error("no basebackup before {target} lies on the way to timeline {timeline}")]
-    NoneOnTimeline { target: String, timeline: TimelineId },
+    #[error("no basebackup before {target} lies on the way to timeline {timeline}; the newest, {}", .newest)]
+    NoneOnTimeline { target: String, timeline: TimelineId, newest: BasebackupEnd },
+}
+
+/// Where a basebackup ended, for messages: from there on it can be recovered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BasebackupEnd {
+    id: BasebackupId,
+    timeline: TimelineId,
+    lsn: Lsn,
+    time: Timestamp,
+}
+
+impl From<&BackupRecord> for BasebackupEnd {
+    fn from(record: &BackupRecord) -> Self {
+        Self { id: record.id, timeline: record.timeline, lsn: record.stop_lsn, time: record.stopped_at }
+    }
+}
+
+impl fmt::Display for BasebackupEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, timeline, lsn, time } = self;
+        write!(f, "{id}, can be recovered from {lsn} ({time}) on timeline {timeline}")
+    }
+}
+
+impl PlannedRecovery {
+    /// Says what its user should know before anything is written.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if let Some(hole) = &self.accepted_hole {
+            let end = self.window.end;
+            warnings.push(format!("recovery ends at {end}, before a hole: {hole} missing from the archive"));
+        }
+        warnings.extend(self.left_behind.iter().map(ToString::to_string));
+        if self.unproven {
+            warnings.push(format!(
+                "{} was not found in the first {SEGMENTS_FORWARD_MAX} segments, and no more were read; where it is not \
+                 in the others either, the server ends recovery with FATAL",
+                self.target.target
+            ));
+        }
+        warnings
+    }
 }
 
 impl RecoveryError {
@@ -79,7 +124,7 @@ impl RecoveryError {
             Self::Repository(error) => error.hint(),
             Self::Basebackup(error) => error.hint(),
             Self::Plan(error) => Some(error.hint()),
-            Self::NoneBefore(_) => Some("\"walden list\" shows when each basebackup ended."),
+            Self::NoneBefore { .. } => Some("\"walden list\" shows when each basebackup ended."),
             Self::NoneOnTimeline { .. } => {
                 Some("\"walden info\" shows the timelines and what leads to them.")
             }
@@ -87,34 +132,84 @@ impl RecoveryError {
     }
 }
 
-/// Segments at the end of a window among which a transaction is looked for. Recovery reads them all anyway; an idle server
-/// that archives every minute fills four hours with so many.
-const SEGMENTS_BACK_MAX: usize = 256;
-
 /// Decides what a recovery stands on, without writing anything.
 ///
 /// Reads WAL, which takes the private key, only to find out whether a target lies in the window: for a time the end of
-/// the window, for a transaction or a restore point all of it, and that only where there is a hole behind it.
+/// the window, for a transaction or a restore point as much of it as [`SEGMENTS_FORWARD_MAX`] says.
 pub async fn plan_for_target(
     repository: &Repository,
     request: RecoveryRequest<'_>,
 ) -> Result<PlannedRecovery, RecoveryError> {
     let list = basebackups::list(repository).await?;
-    let (record, tree) = match request.basebackup {
+    let is_found_by_reading = matches!(request.target.target, Target::Xid(_) | Target::Name(_));
+    let (records, tree) = match request.basebackup {
         Some(name) => {
             let record = list.resolve(name)?.record.clone();
             let tree = TimelineTree::load(repository, record.cluster).await?;
-            (record, tree)
+            (vec![record], tree)
         }
-        None => choose(repository, &list, request.target).await?,
+        None => candidates(repository, &list, request.target).await?,
     };
-    if request.target.timeline.is_none() && request.target.target != Target::Immediate {
-        refuse_orphans(repository, &record, &tree).await?;
+    if is_found_by_reading && records.len() > 1 {
+        return plan_from_any(repository, &records, &tree, request).await;
     }
-    match plan_from(repository, &record, &tree, request).await {
+    let newest = records.first().expect("there is one, or none was an error");
+    plan_anew(repository, newest, &tree, request, None).await
+}
+
+/// Plans from the newest basebackup behind whose end the target is found.
+async fn plan_from_any(
+    repository: &Repository,
+    records: &[BackupRecord],
+    tree: &TimelineTree,
+    request: RecoveryRequest<'_>,
+) -> Result<PlannedRecovery, RecoveryError> {
+    // A hole is accepted only where no basebackup has the target before it.
+    let strict = RecoveryRequest { until_hole: false, ..request };
+    let (mut first_failure, mut searched) = (None, None);
+    for record in records {
+        match plan_anew(repository, record, tree, strict, searched).await {
+            Err(RecoveryError::Plan(error)) => {
+                if let PlanError::NotFound { reach, .. } = &error {
+                    searched = Some(Searched { timeline: reach.timeline, from: record.start_lsn });
+                }
+                // Of several that were read in vain the oldest tells the most.
+                let replaces = match (&first_failure, &error) {
+                    (None, _) => true,
+                    (Some(PlanError::NotFound { .. } | PlanError::BeforeBackup { .. }), _) => true,
+                    (Some(_), _) => false,
+                };
+                if replaces {
+                    first_failure = Some(error);
+                }
+            }
+            planned => return planned,
+        }
+    }
+    match first_failure {
+        Some(PlanError::Hole { .. }) if request.until_hole => {
+            plan_anew(repository, &records[0], tree, request, None).await
+        }
+        Some(error) => Err(error.into()),
+        None => Err(ResolveError::NoBasebackup.into()),
+    }
+}
+
+/// Decides about recovery from one basebackup; looks twice before it says that WAL is missing.
+async fn plan_anew(
+    repository: &Repository,
+    record: &BackupRecord,
+    tree: &TimelineTree,
+    request: RecoveryRequest<'_>,
+    searched: Option<Searched>,
+) -> Result<PlannedRecovery, RecoveryError> {
+    if request.target.timeline.is_none() && request.target.target != Target::Immediate {
+        refuse_orphans(repository, record, tree).await?;
+    }
+    match plan_from(repository, record, tree, request, searched).await {
         // A listing is no snapshot, and segments may come out of order: what is missing is looked for once more.
         Err(RecoveryError::Plan(PlanError::Hole { .. } | PlanError::Unrecoverable { .. })) => {
-            plan_from(repository, &record, &tree, request).await
+            plan_from(repository, record, tree, request, searched).await
         }
         planned => planned,
     }
@@ -141,6 +236,7 @@ async fn plan_from(
     record: &BackupRecord,
     tree: &TimelineTree,
     request: RecoveryRequest<'_>,
+    searched: Option<Searched>,
 ) -> Result<PlannedRecovery, RecoveryError> {
     let target = request.target;
     let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
@@ -152,71 +248,32 @@ async fn plan_from(
     let window = window_for(record, tree, &coverage, &target.target, timeline)?;
     let place = match place_by_position(&window, &target.target, record.cluster.segment_size) {
         Some(place) => place,
-        None => place_by_reading(repository, record.cluster, &window, target).await?,
+        None => place_by_reading(repository, record.cluster, &window, target, searched).await?,
     };
+    let left_behind = left_behind(tree, &coverage, &window, target, record.cluster.segment_size);
     let Decision { plan, target, accepted_hole } =
         plan_recovery(record, tree, &window, target, place, request.until_hole)?;
-    Ok(PlannedRecovery { record: record.clone(), plan, timeline, target, accepted_hole, window })
+    let unproven = place == TargetPlace::Unproven && accepted_hole.is_none();
+    let record = record.clone();
+    Ok(PlannedRecovery { record, plan, timeline, target, accepted_hole, window, left_behind, unproven })
 }
 
-/// Finds out from the WAL of a window whether a target lies in it.
-async fn place_by_reading(
-    repository: &Repository,
-    cluster: ClusterId,
-    window: &RecoveryWindow,
-    target: &RecoveryTarget,
-) -> Result<TargetPlace, repo::Error> {
-    if let Target::Time(time) = target.target {
-        let last = last_transaction(repository, cluster, window, SEGMENTS_BACK_MAX).await?;
-        return Ok(place_of_time(last, time, target.inclusive));
-    }
-    let mut segments = segments_of(window.stretches(), cluster.segment_size);
-    let mut start = window.start.start_lsn;
-    if let (Target::Lsn(_), Some(ending)) = (&target.target, window.ending) {
-        // By its position it lies in the last segment, if that goes so far.
-        segments.retain(|part| part.name == ending.segment);
-        start = ending.segment.start_lsn(cluster.segment_size).map_or(start, |begin| start.max(begin));
-    }
-    let mut place = TargetPlace::Behind(None);
-    let visit = |lsn, payload| {
-        if is_reached(&target.target, lsn, &payload) {
-            place = TargetPlace::Within;
-            return ControlFlow::Break(());
-        }
-        ControlFlow::Continue(())
-    };
-    visit_records(repository, cluster, segments, start, visit).await?;
-    Ok(place)
-}
-
-/// The server stops at a time only where it sees a transaction that ended later, or then where the target is
-/// exclusive; where it sees none it ends FATAL (failure 26).
-fn place_of_time(last: LastTransaction, time: Timestamp, inclusive: bool) -> TargetPlace {
-    match last {
-        LastTransaction::EndedAt(ended) if ended > time || (ended == time && !inclusive) => {
-            TargetPlace::Within
-        }
-        LastTransaction::EndedAt(ended) => TargetPlace::Behind(Some(ended)),
-        LastTransaction::None => TargetPlace::Behind(None),
-        LastTransaction::NotNear => TargetPlace::Unproven,
-    }
-}
-
-/// Chooses the newest basebackup that ended before the target and leads to its timeline.
-async fn choose(
+/// Lists the basebackups that ended before the target, as far as their records tell, and lead to its timeline: newest
+/// first, at least one, all of the newest cluster.
+async fn candidates(
     repository: &Repository,
     list: &BasebackupList,
     target: &RecoveryTarget,
-) -> Result<(BackupRecord, TimelineTree), RecoveryError> {
+) -> Result<(Vec<BackupRecord>, TimelineTree), RecoveryError> {
     let before = |listed: &&ListedBasebackup| ended_before(&listed.record, &target.target);
-    let none_before = || RecoveryError::NoneBefore(target.target.to_string());
     let newest = match target.target {
         Target::Time(_) => list.complete.iter().rfind(before),
         _ => Some(list.resolve("latest")?),
     };
     let Some(newest) = newest else {
         unreadable_newer(list, None, &target.target)?;
-        return Err(if list.complete.is_empty() { ResolveError::NoBasebackup.into() } else { none_before() });
+        let Some(oldest) = list.complete.first() else { return Err(ResolveError::NoBasebackup.into()) };
+        return Err(none_before(target, &oldest.record));
     };
     // Positions and timelines of another cluster of the site mean nothing in this one.
     let cluster = newest.record.cluster;
@@ -228,15 +285,24 @@ async fn choose(
     let fits = |listed: &&ListedBasebackup| {
         listed.record.cluster == cluster && before(listed) && leads_there(&listed.record)
     };
-    let chosen = list.complete.iter().rfind(fits).map(|listed| listed.record.clone());
-    unreadable_newer(list, chosen.as_ref().map(|record| record.id), &target.target)?;
-    match (chosen, target.timeline) {
-        (Some(record), _) => Ok((record, tree)),
-        (None, Some(timeline)) => {
-            Err(RecoveryError::NoneOnTimeline { target: target.target.to_string(), timeline })
+    let chosen = list.complete.iter().rev().filter(fits).map(|listed| listed.record.clone());
+    let chosen: Vec<BackupRecord> = chosen.collect();
+    unreadable_newer(list, chosen.first().map(|record| record.id), &target.target)?;
+    match (chosen.is_empty(), target.timeline) {
+        (false, _) => Ok((chosen, tree)),
+        (true, Some(timeline)) => {
+            let newest = BasebackupEnd::from(&newest.record);
+            Err(RecoveryError::NoneOnTimeline { target: target.target.to_string(), timeline, newest })
         }
-        (None, None) => Err(none_before()),
+        (true, None) => {
+            let oldest = list.complete.iter().find(|listed| listed.record.cluster == cluster);
+            Err(none_before(target, oldest.map_or(&newest.record, |listed| &listed.record)))
+        }
     }
+}
+
+fn none_before(target: &RecoveryTarget, oldest: &BackupRecord) -> RecoveryError {
+    RecoveryError::NoneBefore { target: target.target.to_string(), oldest: oldest.into() }
 }
 
 fn ended_before(record: &BackupRecord, target: &Target) -> bool {

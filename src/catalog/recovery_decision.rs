@@ -24,6 +24,8 @@ pub enum TargetPlace {
     Within,
     /// Not in the window; with the time at which the last transaction there ended, if that was looked for.
     Behind(Option<Timestamp>),
+    /// On the way, but before the basebackup is consistent.
+    TooEarly(Lsn),
     /// Perhaps in the window: only replay would tell.
     Unproven,
 }
@@ -37,6 +39,19 @@ pub struct Decision {
     pub target: RecoveryTarget,
     /// The hole before which it ends, because the user wants that.
     pub accepted_hole: Option<Hole>,
+}
+
+/// WAL of a timeline that the way to another one leaves behind: what was written there since is not recovered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeftBehind {
+    /// The timeline, and the one that leaves it.
+    pub timelines: (TimelineId, TimelineId),
+    /// Where they part.
+    pub switch: Lsn,
+    /// Its newest segment.
+    pub newest: WalSegmentName,
+    /// When the last of its segments came, by the store's clock.
+    pub newest_at: Option<Timestamp>,
 }
 
 /// What a basebackup can be recovered to, for messages.
@@ -75,6 +90,9 @@ pub enum PlanError {
     /// WAL is missing on the way to the target.
     #[error("{hole} missing from the archive on the way to {target}: {reach}")]
     Hole { hole: Hole, target: String, reach: Reach },
+    /// The WAL was read, and the target is not in it.
+    #[error("{target} is not in the archived WAL: {reach}")]
+    NotFound { target: String, reach: Reach },
     /// The archive ends before the target.
     #[error("the archive ends before {target}: {reach}")]
     BeyondArchive { target: String, reach: Reach },
@@ -94,8 +112,13 @@ impl PlanError {
                 "Push the segment again if a server still has it, or name another basebackup."
             }
             Self::Hole { .. } => {
-                "Push what is missing again if a server still has it, choose an earlier target, or end recovery \
-                 there with --until-hole."
+                "Push what is missing again if a server still has it (one that was just promoted archives the first \
+                 segment of its timeline after pg_switch_wal()), choose an earlier target or another timeline with \
+                 --target-timeline, or end recovery there with --until-hole."
+            }
+            Self::NotFound { .. } => {
+                "Check the name and the timeline: another one is followed with --target-timeline; \"walden info\" shows \
+                 them."
             }
             Self::BeyondArchive { .. } => "Choose an earlier target, or wait until more WAL is archived.",
         }
@@ -111,6 +134,21 @@ impl fmt::Display for Reach {
             Some(newest) => write!(f, ", the last transaction there ended at {newest}"),
             None => Ok(()),
         }
+    }
+}
+
+impl fmt::Display for LeftBehind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { timelines: (left, followed), switch, newest, newest_at } = self;
+        write!(
+            f,
+            "recovery follows timeline {followed}, which left timeline {left} at {switch}; what timeline {left} "
+        )?;
+        write!(f, "wrote after that, up to {newest}")?;
+        if let Some(newest_at) = newest_at {
+            write!(f, " (archived at {newest_at})")?;
+        }
+        write!(f, ", is not recovered: --target-timeline {left} follows that one")
     }
 }
 
@@ -173,9 +211,36 @@ pub fn place_by_position(
             let ending = window.ending.and_then(|ending| ending.segment.start_lsn(size).ok());
             ending.is_none_or(|begin| *lsn < begin).then_some(TargetPlace::Within)
         }
-        Target::Xid(_) | Target::Name(_) if is_whole => Some(TargetPlace::Unproven),
         Target::Xid(_) | Target::Name(_) | Target::Time(_) => None,
     }
+}
+
+/// Lists what the way to a timeline leaves behind, where nobody has named the timeline and the target may lie there.
+pub fn left_behind(
+    tree: &TimelineTree,
+    coverage: &WalCoverage,
+    window: &RecoveryWindow,
+    target: &RecoveryTarget,
+    size: WalSegmentSize,
+) -> Vec<LeftBehind> {
+    if target.timeline.is_some() || target.target == Target::Immediate {
+        return Vec::new();
+    }
+    let way = tree.way_to(window.timeline);
+    let parted = way.windows(2).filter_map(|pair| {
+        let (left, switch, followed) = (pair[0].timeline, pair[0].end?, pair[1].timeline);
+        let held = coverage.timelines.get(&left)?;
+        let newest = held.last().filter(|last| *last > WalSegmentNumber::containing(switch, size))?;
+        let is_common =
+            matches!(target.target, Target::Lsn(lsn) if lsn <= switch) || switch < window.start.stop_lsn;
+        (!is_common).then_some(LeftBehind {
+            timelines: (left, followed),
+            switch,
+            newest: WalSegmentName::new(left, newest, size),
+            newest_at: held.newest_at,
+        })
+    });
+    parted.collect()
 }
 
 /// Plans recovery from a basebackup through its window.
@@ -191,7 +256,7 @@ pub fn plan_recovery(
 ) -> Result<Decision, PlanError> {
     let newest = match place {
         TargetPlace::Behind(newest) => newest,
-        TargetPlace::Within | TargetPlace::Unproven => None,
+        TargetPlace::Within | TargetPlace::TooEarly(_) | TargetPlace::Unproven => None,
     };
     let shown = || (target.target.to_string(), Reach::new(record, window, newest));
     let mut decision = Decision {
@@ -205,6 +270,10 @@ pub fn plan_recovery(
             decision.plan = plan_through(record, tree, window, &up_to(record, &window.reached));
         }
         (TargetPlace::Within, _) | (TargetPlace::Unproven, None) => {}
+        (TargetPlace::TooEarly(_), _) => {
+            let (target, basebackup) = (target.target.to_string(), record.id);
+            return Err(PlanError::BeforeBackup { target, basebackup, stop: record.stop_lsn.to_string() });
+        }
         (_, Some(hole)) if until_hole => {
             decision.target.target = Target::Latest;
             decision.accepted_hole = Some(hole.clone());
@@ -215,6 +284,9 @@ pub fn plan_recovery(
         }
         (TargetPlace::Behind(_), None) => {
             let (target, reach) = shown();
+            if matches!(decision.target.target, Target::Xid(_) | Target::Name(_)) {
+                return Err(PlanError::NotFound { target, reach });
+            }
             return Err(PlanError::BeyondArchive { target, reach });
         }
     }

@@ -79,7 +79,7 @@ impl RecoveryPlan {
         standby: bool,
     ) -> Self {
         let size = cluster.segment_size;
-        let spans = coverage
+        let mut spans: Vec<TimelineSpan> = coverage
             .timelines
             .iter()
             .filter_map(|(timeline, held)| {
@@ -91,13 +91,17 @@ impl RecoveryPlan {
                 let proven = proven.map(|end| WalSegmentNumber::ending_at(end, size));
                 let unfinished = ending.and_then(|ending| ending.segment.number(size).ok());
                 let newest = proven.max(unfinished)?;
-                let first = held.runs().first().map_or(newest, |run| run.0).max(begin);
+                let oldest = held.runs().first().map_or(newest, |run| run.0);
+                let first = if tree.branch(*timeline).is_some() { begin.min(newest) } else { oldest };
                 let end = ending.filter(|ending| ending.segment == name(newest)).map(|ending| ending.end);
                 let (last, end) = if standby { (None, None) } else { (Some(name(newest)), end) };
                 let history = tree.branch(*timeline).is_some();
                 Some(TimelineSpan { timeline: *timeline, first: name(first), last, history, end })
             })
             .collect();
+        let bare = tree.timelines().filter(|timeline| !coverage.timelines.contains_key(timeline));
+        spans.extend(bare.filter_map(|timeline| bare_span(timeline, tree, coverage, size, standby)));
+        spans.sort_by_key(|span| span.timeline);
         Self { format: 1, cluster, basebackup: None, spans, standby }
     }
 
@@ -156,6 +160,29 @@ impl RecoveryPlan {
     }
 }
 
+/// Returns the span of a timeline whose history alone has come: who goes there needs the segment in which it began, and
+/// must not be given its parent's, which may go on on another way. Where the parent has no more of it than its beginning
+/// that is handed out up to the switch point, and the segment is not missed.
+fn bare_span(
+    timeline: TimelineId,
+    tree: &TimelineTree,
+    coverage: &WalCoverage,
+    size: WalSegmentSize,
+    standby: bool,
+) -> Option<TimelineSpan> {
+    let branch = tree.branch(timeline)?;
+    let number = WalSegmentNumber::containing(branch.switch, size);
+    let parent = coverage.timelines.get(&branch.parent);
+    let is_begun = parent.is_some_and(|parent| {
+        let name = WalSegmentName::new(branch.parent, number, size);
+        !parent.contains(number) && (parent.partials.contains(&name) || parent.pieces.contains_key(&number))
+    });
+    let first = WalSegmentName::new(timeline, number, size);
+    let last = (!standby).then_some(first);
+    let is_needed = branch.switch > number.start_lsn(size) && !is_begun;
+    is_needed.then_some(TimelineSpan { timeline, first, last, history: true, end: None })
+}
+
 /// Returns what there is of the segment behind the last whole one of a timeline.
 ///
 /// Of a timeline that another one left in that segment it is cut at the switch point: a recovery comes here only where
@@ -208,6 +235,7 @@ pub fn answer(
 
 #[cfg(test)]
 mod tests {
+    use crate::catalog::wal_coverage::TimelineCoverage;
     use crate::repo::wal_object::HistoryBranch;
 
     use super::*;
@@ -270,6 +298,23 @@ mod tests {
             assert_eq!(ask(&plan(), name, InArchive::Absent), Answer::CannotTell);
             assert_eq!(ask(&plan(), name, InArchive::Unknown), Answer::CannotTell);
         }
+    }
+
+    /// Failure 9, the other way round: the history has come, and no segment of its timeline yet.
+    #[test]
+    fn a_timeline_of_which_only_the_history_came_needs_the_segment_in_which_it_began() {
+        let cluster: ClusterId = "7301234567890123456-16".parse().unwrap();
+        let branch = |switch| HistoryBranch { parent: timeline(1), switch: Lsn(switch) };
+        let mut held = TimelineCoverage::default();
+        (3..9).for_each(|number| held.push(WalSegmentNumber(number)));
+        let coverage = WalCoverage { timelines: [(timeline(1), held)].into() };
+        let tree = TimelineTree::new([(timeline(2), branch(6 << 24 | 0x28)), (timeline(3), branch(7 << 24))]);
+        let plan = RecoveryPlan::of_archive(cluster, &tree, &coverage, false);
+        assert_eq!(ask(&plan, "000000020000000000000006", InArchive::Absent), Answer::CannotTell);
+        assert_eq!(ask(&plan, "000000020000000000000007", InArchive::Absent), Answer::Absent);
+        // Timeline 3 began with a segment, so that nothing of its parent is in there.
+        assert_eq!(ask(&plan, "000000030000000000000007", InArchive::Absent), Answer::Absent);
+        assert_eq!(ask(&plan, "000000010000000000000008", InArchive::Present), Answer::Serve);
     }
 
     #[test]

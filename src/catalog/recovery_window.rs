@@ -135,6 +135,8 @@ impl RecoveryWindow {
         let way = tree.way_to(timeline);
         let proven_end =
             coverage.timelines.get(&timeline).map_or(Lsn::ZERO, |coverage| coverage.proven_end(size));
+        // The history of a timeline proves that there is WAL up to where it began.
+        let proven_end = proven_end.max(began_within(&way, start, size).unwrap_or(Lsn::ZERO));
         let mut pieces = Vec::new();
         let first_segment =
             |stretch: &Stretch| WalSegmentNumber::containing(stretch.begin.max(start.start_lsn), size);
@@ -223,6 +225,14 @@ impl RecoveryWindow {
             way.iter().rev().find(|stretch| WalSegmentNumber::containing(stretch.begin, size) <= number);
         WalSegmentName::new(child.map_or(self.timeline, |stretch| stretch.timeline), number, size)
     }
+}
+
+/// Returns where the last timeline of a way began, if that is within a segment and behind the start: up to there the
+/// segment holds what its parent wrote last, and recovery must not end before it in silence.
+fn began_within(way: &[Stretch], start: RecoveryStart, size: WalSegmentSize) -> Option<Lsn> {
+    let begin = way.last()?.begin;
+    let is_within = begin > WalSegmentNumber::containing(begin, size).start_lsn(size);
+    (is_within && begin > start.start_lsn).then_some(begin)
 }
 
 /// Cuts a stretch of a timeline into ranges that are there and ranges that are not.
@@ -457,13 +467,34 @@ mod tests {
     fn segments_past_the_switch_point_are_not_later() {
         let tree = tree(&[(2, 1, within(6))]);
         // The old primary went on; on the way to timeline 2 that is nothing.
-        let found = window(start(1, 3, 3), &tree, "1: 3-5 7-9", 2);
-        assert_eq!((found.end, found.holes.len(), found.reaches_timeline()), (Lsn(6 << 24), 0, false));
+        let found = window(start(1, 3, 3), &tree, "1: 3-5 7-9; 2: 6", 2);
+        assert_eq!((found.end, found.holes.len(), found.reaches_timeline()), (Lsn(7 << 24), 0, true));
         // Who wants to stay on timeline 1 sees a hole.
         assert_eq!(window(start(1, 3, 3), &tree, "1: 3-5 7-9", 1).holes.len(), 1);
         // Below the switch point there was WAL, whoever has it now.
         let lost = window(start(1, 3, 3), &tree, "1: 3-4 7-9", 2);
-        assert_eq!((lost.holes[0].missing[0].segments, &lost.holes[0].behind[..]), (1, &[][..]));
+        assert_eq!((lost.holes[0].missing.len(), &lost.holes[0].behind[..]), (2, &[][..]));
+    }
+
+    /// The history is archived at once, the first segment of the child when it is full: until then what was written
+    /// last before the switch is in no archive, and recovery must not pass that over in silence.
+    #[test]
+    fn the_segment_in_which_a_timeline_began_is_missed_where_it_is_not_there() {
+        let (inside, border) = (tree(&[(2, 1, within(6))]), tree(&[(2, 1, Lsn(6 << 24))]));
+        let found = window(start(1, 3, 3), &inside, "1: 3-5", 2);
+        assert_eq!((found.end, found.reaches_timeline()), (Lsn(6 << 24), false));
+        assert_eq!(found.holes[0].to_string(), "WAL segment 000000020000000000000006 is");
+        // Its parent's segment will do, up to the switch point and no further.
+        let found = window(start(1, 3, 3), &inside, "1: 3-9", 2);
+        assert_eq!((found.end, found.holes.len(), found.reached[0].segments), (within(6), 0, 4));
+        // Behind that more of the child has come, and recovery must not end before it.
+        let found = window(start(1, 3, 3), &inside, "1: 3-9; 2: 7", 2);
+        assert_eq!((found.end, found.holes.len()), (within(6), 1));
+        // Nothing was written in a segment that begins with the switch.
+        assert!(window(start(1, 3, 3), &border, "1: 3-5", 2).holes.is_empty());
+        // A basebackup of the child itself begins behind that.
+        let own = RecoveryStart { timeline: timeline(2), start_lsn: within(6) + 1, stop_lsn: within(6) + 2 };
+        assert!(window(own, &inside, "1: 3-5", 2).holes.is_empty());
     }
 
     #[test]
@@ -593,8 +624,10 @@ mod tests {
         let first = start.start_lsn.0 / bytes;
         let owner = |number: u64| way.iter().rev().find(|(_, switch)| switch / bytes <= number).unwrap().0;
         let is_held = |number: u64| held.get(&owner(number)).is_some_and(|held| held.contains(&number));
-        // Below the last switch point there was WAL, whether it is there or not.
-        let is_known = |number: &u64| is_held(*number) || owner(*number) != target;
+        // Up to the last switch point there was WAL, whether it is there or not.
+        let (_, switch) = way[way.len() - 1];
+        let began = (switch % bytes != 0 && switch > start.start_lsn.0).then_some(switch / bytes);
+        let is_known = |number: &u64| is_held(*number) || owner(*number) != target || began == Some(*number);
         let last = (first..200).rev().find(is_known);
         Some(last.map_or(Vec::new(), |last| {
             (first..=last).map(|number| (owner(number), number, is_held(number))).collect()
@@ -643,6 +676,15 @@ mod tests {
                     };
                     ranges.iter().flat_map(numbers).collect()
                 };
+                if let Some(ending) = found.ending {
+                    // What its parent has of the segment in which a timeline began, where the timeline has nothing of it.
+                    let number = ending.segment.number(size).unwrap();
+                    let left = ending.segment.timeline().get();
+                    prop_assert!(coverage.timelines[&ending.segment.timeline()].contains(number));
+                    prop_assert!(expected.iter().any(|(owner, at, held)| *at == number.0 && *owner > left && !held));
+                    prop_assert!(branches.values().any(|branch| *branch == (left, found.end.0)));
+                    continue;
+                }
                 let mut all = flat(&found.reached, true);
                 let reached = all.len();
                 for hole in &found.holes {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::catalog::basebackups;
 use crate::catalog::overview::{self, SiteOverview};
 use crate::catalog::recoverable::recoverabilities;
+use crate::catalog::target_search::SEGMENTS_FORWARD_MAX;
 use crate::catalog::{
     PlanError, PlannedRecovery, Recoverability, RecoveryError, RecoveryRequest, RecoveryTarget, Target,
     TargetAction, plan_for_target,
@@ -156,7 +157,7 @@ async fn clusters_of_a_site_are_looked_at_each_by_itself() {
     assert_eq!(chosen(latest), (new, cluster(NEW)));
     // A position of the old cluster is none of the new one.
     let error = site.plan(&target(Target::Lsn(within(4))), false).await.unwrap_err();
-    assert!(matches!(error, RecoveryError::NoneBefore(_)), "{error}");
+    assert!(matches!(error, RecoveryError::NoneBefore { .. }), "{error}");
     let lsn = target(Target::Lsn(within(4)));
     let request = RecoveryRequest { basebackup: Some(&old.to_string()), target: &lsn, until_hole: false };
     assert_eq!(chosen(plan_for_target(&site.repository, request).await.unwrap()), (old, cluster(OLD)));
@@ -362,11 +363,55 @@ async fn failure_26_targets_outside_the_archive_are_refused_with_the_window() {
     }
     for early in [Target::Lsn(within(3)), Target::Time("2026-11-20T10:30:00Z".parse().unwrap())] {
         let error = plan(early).await.unwrap_err();
-        assert!(matches!(error, RecoveryError::NoneBefore(_)), "{error}");
+        assert!(matches!(error, RecoveryError::NoneBefore { .. }), "{error}");
+        assert!(error.to_string().contains(&format!("{id}, can be recovered from 0/4000028 (")), "{error}");
     }
-    // Only replay can tell about these, and the server ends FATAL where they do not come.
-    for unproven in [Target::Xid("740".to_owned()), Target::Name("x".to_owned()), Target::Lsn(within(5))] {
-        assert_eq!(plan(unproven).await.unwrap().accepted_hole, None);
+    for nowhere in [Target::Xid("740".to_owned()), Target::Name("x".to_owned())] {
+        let error = plan(nowhere).await.unwrap_err();
+        assert!(matches!(error, RecoveryError::Plan(PlanError::NotFound { .. })), "{error}");
+        assert!(error.to_string().ends_with("to 0/6000000"), "{error}");
+    }
+    assert_eq!(plan(Target::Lsn(within(5))).await.unwrap().accepted_hole, None);
+}
+
+/// A restore point may lie before the newest basebackup, and only the WAL tells.
+#[tokio::test]
+async fn a_target_that_only_the_wal_tells_is_looked_for_from_older_basebackups_too() {
+    let site = Site::create().await;
+    let ids = [site.backup(OLD, 1, 3, 3).await, site.backup(OLD, 1, 300, 300).await];
+    site.wal(OLD, 1, 3..310).await;
+    let named = target(Target::Name("noon".to_owned()));
+    site.store.take_calls();
+    let planned = site.plan(&named, false).await.unwrap();
+    // In ten segments behind the newest it is not; the older one has more than are read, and the server decides.
+    assert_eq!((planned.record.id, planned.unproven), (ids[0], true));
+    assert!(planned.warnings()[0].contains("restore point \"noon\" was not found in the first 256"));
+    let calls = site.store.take_calls();
+    let reads = calls.iter().filter(|call| call.verb == Verb::Get && call.key.contains("/wal/")).count();
+    assert!(reads <= 10 + SEGMENTS_FORWARD_MAX, "{reads}");
+    // Who names a basebackup means it.
+    let newest = ids[1].to_string();
+    let request = RecoveryRequest { basebackup: Some(&newest), target: &named, until_hole: true };
+    let error = plan_for_target(&site.repository, request).await.unwrap_err();
+    assert!(matches!(error, RecoveryError::Plan(PlanError::NotFound { .. })), "{error}");
+}
+
+/// PostgreSQL's `latest` is the highest number: a server that was restored on trial and promoted is that, too.
+#[tokio::test]
+async fn what_the_way_leaves_behind_is_said() {
+    let site = Site::create().await;
+    site.backup(OLD, 1, 3, 3).await;
+    site.history(OLD, 2, 1, within(6)).await;
+    site.wal(OLD, 1, 3..12).await;
+    site.wal(OLD, 2, 6..8).await;
+    let planned = site.plan(&target(Target::Latest), false).await.unwrap();
+    assert_eq!(planned.timeline, timeline(2));
+    let [warning] = &planned.warnings()[..] else { panic!("{:?}", planned.warnings()) };
+    assert!(warning.contains("left timeline 1 at 0/6000028") && warning.contains("--target-timeline 1"));
+    assert!(warning.contains("up to 00000001000000000000000B"), "{warning}");
+    let named = RecoveryTarget { timeline: Some(timeline(2)), ..target(Target::Latest) };
+    for silent in [named, target(Target::Immediate), target(Target::Lsn(within(5)))] {
+        assert!(site.plan(&silent, false).await.unwrap().warnings().is_empty(), "{silent:?}");
     }
 }
 
@@ -397,12 +442,10 @@ async fn a_timeline_is_recovered_from_a_basebackup_that_leads_to_it() {
     site.history(OLD, 2, 1, within(6)).await;
     site.wal(OLD, 1, 3..9).await;
     let named = |number| RecoveryTarget { timeline: Some(timeline(number)), ..target(Target::Latest) };
-    // No WAL of timeline 2 has come yet: the archive ends with what its parent has before the switch-point segment.
+    // No WAL of timeline 2 has come yet: of the switch-point segment there is what its parent has.
     let early = site.plan(&target(Target::Latest), false).await.unwrap();
-    assert_eq!(
-        (early.timeline, spans(&early)),
-        (timeline(2), vec!["000000010000000000000003-000000010000000000000005".to_owned()])
-    );
+    assert_eq!(spans(&early), ["000000010000000000000003-000000010000000000000006"]);
+    assert_eq!((early.timeline, early.plan.spans[0].end), (timeline(2), Some(within(6))));
     site.wal(OLD, 2, 6..9).await;
     let second = site.backup(OLD, 2, 7, 7).await;
     let planned = site.plan(&named(2), false).await.unwrap();

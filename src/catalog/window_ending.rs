@@ -2,7 +2,8 @@
 //!
 //! Pure, from names. Pieces say how far they reach; how much WAL a `.partial` holds is known when it is read, so that
 //! the end of its segment is taken for the most it can be. A way leaves a timeline at a switch point, and what that
-//! timeline's server wrote behind it is never replayed on the way: there the ending is cut.
+//! timeline's server wrote behind it is never replayed on the way: there the ending is cut, and a whole segment of the
+//! timeline that was left counts as far as that where its child's copy has not come.
 //! `ending_segment` reads what is decided here.
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use crate::pg::{Lsn, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 /// The segment in which a window ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ending {
-    /// The segment, of which there is no whole one.
+    /// The segment, of which there is no whole one that recovery may read to its end.
     pub segment: WalSegmentName,
     /// The position behind which there is no WAL of it on this way.
     pub end: Lsn,
@@ -43,7 +44,8 @@ impl Ending {
             let (start, whole) = (segment.start_lsn(size).ok()?, segment.end_lsn(size).ok()?);
             let left = stretch.end.unwrap_or(whole);
             let contiguous = held.pieces.get(&number).map_or(0, |reach| reach.contiguous);
-            let pieces_end = (start + u64::from(contiguous)).min(left);
+            let is_whole = left < whole && held.contains(number);
+            let pieces_end = if is_whole { left } else { (start + u64::from(contiguous)).min(left) };
             let partial = held.partials.contains(&segment);
             let end = if partial { whole.min(left) } else { pieces_end };
             (end > start).then_some(Self { segment, end, pieces_end, partial })
@@ -116,6 +118,11 @@ mod tests {
         assert_eq!(find(Some(40), &coverage(&[(1, 0, 60), (2, 0, 10)], &[])), Some((1, at(40), false)));
         assert_eq!(find(Some(40), &coverage(&[(1, 0, 60), (2, 0, 40)], &[])), Some((2, at(40), false)));
         assert_eq!(find(Some(40), &coverage(&[(1, 0, 60), (2, 0, 50)], &[])), Some((2, at(50), false)));
+        // The old server has finished the segment: what it wrote before the switch point is what the child begins with.
+        let mut finished = coverage(&[], &[]);
+        finished.timelines.entry(timeline(1)).or_default().push(NUMBER);
+        assert_eq!(find(Some(40), &finished), Some((1, at(40), false)));
+        assert_eq!(find(None, &finished), None, "nobody left it there");
         // A switch at the border leaves nothing of the parent's segment.
         assert_eq!(find(Some(0), &coverage(&[(1, 0, 60)], &[1])), None);
         assert_eq!(

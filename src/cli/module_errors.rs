@@ -172,7 +172,7 @@ impl From<catalog::RecoveryError> for CommandError {
             catalog::RecoveryError::Repository(error) => error.into(),
             catalog::RecoveryError::Basebackup(error) => error.into(),
             catalog::RecoveryError::Plan(_)
-            | catalog::RecoveryError::NoneBefore(_)
+            | catalog::RecoveryError::NoneBefore { .. }
             | catalog::RecoveryError::NoneOnTimeline { .. } => Self::of_module(ExitKind::Failed, error, hint),
         }
     }

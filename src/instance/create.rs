@@ -10,14 +10,13 @@ use std::path::{Path, PathBuf};
 use crate::catalog::host::{self, Host, OtherArchitecture};
 use crate::catalog::recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
 use crate::catalog::wal_scan::{WalScan, scan_wal};
-use crate::catalog::{Hole, RecoveryPlan, RecoveryTarget, TargetAction};
+use crate::catalog::{RecoveryPlan, RecoveryTarget, TargetAction};
 use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
 use crate::instance::isolation::{config_files, socket_path};
 use crate::instance::preload::{Preload, is_in, plan_preload};
-use crate::pg::Lsn;
 use crate::repo::documents::ServerRecord;
 use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
@@ -125,14 +124,15 @@ pub async fn create(
         return Err(CreateError::RootOwner);
     }
     socket_path(&folder.run(), options.port).map_err(CreateError::SocketPath)?;
-    let PlannedRecovery { record, plan, timeline, target, accepted_hole, window } =
-        plan_for_target(repository, options.request()).await?;
+    let planned = plan_for_target(repository, options.request()).await?;
+    let mut warnings = planned.warnings();
+    let PlannedRecovery { record, plan, timeline, target, accepted_hole, .. } = planned;
     host::check_architecture(&record.server, &options.host)?;
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
     let basebackup = Basebackup::open(repository, record.id).await?;
     folder.create(options.owner)?;
-    let mut warnings = warnings(&record.server, accepted_hole.as_ref(), window.end, options);
+    warnings.extend(warnings_of(&record.server, options));
     let pin = match pin(repository, record.id, folder).await {
         Ok(pin) => pin,
         Err(error) => return Err(give_up(repository, folder, None, error).await),
@@ -184,11 +184,8 @@ pub async fn create(
 }
 
 /// What the user should know of any clone of this basebackup on this host.
-fn warnings(server: &ServerRecord, hole: Option<&Hole>, end: Lsn, options: &CreateOptions) -> Vec<String> {
+fn warnings_of(server: &ServerRecord, options: &CreateOptions) -> Vec<String> {
     let mut warnings = host::ordering_warnings(server, &options.host);
-    if let Some(hole) = hole {
-        warnings.push(format!("recovery ends at {end}, before a hole: {hole} missing from the archive"));
-    }
     if options.user.uid == options.owner.uid {
         warnings.push(SHARED_USER.to_owned());
     }

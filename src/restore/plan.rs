@@ -396,13 +396,7 @@ fn warnings(
     unknown_configuration: bool,
 ) -> Vec<String> {
     let record = basebackup.record();
-    let mut warnings = Vec::new();
-    if let Some(hole) = &planned.accepted_hole {
-        warnings.push(format!(
-            "recovery ends at {}, before a hole: {hole} missing from the archive",
-            planned.window.end
-        ));
-    }
+    let mut warnings = planned.warnings();
     if record.size.damaged_pages > 0 {
         let pages = record.size.damaged_pages;
         warnings.push(format!("{pages} pages had a wrong checksum in the source already"));

@@ -205,7 +205,16 @@ fn planned(record: BackupRecord) -> PlannedRecovery {
         missing_start: None,
     };
     let target = RecoveryTarget::latest(TargetAction::Pause);
-    PlannedRecovery { timeline: record.timeline, record, plan, target, accepted_hole: None, window }
+    PlannedRecovery {
+        timeline: record.timeline,
+        record,
+        plan,
+        target,
+        accepted_hole: None,
+        window,
+        left_behind: Vec::new(),
+        unproven: false,
+    }
 }
 
 fn manifest(files: &Files) -> Vec<u8> {

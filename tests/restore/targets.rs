@@ -181,9 +181,34 @@ fn targets_that_cannot_be_reached_are_refused_and_the_window_is_shown() {
     refused(&["--target-time", "2099-01-01 00:00:00Z"], "the archive ends before");
     refused(&["--target-lsn", "FF/0"], "can end from");
     refused(&["--target-timeline", "7"], "timeline 7");
+    refused(&["--target-name", "nowhere"], "is not in the archived WAL: recovery from basebackup");
+    refused(&["--target-xid", "4000000000"], "can end from");
     let directory = marks.source.place("refused");
     let words = ["restore", "--target-dir", directory.to_str().unwrap(), "--target-time", "13am"];
     marks.source.walden.try_run(&words).expect_code(2);
+}
+
+/// The day after: the newest basebackup lies behind the restore point.
+#[test]
+fn a_restore_point_is_reached_from_the_basebackup_before_it() {
+    require!(Need::PostgreSQL(15));
+    let marks = Marks::make();
+    let newest = marks.source.backup();
+    marks.source.sql("insert into marks values (6)");
+    marks.source.archive_wal();
+    let report = marks.source.restore("shown", &["--target-name", "three", "--dry-run"]);
+    assert_ne!(report["basebackup"], newest.as_str());
+    for (name, options, expected) in
+        [("name", ["--target-name", "three"], "123"), ("xid", ["--target-xid", &marks.transaction], "12")]
+    {
+        let promoted = [&options[..], &["--target-action", "promote"]].concat();
+        assert_eq!(rows(&marks.source.recovered(name, &promoted)), expected, "{name}");
+    }
+    let place = marks.source.place("late");
+    let named =
+        ["restore", newest.as_str(), "--target-dir", place.to_str().unwrap(), "--target-name", "three"];
+    let run = marks.source.walden.try_run(&named).expect_code(1);
+    assert!(run.stderr.contains("is not in the archived WAL"), "{}", run.stderr);
 }
 
 /// Onto the new timeline, then to a moment of the old one.
