@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::site::{Source, listing};
-use crate::support::{Need, Options, Run, Stop, require};
+use crate::support::{Need, Options, Run, Stop, require, wait_for};
 
 const CLOCK: &str = "select pg_sleep(0.01); select clock_timestamp(); select pg_sleep(0.01)";
 
@@ -172,8 +172,13 @@ fn info_shows_the_timelines_and_what_leads_to_them() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let mut rows = Rows::make(2);
     rows.promote();
-    // The timeline has a name and no WAL yet: the archive ends with that of its parent.
-    rows.source.wait_until_archived("00000002.history");
+    // The timeline has a name and no WAL yet: the archive ends with that of its parent, of whose last segment the server
+    // archives what it has, and without that recovery would be refused.
+    wait_for("the partial", || {
+        let info = rows.info();
+        (info["timelines"][0]["partials"].as_array()?.len() == 1 && info["timelines"][1].is_object())
+            .then_some(())
+    });
     rows.check("promoted", &[], "12");
     rows.add();
     rows.source.backup_at_rest();
