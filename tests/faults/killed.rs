@@ -195,7 +195,7 @@ fn failure_17_a_backup_killed_at_any_moment_leaves_no_half_one_and_the_next_is_g
             assert!(PREPARED.into_iter().chain([OUTCOME]).all(has), "{moment:?}: {id}");
             if phase != Phase::Ended {
                 rounds.counted += 1;
-                last_of_killed = Some(id.to_string());
+                last_of_killed = Some((*id).clone());
             }
         }
         // The next is good, whatever was left.
