@@ -14,5 +14,6 @@ mod clones;
 mod keys;
 mod matrix;
 mod mounted;
+mod pieces;
 mod sealing;
 mod wal;
