@@ -18,7 +18,7 @@ use crate::repo::layout::WalObjectName;
 use crate::repo::repository::Repository;
 use crate::repo::sealed::{SealSpec, compress_frames, open_all, seal_signed};
 use crate::repo::wire::{WireError, WireWriter};
-use crate::storage::{ErrorKind, ObjectKey};
+use crate::storage::{self, ErrorKind, ObjectKey};
 
 pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
 pub use crate::repo::wal_piece::{archive_piece, read_pieces};
@@ -30,6 +30,30 @@ pub enum Archived {
     Created,
     /// It had been there before, byte for byte.
     Identical,
+}
+
+/// A file of the archive, sealed and not stored yet: sealing wants a processor, storing waits for the store.
+#[derive(Debug)]
+pub struct SealedFile {
+    target: Target,
+    bytes: Bytes,
+}
+
+/// The place of a file in the archive, where something stands already, or may stand.
+#[derive(Debug)]
+pub struct TakenPlace {
+    target: Target,
+    /// Why it is not known whether anything stands there.
+    doubt: Option<storage::Error>,
+}
+
+/// What became of a sealed file.
+#[derive(Debug)]
+pub enum Stored {
+    /// It is in the archive now.
+    Created,
+    /// Something stands in its place, which may be the same.
+    Taken(TakenPlace),
 }
 
 /// A key for WAL and how it travels; one serves many segments.
@@ -89,8 +113,7 @@ pub async fn archive_wal(
     key: &WalKey,
     compression: Compression,
 ) -> Result<Archived, Error> {
-    let target = wal_target(repository, cluster, name);
-    archive(repository, &target, raw, key, compression, None).await
+    archive(repository, seal_wal(repository, cluster, name, raw, key, compression)?, raw).await
 }
 
 /// Archives a timeline history file.
@@ -102,8 +125,72 @@ pub async fn archive_history(
     raw: &[u8],
     key: &WalKey,
 ) -> Result<Archived, Error> {
+    archive(repository, seal_history(repository, cluster, timeline, branch, raw, key)?, raw).await
+}
+
+/// Compresses and seals a segment, a partial segment or a backup history file.
+pub fn seal_wal(
+    repository: &Repository,
+    cluster: ClusterId,
+    name: WalObjectName,
+    raw: &[u8],
+    key: &WalKey,
+    compression: Compression,
+) -> Result<SealedFile, Error> {
+    seal_file(repository.keyring(), wal_target(repository, cluster, name), raw, key, compression, None)
+}
+
+/// Compresses and seals a timeline history file.
+pub fn seal_history(
+    repository: &Repository,
+    cluster: ClusterId,
+    timeline: TimelineId,
+    branch: HistoryBranch,
+    raw: &[u8],
+    key: &WalKey,
+) -> Result<SealedFile, Error> {
     let target = history_target(repository, cluster, timeline);
-    archive(repository, &target, raw, key, Compression::zstd(1), Some(branch)).await
+    seal_file(repository.keyring(), target, raw, key, Compression::zstd(1), Some(branch))
+}
+
+impl SealedFile {
+    /// Returns how many bytes are to be stored.
+    pub fn stored_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Creates the object; returns when the store has it durably, or has something else in its place.
+    pub async fn store(self, repository: &Repository) -> Result<Stored, Error> {
+        let Self { target, bytes } = self;
+        match repository.store().create(&target.key, bytes).await {
+            Ok(()) => Ok(Stored::Created),
+            Err(error) => match error.kind() {
+                ErrorKind::AlreadyExists => Ok(Stored::Taken(TakenPlace { target, doubt: None })),
+                ErrorKind::OutcomeUnknown => Ok(Stored::Taken(TakenPlace { target, doubt: Some(error) })),
+                _ => Err(error.into()),
+            },
+        }
+    }
+}
+
+impl TakenPlace {
+    /// Decides whether what stands in the archive is what was to be archived: all of it, because the server removes its
+    /// segment once it is told so, and a header vouches for no body.
+    ///
+    /// # Errors
+    /// `Different` where it is another file; where nothing stands there after all, why nothing could be put there.
+    pub async fn compare(self, repository: &Repository, raw: &[u8]) -> Result<Archived, Error> {
+        let Self { target, doubt } = self;
+        let bytes = match (repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await, doubt) {
+            (Ok(bytes), _) => bytes,
+            (Err(error), Some(doubt)) if error.is_absent() => return Err(doubt.into()),
+            (Err(error), _) => return Err(error.into()),
+        };
+        let header = read_verified(repository, &target, &bytes)?.1;
+        let same =
+            header.raw_size == raw.len() as u64 && header.content_digest == Digest::salted(&header.salt, raw);
+        if same { Ok(Archived::Identical) } else { Err(Error::Different { object: target.object }) }
+    }
 }
 
 /// Reads a file of the archive back, every byte verified.
@@ -165,6 +252,7 @@ pub async fn read_history_branch(
 }
 
 /// An object of the archive: its key, its identity, and what it is called in messages.
+#[derive(Debug)]
 struct Target {
     key: ObjectKey,
     identity: Identity,
@@ -187,36 +275,25 @@ fn history_target(repository: &Repository, cluster: ClusterId, timeline: Timelin
     Target { key: repository.layout().history(cluster, timeline), identity, object }
 }
 
-async fn archive(
-    repository: &Repository,
-    target: &Target,
-    raw: &[u8],
-    key: &WalKey,
-    compression: Compression,
-    branch: Option<HistoryBranch>,
-) -> Result<Archived, Error> {
-    if raw.len() as u64 > WAL_RAW_BYTES_MAX {
-        let (what, size) = (target.object.clone(), raw.len() as u64);
-        return Err(Error::TooLarge { what, size, max: WAL_RAW_BYTES_MAX });
-    }
-    let bytes = seal_file(repository.keyring(), target, raw, key, compression, branch)?;
-    match repository.store().create(&target.key, bytes).await {
-        Ok(()) => Ok(Archived::Created),
-        Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::OutcomeUnknown) => {
-            compare(repository, target, raw).await
-        }
-        Err(error) => Err(error.into()),
+async fn archive(repository: &Repository, sealed: SealedFile, raw: &[u8]) -> Result<Archived, Error> {
+    match sealed.store(repository).await? {
+        Stored::Created => Ok(Archived::Created),
+        Stored::Taken(place) => place.compare(repository, raw).await,
     }
 }
 
 fn seal_file(
     keyring: &Keyring,
-    target: &Target,
+    target: Target,
     raw: &[u8],
     key: &WalKey,
     compression: Compression,
     branch: Option<HistoryBranch>,
-) -> Result<Bytes, Error> {
+) -> Result<SealedFile, Error> {
+    if raw.len() as u64 > WAL_RAW_BYTES_MAX {
+        let (what, size) = (target.object, raw.len() as u64);
+        return Err(Error::TooLarge { what, size, max: WAL_RAW_BYTES_MAX });
+    }
     let frames = compress_frames(compression, FRAME_BYTES, raw)?;
     let spec = SealSpec { keyring, identity: &target.identity, key: &key.key, envelope: &key.envelope };
     let sealed = seal_signed(&spec, frames, |salt, body_digest| {
@@ -230,17 +307,7 @@ fn seal_file(
         }
         sections
     });
-    Ok(sealed.bytes)
-}
-
-/// Decides whether what stands in the archive is what was to be archived: all of it, because the server removes its
-/// segment once it is told so, and a header vouches for no body.
-async fn compare(repository: &Repository, target: &Target, raw: &[u8]) -> Result<Archived, Error> {
-    let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
-    let header = read_verified(repository, target, &bytes)?.1;
-    let same =
-        header.raw_size == raw.len() as u64 && header.content_digest == Digest::salted(&header.salt, raw);
-    if same { Ok(Archived::Identical) } else { Err(Error::Different { object: target.object.clone() }) }
+    Ok(SealedFile { target, bytes: sealed.bytes })
 }
 
 async fn read_front(repository: &Repository, target: &Target) -> Result<Bytes, Error> {

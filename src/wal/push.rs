@@ -17,7 +17,7 @@ use crate::pg::{
 };
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{
-    Archived, HistoryBranch, WAL_RAW_BYTES_MAX, WalKey, archive_history, archive_wal,
+    Archived, HistoryBranch, SealedFile, Stored, WAL_RAW_BYTES_MAX, WalKey, seal_history, seal_wal,
 };
 use crate::repo::{ClusterId, Repository};
 use crate::wal::Error;
@@ -30,7 +30,8 @@ pub struct CheckedFile {
     pub name: ArchiveFileName,
     /// The cluster that wrote it.
     pub cluster: ClusterId,
-    content: Bytes,
+    /// What is in it.
+    pub content: Bytes,
     branch: Option<HistoryBranch>,
 }
 
@@ -84,22 +85,35 @@ pub async fn push(
 ) -> Result<Archived, Error> {
     repository.admit(file.cluster).await?;
     let key = WalKey::create(repository.keyring())?;
+    match seal(repository, file, &key, compression)?.store(repository).await? {
+        Stored::Created => Ok(Archived::Created),
+        Stored::Taken(place) => Ok(place.compare(repository, &file.content).await?),
+    }
+}
+
+/// Compresses and seals a file; whether the site takes its cluster is the caller's to ask (`admit`).
+pub fn seal(
+    repository: &Repository,
+    file: &CheckedFile,
+    key: &WalKey,
+    compression: Compression,
+) -> Result<SealedFile, Error> {
+    let (cluster, content) = (file.cluster, &file.content);
     let name = match (file.name, file.branch) {
         (ArchiveFileName::History(timeline), Some(branch)) => {
-            let content = &file.content;
-            return Ok(archive_history(repository, file.cluster, timeline, branch, content, &key).await?);
+            return Ok(seal_history(repository, cluster, timeline, branch, content, key)?);
         }
         (ArchiveFileName::History(timeline), None) => {
             return Err(crate::pg::HistoryError::Empty { timeline }.into());
         }
         (ArchiveFileName::Segment(segment), _) => WalObjectName::Segment(segment),
         // Failure 12b: two servers may leave one timeline with different partials, and both are kept.
-        (ArchiveFileName::Partial(segment), _) => partial_object(segment, &file.content),
+        (ArchiveFileName::Partial(segment), _) => partial_object(segment, content),
         (ArchiveFileName::BackupHistory { segment, offset }, _) => {
             WalObjectName::BackupHistory { segment, offset }
         }
     };
-    Ok(archive_wal(repository, file.cluster, name, &file.content, &key, compression).await?)
+    Ok(seal_wal(repository, cluster, name, content, key, compression)?)
 }
 
 fn read_segment(path: &Path, segment: WalSegmentName, control: &ControlFile) -> Result<Vec<u8>, Error> {
