@@ -27,6 +27,8 @@ pub mod wal;
 pub mod instance;
 pub mod site;
 
+pub mod daemon;
+
 pub mod config;
 
 pub mod cli;

@@ -10,6 +10,7 @@ mod backup;
 mod check;
 mod clone;
 mod context;
+mod daemon;
 mod demo;
 mod detached;
 mod error;
@@ -80,6 +81,7 @@ enum Command {
     Show(show::Show),
     Info(info::Info),
     Wal(wal::Wal),
+    Daemon(daemon::Daemon),
     Mount(mount::Mount),
     Unmount(unmount::Unmount),
     Clone(clone::Clone),
@@ -94,7 +96,7 @@ impl Command {
         match self {
             Self::Demo(_) | Self::Backup(_) | Self::Key(_) => ExitPolicy::Usual,
             Self::List(_) | Self::Show(_) | Self::Info(_) => ExitPolicy::Usual,
-            Self::Site(_) | Self::Check(_) => ExitPolicy::Usual,
+            Self::Site(_) | Self::Check(_) | Self::Daemon(_) => ExitPolicy::Usual,
             Self::Mount(_) | Self::Unmount(_) | Self::Clone(_) | Self::Restore(_) | Self::Internal(_) => {
                 ExitPolicy::Usual
             }
@@ -113,6 +115,7 @@ impl Command {
             Self::Show(command) => command.run(context),
             Self::Info(command) => command.run(context),
             Self::Wal(command) => command.run(context),
+            Self::Daemon(command) => command.run(context),
             Self::Mount(command) => command.run(context),
             Self::Unmount(command) => command.run(context),
             Self::Clone(command) => command.run(context),

@@ -181,7 +181,9 @@ impl From<catalog::RecoveryError> for CommandError {
 impl From<control::Error> for CommandError {
     fn from(error: control::Error) -> Self {
         let kind = match &error {
-            control::Error::NotRunning { .. } | control::Error::Io { .. } => ExitKind::Failed,
+            control::Error::NotRunning { .. }
+            | control::Error::Io { .. }
+            | control::Error::Stranger { .. } => ExitKind::Failed,
             control::Error::Malformed { .. } => ExitKind::Bug,
         };
         Self::of_module(kind, error, None)

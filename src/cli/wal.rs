@@ -1,11 +1,13 @@
 //! `walden wal push|fetch|list`: PostgreSQL's archive_command and restore_command, and what the archive holds.
 //!
-//! The server runs push and fetch once for every file, so they work on one thread and open nothing they do not need.
+//! The server runs push and fetch once for every file, so they work on one thread and open nothing they do not need;
+//! push has a daemon do it where there is one, and begins with asking it.
 //! What a failure of fetch means to PostgreSQL is `exit`'s business; here every way out that is not a file in its
 //! place or a proven absence is an error.
 
 use std::cell::RefCell;
 use std::fmt::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +18,7 @@ use serde::Serialize;
 
 use crate::codec::SystemRandom;
 use crate::config::{self, KeyPurpose, SiteConfig};
+use crate::control::{self, ArchivedFile, DaemonAnswer, DaemonRequest, ask_daemon};
 use crate::pg::{ArchiveFileName, WalSegmentName};
 use crate::repo::wal_object::Archived;
 use crate::repo::{self, Repository, RepositoryOptions};
@@ -25,6 +28,8 @@ use crate::wal::list::{ListedCluster, ListedTimeline, list};
 use crate::wal::push::{check_file, push};
 
 use super::context::Context;
+use super::daemon;
+use super::detached;
 use super::error::CommandError;
 use super::exit::{ExitKind, ExitPolicy};
 use super::output::Report;
@@ -88,18 +93,52 @@ impl Wal {
 impl WalPush {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         let site = context.site()?;
+        let pushed = match self.push_through_daemon(context, site)? {
+            Some(ArchivedFile { name, cluster, created }) => Pushed { name, cluster, created },
+            None => self.push_alone(context, site)?,
+        };
+        context.output.print(&pushed)
+    }
+
+    /// Has the daemon archive the file; `None` where there is none, or it is not known what became of the request.
+    fn push_through_daemon(
+        &self,
+        context: &Context,
+        site: &SiteConfig,
+    ) -> Result<Option<ArchivedFile>, CommandError> {
+        let socket = daemon::socket(context.config()?);
+        let path = detached::absolute(&self.path)?;
+        match ask_daemon(&socket, &DaemonRequest::Push { site: site.name.clone(), path }) {
+            Ok(DaemonAnswer::Archived(file)) => Ok(Some(file)),
+            Ok(DaemonAnswer::Failed(failure)) => Err(failure.into()),
+            Ok(DaemonAnswer::Working) => Ok(None),
+            Err(control::Error::NotRunning { source, .. }) if is_absence(&source) => Ok(None),
+            Err(error) => {
+                // What is archived twice is compared, so that it may be done here whatever the daemon did.
+                tracing::warn!("archiving without the daemon: {error}");
+                Ok(None)
+            }
+        }
+    }
+
+    fn push_alone(&self, context: &Context, site: &SiteConfig) -> Result<Pushed, CommandError> {
         let compression = context.config()?.compression.wal;
         let file = check_file(&self.path)?;
         let archived = context.block_on_one_thread(async {
             let repository = context.open_or_create_repository(site).await?;
             Ok::<_, CommandError>(push(&repository, &file, compression).await?)
         })??;
-        context.output.print(&Pushed {
+        Ok(Pushed {
             name: file.name.to_string(),
             cluster: file.cluster.to_string(),
             created: archived == Archived::Created,
         })
     }
+}
+
+/// Returns whether there is no daemon, as on most hosts.
+fn is_absence(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
 /// What `wal push` did; silent as text, because the server's log is no place for good news.

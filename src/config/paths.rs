@@ -19,7 +19,7 @@ use super::table::Table;
 pub struct Paths {
     /// What is remembered between runs.
     pub state: PathBuf,
-    /// Sockets.
+    /// The daemon's socket.
     pub run: PathBuf,
     /// What clones write.
     pub clones: PathBuf,
@@ -33,6 +33,10 @@ pub struct OwnedFolder {
     /// Its owner.
     pub owner: Owner,
 }
+
+const PRIVATE_MODE: u32 = 0o700;
+/// PostgreSQL's user has to reach the socket of a daemon that another one runs.
+const RUN_MODE: u32 = 0o711;
 
 impl Paths {
     /// Returns the folders of a host without a configuration file.
@@ -52,17 +56,17 @@ impl Paths {
 
     /// Returns the state folder, created if need be.
     pub fn open_state(&self) -> Result<OwnedFolder> {
-        open_folder("the state folder", &self.state, None)
+        open_folder("the state folder", &self.state, None, PRIVATE_MODE)
     }
 
-    /// Returns the folder of sockets, created if need be.
+    /// Returns the folder of the daemon's socket, created if need be; others may pass through it to the socket.
     pub fn open_run(&self) -> Result<OwnedFolder> {
-        open_folder("the run folder", &self.run, self.owner_of_state())
+        open_folder("the run folder", &self.run, self.owner_of_state(), RUN_MODE)
     }
 
     /// Returns the folder of clones, created if need be.
     pub fn open_clones(&self) -> Result<OwnedFolder> {
-        open_folder("the clones folder", &self.clones, self.owner_of_state())
+        open_folder("the clones folder", &self.clones, self.owner_of_state(), PRIVATE_MODE)
     }
 
     fn owner_of_state(&self) -> Option<Owner> {
@@ -70,12 +74,12 @@ impl Paths {
     }
 }
 
-/// Checks a folder, or creates it with mode 0700; `heir` is who gets what root creates.
-fn open_folder(what: &'static str, path: &Path, heir: Option<Owner>) -> Result<OwnedFolder> {
+/// Checks a folder, or creates it; `heir` is who gets what root creates.
+fn open_folder(what: &'static str, path: &Path, heir: Option<Owner>, mode: u32) -> Result<OwnedFolder> {
     let caller = Owner::current();
     if !path.exists() {
         let owner = heir.filter(|_| caller.is_root());
-        create_dir_all(path, Create { owner, ..Create::PRIVATE_DIRECTORY })?;
+        create_dir_all(path, Create { owner, mode })?;
     }
     let metadata =
         fs::metadata(path).map_err(|source| Error::Unreadable { what, path: path.to_owned(), source })?;
@@ -167,6 +171,8 @@ mod tests {
         assert_eq!(folder, OwnedFolder { path: state.clone(), owner: Owner::of(scratch.path()).unwrap() });
         assert_eq!(fs::metadata(&state).unwrap().permissions().mode() & 0o7777, 0o700);
         paths.open_clones().unwrap();
+        let run = paths.open_run().unwrap().path;
+        assert_eq!(fs::metadata(run).unwrap().permissions().mode() & 0o7777, 0o711);
 
         fs::set_permissions(&state, Permissions::from_mode(0o770)).unwrap();
         let error = paths.open_state().unwrap_err();

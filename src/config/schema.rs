@@ -112,7 +112,7 @@ pub(super) static ROOT: Section = Section {
 static PATHS: Section = Section {
     header: "[paths]",
     about: "Folders on this host. Each belongs to the caller (to anyone, when the caller is root) and cannot be \
-            written by others; a missing one is created with mode 0700.",
+            written by others; a missing one is created with mode 0700, `run` with 0711.",
     keys: &[
         key(
             "state",
@@ -126,7 +126,7 @@ static PATHS: Section = Section {
             Value::Path,
             r#""/srv/walden/run""#,
             "`/run/walden` for root, else `$XDG_RUNTIME_DIR/walden` or `run` in the state folder",
-            "Sockets of running mounts.",
+            "The daemon's socket. Server and daemon have to mean the same folder: name it where they run as different users.",
         ),
         key(
             "clones",

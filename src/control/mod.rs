@@ -1,14 +1,21 @@
 //! Messages between Walden's own processes, and the client that sends them.
 //!
 //! A clone's supervisor listens on a unix socket in a private folder; whoever may enter the folder may ask. One
-//! JSON line goes in, one comes out, and the connection ends. Deliberately absent: anything over a network, and what
-//! a request means; the processes that listen know that.
+//! JSON line goes in, one comes out, and the connection ends. A daemon's socket is open to every user of the host, and
+//! tells who asks. Deliberately absent: anything over a network, and what a request means; the processes that listen
+//! know that.
 
 mod client;
+mod daemon_client;
+mod daemon_messages;
+mod daemon_server;
 mod messages;
 mod server;
 
 pub use client::request;
+pub use daemon_client::ask_daemon;
+pub use daemon_messages::{ArchivedFile, DaemonAnswer, DaemonRequest, Failure};
+pub use daemon_server::{Caller, DaemonListener};
 pub use messages::{CloneSetting, CloneState, CloneStatus, Reply, Request};
 pub use server::{Listener, Pending};
 
@@ -24,6 +31,9 @@ pub enum Error {
     /// The connection broke, or its line did not end.
     #[error("could not talk to \"{}\": {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
+    /// Somebody listens whose word is not taken.
+    #[error("\"{}\" belongs to a process of user {uid}, whose word is not taken", path.display())]
+    Stranger { path: PathBuf, uid: u32 },
     /// The other side speaks another release's language.
     #[error("\"{}\" answered something that is not understood: {detail}", path.display())]
     Malformed { path: PathBuf, detail: String },

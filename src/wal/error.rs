@@ -27,6 +27,9 @@ pub enum Error {
     /// A local file could not be read.
     #[error("could not read \"{}\": {source}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
+    /// A local file became another one while it was read.
+    #[error("\"{}\" changed while it was read", path.display())]
+    Changed { path: PathBuf },
     /// The control file of the data directory says nothing.
     #[error("\"{}\": {error}", path.display())]
     ControlFile { path: PathBuf, error: ControlFileError },
@@ -82,6 +85,7 @@ impl Error {
     /// Returns what can be done.
     pub fn kind(&self) -> ErrorKind {
         match self {
+            Self::Changed { .. } => ErrorKind::Retry,
             Self::Name(_)
             | Self::SegmentName(_)
             | Self::Path { .. }

@@ -42,7 +42,10 @@ pub(super) async fn stop(folder: &CloneFolder) -> Result<(), CommandError> {
         // A supervisor that failed while stopping has closed the connection; its folder tells the rest.
         Ok(_)
         | Err(
-            control::Error::NotRunning { .. } | control::Error::Io { .. } | control::Error::Malformed { .. },
+            control::Error::NotRunning { .. }
+            | control::Error::Io { .. }
+            | control::Error::Stranger { .. }
+            | control::Error::Malformed { .. },
         ) => {}
     }
     for _ in 0..EXIT_POLLS_MAX {

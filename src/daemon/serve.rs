@@ -1,0 +1,108 @@
+//! The daemon's callers: each is heard, judged and answered by a task of its own.
+//!
+//! Deliberately absent: a queue. A caller waits for its file and for nothing else, and more callers than
+//! [`CALLERS_MAX`] are turned away, which makes them do the work themselves.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use crate::control::{Caller, DaemonAnswer, DaemonListener, DaemonRequest, Failure};
+use crate::disk::Owner;
+
+use super::access::{self, Request};
+use super::outcomes::Outcome;
+use super::shutdown::Shutdown;
+use super::site_push::SitePush;
+
+/// Callers at a time: PostgreSQL has one for each server, so that more are no servers.
+const CALLERS_MAX: usize = 256;
+
+/// Who calls, and what they can be given.
+#[derive(Debug)]
+pub(super) struct Callers {
+    sites: Vec<Arc<SitePush>>,
+    room: Arc<Semaphore>,
+    shutdown: Shutdown,
+}
+
+impl Callers {
+    pub(super) fn new(sites: Vec<Arc<SitePush>>, shutdown: Shutdown) -> Self {
+        Self { sites, room: Arc::new(Semaphore::new(CALLERS_MAX)), shutdown }
+    }
+
+    /// Takes callers until it is dropped, which closes the socket.
+    pub(super) async fn take(self: Arc<Self>, listener: DaemonListener) {
+        loop {
+            let caller = listener.accept().await;
+            let Ok(room) = self.room.clone().try_acquire_owned() else {
+                tracing::warn!("more than {CALLERS_MAX} callers: user {} was turned away", caller.uid);
+                continue;
+            };
+            let callers = self.clone();
+            tokio::spawn(async move {
+                callers.serve(caller).await;
+                drop(room);
+            });
+        }
+    }
+
+    /// Resolves once nobody waits any more.
+    pub(super) async fn all_answered(&self) {
+        let _ = self.room.acquire_many(CALLERS_MAX as u32).await;
+    }
+
+    async fn serve(&self, mut caller: Caller) {
+        let request = tokio::select! {
+            request = caller.request() => request,
+            () = self.shutdown.requested() => return,
+        };
+        let uid = caller.uid;
+        match request {
+            Ok(DaemonRequest::Push { site, path }) => {
+                let answer = async {
+                    match self.push(uid, &site, &path).await {
+                        Ok(archived) => DaemonAnswer::Archived(archived),
+                        Err(failure) => DaemonAnswer::Failed(failure),
+                    }
+                };
+                caller.answer(answer).await;
+            }
+            Err(error) => tracing::debug!("user {uid} asked something that is not understood: {error}"),
+        }
+    }
+
+    async fn push(&self, uid: u32, site: &str, path: &Path) -> Outcome {
+        let Some(service) = self.sites.iter().find(|service| service.name() == site) else {
+            return Err(self.unknown_site(site));
+        };
+        let (configured, named) = (service.data_directory(), path.to_owned());
+        let owner = tokio::task::spawn_blocking(move || access::owner_of_site(configured.as_deref(), &named));
+        let request = Request { caller: uid, own: Owner::current().uid, owner: owner.await.ok().flatten() };
+        if !request.is_allowed() {
+            tracing::warn!(site, "user {uid} asked to archive \"{}\" and may not", path.display());
+            return Err(access::denied(uid, site));
+        }
+        tokio::select! {
+            outcome = service.push(path) => outcome,
+            () = self.shutdown.expired() => Err(Failure {
+                kind: "failed".to_owned(),
+                message: "the daemon was ended before the file was in the archive".to_owned(),
+                hint: Some("PostgreSQL asks again; a file that is half on its way is no obstacle.".to_owned()),
+            }),
+        }
+    }
+
+    fn unknown_site(&self, site: &str) -> Failure {
+        let known: Vec<&str> = self.sites.iter().map(|service| service.name()).collect();
+        Failure {
+            kind: "configuration".to_owned(),
+            message: format!("the daemon has no site \"{site}\""),
+            hint: Some(format!(
+                "It works for {}; start it again where its configuration has changed.",
+                known.join(", ")
+            )),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Who the daemon works for, and what a caller does where there is none.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::unistd::User;
+
+use crate::scene::Scene;
+use crate::support::{Need, Run, require};
+
+#[test]
+fn without_a_daemon_push_works_by_itself_and_a_second_daemon_is_refused() {
+    require!(Need::PostgreSQL(15));
+    let scene = Scene::start(15, |site| site);
+    let segments = scene.end_segments(4);
+    let alone = scene.pushed(&segments[0]);
+    assert_eq!(alone.stderr.matches("daemon").count(), 0, "{}", alone.stderr);
+    let daemon = scene.daemon();
+    let refused = scene.walden.try_run(&["daemon"]).expect_code(1);
+    assert!(refused.stderr.contains("another daemon is running"), "{}", refused.stderr);
+    scene.pushed(&segments[1]);
+    assert!(daemon.log().contains(&format!("archived {}", segments[1])), "{}", daemon.log());
+    // What a killed one leaves is a socket that refuses, and no obstacle to the next one.
+    daemon.kill();
+    assert!(scene.socket().exists());
+    let alone = scene.pushed(&segments[2]);
+    assert_eq!(alone.stderr.matches("daemon").count(), 0, "{}", alone.stderr);
+    let daemon = scene.daemon();
+    scene.pushed(&segments[3]);
+    assert!(daemon.log().contains(&format!("archived {}", segments[3])), "{}", daemon.log());
+    segments.iter().for_each(|segment| scene.assert_archived(segment));
+}
+
+#[test]
+fn what_the_daemon_cannot_do_is_the_commands_failure() {
+    require!(Need::PostgreSQL(15));
+    let scene = Scene::start(15, |site| site);
+    let segments = scene.end_segments(1);
+    let _daemon = scene.daemon();
+    let configuration = scene.walden.configuration_file();
+    let text = fs::read_to_string(&configuration).unwrap();
+    // The command knows a site that the daemon has not been told of.
+    fs::write(&configuration, text.replace("[sites.main", "[sites.renamed")).unwrap();
+    let refused = Run::of(&mut scene.push(&segments[0]), "").expect_code(2);
+    assert!(refused.stderr.contains("the daemon has no site \"renamed\""), "{}", refused.stderr);
+    fs::write(&configuration, text).unwrap();
+    let refused = Run::of(&mut scene.push("000000010000000000000BAD"), "").expect_code(1);
+    assert!(refused.stderr.contains("could not read"), "{}", refused.stderr);
+    scene.pushed(&segments[0]);
+}
+
+#[test]
+fn a_stranger_has_nothing_archived() {
+    require!(Need::PostgreSQL(15), Need::Root, Need::Folder);
+    let scene = Scene::start(15, |site| site);
+    let segments = scene.end_segments(2);
+    let daemon = scene.daemon();
+    let stranger = User::from_name("nobody").unwrap().expect("every Linux has this user");
+    let run = scene.socket().parent().unwrap().to_owned();
+    for folder in [run.as_path(), run.parent().unwrap()] {
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    // A directory of the stranger's own that looks like the server's, with a segment that the server never wrote.
+    let own = scene.scratch().path().join("strangers");
+    let mut copy = Command::new("cp");
+    Run::of(copy.args(["-r"]).arg(scene.data_directory()).arg(&own), "").expect_success();
+    let mut chown_all = Command::new("chown");
+    Run::of(chown_all.args(["-R", "nobody"]).arg(&own), "").expect_success();
+    let configuration = scene.scratch().path().join("strangers.toml");
+    let repository = scene.scratch().path().join("strangers-repository");
+    let lines = format!(
+        "[paths]\nrun = \"{}\"\nstate = \"{}\"\n[storage]\nurl = \"file://{}\"\n[sites.main]\n",
+        run.display(),
+        own.join("state").display(),
+        repository.display()
+    );
+    fs::write(&configuration, lines).unwrap();
+    fs::set_permissions(&configuration, fs::Permissions::from_mode(0o644)).unwrap();
+    chown(&configuration, Some(stranger.uid.as_raw()), None).unwrap();
+    let push = |uid: u32, path: &std::path::Path| {
+        let mut command = Command::new(scene.walden.command().get_program());
+        command.arg("--config").arg(&configuration).args(["wal", "push"]).arg(path).env_clear();
+        Run::of(command.uid(uid).current_dir("/"), "")
+    };
+    for directory in [scene.data_directory(), &own] {
+        let path = directory.join("pg_wal").join(&segments[0]);
+        let refused = push(stranger.uid.as_raw(), &path).expect_code(1);
+        assert!(refused.stderr.contains("may not have the daemon archive"), "{}", refused.stderr);
+    }
+    assert!(!daemon.log().contains("archived 0"), "{}", daemon.log());
+    push(0, &scene.segment(&segments[0])).expect_success();
+    scene.pushed(&segments[1]);
+    segments.iter().for_each(|segment| scene.assert_archived(segment));
+}

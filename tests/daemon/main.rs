@@ -1,0 +1,10 @@
+//! The daemon, with real servers that archive through it: under load, broken stores, `kill -9`, and its own end.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod scene;
+
+mod archiving;
+mod callers;
+mod ending;
