@@ -8,3 +8,4 @@ mod scene;
 mod archiving;
 mod callers;
 mod ending;
+mod killed;
