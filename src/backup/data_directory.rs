@@ -81,10 +81,11 @@ pub struct Root {
     pub real: PathBuf,
 }
 
-/// `pg_control` is read last; what a restore left would mislead the next one; the others were renamed by
-/// a recovery and say nothing any more.
-const LEFT_OUT: [&[u8]; 5] = [
+/// `pg_control` is read last; what a restore left would mislead the next one, its private area above all, which a crash
+/// may have left beside a server that was started; the others were renamed by a recovery and say nothing any more.
+const LEFT_OUT: [&[u8]; 6] = [
     b"data/global/pg_control",
+    b"data/.walden",
     b"data/walden.plan.json",
     b"data/walden.restore.json",
     b"data/backup_label.old",
@@ -498,6 +499,7 @@ mod tests {
             "backup_label",
             "walden.plan.json",
             "walden.restore.json",
+            ".walden/complete",
             "pg_wal/000000010000000000000001",
             "pg_replslot/s/state",
             "global/pg_control",

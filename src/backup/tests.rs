@@ -17,8 +17,9 @@ use crate::backup::data_directory::SourceFile;
 use crate::backup::error::{Error, ErrorKind};
 use crate::backup::packer::{Packed, Packer};
 use crate::backup::pipeline::{Budget, copy};
-use crate::backup::plan::{PlanOptions, plan_copy};
-use crate::backup::read_pages::JobContext;
+use crate::backup::plan::{PlanOptions, SMALL_FILE_BYTES, plan_copy};
+use crate::backup::read_pages::{JOB_BYTES, JobContext};
+use crate::backup::read_small::INLINE_BYTES;
 use crate::backup::server_record::empty_record;
 use crate::backup::source_file::{FileState, OpenFile, Source};
 use crate::catalog::basebackups::list;
@@ -272,6 +273,29 @@ proptest! {
             assert!(read_back(&repository, &record).await == expected);
         });
     }
+}
+
+/// Failure 15: a basebackup could not be restored any more once a file had grown past a size.
+#[tokio::test]
+async fn failure_15_files_on_both_sides_of_every_threshold_come_back() {
+    // Of a file in the table, a page, a chunk, a map in the table, a job, and a file of several jobs.
+    let (chunk, job) = (SMALL_FILE_BYTES as usize, JOB_BYTES as usize);
+    let thresholds = [INLINE_BYTES, 8192, chunk, 2 * chunk, job, 2 * job];
+    let mut source = MemorySource::default();
+    for (n, threshold) in thresholds.into_iter().enumerate() {
+        for (m, size) in [threshold - 1, threshold, threshold + 1, threshold + 8192].into_iter().enumerate() {
+            source.add(&format!("data/base/16384/{}", 20_000 + 10 * n + m), bytes(n as u64, size));
+            // The same as a file of no relation.
+            source.add(&format!("data/other/{n}-{m}"), bytes(n as u64, size));
+        }
+    }
+    let expected = source.files.clone();
+    let repository = plain_repository(Arc::new(MemoryStore::new())).await;
+    let (record, _) = back_up(&repository, source, BUDGET).await.unwrap();
+    let found = read_back(&repository, &record).await;
+    let differing: Vec<&String> =
+        expected.keys().filter(|path| found.get(*path) != expected.get(*path)).collect();
+    assert!(differing.is_empty(), "{differing:?} are not what was read");
 }
 
 #[tokio::test]

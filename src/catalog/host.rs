@@ -12,10 +12,8 @@ pub struct Host {
     pub platform: String,
     /// Alignment of the architecture.
     pub maximum_alignment: u32,
-    /// Version of the C library.
+    /// Version of the C library. That of ICU is the server's own affair (decision 0703).
     pub libc: Option<String>,
-    /// Version of ICU.
-    pub icu: Option<String>,
 }
 
 /// Pages of the basebackup would be read wrongly here.
@@ -38,15 +36,13 @@ impl OtherArchitecture {
 }
 
 impl Host {
-    /// Returns what is known of this host. The version of ICU is the server's own affair, which is linked with it and
-    /// warns of another by itself.
+    /// Returns what is known of this host.
     pub fn here(libc: Option<String>) -> Self {
         Self {
             platform: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             // The largest of the types that PostgreSQL stores.
             maximum_alignment: align_of::<u64>() as u32,
             libc,
-            icu: None,
         }
     }
 }
@@ -69,19 +65,15 @@ pub fn check_architecture(server: &ServerRecord, host: &Host) -> Result<(), Othe
     Ok(())
 }
 
-/// Warns of libraries that may order text differently.
-pub fn ordering_warnings(server: &ServerRecord, host: &Host) -> Vec<String> {
-    let libraries = [("libc", &server.libc, &host.libc), ("ICU", &server.icu, &host.icu)];
-    let warnings = libraries.into_iter().filter_map(|(library, source, here)| {
-        let (source, here) = (source.as_ref()?, here.as_ref()?);
-        (source != here).then(|| {
-            format!(
-                "the source had {library} {source} and this host has {here}: text may sort differently, so check or \
-                 rebuild indexes on text"
-            )
-        })
-    });
-    warnings.collect()
+/// Warns of a C library that may order text differently.
+pub fn ordering_warning(server: &ServerRecord, host: &Host) -> Option<String> {
+    let (source, here) = (server.libc.as_ref()?, host.libc.as_ref()?);
+    (source != here).then(|| {
+        format!(
+            "the source had libc {source} and this host has {here}: text may sort differently, so check or rebuild \
+             indexes on text"
+        )
+    })
 }
 
 #[cfg(test)]
@@ -89,17 +81,12 @@ mod tests {
     use super::*;
 
     fn pair() -> (ServerRecord, Host) {
-        let host = Host {
-            platform: "linux x86_64".to_owned(),
-            maximum_alignment: 8,
-            libc: Some("2.36".to_owned()),
-            icu: Some("153.14".to_owned()),
-        };
+        let host =
+            Host { platform: "linux x86_64".to_owned(), maximum_alignment: 8, libc: Some("2.36".to_owned()) };
         let server = ServerRecord {
             platform: host.platform.clone(),
             maximum_alignment: 8,
             libc: host.libc.clone(),
-            icu: host.icu.clone(),
             ..ServerRecord::default()
         };
         (server, host)
@@ -109,9 +96,9 @@ mod tests {
     fn a_host_like_the_source_gives_no_warning() {
         let (server, host) = pair();
         assert_eq!(check_architecture(&server, &host), Ok(()));
-        assert!(ordering_warnings(&server, &host).is_empty());
-        let unknown = Host { libc: None, icu: None, ..host };
-        assert!(ordering_warnings(&server, &unknown).is_empty());
+        assert_eq!(ordering_warning(&server, &host), None);
+        let unknown = Host { libc: None, ..host };
+        assert_eq!(ordering_warning(&server, &unknown), None);
         assert_eq!(check_architecture(&ServerRecord::default(), &Host::here(None)), Ok(()));
     }
 
@@ -125,12 +112,10 @@ mod tests {
     }
 
     #[test]
-    fn each_library_that_orders_text_is_compared() {
+    fn a_c_library_of_another_version_is_warned_of() {
         let (server, host) = pair();
-        let other = Host { libc: Some("2.41".to_owned()), icu: Some("153.120".to_owned()), ..host };
-        let warnings = ordering_warnings(&server, &other);
-        assert_eq!(warnings.len(), 2);
-        assert!(warnings[0].contains("libc 2.36") && warnings[0].contains("2.41"), "{warnings:?}");
-        assert!(warnings[1].contains("ICU 153.14"), "{warnings:?}");
+        let other = Host { libc: Some("2.41".to_owned()), ..host };
+        let warning = ordering_warning(&server, &other).unwrap();
+        assert!(warning.contains("libc 2.36") && warning.contains("2.41"), "{warning}");
     }
 }

@@ -136,7 +136,6 @@ impl Restore {
         let request = RecoveryRequest { basebackup: self.backup.as_deref(), target: &target, until_hole };
         let planned = plan_for_target(repository, request).await?;
         let options = self.options(context, site)?;
-        check_architecture(&planned.record.server.platform, std::env::consts::ARCH)?;
         let missing = check_programs(site, planned.record.server.major)?;
         let basebackup = Basebackup::open(repository, planned.record.id).await?;
         let mut plan = plan_restore(&basebackup, planned, &options).await?;
@@ -200,17 +199,6 @@ fn owner_of(target: &Path) -> Result<Owner, CommandError> {
     }
 }
 
-/// Refuses a basebackup of another architecture: its pages are laid out otherwise. `platform` is `linux x86_64`.
-fn check_architecture(platform: &str, here: &str) -> Result<(), CommandError> {
-    match platform.split_once(' ') {
-        Some((_, source)) if source != here => {
-            let message = format!("the basebackup is of a server on {source}, and this host is {here}");
-            Err(CommandError::failed(message).hint("Restore on a host of the same architecture."))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Refuses programs of another major version; says where there are none.
 fn check_programs(site: &SiteConfig, major: u32) -> Result<Option<String>, CommandError> {
     match programs::find(major, site.bin_directory.as_deref()) {
@@ -271,14 +259,6 @@ mod tests {
         assert!(plain.ends_with(" --config /etc/walden/walden.toml --site main wal fetch %f %p"), "{plain}");
         let odd = restore_command(Path::new("/etc/my 100% o'clock.toml"), "main").unwrap();
         assert!(odd.contains(r"--config '/etc/my 100%% o'\''clock.toml' --site"), "{odd}");
-    }
-
-    #[test]
-    fn another_architecture_is_refused_and_an_unknown_one_is_not() {
-        assert!(check_architecture("linux x86_64", "x86_64").is_ok());
-        assert!(check_architecture("", "x86_64").is_ok());
-        let refused = check_architecture("linux aarch64", "x86_64").unwrap_err();
-        assert_eq!(refused.message(), "the basebackup is of a server on aarch64, and this host is x86_64");
     }
 
     #[test]

@@ -185,7 +185,7 @@ pub async fn create(
 
 /// What the user should know of any clone of this basebackup on this host.
 fn warnings_of(server: &ServerRecord, options: &CreateOptions) -> Vec<String> {
-    let mut warnings = host::ordering_warnings(server, &options.host);
+    let mut warnings: Vec<String> = host::ordering_warning(server, &options.host).into_iter().collect();
     if options.user.uid == options.owner.uid {
         warnings.push(SHARED_USER.to_owned());
     }

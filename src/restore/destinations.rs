@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::private_area;
 use crate::repo::entry::TreePath;
 use crate::repo::manifest::Tablespace;
 use crate::restore::Error;
@@ -93,6 +94,10 @@ impl Destinations {
             return Ok(None);
         }
         if let Some(rest) = path.strip(b"data") {
+            // One that was left in the source: it would say of this restore how far that one had come.
+            if rest.split(|byte| *byte == b'/').next() == Some(private_area::DIRECTORY_NAME.as_bytes()) {
+                return Ok(None);
+            }
             return Ok(Some(below(&self.data, rest)));
         }
         if let Some(rest) = path.strip(b"config") {
@@ -173,7 +178,15 @@ mod tests {
         ] {
             assert_eq!(place(&made, path).as_deref(), Some(expected), "{path}");
         }
-        for path in ["tablespaces", "config", "config/etc", "data/tablespace_map", "data/recovery.signal"] {
+        for path in [
+            "tablespaces",
+            "config",
+            "config/etc",
+            "data/tablespace_map",
+            "data/recovery.signal",
+            "data/.walden",
+            "data/.walden/complete",
+        ] {
             assert_eq!(place(&made, path), None, "{path}");
         }
         for path in ["tablespaces/16402/x", "tablespaces/16499", "database", "wal/x"] {

@@ -401,7 +401,7 @@ fn warnings(
         let pages = record.size.damaged_pages;
         warnings.push(format!("{pages} pages had a wrong checksum in the source already"));
     }
-    warnings.extend(host::ordering_warnings(&record.server, &Host::here(options.libc.clone())));
+    warnings.extend(host::ordering_warning(&record.server, &Host::here(options.libc.clone())));
     for link in &basebackup.start().links {
         let target = String::from_utf8_lossy(&link.target);
         let place = destinations.place(&link.path).ok().flatten();

@@ -165,6 +165,8 @@ impl Site {
             "walden.plan.json",
             "walden.restore.json",
         ];
+        // Failure 23: without it the server would take the restore for a crash, and recover past every target.
+        assert!(found.contains_key("recovery.signal"), "there is no recovery.signal");
         let strange: Vec<_> =
             found.keys().filter(|path| !files.contains_key(*path) && !own.contains(&&***path)).collect();
         assert!(strange.is_empty(), "{strange:?} were not in the backup");

@@ -165,9 +165,12 @@ fn check(source: &Source, keys: &Keys, case: &Case) {
     let id = &source.ids[0];
     let data = source.cluster.data_directory();
     let clone = ["clone", "create", "refused", "--backup", id];
+    let target = source.cluster.scratch().path().join("refused");
+    let restore = ["restore", id, "--target-dir", target.to_str().unwrap()];
     for (arguments, status) in [
         (&["show", id, "--files"][..], case.files),
         (&clone[..], case.files),
+        (&restore[..], case.files),
         // PostgreSQL must not take any of it for the end of the archive.
         (&["wal", "fetch", &source.segment, "fetched"][..], 200),
     ] {
@@ -177,6 +180,7 @@ fn check(source: &Source, keys: &Keys, case: &Case) {
         assert!(run.stderr.contains(case.says), "{what}");
         assert!(!run.stderr.contains(case.says_not), "{what}");
         assert!(!data.join("fetched").exists(), "{what}");
+        assert!(!target.exists(), "{what}");
     }
     fs::write(&file, &keys.configuration).unwrap();
 }

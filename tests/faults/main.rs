@@ -1,5 +1,6 @@
 //! What goes wrong around a backup that is not damage: processes killed at any moment, two writers of one site, a full
-//! disk, a clock that is off, a folder that may not be written, one request of the store that fails.
+//! disk, a server that is shut down, a clock that is off, a folder that may not be written, one request of the store
+//! that fails.
 //!
 //! Each time the run succeeds or says what failed, nothing that is not whole is listed, and the next run converges.
 
@@ -16,4 +17,5 @@ mod killed;
 mod positions;
 mod primary_and_standby;
 mod refused;
+mod shutdown;
 mod two_writers;

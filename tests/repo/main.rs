@@ -2,6 +2,7 @@
 //!
 //! The figures are those the issue names; they hold for any store, because they are counts.
 
+use std::collections::HashSet;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -133,6 +134,21 @@ async fn child(argument: &str) {
     println!("peak {}", peak.trim().trim_end_matches(" kB").trim());
 }
 
+/// Failure 14: one entry was lost wherever a part of the metadata ended.
+async fn every_entry_is_there(basebackup: &Basebackup) {
+    assert!(basebackup.block_count() > 100, "{} blocks of the file table", basebackup.block_count());
+    let mut paths = HashSet::new();
+    let note = |_, entry: &Entry| {
+        assert!(paths.insert(entry.path.to_string()), "{} is there twice", entry.path);
+        Ok::<_, walden::repo::Error>(())
+    };
+    basebackup.visit_entries(note).await.unwrap();
+    let files = (0..200_000).map(|n| format!("data/base/{}/{}", n / 10_000 + 1, n - 10_000));
+    let lost: Vec<String> = files.filter(|path| !paths.contains(path)).collect();
+    assert!(lost.is_empty(), "{} of the files are lost, the first is {:?}", lost.len(), lost.first());
+    assert_eq!(paths.len(), 200_000 + 22, "files and directories");
+}
+
 #[tokio::test]
 async fn opening_two_hundred_thousand_files_takes_little_memory() {
     if let Ok(argument) = std::env::var(CHILD) {
@@ -154,6 +170,7 @@ async fn opening_two_hundred_thousand_files_takes_little_memory() {
         }
     }
     let id = builder.finish().await.unwrap().id;
+    every_entry_is_there(&Basebackup::open(&repository, id).await.unwrap()).await;
     let argument = format!("{}|{id}|{}", folder.path().display(), key_file.display());
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "opening_two_hundred_thousand_files_takes_little_memory", "--nocapture"])

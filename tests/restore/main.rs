@@ -7,6 +7,7 @@ mod support;
 mod source;
 
 mod equal;
+mod hosts;
 mod incomplete;
 mod places;
 mod targets;

@@ -108,6 +108,7 @@ fn numbered(number: usize) -> Bytes {
     vec![(number % 251) as u8; 300_000 + number].into()
 }
 
+/// Failure 41: a store that wrote in place left part of an object under its name, and nothing of what stood there.
 #[tokio::test]
 async fn a_killed_writer_leaves_whole_objects_only() {
     if let Some(folder) = std::env::var_os(WRITER_FOLDER) {
