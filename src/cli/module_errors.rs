@@ -48,7 +48,8 @@ impl From<disk::Error> for CommandError {
             disk::ErrorKind::Retry | disk::ErrorKind::Input => ExitKind::Failed,
             disk::ErrorKind::Damaged => ExitKind::Damaged,
         };
-        Self::of_module(kind, error, None)
+        let hint = error.hint().map(str::to_owned);
+        Self::of_module(kind, error, hint)
     }
 }
 

@@ -110,13 +110,27 @@ impl Restore {
                 return Ok::<_, CommandError>((plan, None, estimated));
             }
             let monitor = context.monitor();
-            let outcome = restore(basebackup, &plan, self.resume, &resources, &*monitor).await?;
+            let outcome = restore(basebackup, &plan, self.resume, &resources, &*monitor).await;
+            let outcome = outcome.map_err(|error| self.left_unfinished(error.into()))?;
             Ok((plan, Some(outcome), None))
         })??;
         context.end_progress();
         let seconds = context.clock().monotonic().saturating_duration_since(began).as_secs_f64();
         let spent = Spent { traffic: context.traffic.snapshot(), seconds };
         context.output.print(&RestoreReport::new(&site.name, plan, outcome, estimated, spent))
+    }
+
+    /// Says how a restore that has begun goes on, beside what its error says.
+    fn left_unfinished(&self, error: CommandError) -> CommandError {
+        const GO_ON: &str = "Then go on with --resume: until it is complete no server starts there.";
+        if read_unfinished(&self.target_dir).is_err() {
+            return error;
+        }
+        let hint = match &error.hint {
+            Some(hint) => format!("{hint} {GO_ON}"),
+            None => format!("Put that right. {GO_ON}"),
+        };
+        error.hint(hint)
     }
 
     async fn resumed(&self, repository: &Repository) -> Result<(Basebackup, RestorePlan), CommandError> {

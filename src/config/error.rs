@@ -151,7 +151,8 @@ impl Error {
                 Some("Run as that user, or choose another folder in [paths].".into())
             }
             Self::NotAFolder { .. } => Some("Choose another folder in [paths].".into()),
-            Self::Unreadable { .. } | Self::Environment { .. } | Self::Disk(_) | Self::Store(_) => None,
+            Self::Disk(error) => error.hint().map(str::to_owned),
+            Self::Unreadable { .. } | Self::Environment { .. } | Self::Store(_) => None,
         }
     }
 }

@@ -63,6 +63,15 @@ impl Error {
         }
     }
 
+    /// Returns what the user should do, where that is not plain from the message.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Io { source, .. } => hint_of(source),
+            Self::Locked { .. } => Some("Wait until that process has ended."),
+            Self::Exists { .. } | Self::BoundElsewhere { .. } | Self::Malformed { .. } => None,
+        }
+    }
+
     /// Returns the system's error, where there is one.
     pub fn io(&self) -> Option<&io::Error> {
         match self {
@@ -80,4 +89,18 @@ impl Error {
     pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }
+}
+
+/// Returns what the user should do about a file or folder that the system refuses.
+pub fn hint_of(error: &io::Error) -> Option<&'static str> {
+    Some(match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "Let the user that walden runs as read and write there, or choose another place."
+        }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "The file system is mounted read-only: mount it writable, or choose another place."
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "Make room there.",
+        _ => return None,
+    })
 }

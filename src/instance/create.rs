@@ -109,7 +109,7 @@ impl CreateError {
                     .to_owned()
             }
             Self::Disk(disk::Error::Exists { .. }) => "\"walden clone delete\" removes a clone.".to_owned(),
-            Self::Disk(_) => return None,
+            Self::Disk(error) => return error.hint().map(str::to_owned),
         })
     }
 }

@@ -118,6 +118,8 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::Repository(error) => return error.hint(),
+            Self::Disk(error) => return error.hint(),
+            Self::Io { source, .. } => return disk::hint_of(source),
             Self::Architecture(error) => error.hint(),
             Self::NotEmpty { .. } => {
                 "Give an empty directory; --force replaces what walden has restored there, --delta what differs."

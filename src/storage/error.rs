@@ -8,8 +8,11 @@
 //! Deliberately absent: exit statuses and errnos. The layers above choose them by [`ErrorKind`].
 
 use std::error::Error as StdError;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+
+use crate::disk;
 
 use super::refusal::{Refusal, find, is_about_a_certificate};
 
@@ -223,6 +226,10 @@ impl Error {
             (_, Some(refusal)) => refusal.hint(),
             (Self::Invalid { .. }, None) if is_about_a_certificate(source) => {
                 Some("Set ca_file to the certificates of the authority that signed it.")
+            }
+            // A folder says what any folder does.
+            (Self::Denied { .. } | Self::Full { .. }, None) => {
+                find::<io::Error>(source).and_then(disk::hint_of)
             }
             (_, None) => None,
         }

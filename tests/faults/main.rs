@@ -19,3 +19,4 @@ mod primary_and_standby;
 mod refused;
 mod shutdown;
 mod two_writers;
+mod unwritable;
