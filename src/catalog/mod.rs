@@ -18,6 +18,7 @@ pub mod target_search;
 #[cfg(test)]
 mod tests;
 pub mod timeline_tree;
+pub mod wal_ahead;
 pub mod wal_coverage;
 pub mod wal_reader;
 pub mod wal_records;
@@ -31,6 +32,7 @@ pub use recovery_plan::{Answer, InArchive, PLAN_FILE_NAME, RecoveryPlan, Timelin
 pub use recovery_target::{RecoveryTarget, Target, TargetAction};
 pub use recovery_window::{Hole, Recoverability, RecoveryStart, RecoveryWindow, SegmentRange};
 pub use timeline_tree::{Stretch, TimelineTree};
+pub use wal_ahead::WalAhead;
 pub use wal_coverage::{TimelineCoverage, WalCoverage};
 pub use wal_reader::{Found, Patience, WalReader};
 pub use window_ending::Ending;

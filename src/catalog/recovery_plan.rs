@@ -134,10 +134,42 @@ impl RecoveryPlan {
         self.segments().filter(|segment| self.ending_of(*segment).is_none())
     }
 
-    /// Lists the whole segments that recovery asks for after this one.
+    /// Lists the whole segments that recovery will most likely ask for after this one; what it gets is not decided by it.
+    ///
+    /// A plan made from the archive holds timelines that recovery does not go through. One that begins behind the
+    /// segment is taken to be the one that recovery turns to there, because the server prefers the newest; one that
+    /// holds this number under another name has been passed over by the server.
     pub fn segments_behind(&self, segment: WalSegmentName) -> impl Iterator<Item = WalSegmentName> {
-        let behind = self.segments().skip_while(move |name| *name != segment).skip(1);
+        let size = self.cluster.segment_size;
+        let here = self.span(segment.timeline()).filter(|_| self.contains_segment(segment));
+        // A name that cannot be at this size stands for no segment.
+        let begin = here.and_then(|_| segment.number(size).ok());
+        let candidates = begin.map_or_else(Vec::new, |begin| self.spans_behind(segment.timeline(), begin));
+        let end = WalSegmentNumber::containing(Lsn(u64::MAX), size).0;
+        let numbers = begin.into_iter().flat_map(move |begin| begin.0 + 1..=end);
+        let behind = numbers.map_while(move |number| {
+            // The newest of those that have begun; where it has ended the archive has.
+            let (span, _, last) = candidates.iter().rev().find(|(_, first, _)| *first <= number)?;
+            (number <= *last).then(|| WalSegmentName::new(span.timeline, WalSegmentNumber(number), size))
+        });
         behind.filter(|segment| self.ending_of(*segment).is_none())
+    }
+
+    /// Returns the span of a timeline and those of later ones that begin behind a segment of it, with their ends.
+    fn spans_behind(&self, timeline: TimelineId, begin: WalSegmentNumber) -> Vec<(TimelineSpan, u64, u64)> {
+        let size = self.cluster.segment_size;
+        let ends = self.spans.iter().filter_map(|span| {
+            let first = span.first.number(size).ok()?.0;
+            let last = span.last.map_or(Ok(u64::MAX), |last| last.number(size).map(|last| last.0)).ok()?;
+            Some((*span, first, last))
+        });
+        let mut behind: Vec<_> = ends
+            .filter(|(span, first, _)| {
+                span.timeline == timeline || (span.timeline > timeline && *first > begin.0)
+            })
+            .collect();
+        behind.sort_by_key(|(span, ..)| span.timeline);
+        behind
     }
 
     /// Returns whether recovery may need the file of this name.
@@ -288,6 +320,47 @@ mod tests {
         assert_eq!(behind("000000020000000000000006"), ["000000020000000000000007"]);
         assert!(behind("000000020000000000000007").is_empty());
         assert!(behind("000000010000000000000009").is_empty());
+    }
+
+    /// The plan that the first fetch makes holds every timeline from its beginning to its end.
+    #[test]
+    fn of_the_timelines_of_an_archive_recovery_is_expected_on_the_newest_that_it_has_not_passed_over() {
+        let mut plan = plan();
+        plan.spans[0].last = Some("000000010000000000000009".parse().unwrap());
+        let sibling = TimelineSpan {
+            timeline: timeline(3),
+            first: "000000030000000000000006".parse().unwrap(),
+            last: Some("000000030000000000000008".parse().unwrap()),
+            history: true,
+            end: None,
+        };
+        plan.spans.push(sibling);
+        let behind = |name: &str| {
+            let behind = plan.segments_behind(name.parse().unwrap()).map(|name| name.to_string());
+            behind.map(|name| format!("{}/{}", &name[7..8], &name[22..])).collect::<Vec<_>>()
+        };
+        assert_eq!(behind("000000010000000000000003"), ["1/04", "2/05", "3/06", "3/07", "3/08"]);
+        // 3 holds this number too, and the server has not asked for it.
+        assert_eq!(behind("000000020000000000000006"), ["2/07"]);
+        assert_eq!(behind("000000010000000000000007"), ["1/08", "1/09"]);
+    }
+
+    /// Failure 2: the successor of `…FF` is the next log's `…00`, with 16 MiB alone.
+    #[test]
+    fn the_successor_of_the_last_segment_of_a_log_depends_on_the_size() {
+        for (mib, name, next) in [
+            (16, "0000000100000002000000FF", "000000010000000300000000"),
+            (1, "0000000100000002000000FF", "000000010000000200000100"),
+            (1, "000000010000000200000FFF", "000000010000000300000000"),
+            (1024, "000000010000000200000003", "000000010000000300000000"),
+        ] {
+            let cluster = format!("7301234567890123456-{mib}").parse().unwrap();
+            let first = "000000010000000000000002".parse().unwrap();
+            let span = TimelineSpan { timeline: timeline(1), first, last: None, history: false, end: None };
+            let plan = RecoveryPlan { cluster, spans: vec![span], ..plan() };
+            let behind = plan.segments_behind(name.parse().unwrap()).next();
+            assert_eq!(behind.unwrap().to_string(), next, "{mib} MiB");
+        }
     }
 
     /// Failure 1: a store error during recovery looked like the end of the archive.

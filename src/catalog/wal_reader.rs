@@ -63,17 +63,27 @@ pub struct WalReader {
     flights: Mutex<HashMap<ArchiveFileName, Arc<OnceCell<Bytes>>>>,
 }
 
-/// Files read lately, the least recently used first to go.
+/// Files read lately; what was handed out goes before what was read ahead, and the least recently used first.
 #[derive(Debug)]
 struct Cache {
-    files: Vec<(ArchiveFileName, Bytes)>,
+    files: Vec<CachedFile>,
     bytes_max: usize,
+}
+
+#[derive(Debug)]
+struct CachedFile {
+    name: ArchiveFileName,
+    bytes: Bytes,
+    /// Whether somebody has been given it: it was not only read ahead.
+    served: bool,
 }
 
 /// The pause after the first failure; it doubles up to [`PAUSE_MAX`].
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
 /// The longest pause: a store that comes back is noticed this fast.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Segments read ahead at once: at 20 ms from the store and some 60 ms for each, enough for a hundred a second.
+const AHEAD_MAX: usize = 8;
 
 impl WalReader {
     /// Creates a reader that keeps at most `cache_bytes_max` of files read lately.
@@ -110,6 +120,62 @@ impl WalReader {
         if let Some(bytes) = self.cache().get(name) {
             return Ok(Found::Present(bytes));
         }
+        let found = self.read_stored(name, patience).await;
+        if let Ok(Found::Present(bytes)) = &found {
+            self.cache().put(name, bytes.clone(), true);
+        }
+        found
+    }
+
+    /// Starts reading files that are about to be asked for, the next one first. No more than the cache holds beside
+    /// one that is being handed out, so that they do not push each other out. Who asks for one meanwhile waits for the
+    /// same read; a failure is left for them to meet.
+    pub fn read_ahead(self: &Arc<Self>, names: impl IntoIterator<Item = ArchiveFileName>) {
+        for name in names.into_iter().take(self.ahead_max()) {
+            if self.cache().contains(name) || self.lock_flights().contains_key(&name) {
+                continue;
+            }
+            // Before the task runs, so that nobody starts another one for it.
+            let under_way = {
+                let mut flights = self.lock_flights();
+                flights.entry(name).or_default();
+                flights.len()
+            };
+            self.cache().make_room(under_way * self.cluster.segment_size.bytes() as usize);
+            let reader = self.clone();
+            tokio::spawn(async move {
+                // One attempt: there is time to wait when it is asked for.
+                let patience = Patience::Until(reader.clock.monotonic());
+                match reader.read_stored(name, patience).await {
+                    Ok(Found::Present(bytes)) => reader.cache().put(name, bytes, false),
+                    Ok(Found::Absent) => {}
+                    Ok(Found::Unreadable(error)) | Err(error) => {
+                        tracing::debug!("{name} could not be read ahead: {error}");
+                    }
+                }
+            });
+        }
+    }
+
+    /// Returns how many segments are read ahead at most: none where the cache holds but one.
+    pub fn ahead_max(&self) -> usize {
+        let segment_bytes = self.cluster.segment_size.bytes() as usize;
+        (self.cache().bytes_max / segment_bytes).saturating_sub(1).min(AHEAD_MAX)
+    }
+
+    /// Forgets what was handed out and is not likely to be asked for again.
+    pub fn forget_served(&self) {
+        self.cache().files.retain(|file| !file.served);
+    }
+
+    /// Keeps nothing any more, and reads nothing ahead: another reader takes its place.
+    pub fn retire(&self) {
+        let mut cache = self.cache();
+        cache.bytes_max = 0;
+        cache.files.clear();
+    }
+
+    async fn read_stored(&self, name: ArchiveFileName, patience: Patience) -> Result<Found<Bytes>, Error> {
         let flight = self.lock_flights().entry(name).or_default().clone();
         let read = || async {
             let bytes = flight.get_or_try_init(|| self.read_once(name)).await?;
@@ -117,9 +183,6 @@ impl WalReader {
         };
         let found = self.patiently(patience, &name.to_string(), read).await;
         self.lock_flights().remove(&name);
-        if let Ok(Found::Present(bytes)) = &found {
-            self.cache().put(name, bytes.clone());
-        }
         found
     }
 
@@ -137,30 +200,14 @@ impl WalReader {
         self.patiently(patience, &segment.to_string(), read).await
     }
 
-    /// Starts reading files that are about to be asked for: no more than half of the cache holds, so that they do not
-    /// push each other out. Who asks for one meanwhile waits for the same read; a failure is left for them to meet.
-    pub fn read_ahead(self: &Arc<Self>, names: impl IntoIterator<Item = ArchiveFileName>) {
-        let segment_bytes = self.cluster.segment_size.bytes() as usize;
-        let count = self.cache().bytes_max / 2 / segment_bytes;
-        for name in names.into_iter().take(count) {
-            if self.cache().contains(name) || self.lock_flights().contains_key(&name) {
-                continue;
-            }
-            let reader = self.clone();
-            // One attempt: there is time to wait when it is asked for.
-            let patience = Patience::Until(self.clock.monotonic());
-            tokio::spawn(async move {
-                if let Err(error) = reader.read(name, patience).await {
-                    tracing::debug!("{name} could not be read ahead: {error}");
-                }
-            });
-        }
-    }
-
     /// Returns how large a file is, from its signed header.
     pub async fn size(&self, name: ArchiveFileName, patience: Patience) -> Result<Found<u64>, Error> {
         if let Some(bytes) = self.cache().get(name) {
             return Ok(Found::Present(bytes.len() as u64));
+        }
+        if self.lock_flights().contains_key(&name) {
+            let found = self.read(name, patience).await;
+            return found.map(|found| found.map(|bytes| bytes.len() as u64));
         }
         self.patiently(patience, &name.to_string(), || self.size_once(name)).await
     }
@@ -325,29 +372,43 @@ impl Default for Pauses {
 
 impl Cache {
     fn contains(&self, name: ArchiveFileName) -> bool {
-        self.files.iter().any(|(cached, _)| *cached == name)
+        self.files.iter().any(|file| file.name == name)
     }
 
     fn get(&mut self, name: ArchiveFileName) -> Option<Bytes> {
-        let at = self.files.iter().position(|(cached, _)| *cached == name)?;
+        let at = self.files.iter().position(|file| file.name == name)?;
         let file = self.files.remove(at);
-        let bytes = file.1.clone();
-        self.files.push(file);
+        let bytes = file.bytes.clone();
+        self.files.push(CachedFile { served: true, ..file });
         Some(bytes)
     }
 
-    fn put(&mut self, name: ArchiveFileName, bytes: Bytes) {
+    fn put(&mut self, name: ArchiveFileName, bytes: Bytes, served: bool) {
         // Another partial may become the longest; everything else never changes.
         if matches!(name, ArchiveFileName::Partial(_)) {
             return;
         }
-        self.files.retain(|(cached, _)| *cached != name);
-        self.files.push((name, bytes));
+        let served = served || self.files.iter().any(|file| file.name == name && file.served);
+        self.files.retain(|file| file.name != name);
+        self.files.push(CachedFile { name, bytes, served });
         // The newest stays even where it alone is larger: it is about to be read.
-        while self.files.len() > 1
-            && self.files.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > self.bytes_max
-        {
-            self.files.remove(0);
+        while self.files.len() > 1 && self.bytes() > self.bytes_max {
+            let newest = self.files.len() - 1;
+            let oldest_served = self.files[..newest].iter().position(|file| file.served);
+            self.files.remove(oldest_served.unwrap_or(0));
         }
+    }
+
+    /// Gives up what was handed out for what is on its way, but not the file that was handed out last.
+    fn make_room(&mut self, coming: usize) {
+        while self.bytes() + coming > self.bytes_max {
+            let mut served = (0..self.files.len()).filter(|at| self.files[*at].served);
+            let (Some(oldest), Some(_)) = (served.next(), served.next()) else { return };
+            self.files.remove(oldest);
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.files.iter().map(|file| file.bytes.len()).sum()
     }
 }

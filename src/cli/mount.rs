@@ -99,6 +99,7 @@ pub(super) fn serve(context: &Context, dir: &Path, allow_other: bool) -> Result<
     context.block_on(async {
         let mut signals = Signals::listen()?;
         let repository = context.open_repository_within(site, KeyPurpose::Read, CALL_DEADLINE).await?;
+        let repository = repository.with_cpu_pool(context.cpu_pool()?);
         let tree = SiteTree::open(repository, context.clock(), owner_of(&dir)?).await?;
         let mut options = MountOptions::new(format!("walden:{}", site.name), true);
         options.allow_other |= allow_other;

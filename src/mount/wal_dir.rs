@@ -11,17 +11,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use tokio::sync::Semaphore;
 
 use crate::catalog::timeline_tree::list_histories;
 use crate::catalog::wal_reader::{Found, Patience, Pauses, WalReader};
-use crate::catalog::{Answer, InArchive, RecoveryPlan, TimelineTree, answer};
+use crate::catalog::{Answer, InArchive, RecoveryPlan, TimelineTree, WalAhead, answer};
 use crate::codec::Digest;
 use crate::mount::fs::{FileKind, Lifetime};
 use crate::mount::lower::LowerError;
 use crate::mount::repo_lower::lower_error;
 use crate::mount::virtual_dir::{DynamicDir, Found as FoundItem, Item, StaticFile};
-use crate::mount::wal_file::{EmptyFile, PartialFile, WalFile};
-use crate::pg::{ArchiveFileName, TimelineId, WalSegmentName};
+use crate::mount::wal_file::{EmptyFile, Opened, PartialFile, WalFile};
+use crate::pg::{ArchiveFileName, TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::repo;
 use crate::repo::layout::{ObjectName, WalObjectName};
 use crate::repo::wal_object::{HistoryBranch, newest_head, read_history_branch};
@@ -30,9 +31,21 @@ use crate::repo::wal_object::{HistoryBranch, newest_head, read_history_branch};
 #[derive(Debug)]
 pub struct WalDir {
     reader: Arc<WalReader>,
+    ahead: Arc<WalAhead>,
+    copies: Arc<Copies>,
+    held: Arc<Semaphore>,
     plan: Option<RecoveryPlan>,
     /// Branch points read so far; they never change.
     branches: Mutex<HashMap<TimelineId, HistoryBranch>>,
+}
+
+/// Which segments are copied, as far as a mount without a plan can tell what is wanted next.
+#[derive(Debug)]
+struct Copies {
+    ahead: Arc<WalAhead>,
+    /// Whether a plan tells instead, as soon as a name is looked up.
+    planned: bool,
+    last: Mutex<Option<WalSegmentNumber>>,
 }
 
 /// Whether a segment that is not in the archive was ever written.
@@ -48,13 +61,25 @@ enum Absence {
 const ABSENT: &str = ".absent";
 /// Keys asked for at a time.
 const PAGE: usize = 1000;
+/// Files that are kept while they are copied; who copies more at once has them from the cache, or read again.
+const HELD_MAX: usize = 4;
 /// How long a listing waits for the store; unlike a look-up it may fail, because no copy lists.
 const LIST_PATIENCE: Duration = Duration::from_secs(30);
 
 impl WalDir {
     /// Shows what `reader` reads, by the plan of a recovery if there is one.
     pub fn new(reader: Arc<WalReader>, plan: Option<RecoveryPlan>) -> Self {
-        Self { reader, plan, branches: Mutex::default() }
+        let ahead = Arc::new(WalAhead::new(reader.clone()));
+        let (planned, last) = (plan.is_some(), Mutex::default());
+        let copies = Arc::new(Copies { ahead: ahead.clone(), planned, last });
+        Self {
+            reader,
+            ahead,
+            copies,
+            held: Arc::new(Semaphore::new(HELD_MAX)),
+            plan,
+            branches: Mutex::default(),
+        }
     }
 
     async fn find(&self, name: ArchiveFileName) -> Result<Option<Item>, LowerError> {
@@ -98,9 +123,7 @@ impl WalDir {
         let found = match &self.plan {
             None => self.reader.size(name, Patience::Forever).await,
             Some(plan) => {
-                let behind =
-                    plan.segments_behind(segment).filter(|segment| plan.ending_of(*segment).is_none());
-                self.reader.read_ahead(behind.map(ArchiveFileName::Segment));
+                self.ahead.follow(segment, Some(plan));
                 let found = self.reader.read(name, Patience::Forever).await;
                 found.map(|found| found.map(|bytes| bytes.len() as u64))
             }
@@ -278,7 +301,8 @@ impl WalDir {
     }
 
     fn file(&self, name: ArchiveFileName, size: u64) -> Item {
-        Item::File(Arc::new(WalFile { reader: self.reader.clone(), name, size }))
+        let (reader, held, opened) = (self.reader.clone(), self.held.clone(), self.copies.clone());
+        Item::File(Arc::new(WalFile { reader, name, size, held, opened }))
     }
 
     /// Lists names in their order: of each timeline the history file, then the segments.
@@ -383,6 +407,22 @@ impl DynamicDir for WalDir {
     }
 }
 
+impl Opened for Copies {
+    /// Reads ahead once a second segment in a row is copied: one alone says nothing about the next.
+    fn opened(&self, name: ArchiveFileName) {
+        let ArchiveFileName::Segment(segment) = name else { return };
+        if self.planned {
+            return;
+        }
+        let Ok(number) = segment.number(self.ahead.reader().cluster().segment_size) else { return };
+        let last = self.last.lock().expect("no holder of this lock panics").replace(number);
+        // The same number again may be the same segment, or the one with which another timeline begins.
+        if last.is_some_and(|last| number.0 == last.0 || number.0 == last.0 + 1) {
+            self.ahead.follow(segment, None);
+        }
+    }
+}
+
 /// Says how long the kernel may keep what a name stands for: only what can never become something else.
 fn lifetime_of(name: ArchiveFileName, item: &Item) -> Lifetime {
     let immutable = !matches!(name, ArchiveFileName::Partial(_));
@@ -404,7 +444,7 @@ mod tests {
     use crate::clock::SystemClock;
     use crate::codec::{Compression, SeededRandom};
     use crate::mount::fs::IoMode;
-    use crate::pg::{Lsn, WalSegmentNumber};
+    use crate::pg::Lsn;
     use crate::repo::wal_object::{
         ArchiveHead, WalKey, archive_head, archive_history, archive_piece, archive_wal,
     };
@@ -628,19 +668,51 @@ mod tests {
 
     #[tokio::test]
     async fn a_recovery_finds_the_next_segments_at_hand_and_the_store_is_asked_once_for_each() {
-        let archive = Archive::of(&[(1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8)], &[]).await;
-        let dir = archive.dir(Some(plan_to(8)));
+        let segments: Vec<(u32, u64)> = (2..=12).map(|number| (1, number)).collect();
+        let archive = Archive::of(&segments, &[]).await;
+        let dir = archive.dir(Some(plan_to(12)));
         archive.store.take_calls();
         assert_eq!(see_segment(&dir, 1, 2).await, Seen::Bytes(300_000));
-        // Half of the cache is four segments.
-        asked(&archive, 5).await;
+        // The cache holds eight segments: the one that is read, and seven to come.
+        asked(&archive, 8).await;
         tokio::task::yield_now().await;
-        assert_eq!(archive.store.take_calls().len(), 5);
-        for number in 3..=8 {
+        assert_eq!(archive.store.take_calls().len(), 8);
+        for number in 3..=12 {
             assert_eq!(see_segment(&dir, 1, number).await, Seen::Bytes(300_000), "{number}");
             tokio::task::yield_now().await;
         }
-        assert_eq!(archive.store.take_calls().len(), 2);
+        assert_eq!(archive.store.take_calls().len(), 3);
+    }
+
+    #[tokio::test]
+    async fn without_a_plan_a_second_copy_in_a_row_has_read_ahead_what_is_there() {
+        let segments: Vec<(u32, u64)> =
+            (2..=12).filter(|number| *number != 7).map(|number| (1, number)).collect();
+        let archive = Archive::of(&segments, &[]).await;
+        let dir = archive.dir(None);
+        archive.store.take_calls();
+        assert_eq!(see_segment(&dir, 1, 2).await, Seen::Bytes(300_000));
+        let bodies = |archive: &Archive| {
+            let calls = archive.store.calls();
+            calls.iter().filter(|call| call.verb == Verb::Get).count()
+        };
+        tokio::task::yield_now().await;
+        assert_eq!(bodies(&archive), 1, "one copy alone says nothing about the next");
+        archive.store.take_calls();
+        assert_eq!(see_segment(&dir, 1, 3).await, Seen::Bytes(300_000));
+        // 4, 5 and 6 come after it; 7 is not there.
+        while bodies(&archive) < 4 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::task::yield_now().await;
+        archive.store.take_calls();
+        for number in 4..=6 {
+            assert_eq!(see_segment(&dir, 1, number).await, Seen::Bytes(300_000), "{number}");
+        }
+        assert_eq!(bodies(&archive), 0);
+        assert_eq!(see_segment(&dir, 1, 7).await, Seen::Bytes(0));
+        // Backwards, as a recovery asks at its end.
+        assert_eq!(see_segment(&dir, 1, 5).await, Seen::Bytes(300_000));
     }
 
     #[tokio::test]

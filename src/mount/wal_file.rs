@@ -4,9 +4,10 @@
 //! is not: the server refuses it for its size, and can go on once the archive is repaired. So what is damaged, and
 //! what is missing in the middle, is empty; what the store does not answer for is waited for.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::catalog::wal_reader::{Found, Patience, WalReader};
 use crate::mount::fs::IoMode;
@@ -21,6 +22,15 @@ pub(crate) struct WalFile {
     pub(crate) reader: Arc<WalReader>,
     pub(crate) name: ArchiveFileName,
     pub(crate) size: u64,
+    /// Places for files that are kept while they are being copied.
+    pub(crate) held: Arc<Semaphore>,
+    /// Is told of the file when it is opened, before it is read.
+    pub(crate) opened: Arc<dyn Opened>,
+}
+
+/// Who wants to know which files are opened.
+pub(crate) trait Opened: Send + Sync + std::fmt::Debug {
+    fn opened(&self, name: ArchiveFileName);
 }
 
 /// A file of length 0, which stands for *cannot tell*.
@@ -38,6 +48,8 @@ pub(crate) struct PartialFile {
 struct WalFileReader {
     reader: Arc<WalReader>,
     name: ArchiveFileName,
+    /// The content until it was read to its end, so that what is read ahead meanwhile does not push it out.
+    held: Mutex<Option<(Bytes, OwnedSemaphorePermit)>>,
 }
 
 /// `cp` gives a copy the mode of the original, and PostgreSQL opens its copy for writing.
@@ -46,6 +58,10 @@ const MODE: u32 = 0o600;
 const EMPTY: u64 = 1;
 
 impl WalFileReader {
+    fn lock_held(&self) -> MutexGuard<'_, Option<(Bytes, OwnedSemaphorePermit)>> {
+        self.held.lock().expect("no holder of this lock panics")
+    }
+
     /// Returns the content, or nothing of it; waits for the store however long that takes.
     async fn content(&self) -> Result<Bytes, LowerError> {
         let object = self.name;
@@ -79,17 +95,32 @@ impl VirtualFile for WalFile {
     }
 
     async fn open(&self) -> Result<(Arc<dyn VirtualReader>, IoMode), LowerError> {
-        let reader = WalFileReader { reader: self.reader.clone(), name: self.name };
+        self.opened.opened(self.name);
+        let reader = WalFileReader { reader: self.reader.clone(), name: self.name, held: Mutex::default() };
         // The whole of it is verified before the first byte is given out.
-        let whole = reader.content().await?.len() as u64 == self.size;
-        if whole { Ok((Arc::new(reader), IoMode::Cached)) } else { EmptyFile.open().await }
+        let content = reader.content().await?;
+        if content.len() as u64 != self.size {
+            return EmptyFile.open().await;
+        }
+        if let Ok(place) = self.held.clone().try_acquire_owned() {
+            *reader.lock_held() = Some((content, place));
+        }
+        Ok((Arc::new(reader), IoMode::Cached))
     }
 }
 
 #[async_trait::async_trait]
 impl VirtualReader for WalFileReader {
     async fn read(&self, offset: u64, length: u32) -> Result<Bytes, LowerError> {
-        Ok(part(&self.content().await?, offset, length))
+        let held = self.lock_held().as_ref().map(|(content, _)| content.clone());
+        let content = match held {
+            Some(content) => content,
+            None => self.content().await?,
+        };
+        if offset.saturating_add(length.into()) >= content.len() as u64 {
+            *self.lock_held() = None;
+        }
+        Ok(part(&content, offset, length))
     }
 }
 

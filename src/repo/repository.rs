@@ -7,7 +7,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::clock::Clock;
-use crate::codec::{Random, RandomExt};
+use crate::codec::{CpuPool, Random, RandomExt};
 use crate::pg::TimelineId;
 use crate::repo::documents::SiteRecord;
 use crate::repo::error::Error;
@@ -22,6 +22,7 @@ use crate::storage::{self, ObjectKey, Store};
 #[derive(Debug, Clone)]
 pub struct Repository {
     shared: Arc<Shared>,
+    pool: Option<CpuPool>,
 }
 
 #[derive(Debug)]
@@ -93,6 +94,35 @@ impl Repository {
         }
     }
 
+    /// Returns the same repository, which opens whole objects on the threads of `pool`: for a process that reads many at
+    /// once, and does something else meanwhile.
+    pub fn with_cpu_pool(self, pool: CpuPool) -> Self {
+        Self { pool: Some(pool), ..self }
+    }
+
+    /// Runs what takes a processor for milliseconds: on the pool, or here where there is none.
+    pub(crate) async fn compute<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        match &self.pool {
+            Some(pool) => pool.run(job).await?,
+            None => job(),
+        }
+    }
+
+    /// Checks that the site is still there and the same one: in a site that is gone everything is absent.
+    ///
+    /// # Errors
+    /// [`Error::is_absent`] where it has gone.
+    pub async fn confirm(&self) -> Result<(), Error> {
+        let found = read_site(self.store(), self.layout()).await?.site;
+        if found == self.site() {
+            return Ok(());
+        }
+        Err(Error::damaged(self.layout().site(), format!("it is site {found} now, and was {}", self.site())))
+    }
+
     /// Returns the store.
     pub fn store(&self) -> &dyn Store {
         &*self.shared.store
@@ -140,7 +170,8 @@ impl Repository {
 
     fn assemble(options: RepositoryOptions, layout: Layout, record: SiteRecord) -> Self {
         let RepositoryOptions { store, keyring, clock, .. } = options;
-        Self { shared: Arc::new(Shared { store, layout, site: record.site, keyring, clock }) }
+        let shared = Arc::new(Shared { store, layout, site: record.site, keyring, clock });
+        Self { shared, pool: None }
     }
 }
 

@@ -271,8 +271,7 @@ impl SealedHead {
             raw_len: frame.raw_len,
         };
         let body = self.key.open(&aad, stored.to_vec()).map_err(|_| damaged("does not authenticate"))?;
-        Decompressor::new()
-            .decompress(frame.codec, &body, frame.raw_len as usize)
+        Decompressor::on_this_thread(|inflate| inflate.decompress(frame.codec, &body, frame.raw_len as usize))
             .map_err(|_| damaged("does not decompress"))
     }
 }
@@ -324,7 +323,8 @@ pub fn open_all(
     if head.raw_size() != raw_size {
         return Err(Error::damaged(object, "its frames do not make up the size that its header names"));
     }
-    let mut raw = Vec::new();
+    // The index was sealed, and agrees with the header: this is what the frames hold.
+    let mut raw = Vec::with_capacity(raw_size as usize);
     for n in 0..head.frame_count() {
         raw.extend_from_slice(&head.open_frame(n, 0, bytes)?);
     }

@@ -252,7 +252,7 @@ pub async fn read_history_branch(
 }
 
 /// An object of the archive: its key, its identity, and what it is called in messages.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Target {
     key: ObjectKey,
     identity: Identity,
@@ -356,13 +356,18 @@ fn read_verified(
 
 async fn read(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
     let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
-    let (header, wal) = read_verified(repository, target, &bytes)?;
+    let (here, target) = (repository.clone(), target.clone());
+    repository.compute(move || open(&here, &target, &bytes)).await
+}
+
+/// Opens a whole object: nothing is decrypted or inflated but what the header's signer wrote.
+fn open(repository: &Repository, target: &Target, bytes: &[u8]) -> Result<Bytes, Error> {
+    let (header, wal) = read_verified(repository, target, bytes)?;
     let damaged = |detail: &str| Error::damaged(&target.object, detail);
     if wal.raw_size > WAL_RAW_BYTES_MAX {
         return Err(damaged("its header names an impossible size"));
     }
-    let raw =
-        open_all(&bytes, &header, repository.keyring(), &target.identity, &target.object, wal.raw_size)?;
+    let raw = open_all(bytes, &header, repository.keyring(), &target.identity, &target.object, wal.raw_size)?;
     if Digest::salted(&wal.salt, &raw) != wal.content_digest {
         return Err(damaged("its content is not the one its header names"));
     }
