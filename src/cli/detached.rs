@@ -38,16 +38,8 @@ pub(super) fn log_file(context: &Context, name: &str) -> Result<PathBuf, Command
 
 /// Starts `walden internal <arguments>` and returns what it prints once it serves.
 pub(super) fn start(context: &Context, arguments: &[OsString], log: &Path) -> Result<Value, CommandError> {
-    let program = std::env::current_exe()
-        .map_err(|error| CommandError::failed(format!("could not find the running binary: {error}")))?;
-    let mut command = Command::new(program);
-    command.arg("--config").arg(absolute(&context.config()?.file)?);
-    command.arg("--site").arg(&context.site()?.name).args(["--output", "json", "--no-progress"]);
-    if context.global.quiet {
-        command.arg("-q");
-    }
-    command.args((0..context.global.verbose).map(|_| "-v"));
-    command.arg("internal").args(arguments).current_dir("/");
+    let mut command = command(context)?;
+    command.arg("internal").args(arguments);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(open_log(log)?);
     let mut child = command
         .spawn()
@@ -67,6 +59,21 @@ pub(super) fn start(context: &Context, arguments: &[OsString], log: &Path) -> Re
     }
 }
 
+/// Returns a command that runs this binary again with the same global options, anywhere.
+pub(super) fn command(context: &Context) -> Result<Command, CommandError> {
+    let program = std::env::current_exe()
+        .map_err(|error| CommandError::failed(format!("could not find the running binary: {error}")))?;
+    let mut command = Command::new(program);
+    command.arg("--config").arg(absolute(&context.config()?.file)?);
+    command.arg("--site").arg(&context.site()?.name).args(["--output", "json", "--no-progress"]);
+    if context.global.quiet {
+        command.arg("-q");
+    }
+    command.args((0..context.global.verbose).map(|_| "-v"));
+    command.current_dir("/");
+    Ok(command)
+}
+
 /// Leaves the session of the terminal; the background process calls this first.
 pub(super) fn leave_session() {
     // Fails only where there is nothing to leave.
@@ -79,7 +86,8 @@ pub(super) fn absolute(path: &Path) -> Result<PathBuf, CommandError> {
         .map_err(|error| CommandError::usage(format!("\"{}\" is not a path: {error}", path.display())))
 }
 
-fn open_log(path: &Path) -> Result<fs::File, CommandError> {
+/// Opens a log to be written on.
+pub(super) fn open_log(path: &Path) -> Result<fs::File, CommandError> {
     OpenOptions::new().create(true).append(true).mode(0o600).open(path).map_err(|error| {
         CommandError::failed(format!("could not open the log \"{}\": {error}", path.display()))
     })

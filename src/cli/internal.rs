@@ -13,6 +13,7 @@ use super::context::Context;
 use super::detached;
 use super::error::CommandError;
 use super::mount;
+use super::prefetch::Prefetch;
 use super::serve_clone::ServeClone;
 
 /// Processes that walden starts of itself
@@ -26,6 +27,7 @@ pub struct Internal {
 enum Action {
     Serve(Serve),
     ServeClone(ServeClone),
+    Prefetch(Prefetch),
     /// Becomes a postmaster that can write nowhere but in its clone
     RunPostgres,
 }
@@ -47,6 +49,7 @@ impl Internal {
         match &self.action {
             Action::Serve(serve) => mount::serve(context, &serve.dir, serve.allow_other),
             Action::ServeClone(command) => command.run(context),
+            Action::Prefetch(command) => command.run(context),
             Action::RunPostgres => Err(CommandError::failed(launch::run().to_string())),
         }
     }

@@ -24,6 +24,7 @@ mod logging;
 mod module_errors;
 mod mount;
 mod output;
+mod prefetch;
 mod priority;
 mod progress;
 mod recovery_target;

@@ -58,7 +58,7 @@ impl ServeClone {
 }
 
 /// Resolves when this process is asked to end.
-async fn terminated() {
+pub(super) async fn terminated() {
     let (Ok(mut terminate), Ok(mut interrupt)) =
         (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {

@@ -23,6 +23,7 @@ use crate::pg::{ArchiveFileName, WalSegmentName};
 use crate::repo::wal_object::Archived;
 use crate::repo::{self, Repository, RepositoryOptions};
 use crate::wal;
+use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
 use crate::wal::list::{ListedCluster, ListedTimeline, list};
 use crate::wal::push::{check_file, push};
@@ -33,6 +34,7 @@ use super::detached;
 use super::error::CommandError;
 use super::exit::{ExitKind, ExitPolicy};
 use super::output::Report;
+use super::prefetch::{Asked, Place};
 use super::text::{Align, TextStyle, TextTable, size};
 
 /// Archives WAL, fetches it back and lists it
@@ -162,33 +164,54 @@ impl WalFetch {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         let name: ArchiveFileName = self.name.parse().map_err(wal::Error::from)?;
         let site = context.site()?;
-        let options = FetchOptions {
+        let mut options = FetchOptions {
             data_directory: PathBuf::from("."),
             name,
             target: self.path.clone(),
             wait: site.fetch_wait,
         };
-        // A key that cannot be read does not come by waiting, so that is said before anything is asked.
-        context.config()?.keyring(KeyPurpose::Read, Arc::new(SystemRandom))?;
-        let refused = RefCell::new(None);
-        let fetched = context.block_on_one_thread(fetch(
-            &options,
-            async || open_for_fetch(context, site, &refused).await,
-            context.clock(),
-        ))?;
+        let place = Place::of(context, site, &options.data_directory);
+        let asked_at = context.clock().monotonic();
+        let fetched = match place.as_ref().map_or(Asked::Nobody, |place| place.ask(&options)) {
+            Asked::Answer(fetched) => fetched,
+            Asked::CannotTell => {
+                let waited = context.clock().monotonic().saturating_duration_since(asked_at);
+                options.wait = options.wait.saturating_sub(waited);
+                fetch_alone(context, site, &options, place.as_ref())?
+            }
+            Asked::Nobody => fetch_alone(context, site, &options, place.as_ref())?,
+        };
         match fetched {
-            Ok(Fetched::Restored) => context.output.print(&FetchedFile { name: self.name.clone() }),
-            Ok(Fetched::Absent) => Err(CommandError::new(
+            Fetched::Restored => context.output.print(&FetchedFile { name: self.name.clone() }),
+            Fetched::Absent => Err(CommandError::new(
                 ExitKind::Absent,
                 format!("{name} is not in the archive, or lies behind the end of the recovery plan"),
             )),
-            Err(error) => Err(refused.take().map_or_else(|| error.into(), CommandError::from)),
         }
     }
 }
 
+/// Fetches without a prefetcher, and leaves one behind for the next segments.
+fn fetch_alone(
+    context: &Context,
+    site: &SiteConfig,
+    options: &FetchOptions,
+    place: Option<&Place>,
+) -> Result<Fetched, CommandError> {
+    // A key that cannot be read does not come by waiting, so that is said before anything is asked.
+    context.config()?.keyring(KeyPurpose::Read, Arc::new(SystemRandom))?;
+    let refused = RefCell::new(None);
+    let open = async || open_for_fetch(context, site, &refused).await;
+    let archive = Archive::once(open, context.clock());
+    let fetched = context.block_on_one_thread(fetch(options, &archive))?;
+    if let (Ok(Fetched::Restored), Some(place)) = (&fetched, place) {
+        place.start(context, options);
+    }
+    fetched.map_err(|error| refused.take().map_or_else(|| error.into(), CommandError::from))
+}
+
 /// Opens the repository; a complaint about the configuration is kept in `refused` for the message.
-async fn open_for_fetch(
+pub(super) async fn open_for_fetch(
     context: &Context,
     site: &SiteConfig,
     refused: &RefCell<Option<config::Error>>,

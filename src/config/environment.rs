@@ -71,6 +71,18 @@ impl Environment {
         variables
     }
 
+    /// Returns what may decide how stores are reached and what is read: two processes that agree on it do the same.
+    pub fn of_stores(&self) -> impl Iterator<Item = (&OsStr, &OsStr)> {
+        let decides = |name: &str| {
+            let name = name.to_ascii_uppercase();
+            ["AWS_", "WALDEN_", "XDG_", "SSL_CERT"].iter().any(|prefix| name.starts_with(prefix))
+                || name.ends_with("_PROXY")
+                || name == "HOME"
+        };
+        let all = self.variables.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str()));
+        all.filter(move |(name, _)| name.to_str().is_some_and(decides))
+    }
+
     /// Returns whether colours are unwelcome (`NO_COLOR`).
     pub fn no_color(&self) -> bool {
         self.get("NO_COLOR").is_some()

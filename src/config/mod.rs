@@ -149,6 +149,14 @@ impl Config {
         Ok(Keyring::new(KeyringOptions { trusted_signers: Vec::new(), ..options }))
     }
 
+    /// Lists the files that decide what is read of a site: the configuration itself and those that it names.
+    pub fn files<'a>(&'a self, site: &'a SiteConfig) -> impl Iterator<Item = &'a Path> {
+        let keys = self.encryption.iter().flat_map(|encryption| encryption.keys.values());
+        let keys = keys.flat_map(|key| KeyRole::ALL.into_iter().filter_map(|role| key.get(role)));
+        let keys = keys.map(|file| file.path.as_path());
+        std::iter::once(self.file.as_path()).chain(keys).chain(site.storage.files())
+    }
+
     /// Returns the site of that name, or the only one.
     pub fn site(&self, name: Option<&str>) -> Result<&SiteConfig> {
         let configured = || self.sites.keys().cloned().collect();

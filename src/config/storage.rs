@@ -4,7 +4,7 @@
 //! configuration can be read where the secret cannot. Keys for S3 are refused for any other store: there they
 //! would do nothing.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,6 +87,12 @@ impl StorageConfig {
         };
         let retry = RetryOptions::within(self.retry.min(deadline_max));
         Ok(storage::open(&self.location, &Options { s3, traffic, clock, retry, ..Options::default() })?)
+    }
+
+    /// Lists the files that are read when the store is opened.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        let secret = self.s3.secret_access_key_file.as_ref().map(|file| file.path.as_path());
+        secret.into_iter().chain(self.s3.ca_file.as_deref())
     }
 
     /// Returns whether the configuration file itself holds a secret.

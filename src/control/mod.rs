@@ -9,6 +9,7 @@ mod client;
 mod daemon_client;
 mod daemon_messages;
 mod daemon_server;
+mod file_request;
 mod messages;
 mod server;
 
@@ -16,6 +17,7 @@ pub use client::request;
 pub use daemon_client::ask_daemon;
 pub use daemon_messages::{ArchivedFile, DaemonAnswer, DaemonRequest, Failure};
 pub use daemon_server::{Caller, DaemonListener};
+pub use file_request::{FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files};
 pub use messages::{CloneSetting, CloneState, CloneStatus, Reply, Request};
 pub use server::{Listener, Pending};
 

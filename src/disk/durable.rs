@@ -161,6 +161,18 @@ pub fn sync_file_system(path: &Path) -> Result<(), Error> {
 }
 
 fn write_temporary(path: &Path, content: &[u8], create: Create) -> Result<PathBuf, Error> {
+    let temporary = temporary_path(path);
+    match fill_new_file(&temporary, content, create) {
+        Ok(()) => Ok(temporary),
+        Err(error) => {
+            let _ = fs::remove_file(&temporary);
+            Err(error)
+        }
+    }
+}
+
+/// Returns a name beside `path` that no other file of this process has.
+pub(crate) fn temporary_path(path: &Path) -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let mut name = OsString::from(format!(
         "{TEMPORARY_PREFIX}{}-{}-",
@@ -170,14 +182,7 @@ fn write_temporary(path: &Path, content: &[u8], create: Create) -> Result<PathBu
     // A long final name must not push the temporary one over NAME_MAX.
     let hint = path.file_name().unwrap_or_default().as_bytes();
     name.push(std::ffi::OsStr::from_bytes(&hint[..hint.len().min(64)]));
-    let temporary = parent_of(path).join(name);
-    match fill_new_file(&temporary, content, create) {
-        Ok(()) => Ok(temporary),
-        Err(error) => {
-            let _ = fs::remove_file(&temporary);
-            Err(error)
-        }
-    }
+    parent_of(path).join(name)
 }
 
 fn fill_new_file(path: &Path, content: &[u8], create: Create) -> Result<(), Error> {

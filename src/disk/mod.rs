@@ -11,6 +11,7 @@ pub mod lock;
 pub mod owner;
 pub mod private_area;
 pub mod space;
+pub mod staged_file;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ pub use lock::LockFile;
 pub use owner::Owner;
 pub use private_area::{Binding, PrivateArea};
 pub use space::Space;
+pub use staged_file::StagedFile;
 
 /// What went wrong with a local file.
 #[derive(Debug, thiserror::Error)]

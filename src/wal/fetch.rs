@@ -1,25 +1,26 @@
 //! One WAL file from the archive to where the server wants it: the restore_command.
 //!
-//! plan → the pure answer to the name → the file, verified, written whole. What recovery needs and does not come is
+//! plan → the pure answer to the name → the file, verified, written whole (and synced by the server, which does so before
+//! it gives the file its name). What recovery needs and does not come is
 //! asked for again until `wait` is over, and then it is an error: PostgreSQL would take anything gentler for the end
 //! of the archive and promote (failure 1). What lies outside the plan is absent without asking anybody.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::catalog::ending_segment::end_of_records;
-use crate::catalog::wal_reader::{Found, Patience, Pauses, WalReader, may_heal};
+use crate::catalog::wal_reader::{Found, Patience, Pauses, may_heal};
 use crate::catalog::{Answer, InArchive, RecoveryPlan, answer};
-use crate::clock::Clock;
-use crate::disk::durable::{TEMPORARY_PREFIX, write_file};
+use crate::disk::StagedFile;
+use crate::disk::durable::TEMPORARY_PREFIX;
 use crate::pg::{ArchiveFileName, ControlFile, WalSegmentName};
 use crate::repo::{self, Repository};
 use crate::storage::{self, Verb};
 use crate::wal::Error;
+use crate::wal::archive::{Archive, Held};
 use crate::wal::data_directory::{cluster_of, read_at_most, read_control_file};
 use crate::wal::plan_file::{self, STANDBY_SIGNAL, owned_like};
 use crate::wal::push::check_segment;
@@ -46,97 +47,132 @@ pub enum Fetched {
     Absent,
 }
 
-/// Fetches one file; `open` opens the repository, as often as it takes, so that a store that is away is waited for.
+/// Fetches one file to its target.
 ///
 /// # Errors
 /// Where recovery must not go on without the file, whatever the reason.
-pub async fn fetch(
-    options: &FetchOptions,
-    open: impl AsyncFn() -> Result<Repository, repo::Error>,
-    clock: Arc<dyn Clock>,
-) -> Result<Fetched, Error> {
+pub async fn fetch<O>(options: &FetchOptions, archive: &Archive<O>) -> Result<Fetched, Error>
+where
+    O: AsyncFn() -> Result<Repository, repo::Error>,
+{
+    let Some(content) = find(options, archive).await? else { return Ok(Fetched::Absent) };
+    let mut staged = stage(options)?;
+    staged.write(&content)?;
+    staged.finish()?;
+    Ok(Fetched::Restored)
+}
+
+/// Begins the file at its target. PostgreSQL never reads part of one, and syncs it before it becomes a segment of its
+/// own (`KeepFileRestoredFromArchive`), so it is not synced here as well.
+pub fn stage(options: &FetchOptions) -> Result<StagedFile, Error> {
+    remove_leftovers(&options.target);
+    Ok(StagedFile::begin(&options.target, owned_like(&options.data_directory)?)?)
+}
+
+/// Decides about one file, and reads it; nothing where the archive has none and recovery may go by that. A store that
+/// is away is waited for.
+///
+/// # Errors
+/// As those of [`fetch`].
+pub async fn find<O>(options: &FetchOptions, archive: &Archive<O>) -> Result<Option<Bytes>, Error>
+where
+    O: AsyncFn() -> Result<Repository, repo::Error>,
+{
     let control = read_control_file(&options.data_directory)?;
-    let standby = options.data_directory.join(STANDBY_SIGNAL).exists();
-    let patience = Patience::Until(clock.monotonic() + options.wait);
-    let known = match standby {
-        true => Some(plan_file::standby_plan(cluster_of(&control))),
-        false => plan_file::read(&options.data_directory, &control)?,
-    };
+    let patience = Patience::Until(archive.clock().monotonic() + options.wait);
+    let known = known_plan(options, &control)?;
     if known.as_ref().is_some_and(|plan| is_outside(plan, options.name)) {
-        return Ok(Fetched::Absent);
+        return Ok(None);
     }
-    let mut fetch = Fetch { options, control, clock, patience, plan: known };
+    let mut fetch = Fetch { options, control, archive, patience, plan: known };
     let mut pauses = Pauses::new();
     let mut damaged_reads = 0;
     loop {
-        let error = match fetch.attempt_in_time(&open).await {
+        let error = match fetch.attempt_in_time().await {
             Ok(outcome) => return Ok(outcome),
             Err(error) => error,
         };
+        archive.release().await;
         damaged_reads += u32::from(matches!(&error, Error::Repository(error) if is_damage(error)));
         let again = is_worth_repeating(&error) && damaged_reads < DAMAGED_READS_MAX;
-        if !again || !pauses.pause(patience, &*fetch.clock).await {
+        if !again || !pauses.pause(patience, archive.clock()).await {
             return Err(error);
         }
         tracing::warn!("trying again: {error}");
     }
 }
 
+/// Starts reading what recovery will ask for after a segment, where a plan of its own tells what that is.
+pub async fn read_on<O>(options: &FetchOptions, archive: &Archive<O>) -> Result<(), Error>
+where
+    O: AsyncFn() -> Result<Repository, repo::Error>,
+{
+    let ArchiveFileName::Segment(segment) = options.name else { return Ok(()) };
+    if let Some(plan) = known_plan(options, &read_control_file(&options.data_directory)?)? {
+        archive.hold().await?.0.ahead(plan.cluster).follow(segment, Some(&plan));
+    }
+    Ok(())
+}
+
+/// Returns the plan to go by; none where the first fetch has yet to make it.
+fn known_plan(options: &FetchOptions, control: &ControlFile) -> Result<Option<RecoveryPlan>, Error> {
+    match options.data_directory.join(STANDBY_SIGNAL).exists() {
+        true => Ok(Some(plan_file::standby_plan(cluster_of(control)))),
+        false => plan_file::read(&options.data_directory, control),
+    }
+}
+
 /// A damaged object is read once more, in case the way was at fault and not the store.
 const DAMAGED_READS_MAX: u32 = 2;
 /// An attempt has at least this long, however short the wait: a segment takes its time on a slow line.
-const ATTEMPT_MIN: Duration = Duration::from_secs(60);
-/// Nothing is read twice in one process.
-const CACHE_BYTES: usize = 0;
+pub const ATTEMPT_MIN: Duration = Duration::from_secs(60);
 
-struct Fetch<'a> {
+struct Fetch<'a, O> {
     options: &'a FetchOptions,
     control: ControlFile,
-    clock: Arc<dyn Clock>,
+    archive: &'a Archive<O>,
     patience: Patience,
     plan: Option<RecoveryPlan>,
 }
 
-impl Fetch<'_> {
+impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
     /// Attempts it once, and gives up on a peer that neither answers nor fails (failure 39).
-    async fn attempt_in_time(
-        &mut self,
-        open: &impl AsyncFn() -> Result<Repository, repo::Error>,
-    ) -> Result<Fetched, Error> {
+    async fn attempt_in_time(&mut self) -> Result<Option<Bytes>, Error> {
         let (Patience::Until(end), name) = (self.patience, self.options.name) else {
-            return self.attempt(open).await;
+            return self.attempt().await;
         };
-        let limit = end.saturating_duration_since(self.clock.monotonic()).max(ATTEMPT_MIN);
-        tokio::time::timeout(limit, self.attempt(open)).await.unwrap_or_else(|_| {
+        let limit = end.saturating_duration_since(self.archive.clock().monotonic()).max(ATTEMPT_MIN);
+        tokio::time::timeout(limit, self.attempt()).await.unwrap_or_else(|_| {
             let reason = Some(format!("nothing came within {} s", limit.as_secs()));
             let (verb, key) = (Verb::Get, name.to_string());
             Err(repo::Error::from(storage::Error::Unreachable { verb, key, reason, source: None }).into())
         })
     }
 
-    async fn attempt(
-        &mut self,
-        open: &impl AsyncFn() -> Result<Repository, repo::Error>,
-    ) -> Result<Fetched, Error> {
-        let repository = open().await?;
+    async fn attempt(&mut self) -> Result<Option<Bytes>, Error> {
+        let (held, fresh) = self.archive.hold().await?;
         if self.plan.is_none() {
             let folder = &self.options.data_directory;
-            self.plan = Some(plan_file::create(&repository, folder, &self.control).await?);
+            self.plan = Some(plan_file::create(&held.repository, folder, &self.control).await?);
         }
         let plan = self.plan.as_ref().expect("it has just been made where there was none");
         let name = self.options.name;
         if is_outside(plan, name) {
-            return Ok(Fetched::Absent);
+            return Ok(None);
         }
-        let reader = WalReader::new(repository, plan.cluster, self.clock.clone(), CACHE_BYTES);
         let ending = match name {
             ArchiveFileName::Segment(segment) => plan.ending_of(segment).map(|end| (segment, end)),
             _ => None,
         };
         let read = match ending {
-            Some((segment, end)) => reader.read_ending(segment, end, self.patience).await?,
-            None => reader.read(name, self.patience).await?,
+            Some((segment, end)) => {
+                held.ahead(plan.cluster).reader().read_ending(segment, end, self.patience).await?
+            }
+            None => self.read(&held, plan).await?,
         };
+        if matches!(read, Found::Absent) && !fresh {
+            held.repository.confirm().await?;
+        }
         let (archive, found) = match read {
             Found::Present(bytes) => (InArchive::Present, Ok(bytes)),
             Found::Absent => (InArchive::Absent, Err(Error::Missing { name: name.to_string() })),
@@ -145,19 +181,26 @@ impl Fetch<'_> {
         if let (Some((segment, _)), Ok(bytes)) = (ending, &found)
             && self.has_more_than(segment, bytes)
         {
-            return Ok(Fetched::Absent);
+            return Ok(None);
         }
         let own_copy = archive == InArchive::Absent && self.has_valid_copy();
         match (answer(plan, name, archive, own_copy), found) {
-            (Answer::Absent, _) => Ok(Fetched::Absent),
-            (Answer::Serve, Ok(bytes)) => {
-                self.deliver(&bytes)?;
-                Ok(Fetched::Restored)
-            }
+            (Answer::Absent, _) => Ok(None),
+            (Answer::Serve, Ok(bytes)) => Ok(Some(bytes)),
             (Answer::Serve | Answer::CannotTell, found) => {
                 Err(found.err().unwrap_or_else(|| Error::Missing { name: name.to_string() }))
             }
         }
+    }
+
+    /// Asks the archive, and has it read on from a segment that is there.
+    async fn read(&self, held: &Held, plan: &RecoveryPlan) -> Result<Found<Bytes>, repo::Error> {
+        let ahead = held.ahead(plan.cluster);
+        let found = ahead.reader().read(self.options.name, self.patience).await?;
+        if let (Found::Present(_), ArchiveFileName::Segment(segment)) = (&found, self.options.name) {
+            ahead.follow(segment, Some(plan));
+        }
+        Ok(found)
     }
 
     /// Tells whether the server has the segment itself, as a whole file that is what its name says.
@@ -179,13 +222,6 @@ impl Fetch<'_> {
         let bytes = read_at_most(&path, u64::from(self.control.wal_segment_size.bytes())).ok()?;
         check_segment(&bytes, segment, &self.control).ok()?;
         Some(bytes.into())
-    }
-
-    /// Writes the file whole and durably, so that the server never reads part of one.
-    fn deliver(&self, bytes: &Bytes) -> Result<(), Error> {
-        let target = &self.options.target;
-        remove_leftovers(target);
-        Ok(write_file(target, bytes, owned_like(&self.options.data_directory)?)?)
     }
 }
 

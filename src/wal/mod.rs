@@ -6,6 +6,7 @@
 //! Deliberately absent: exit statuses (`cli`), the decision what a name is answered (`catalog`), receiving by
 //! streaming and any deletion.
 
+pub mod archive;
 mod data_directory;
 mod error;
 pub mod fetch;

@@ -1,5 +1,7 @@
 //! Push and fetch on a data directory that is made up, over stores that fail as told: every way in and every way out.
 
+mod held;
+
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use crate::pg::{Lsn, SystemIdentifier, WalSegmentName, WalSegmentNumber, WalSegm
 use crate::repo::wal_object::{Archived, WalKey, archive_piece};
 use crate::repo::{self, ClusterId, Keyring, Repository, RepositoryOptions};
 use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, Rule, Verb};
+use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
 use crate::wal::head::{self, HeadWritten};
 use crate::wal::plan_file::STANDBY_SIGNAL;
@@ -109,14 +112,21 @@ impl Server {
     }
 
     async fn fetch(&self, name: &str) -> Result<Fetched, Error> {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        self.fetch_from(&Archive::once(async || self.open().await, clock), name).await
+    }
+
+    async fn fetch_from<O>(&self, archive: &Archive<O>, name: &str) -> Result<Fetched, Error>
+    where
+        O: AsyncFn() -> Result<Repository, repo::Error>,
+    {
         let options = FetchOptions {
             data_directory: self.folder.path().to_owned(),
             name: name.parse().unwrap(),
             target: self.path("pg_wal/RECOVERYXLOG"),
             wait: Duration::from_millis(1),
         };
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        fetch(&options, async || self.open().await, clock).await
+        fetch(&options, archive).await
     }
 
     fn plan(&self) -> RecoveryPlan {

@@ -8,5 +8,6 @@ mod scene;
 mod archiving;
 mod mount;
 mod never_promotes;
+mod prefetch;
 mod recovery;
 mod statuses;

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use crate::prefetch::{prefetchers, wait_for_prefetcher};
 use crate::scene::Scene;
 use crate::support::{Need, Run, require};
 
@@ -14,9 +15,6 @@ fn fetch_exits_with_0_1_and_200_alone_and_never_above_125_for_a_standby() {
         Run::of(scene.walden.command().args(["wal", "fetch"]).args(arguments).current_dir(&data), "").code()
     };
     let segment = scene.segments[0].as_str();
-    assert_eq!(fetch(&[segment, "pg_wal/RECOVERYXLOG"]), Some(0));
-    assert_eq!(fetch(&["00000002.history", "pg_wal/RECOVERYHISTORY"]), Some(1));
-    assert_eq!(fetch(&["0000000100000001000000FF", "pg_wal/RECOVERYXLOG"]), Some(1));
     let elsewhere = scene.cluster.scratch().path().join("elsewhere.toml");
     let elsewhere = elsewhere.to_str().unwrap();
     let wrong: [&[&str]; 6] = [
@@ -32,10 +30,18 @@ fn fetch_exits_with_0_1_and_200_alone_and_never_above_125_for_a_standby() {
         command.args(["--site", "other", "wal", "fetch", segment, "pg_wal/RECOVERYXLOG"]);
         assert_eq!(Run::of(command.current_dir(&data), "").code(), Some(code));
     };
-    for arguments in wrong {
-        assert_eq!(fetch(arguments), Some(200), "{arguments:?}");
+    // By itself, and then with a prefetcher, which the first segment that is restored leaves behind.
+    for with_prefetcher in [false, true] {
+        assert_eq!(fetch(&["00000002.history", "pg_wal/RECOVERYHISTORY"]), Some(1));
+        assert_eq!(fetch(&["0000000100000001000000FF", "pg_wal/RECOVERYXLOG"]), Some(1));
+        for arguments in wrong {
+            assert_eq!(fetch(arguments), Some(200), "{arguments:?}");
+        }
+        unconfigured(200);
+        assert_eq!(!prefetchers(&data).is_empty(), with_prefetcher);
+        assert_eq!(fetch(&[segment, "pg_wal/RECOVERYXLOG"]), Some(0));
+        wait_for_prefetcher(&scene.walden, &data);
     }
-    unconfigured(200);
     fs::write(elsewhere, "[").unwrap();
     scene.cluster.scratch().file("copy/standby.signal", "");
     for arguments in wrong {

@@ -1,0 +1,382 @@
+//! `walden internal prefetch`: keeps one site's archive open for one data directory, and reads ahead of its recovery.
+//!
+//! PostgreSQL runs `wal fetch` once a segment; opening keys and repository takes each of them longer than the segment.
+//! So a fetch that has restored a segment by itself leaves this process behind, and later ones ask it first. It decides
+//! by the same code, and it is never relied on: whatever it does but answer, the fetch does the work itself. It ends
+//! after a minute without requests, when the data directory goes, and always with status 0: where PostgreSQL is the
+//! first process of a container it would take another one for a crash of its own.
+
+use std::cell::RefCell;
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use clap::Args;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+use crate::codec::Hasher;
+use crate::config::SiteConfig;
+use crate::control::{self, FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files};
+use crate::disk::durable::{Create, create_dir_all};
+use crate::disk::{self, LockFile};
+use crate::pg::ArchiveFileName;
+use crate::repo::{self, Repository};
+use crate::storage::Location;
+use crate::wal::archive::Archive;
+use crate::wal::fetch::{ATTEMPT_MIN, FetchOptions, Fetched, find, read_on, stage};
+
+use super::context::Context;
+use super::detached;
+use super::error::CommandError;
+use super::serve_clone::terminated;
+use super::wal::open_for_fetch;
+
+/// Reads WAL ahead of the recovery of one data directory
+#[derive(Debug, Args)]
+pub(super) struct Prefetch {
+    /// The data directory
+    data_directory: PathBuf,
+    /// The segment that was restored last
+    after: String,
+}
+
+/// Where the prefetcher of a data directory listens, for those who would do everything as it does.
+#[derive(Debug)]
+pub(super) struct Place {
+    data_directory: PathBuf,
+    /// Device and inode of the data directory: another one may be made at its path.
+    identity: (u64, u64),
+    folder: PathBuf,
+    key: String,
+}
+
+/// What came of asking.
+#[derive(Debug)]
+pub(super) enum Asked {
+    /// What the fetch would have come to by itself.
+    Answer(Fetched),
+    /// It tried as long as a fetch does, or met something that the fetch may not meet.
+    CannotTell,
+    /// Nobody answered, or not in a way to rely on.
+    Nobody,
+}
+
+/// Below the run folder.
+const FOLDER: &str = "fetch";
+/// The log of all of them, below the state folder.
+const LOG: &str = "prefetch";
+/// Nine segments of 16 MiB: one that is handed out and eight to come, some of them still on their way.
+const CACHE_BYTES: usize = 144 << 20;
+/// Larger segments are not worth the memory: reading one takes longer than opening the repository.
+const SEGMENT_BYTES_MAX: u64 = 64 << 20;
+/// How long it waits for the next request: longer than a standby pauses, and than a segment is replayed.
+const LINGER: Duration = Duration::from_secs(60);
+/// How often it looks whether it is still of use.
+const TICK: Duration = Duration::from_secs(1);
+/// Requests that are answered at once; there is one recovery in a data directory.
+const REQUESTS_MAX: usize = 4;
+
+impl Place {
+    /// Finds the place for a site and a data directory; there is none where either cannot be looked at.
+    pub(super) fn of(context: &Context, site: &SiteConfig, data_directory: &Path) -> Option<Self> {
+        let data_directory = data_directory.canonicalize().ok()?;
+        let identity = identity_of(&data_directory)?;
+        let config = context.config().ok()?;
+        let file = detached::absolute(&config.file).ok()?;
+        let mut hasher = Hasher::new();
+        let mut add = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        };
+        add(format!("{data_directory:?} {identity:?} {:?} {file:?}", site.name).as_bytes());
+        // Whatever decides how a fetch goes: the binary, the configuration, the files that it names, the environment.
+        let binary = std::env::current_exe().ok()?;
+        for file in [binary.as_path()].into_iter().chain(config.files(site)) {
+            add(format!("{:?}", stamp_of(file)).as_bytes());
+        }
+        // What is seen of disks and networks: a server may be started again in another container.
+        for namespace in ["/proc/self/ns/mnt", "/proc/self/ns/net"] {
+            add(format!("{:?}", identity_of(Path::new(namespace))).as_bytes());
+        }
+        // A volume may be mounted over a store's folder, which a process that opened it before would not see.
+        if let Location::File(folder) = &site.storage.location {
+            add(format!("{:?}", identity_of(folder)).as_bytes());
+        }
+        for (name, value) in context.environment.of_stores() {
+            add(format!("{name:?}={value:?}").as_bytes());
+        }
+        let key = hasher.finish().to_string()[..16].to_owned();
+        Some(Self { data_directory, identity, folder: config.paths.run.join(FOLDER), key })
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.join(format!("{}.sock", self.key))
+    }
+
+    /// Asks the prefetcher, if there is one.
+    pub(super) fn ask(&self, options: &FetchOptions) -> Asked {
+        let socket = self.socket();
+        if !socket.exists() {
+            return Asked::Nobody;
+        }
+        let Ok(staged) = stage(options) else { return Asked::Nobody };
+        let request = FileRequest { name: options.name.to_string() };
+        let signs_max = (options.wait + 2 * ATTEMPT_MIN).div_duration_f64(SIGN_OF_LIFE) as u64;
+        let written = |bytes| staged.file().metadata().is_ok_and(|found| found.len() == bytes);
+        match ask_for_file(&socket, &request, staged.file().as_fd(), signs_max) {
+            Ok(FileReply::Written { bytes }) if written(bytes) && staged.finish().is_ok() => {
+                Asked::Answer(Fetched::Restored)
+            }
+            Ok(FileReply::Written { .. }) => Asked::Nobody,
+            Ok(FileReply::Absent) => Asked::Answer(Fetched::Absent),
+            Ok(FileReply::CannotTell) => Asked::CannotTell,
+            Err(error) => {
+                tracing::debug!("{error}");
+                if matches!(error, control::Error::Io { .. }) {
+                    // It is dead or stuck: nobody else is to wait for it, and it ends when it finds itself alone.
+                    let _ = fs::remove_file(&socket);
+                }
+                Asked::Nobody
+            }
+        }
+    }
+
+    /// Leaves a prefetcher behind, after a segment that was restored without one; whether there can be one or not.
+    pub(super) fn start(&self, context: &Context, options: &FetchOptions) {
+        let length = fs::metadata(&options.target).map_or(u64::MAX, |found| found.len());
+        if !matches!(options.name, ArchiveFileName::Segment(_)) || length > SEGMENT_BYTES_MAX {
+            return;
+        }
+        if let Err(error) = self.try_start(context, options.name) {
+            tracing::debug!("no prefetcher: {}", error.message());
+        }
+    }
+
+    fn try_start(&self, context: &Context, after: ArchiveFileName) -> Result<(), CommandError> {
+        let log = detached::open_log(&detached::log_file(context, LOG)?)?;
+        close_to_children();
+        let mut command: Command = detached::command(context)?;
+        command.args(["internal", "prefetch"]).arg(&self.data_directory).arg(after.to_string());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let started = command.spawn();
+        started
+            .map(drop)
+            .map_err(|error| CommandError::failed(format!("could not start a background process: {error}")))
+    }
+
+    /// Tells whether the data directory and the socket are still those it was started for.
+    fn is_there(&self, socket: (u64, u64)) -> bool {
+        identity_of(&self.data_directory) == Some(self.identity)
+            && identity_of(&self.socket()) == Some(socket)
+    }
+}
+
+impl Prefetch {
+    /// Serves until nobody asks any more; what goes wrong is told to the log alone.
+    pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
+        if let Err(error) = self.serve(context) {
+            tracing::error!("{}", error.message());
+        }
+        Ok(())
+    }
+
+    fn serve(&self, context: &Context) -> Result<(), CommandError> {
+        let site = context.site()?;
+        let Some(place) = Place::of(context, site, &self.data_directory) else { return Ok(()) };
+        let run = context.config()?.paths.open_run()?;
+        create_dir_all(&place.folder, Create::PRIVATE_DIRECTORY.owned_by(run.owner))?;
+        let _lock = match LockFile::acquire(&place.folder.join(format!("{}.lock", place.key))) {
+            Err(disk::Error::Locked { .. }) => return Ok(()),
+            lock => lock?,
+        };
+        let _ = fs::remove_file(place.socket());
+        let listener =
+            listen_for_files(&place.socket()).map_err(|error| CommandError::failed(error.to_string()))?;
+        let pool = context.cpu_pool()?;
+        let refused = RefCell::new(None);
+        let open = async || Ok(open_for_fetch(context, site, &refused).await?.with_cpu_pool(pool.clone()));
+        let archive = Archive::reading_ahead(open, context.clock(), CACHE_BYTES);
+        let options = FetchOptions {
+            data_directory: place.data_directory.clone(),
+            name: self.after.parse().map_err(crate::wal::Error::from)?,
+            target: PathBuf::new(),
+            wait: site.fetch_wait,
+        };
+        let served = context.block_on(async {
+            let serving = Serving { place: &place, archive: &archive, options: &options };
+            tokio::select! {
+                served = serving.serve(listener, context) => served,
+                () = terminated() => Ok(()),
+            }
+        });
+        let _ = fs::remove_file(place.socket());
+        served?
+    }
+}
+
+/// What answers need.
+struct Serving<'a, O> {
+    place: &'a Place,
+    archive: &'a Archive<O>,
+    /// Those of every request, but for the name.
+    options: &'a FetchOptions,
+}
+
+impl<O: AsyncFn() -> Result<Repository, repo::Error>> Serving<'_, O> {
+    async fn serve(&self, listener: UnixListener, context: &Context) -> Result<(), CommandError> {
+        let failed = |error| CommandError::failed(format!("could not listen: {error}"));
+        let own = identity_of(&self.place.socket()).unwrap_or_default();
+        let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
+        if let Err(error) = read_on(self.options, self.archive).await {
+            // Whoever asks meets it again, and tells it.
+            tracing::debug!("{error}");
+        }
+        let clock = context.clock();
+        let mut asked_at = clock.monotonic();
+        let mut answers = FuturesUnordered::new();
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                accepted = listener.accept(), if answers.len() < REQUESTS_MAX => {
+                    asked_at = clock.monotonic();
+                    let stream = accepted.map_err(failed)?.0.into_std().map_err(failed)?;
+                    match FileAsk::receive(stream) {
+                        Ok(ask) => answers.push(self.answer(ask)),
+                        Err(error) => tracing::debug!("a request was not understood: {error}"),
+                    }
+                }
+                Some(()) = answers.next() => asked_at = clock.monotonic(),
+                _ = ticks.tick() => {
+                    let idle = clock.monotonic().saturating_duration_since(asked_at);
+                    if !self.place.is_there(own) || (answers.is_empty() && idle >= LINGER) {
+                        return Ok(());
+                    }
+                    if idle >= TICK {
+                        self.archive.forget_served().await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Answers one request; goes away without a word where it cannot, and the fetch does it alone.
+    async fn answer(&self, mut ask: FileAsk) {
+        let Ok(name) = ask.request.name.parse() else { return };
+        let options = FetchOptions { name, ..self.options.clone() };
+        let mut finding = pin!(find(&options, self.archive));
+        let found = loop {
+            tokio::select! {
+                found = &mut finding => break found,
+                () = sleep(SIGN_OF_LIFE) => {
+                    if ask.sign_of_life().is_err() {
+                        return;
+                    }
+                }
+            }
+        };
+        let reply = match found {
+            Ok(Some(content)) => {
+                if let Err(error) = ask.file.write_all(&content) {
+                    tracing::warn!("{name} could not be written: {error}");
+                    return;
+                }
+                FileReply::Written { bytes: content.len() as u64 }
+            }
+            Ok(None) => FileReply::Absent,
+            Err(error) => {
+                tracing::debug!("{name}: {error}");
+                FileReply::CannotTell
+            }
+        };
+        ask.answer(&reply);
+    }
+}
+
+fn identity_of(path: &Path) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
+}
+
+/// Returns what changes whenever a file's content or what stands at its name does.
+fn stamp_of(file: &Path) -> Option<(u64, u64, u64, i64, i64)> {
+    let found = fs::metadata(file).ok()?;
+    Some((found.dev(), found.ino(), found.size(), found.ctime(), found.ctime_nsec()))
+}
+
+/// Keeps files that this process inherited from the one that follows: older servers leave even their listening sockets
+/// to a restore_command, and what outlives the server must not hold them.
+#[expect(unsafe_code, reason = "no wrapper takes a descriptor that this process does not own")]
+fn close_to_children() {
+    let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = open.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    for number in numbers.filter(|number| *number > 2) {
+        // SAFETY: this sets a flag of a descriptor; of one that is not open any more it changes nothing.
+        unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::thread;
+
+    use super::*;
+
+    /// Asks for a segment where somebody listens and says this, and returns what stands at the target afterwards.
+    fn ask_where_is_said(said: &'static [u8]) -> (Asked, Option<Vec<u8>>) {
+        let scratch = tempfile::tempdir().unwrap();
+        let data_directory = scratch.path().canonicalize().unwrap();
+        let identity = identity_of(&data_directory).unwrap();
+        let place = Place {
+            data_directory: data_directory.clone(),
+            identity,
+            folder: data_directory.clone(),
+            key: "x".into(),
+        };
+        let target = data_directory.join("RECOVERYXLOG");
+        let name = "000000010000000000000002".parse().unwrap();
+        let options = FetchOptions { data_directory, name, target: target.clone(), wait: Duration::ZERO };
+        assert!(matches!(place.ask(&options), Asked::Nobody));
+        let listener = UnixListener::bind(place.socket()).unwrap();
+        let other = thread::spawn(move || {
+            let mut ask = FileAsk::receive(listener.accept().unwrap().0).unwrap();
+            ask.file.write_all(b"content").unwrap();
+            ask.say(said);
+        });
+        let asked = place.ask(&options);
+        other.join().unwrap();
+        let mut left = Vec::new();
+        let found = fs::File::open(&target).and_then(|mut file| file.read_to_end(&mut left)).ok();
+        let others = fs::read_dir(scratch.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let others: Vec<_> = others.filter(|name| name != "RECOVERYXLOG" && name != "x.sock").collect();
+        assert!(others.is_empty(), "{others:?}");
+        (asked, found.map(|_| left))
+    }
+
+    #[test]
+    fn what_a_prefetcher_says_is_an_answer_or_nothing() {
+        let (asked, target) = ask_where_is_said(b"{\"written\":{\"bytes\":7}}\n");
+        assert!(matches!(asked, Asked::Answer(Fetched::Restored)), "{asked:?}");
+        assert_eq!(target.unwrap(), b"content");
+        let (asked, target) = ask_where_is_said(b"\"absent\"\n");
+        assert!(matches!(asked, Asked::Answer(Fetched::Absent)), "{asked:?}");
+        assert_eq!(target, None);
+        let (asked, target) = ask_where_is_said(b"\n\"cannot_tell\"\n");
+        assert!(matches!(asked, Asked::CannotTell), "{asked:?}");
+        assert_eq!(target, None);
+        let nothing: [&[u8]; 6] =
+            [b"", b"\"abse", b"\"absent\"", b"{}\n", b"\n\n", b"{\"written\":{\"bytes\":16777216}}\n"];
+        for said in nothing {
+            let (asked, target) = ask_where_is_said(said);
+            assert!(matches!(asked, Asked::Nobody), "{asked:?}");
+            assert_eq!(target, None);
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The archive as fetches see it: opened at the first need, held while all goes well, opened anew after any failure.
+//!
+//! A fetch of one file opens and asks; a process that answers many keeps what it opened, and reads ahead. Both ask
+//! the same way, so what is held must never know less: an absence found by what was opened earlier counts only once
+//! the site is seen to be still there, and whatever went wrong is met by a fresh opening, with the configuration's
+//! files read again.
+
+use std::sync::{Arc, Mutex};
+
+use crate::catalog::{WalAhead, WalReader};
+use crate::clock::Clock;
+use crate::repo::{self, ClusterId, Repository};
+
+/// One site's archive; `O` opens the repository.
+#[derive(Debug)]
+pub struct Archive<O> {
+    open: O,
+    clock: Arc<dyn Clock>,
+    cache_bytes_max: usize,
+    held: tokio::sync::Mutex<Option<Arc<Held>>>,
+}
+
+/// What was opened.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) repository: Repository,
+    ahead: Mutex<Option<Arc<WalAhead>>>,
+    clock: Arc<dyn Clock>,
+    cache_bytes_max: usize,
+}
+
+impl<O: AsyncFn() -> Result<Repository, repo::Error>> Archive<O> {
+    /// Describes an archive that is asked for one file, as often as that takes.
+    pub fn once(open: O, clock: Arc<dyn Clock>) -> Self {
+        Self::reading_ahead(open, clock, 0)
+    }
+
+    /// Describes an archive that is asked for many files, and keeps at most so many bytes of those to come.
+    pub fn reading_ahead(open: O, clock: Arc<dyn Clock>, cache_bytes_max: usize) -> Self {
+        Self { open, clock, cache_bytes_max, held: tokio::sync::Mutex::default() }
+    }
+
+    /// Forgets what was read and handed out.
+    pub async fn forget_served(&self) {
+        let held = self.held.lock().await.clone();
+        if let Some(ahead) = held.and_then(|held| held.lock_ahead().clone()) {
+            ahead.reader().forget_served();
+        }
+    }
+
+    pub(crate) fn clock(&self) -> &dyn Clock {
+        &*self.clock
+    }
+
+    /// Returns the open archive, and whether it was opened just now.
+    pub(crate) async fn hold(&self) -> Result<(Arc<Held>, bool), repo::Error> {
+        let mut held = self.held.lock().await;
+        if let Some(held) = &*held {
+            return Ok((held.clone(), false));
+        }
+        let repository = (self.open)().await?;
+        let (clock, cache_bytes_max) = (self.clock.clone(), self.cache_bytes_max);
+        let opened = Arc::new(Held { repository, ahead: Mutex::default(), clock, cache_bytes_max });
+        *held = Some(opened.clone());
+        Ok((opened, true))
+    }
+
+    /// Lets go of what was opened: the next question opens it again. What is on its way into memory is let go as well,
+    /// so that there is never twice as much of it.
+    pub(crate) async fn release(&self) {
+        let held = self.held.lock().await.take();
+        if let Some(ahead) = held.and_then(|held| held.lock_ahead().clone()) {
+            ahead.reader().retire();
+        }
+    }
+}
+
+impl Held {
+    /// Returns the reader of a cluster; a data directory's is always the same one.
+    pub(crate) fn ahead(&self, cluster: ClusterId) -> Arc<WalAhead> {
+        let mut ahead = self.lock_ahead();
+        if let Some(ahead) = ahead.as_ref().filter(|ahead| ahead.reader().cluster() == cluster) {
+            return ahead.clone();
+        }
+        let reader =
+            WalReader::new(self.repository.clone(), cluster, self.clock.clone(), self.cache_bytes_max);
+        ahead.insert(Arc::new(WalAhead::new(Arc::new(reader)))).clone()
+    }
+
+    fn lock_ahead(&self) -> std::sync::MutexGuard<'_, Option<Arc<WalAhead>>> {
+        self.ahead.lock().expect("no holder of this lock panics")
+    }
+}
