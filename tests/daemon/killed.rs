@@ -40,25 +40,38 @@ fn nothing_that_was_acknowledged_is_missing_after_kill_9_under_a_failing_store()
     let segments = scene.end_segments(pushes);
     assert_eq!(segments.len(), pushes);
     let refusal = Fault::refusal("503 Slow Down", "", "SlowDown");
+    let status = |segment: &str, state: &str| {
+        scene.data_directory().join(format!("pg_wal/archive_status/{segment}.{state}"))
+    };
+    // Every third segment is not looked ahead for, so that some are archived when they are asked for.
+    for segment in segments.iter().skip(2).step_by(3) {
+        fs::remove_file(status(segment, "ready")).unwrap();
+    }
     line.disturb(FAULT_EVERY, [Fault::LoseAnswer, Fault::CutRequest, refusal, Fault::CutAnswer]);
-    let (mut attempts, mut killed_at_work, mut state) = (0, 0, 0x5eed_u64);
+    let (mut attempts, mut killed_at_work, mut created, mut state) = (0, 0, 0, 0x5eed_u64);
     for (n, segment) in segments.iter().enumerate() {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let acknowledged = (0..ATTEMPTS_MAX).any(|_| {
             attempts += 1;
             let daemon = scene.daemon();
-            let mut push = scene.push(segment).stderr(Stdio::null()).spawn().unwrap();
+            let mut push = scene.push(segment);
+            let mut push = push.arg("--json").stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
             if n % 2 == 1 {
                 // Somewhere in the time that a push takes.
                 std::thread::sleep(Duration::from_micros(state >> 47));
                 killed_at_work += usize::from(push.try_wait().unwrap().is_none());
                 daemon.signal(Signal::SIGKILL);
             }
-            let acknowledged = push.wait().unwrap().success();
+            let output = push.wait_with_output().unwrap();
             daemon.kill();
-            acknowledged
+            created += usize::from(String::from_utf8(output.stdout).unwrap().contains("\"created\": true"));
+            output.status.success()
         });
         assert!(acknowledged, "{segment} was never acknowledged");
+        // As PostgreSQL does; the next look-ahead begins behind it.
+        if status(segment, "ready").exists() {
+            fs::rename(status(segment, "ready"), status(segment, "done")).unwrap();
+        }
         let mut fetch = Command::new(scene.walden.command().get_program());
         fetch.arg("--config").arg(&direct).args(["wal", "fetch", segment, "fetched"]);
         Run::of(fetch.current_dir(scene.data_directory()), "").expect_success();
@@ -72,9 +85,10 @@ fn nothing_that_was_acknowledged_is_missing_after_kill_9_under_a_failing_store()
     }
     let faults = line.heal();
     assert!(faults > 0, "the store never failed");
+    assert!(created > 0, "no acknowledgement was of a segment that was put there for it");
     if let Ok(report) = std::env::var("WALDEN_KILL_REPORT") {
         let figures = json!({
-            "acknowledged": pushes, "missing": 0, "attempts": attempts,
+            "acknowledged": pushes, "missing": 0, "attempts": attempts, "created": created,
             "killed_in_mid_request": killed_at_work, "store_faults": faults,
         });
         fs::write(report, figures.to_string()).unwrap();
