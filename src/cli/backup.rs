@@ -23,6 +23,7 @@ use super::exit::ExitKind;
 use super::output::Report;
 use super::priority;
 use super::text::{TextStyle, duration, size};
+use super::wal_queue::forget_left_out;
 
 /// Takes a basebackup of a running server
 #[derive(Debug, Args)]
@@ -64,6 +65,7 @@ impl Backup {
             }
         })??;
         context.end_progress();
+        forget_left_out(context, site, &outcome.record);
         context.output.print(&BackupReport::of(outcome, context.traffic.snapshot().requests()))
     }
 

@@ -132,7 +132,11 @@ impl Context {
     /// Runs a future on this thread, for commands that wait for one thing at a time and must start quickly.
     pub fn block_on_one_thread<T>(&self, future: impl Future<Output = T>) -> Result<T, CommandError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        Ok(runtime.map_err(|error| no_runtime(&error))?.block_on(future))
+        let runtime = runtime.map_err(|error| no_runtime(&error))?;
+        let outcome = runtime.block_on(future);
+        // What was given up may have left a thread that waits for a store; nobody waits for that.
+        runtime.shutdown_background();
+        Ok(outcome)
     }
 
     /// Runs a future on a runtime with a worker for each core.

@@ -42,6 +42,7 @@ mod tests;
 mod text;
 mod unmount;
 mod wal;
+mod wal_queue;
 
 use std::ffi::OsString;
 use std::io::{self, Write};

@@ -27,6 +27,7 @@ use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
 use crate::wal::list::{ListedCluster, ListedTimeline, list};
 use crate::wal::push::{check_file, push};
+use crate::wal::queue::Overflow;
 
 use super::context::Context;
 use super::daemon;
@@ -36,6 +37,7 @@ use super::exit::{ExitKind, ExitPolicy};
 use super::output::Report;
 use super::prefetch::{Asked, Place};
 use super::text::{Align, TextStyle, TextTable, size};
+use super::wal_queue::{LeftOutFile, QueueLimit};
 
 /// Archives WAL, fetches it back and lists it
 #[derive(Debug, Args)]
@@ -95,23 +97,46 @@ impl Wal {
 impl WalPush {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         let site = context.site()?;
-        let pushed = match self.push_through_daemon(context, site)? {
-            Some(ArchivedFile { name, cluster, created }) => Pushed { name, cluster, created },
-            None => self.push_alone(context, site)?,
+        let limit = QueueLimit::of(context, site, &self.path)?;
+        let pushed = match self.push_unless_over(context, site, &limit)? {
+            Ok(pushed) => pushed,
+            Err(overflow) => Pushed::left_out(limit.leave_out(overflow)?),
         };
         context.output.print(&pushed)
     }
 
-    /// Has the daemon archive the file; `None` where there is none, or it is not known what became of the request.
+    /// Archives the file, by the daemon or alone, unless too much WAL waits before it is done.
+    fn push_unless_over(
+        &self,
+        context: &Context,
+        site: &SiteConfig,
+        limit: &QueueLimit<'_>,
+    ) -> Result<Result<Pushed, Overflow>, CommandError> {
+        if let Some(overflow) = limit.overflow() {
+            return Ok(Err(overflow));
+        }
+        let through_daemon = self.push_through_daemon(context, site, || limit.overflow().is_none())?;
+        if let Some(pushed) = through_daemon {
+            return Ok(Ok(pushed));
+        }
+        if let Some(overflow) = limit.overflow() {
+            return Ok(Err(overflow));
+        }
+        self.push_alone(context, site, limit)
+    }
+
+    /// Has the daemon archive the file, as long as `waits` says so; `None` where there is none, it was not waited for,
+    /// or it is not known what became of the request.
     fn push_through_daemon(
         &self,
         context: &Context,
         site: &SiteConfig,
-    ) -> Result<Option<ArchivedFile>, CommandError> {
+        waits: impl FnMut() -> bool,
+    ) -> Result<Option<Pushed>, CommandError> {
         let socket = daemon::socket(context.config()?);
         let path = detached::absolute(&self.path)?;
-        match ask_daemon(&socket, &DaemonRequest::Push { site: site.name.clone(), path }) {
-            Ok(DaemonAnswer::Archived(file)) => Ok(Some(file)),
+        match ask_daemon(&socket, &DaemonRequest::Push { site: site.name.clone(), path }, waits) {
+            Ok(DaemonAnswer::Archived(file)) => Ok(Some(file.into())),
             Ok(DaemonAnswer::Failed(failure)) => Err(failure.into()),
             Ok(DaemonAnswer::Working) => Ok(None),
             Err(control::Error::NotRunning { source, .. }) if is_absence(&source) => Ok(None),
@@ -123,18 +148,30 @@ impl WalPush {
         }
     }
 
-    fn push_alone(&self, context: &Context, site: &SiteConfig) -> Result<Pushed, CommandError> {
+    fn push_alone(
+        &self,
+        context: &Context,
+        site: &SiteConfig,
+        limit: &QueueLimit<'_>,
+    ) -> Result<Result<Pushed, Overflow>, CommandError> {
         let compression = context.config()?.compression.wal;
         let file = check_file(&self.path)?;
-        let archived = context.block_on_one_thread(async {
+        let archive = async {
             let repository = context.open_or_create_repository(site).await?;
             Ok::<_, CommandError>(push(&repository, &file, compression).await?)
+        };
+        let archived = context.block_on_one_thread(async {
+            tokio::select! {
+                archived = archive => Ok(Ok(archived?)),
+                overflow = limit.overflowed() => Ok::<_, CommandError>(Err(overflow)),
+            }
         })??;
-        Ok(Pushed {
+        Ok(archived.map(|archived| Pushed {
             name: file.name.to_string(),
             cluster: file.cluster.to_string(),
             created: archived == Archived::Created,
-        })
+            left_out: false,
+        }))
     }
 }
 
@@ -149,6 +186,20 @@ struct Pushed {
     name: String,
     cluster: String,
     created: bool,
+    /// Whether it was not archived at all, because more WAL waits than `queue_max`.
+    left_out: bool,
+}
+
+impl Pushed {
+    fn left_out(LeftOutFile { name, cluster }: LeftOutFile) -> Self {
+        Self { name, cluster, created: false, left_out: true }
+    }
+}
+
+impl From<ArchivedFile> for Pushed {
+    fn from(ArchivedFile { name, cluster, created }: ArchivedFile) -> Self {
+        Self { name, cluster, created, left_out: false }
+    }
 }
 
 impl Report for Pushed {

@@ -432,8 +432,14 @@ static ARCHIVE: Section = Section {
             "`\"60s\"`",
             "How long `wal fetch` asks again for a segment that should be there, before it stops recovery.",
         ),
+        key(
+            "queue_max",
+            Value::Size,
+            r#""64GiB""#,
+            "none: all of it waits",
+            "How much WAL may wait for the archive. `wal push` reports what is beyond that as archived and LEAVES IT OUT, so that `pg_wal` does not fill up: nothing is recovered across the gap, `walden check` fails until a basebackup is taken behind it, and each file is an error in the server's log.",
+        ),
         later("ack"),
         later("slot"),
-        later("queue_max"),
     ],
 };

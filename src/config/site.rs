@@ -31,6 +31,8 @@ pub struct SiteConfig {
     pub nodes: Vec<Node>,
     /// How long `wal fetch` asks again for a segment that should be there.
     pub fetch_wait: Duration,
+    /// How much WAL may wait before some is left out of the archive; `None`: any amount.
+    pub queue_max_bytes: Option<u64>,
 }
 
 /// A server of a site.
@@ -61,6 +63,7 @@ impl SiteConfig {
             bin_directory: table.path("bin_directory")?,
             nodes: nodes(table)?,
             fetch_wait: archive.duration("fetch_wait")?.map_or(FETCH_WAIT_DEFAULT, |entry| entry.value),
+            queue_max_bytes: archive.size("queue_max")?.map(|entry| entry.value),
         })
     }
 

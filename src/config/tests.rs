@@ -59,6 +59,7 @@ connection = "postgres://walden@db2"
 prefer = "standby"
 [sites.main.archive]
 fetch_wait = "90s"
+queue_max = "64GiB"
 
 [sites.other]
 prefix = "elsewhere/other"
@@ -91,11 +92,13 @@ fn a_whole_configuration_is_read() {
     assert_eq!(main.nodes.len(), 2);
     assert_eq!(main.nodes[1].prefer, ServerRole::Standby);
     assert_eq!(main.fetch_wait, Duration::from_secs(90));
+    assert_eq!(main.queue_max_bytes, Some(64 << 30));
     let other = config.site(Some("other")).unwrap();
     assert_eq!(other.storage.location.to_string(), "s3://bucket/backups");
     assert_eq!(other.prefix.as_str(), "elsewhere/other");
     assert_eq!(other.nodes[0].connection.expose(), "host=db3");
     assert_eq!(other.fetch_wait, Duration::from_secs(60));
+    assert_eq!(other.queue_max_bytes, None);
 }
 
 #[test]

@@ -19,11 +19,16 @@ use nix::sys::time::TimeVal;
 use crate::control::daemon_messages::{DaemonAnswer, DaemonRequest, SILENCE_MAX};
 use crate::control::{Error, LINE_BYTES_MAX};
 
-/// Asks the daemon that listens at `path`, and returns its last word.
+/// Asks the daemon that listens at `path`, and returns its last word; `waits` is asked every second whether to wait
+/// on, and where it does not, that last word is that the daemon is at work.
 ///
 /// # Errors
 /// `NotRunning` where nobody listens; with every other error it is not known what became of the request.
-pub fn ask_daemon(path: &Path, request: &DaemonRequest) -> Result<DaemonAnswer, Error> {
+pub fn ask_daemon(
+    path: &Path,
+    request: &DaemonRequest,
+    mut waits: impl FnMut() -> bool,
+) -> Result<DaemonAnswer, Error> {
     let failed = |source| Error::Io { path: path.to_owned(), source };
     let malformed = |detail: String| Error::Malformed { path: path.to_owned(), detail };
     let mut line = serde_json::to_vec(request).map_err(|error| malformed(error.to_string()))?;
@@ -40,7 +45,7 @@ pub fn ask_daemon(path: &Path, request: &DaemonRequest) -> Result<DaemonAnswer, 
             return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
         }
         match serde_json::from_str(&line).map_err(|error| malformed(error.to_string()))? {
-            DaemonAnswer::Working => {}
+            DaemonAnswer::Working if waits() => {}
             answer => return Ok(answer),
         }
     }

@@ -118,7 +118,7 @@ mod tests {
 
     async fn ask(path: &Path) -> tokio::task::JoinHandle<Result<DaemonAnswer, Error>> {
         let path = path.to_owned();
-        tokio::task::spawn_blocking(move || ask_daemon(&path, &request()))
+        tokio::task::spawn_blocking(move || ask_daemon(&path, &request(), || true))
     }
 
     #[tokio::test]

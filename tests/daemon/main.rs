@@ -9,3 +9,4 @@ mod archiving;
 mod callers;
 mod ending;
 mod killed;
+mod queue;

@@ -5,6 +5,7 @@
 
 mod host;
 mod keys;
+mod left_out;
 
 use std::fmt::{self, Write};
 use std::time::Duration;
@@ -97,6 +98,7 @@ pub(super) async fn check_all(
     let (key_items, usable) = keys::check_keys(config);
     items.extend(key_items);
     let repository = check_repository(context, site, usable.reads, &mut items).await;
+    items.extend(left_out::check_left_out(config, site, repository.as_ref()).await);
     let archives = if usable.writes { repository.as_ref() } else { None };
     if site.nodes.is_empty() {
         items.push(Item::skipped("connection", "the site has no server; this host only reads backups"));
