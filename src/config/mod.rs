@@ -8,6 +8,7 @@
 //! below travels as an option, as everything else does.
 
 mod compression;
+mod credentials;
 mod document;
 mod encryption;
 mod environment;

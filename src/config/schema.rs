@@ -160,18 +160,12 @@ const STORAGE_KEYS: &[Key] = &[
         "`AWS_REGION`, `AWS_DEFAULT_REGION`, else `us-east-1`",
         "s3: the region.",
     ),
-    key(
-        "access_key_id",
-        Value::Text,
-        r#""walden""#,
-        "`AWS_ACCESS_KEY_ID`, else the machine's role",
-        "s3: who asks.",
-    ),
+    key("access_key_id", Value::Text, r#""walden""#, "`AWS_ACCESS_KEY_ID`, else as above", "s3: who asks."),
     key(
         "secret_access_key",
         Value::Text,
         r#""not-a-good-place""#,
-        "`AWS_SECRET_ACCESS_KEY`, else the machine's role",
+        "`AWS_SECRET_ACCESS_KEY`, else as above",
         "s3: the secret. The configuration file must then be readable by its owner alone; better is the next key.",
     ),
     key(
@@ -230,7 +224,17 @@ const STORAGE_KEYS: &[Key] = &[
 
 static STORAGE: Section = Section {
     header: "[storage]",
-    about: "The object store that holds the repository. A site may name another one.",
+    about: "The object store that holds the repository. A site may name another one.\n\n\
+            Credentials for s3 that stand neither here nor in `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` come from \
+            the first of these that has some, as with AWS's own tools: the profile `AWS_PROFILE`, or `default`, of \
+            `AWS_SHARED_CREDENTIALS_FILE` (`~/.aws/credentials`) and `AWS_CONFIG_FILE` (`~/.aws/config`), with keys or \
+            with a role and a token file; `AWS_WEB_IDENTITY_TOKEN_FILE` with `AWS_ROLE_ARN`, asked of \
+            `AWS_ENDPOINT_URL_STS`, `AWS_ENDPOINT_URL` or AWS; the agent of a container at \
+            `AWS_CONTAINER_CREDENTIALS_RELATIVE_URI` or `AWS_CONTAINER_CREDENTIALS_FULL_URI`, with \
+            `AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE` or `AWS_CONTAINER_AUTHORIZATION_TOKEN`; the role of the machine, \
+            where the store is AWS's or `AWS_EC2_METADATA_SERVICE_ENDPOINT` is set. A source that is set up and fails is \
+            an error. What expires is renewed. Profiles that need `source_profile`, `credential_process` or single \
+            sign-on are refused.",
     keys: STORAGE_KEYS,
 };
 

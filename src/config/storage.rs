@@ -2,7 +2,7 @@
 //!
 //! A secret that stands in a file or in the environment is fetched when the store is opened, so that a
 //! configuration can be read where the secret cannot. Keys for S3 are refused for any other store: there they
-//! would do nothing.
+//! would do nothing. Where neither the file nor the environment has a key for S3, `credentials` says who is asked.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::clock::Clock;
 use crate::storage::{self, Location, Options, RetryOptions, S3Options, Secret, Store, Traffic};
 
+use super::credentials::credential_chain;
 use super::environment::Environment;
 use super::error::{Place, Result};
 use super::secret_file::NamedFile;
@@ -165,6 +166,10 @@ impl S3Config {
             options.secret_access_key = secret("AWS_SECRET_ACCESS_KEY")?;
             options.session_token = secret("AWS_SESSION_TOKEN")?;
         }
+        if options.access_key_id.is_none() && options.secret_access_key.is_none() {
+            let region = options.region.as_deref().unwrap_or(S3Options::REGION_DEFAULT);
+            options.credentials = credential_chain(environment, options.endpoint.as_deref(), region)?;
+        }
         Ok(options)
     }
 }
@@ -182,6 +187,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
+    use crate::storage::CredentialChain;
 
     fn options(keys: &str, variables: &[(&str, &str)]) -> Result<S3Options> {
         let text = format!("[storage]\nurl = \"s3://bucket\"\n{keys}\n[sites.main]\n");
@@ -217,7 +223,9 @@ mod tests {
         assert_eq!(from_file.session_token, None);
         assert_eq!(from_file.region.as_deref(), Some("here"));
         assert_eq!(from_file.endpoint.as_deref(), Some("https://here"));
-        assert_eq!(options("", &[]).unwrap(), S3Options::default());
+        assert_eq!(options(keys, &[]).unwrap().credentials, CredentialChain::default());
+        assert_eq!(from_environment.credentials, CredentialChain::default());
+        assert!(!options("", &[]).unwrap().credentials.0.is_empty());
     }
 
     #[test]

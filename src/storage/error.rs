@@ -15,6 +15,7 @@ use std::time::Duration;
 use crate::disk;
 
 use super::refusal::{Refusal, find, is_about_a_certificate};
+use super::s3::credentials::NoCredentials;
 
 /// What a store, a library or the kernel said; shared, so that an error can be given to every waiter of one
 /// read.
@@ -222,6 +223,9 @@ impl Error {
     /// Returns what to do about it, where that follows from the store's answer.
     pub fn hint(&self) -> Option<&'static str> {
         let source = StdError::source(self)?;
+        if let Some(none) = find::<NoCredentials>(source) {
+            return Some(none.hint());
+        }
         match (self, find::<Refusal>(source)) {
             (_, Some(refusal)) => refusal.hint(),
             (Self::Invalid { .. }, None) if is_about_a_certificate(source) => {

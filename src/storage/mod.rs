@@ -40,6 +40,9 @@ pub use memory::MemoryStore;
 pub use probe::{Capabilities, Examination, examine, probe};
 pub use record::{Call, Recording};
 pub use retry::{RetryOptions, Retrying};
+pub use s3::credentials::{
+    Authorization, Container, CredentialChain, CredentialSource, Instance, Profile, Step, WebIdentity,
+};
 pub use s3::{S3Options, S3Store};
 pub use secret::Secret;
 pub use store::{Folder, ObjectMeta, Store};

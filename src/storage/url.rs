@@ -77,7 +77,8 @@ pub fn open(location: &Location, options: &Options) -> Result<Arc<dyn Store>, Er
     Ok(match location {
         Location::File(path) => wrap(LocalStore::open(path, &*options.clock)?, options),
         Location::S3 { bucket, prefix } => {
-            wrap(S3Store::open(bucket, prefix.as_ref(), &options.s3)?, options)
+            let clock = Arc::clone(&options.clock);
+            wrap(S3Store::with_clock(bucket, prefix.as_ref(), &options.s3, clock)?, options)
         }
         Location::Memory => wrap(MemoryStore::with_clock(Arc::clone(&options.clock)), options),
     })

@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod credentials;
 mod independent;
 mod line;
 mod reaching;

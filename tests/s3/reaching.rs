@@ -71,20 +71,17 @@ fn credentials_of_the_environment_go_with_their_token() {
     let store = Store::start();
     let bare = format!("url = \"s3://bucket\"\nendpoint = \"{}\"\n", store.line.endpoint());
     let walden = store.walden(&bare);
-    let refused = walden.try_run(&["list"]).expect_code(2);
-    assert!(refused.stderr.contains("needs access_key_id"), "{}", refused.stderr);
-
     let mut command = walden.command();
     command.arg("list").envs([
         ("AWS_ACCESS_KEY_ID", "walden-test"),
         ("AWS_SECRET_ACCESS_KEY", "not much of a secret"),
-        ("AWS_SESSION_TOKEN", "for an hour"),
+        ("AWS_SESSION_TOKEN", "for-an-hour"),
         ("AWS_REGION", "eu-central-1"),
     ]);
     let run = Run::of(&mut command, "").expect_code(1);
     assert!(run.stderr.contains(REACHED), "{}", run.stderr);
     let requests = store.line.take_requests();
-    assert_eq!(header(&requests[0], "x-amz-security-token"), Some("for an hour"));
+    assert_eq!(header(&requests[0], "x-amz-security-token"), Some("for-an-hour"));
     let signed = header(&requests[0], "authorization").unwrap();
     assert!(signed.contains("/eu-central-1/s3/") && signed.contains("x-amz-security-token"), "{signed}");
 }

@@ -20,6 +20,7 @@ mod pgbench;
 
 mod walden;
 
+mod giver;
 mod moto;
 mod proxy;
 mod s3;
@@ -29,12 +30,14 @@ pub use chaos::{Chaos, Ledger};
 pub use checksum::Checksums;
 pub use cluster::{Cluster, Options};
 pub use debian::DebianCluster;
+pub use giver::{Giver, Mood, SESSION_KEYS};
 pub use moto::Moto;
 pub use needs::{Need, bin_directory, missing, unmet};
 pub use pgbench::Pgbench;
 pub use proxy::{Fault, Proxy, header};
 pub use run::Run;
 pub use s3::{S3, s3_storage};
+pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
 pub use scratch::{Account, Scratch, mounts_below};
 pub use server::{Server, Stop};
 pub use sql::Sql;

@@ -29,6 +29,9 @@ pub const ACCESS_KEY_ID: &str = "walden-test";
 /// The secret to [`ACCESS_KEY_ID`].
 pub const SECRET_ACCESS_KEY: &str = "not much of a secret";
 
+/// Keys of temporary credentials, with the same secret; whatever token comes with them is taken.
+pub const TEMPORARY_KEY_IDS: [&str; 3] = ["session-1", "session-2", "session-3"];
+
 /// The bucket there is.
 pub const BUCKET: &str = "bucket";
 
@@ -46,7 +49,11 @@ impl S3Server {
         std::fs::create_dir(folder.path().join(BUCKET)).expect("the new folder is empty");
         let files = FileSystem::new(folder.path()).expect("the folder exists");
         let mut builder = S3ServiceBuilder::new(Strict { files, creating: Mutex::default() });
-        builder.set_auth(SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY));
+        let mut auth = SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY);
+        for key in TEMPORARY_KEY_IDS {
+            auth.register(key.to_owned(), SECRET_ACCESS_KEY.into());
+        }
+        builder.set_auth(auth);
         let service = builder.build();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback has a free port");
         let address = listener.local_addr().expect("a bound socket has an address");

@@ -211,8 +211,8 @@ impl Walden {
             Account::of_postgresql().command(&self.binary)
         };
         // Nothing of the developer's own set-up may decide a test.
-        for (name, _) in
-            std::env::vars().filter(|(name, _)| name.starts_with("WALDEN_") || name.starts_with("PG"))
+        for (name, _) in std::env::vars()
+            .filter(|(name, _)| ["WALDEN_", "PG", "AWS_"].iter().any(|it| name.starts_with(it)))
         {
             command.env_remove(name);
         }

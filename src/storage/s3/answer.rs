@@ -12,6 +12,7 @@ use object_store::client::{HttpError, HttpErrorKind};
 
 use super::super::error::{Error, Source, Verb};
 use super::super::refusal::{Refusal, find, is_about_a_certificate};
+use super::credentials::NoCredentials;
 
 /// Where a store is, as its messages name it.
 #[derive(Debug, Clone)]
@@ -25,6 +26,24 @@ pub(super) struct Place {
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "bucket {} at {}", self.bucket, self.endpoint.as_deref().unwrap_or("AWS"))
+    }
+}
+
+/// A refusal of a request that was signed with a key.
+#[derive(Debug, thiserror::Error)]
+#[error("{source}")]
+pub(super) struct Signed {
+    /// The name of the key.
+    pub(super) key_id: String,
+    /// What the store said.
+    pub(super) source: Refusal,
+}
+
+impl Signed {
+    /// Says whether temporary credentials have expired, in the words of AWS and of MinIO.
+    pub(super) fn is_about_the_token(&self) -> bool {
+        let codes = ["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "InvalidTokenId"];
+        codes.contains(&self.source.code.as_str())
     }
 }
 
@@ -60,6 +79,9 @@ pub(super) fn error_of(verb: Verb, key: &str, place: &Place, error: object_store
     if let Some(refusal) = find::<Refusal>(&error) {
         return refused(verb, key, place, refusal.clone());
     }
+    if let Some(none) = find::<NoCredentials>(&error).cloned() {
+        return unsigned(verb, key, place, none);
+    }
     if is_about_a_certificate(&error) {
         return Error::Invalid {
             key: key.to_owned(),
@@ -80,6 +102,27 @@ pub(super) fn error_of(verb: Verb, key: &str, place: &Place, error: object_store
         Some(_) => Error::Unreachable { verb, key, reason: None, source: Some(source) },
         None => Error::Other { verb, key, source },
     }
+}
+
+/// Says that a request was refused before anything was done, and may succeed when it is signed anew.
+pub(super) fn not_begun(verb: Verb, key: &str, place: &Place, error: object_store::Error) -> Error {
+    let heard: Source = match find::<Refusal>(&error) {
+        Some(refusal) => Arc::new(refusal.clone()),
+        None => Arc::new(error),
+    };
+    let source: Source = Arc::new(Heard { place: place.clone(), source: heard });
+    Error::Unreachable { verb, key: key.to_owned(), reason: None, source: Some(source) }
+}
+
+/// Says that a request could not be signed; nothing was sent.
+fn unsigned(verb: Verb, key: &str, place: &Place, none: NoCredentials) -> Error {
+    let key = key.to_owned();
+    if none.is_retryable() {
+        let source: Source = Arc::new(Heard { place: place.clone(), source: Arc::new(none) });
+        return Error::Unreachable { verb, key, reason: None, source: Some(source) };
+    }
+    let reason = format!("could not {verb} {key} in {place}: {none}");
+    Error::Invalid { key, reason, source: Some(Arc::new(none)) }
 }
 
 /// Says that a store does not speak the protocol as we know it.

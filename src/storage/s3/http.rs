@@ -20,6 +20,7 @@ use object_store::client::{
 
 use super::super::refusal::Refusal;
 use super::super::retry::BYTES_PER_SECOND_MIN;
+use super::answer::Signed;
 
 /// The most of a refusal's body that is read.
 const REFUSAL_BYTES_MAX: usize = 64 * 1024;
@@ -91,6 +92,13 @@ impl Connector {
     }
 }
 
+/// Returns the name of the key that a request is signed with; empty where it is not.
+fn key_id_of(request: &HttpRequest) -> String {
+    let signed = request.headers().get("authorization").and_then(|value| value.to_str().ok());
+    let scope = signed.and_then(|text| text.split_once("Credential=")).map(|(_, rest)| rest);
+    scope.and_then(|scope| scope.split('/').next()).unwrap_or_default().to_owned()
+}
+
 impl HttpConnector for Connector {
     fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
         Ok(HttpClient::new(self.clone()))
@@ -100,6 +108,7 @@ impl HttpConnector for Connector {
 #[async_trait]
 impl HttpService for Connector {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let key_id = key_id_of(&request);
         let listing = request.uri().query().is_some_and(|query| query.contains("list-type=2"));
         let answer = self.answer(request).await?;
         let status = answer.status();
@@ -112,8 +121,8 @@ impl HttpService for Connector {
                 Err(error) if matches!(status.as_u16(), 400 | 404) => return Err(error),
                 Err(_) => BytesMut::new(),
             };
-            let refusal = Refusal::parse(status.as_u16(), retry_after.as_deref(), &body);
-            return Err(HttpError::new(HttpErrorKind::Decode, refusal));
+            let source = Refusal::parse(status.as_u16(), retry_after.as_deref(), &body);
+            return Err(HttpError::new(HttpErrorKind::Decode, Signed { key_id, source }));
         }
         if !listing {
             return Ok(answer);

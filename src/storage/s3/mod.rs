@@ -2,14 +2,15 @@
 //!
 //! object_store signs, sends and parses; this module asks of it one request at a time, without its retries,
 //! its multipart and its bulk deletes, and holds the answers to the contract of `Store`. `options` says how
-//! to reach the store, `http` bounds how long and how much is listened to it, `answer` puts refusals into
-//! our words.
+//! to reach the store, `credentials` where keys come from that are not configured, `http` bounds how long and
+//! how much is listened to it, `answer` puts refusals into our words.
 //!
 //! A create is a single PUT with `If-None-Match: *`. Every payload's SHA-256 is part of the signature, so a
 //! body changed on the way is refused by the store; no other checksum header is sent, for stores differ
 //! there (failure 40).
 
 mod answer;
+pub mod credentials;
 mod http;
 mod options;
 
@@ -28,9 +29,13 @@ use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode, 
 
 use super::error::{Error, ErrorKind, Verb};
 use super::key::ObjectKey;
+use super::refusal::find;
 use super::store::{FOLDER_ENTRIES_MAX, Folder, ObjectMeta, Store, folder_name, folder_prefix, range_length};
 use super::traffic::KEYS_PER_REQUEST;
+use credentials::Provider;
 pub use options::S3Options;
+
+use crate::clock::{Clock, SystemClock};
 
 /// The most memory taken for a body before its bytes have arrived.
 const BODY_BYTES_AHEAD: u64 = 1 << 20;
@@ -39,6 +44,8 @@ const BODY_BYTES_AHEAD: u64 = 1 << 20;
 #[derive(Clone)]
 pub struct S3Store {
     client: Arc<AmazonS3>,
+    /// What gives credentials, where they are not fixed.
+    credentials: Option<Arc<Provider>>,
     place: answer::Place,
     /// Empty, or ending in a slash.
     prefix: String,
@@ -48,10 +55,21 @@ pub struct S3Store {
 impl S3Store {
     /// Prepares access to a bucket; nothing is sent before the first call.
     pub fn open(bucket: &str, prefix: Option<&ObjectKey>, options: &S3Options) -> Result<Self, Error> {
-        let client = Arc::new(options.client(bucket)?);
+        Self::with_clock(bucket, prefix, options, Arc::new(SystemClock))
+    }
+
+    /// Prepares access to a bucket; temporary credentials are renewed by `clock`.
+    pub fn with_clock(
+        bucket: &str,
+        prefix: Option<&ObjectKey>,
+        options: &S3Options,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, Error> {
+        let (client, credentials) = options.client(bucket, clock)?;
+        let client = Arc::new(client);
         let prefix = prefix.map(|prefix| format!("{prefix}/")).unwrap_or_default();
         let place = answer::Place { bucket: bucket.to_owned(), endpoint: options.endpoint.clone() };
-        Ok(Self { client, place, prefix, options: options.clone() })
+        Ok(Self { client, credentials, place, prefix, options: options.clone() })
     }
 
     fn path(&self, key: &ObjectKey) -> Path {
@@ -59,6 +77,13 @@ impl S3Store {
     }
 
     fn failed(&self, verb: Verb, key: &str, error: object_store::Error) -> Error {
+        if let (Some(credentials), Some(refused)) = (&self.credentials, find::<answer::Signed>(&error))
+            && refused.is_about_the_token()
+        {
+            // With others it may succeed; where there are none, the next attempt says so.
+            credentials.refused(&refused.key_id);
+            return answer::not_begun(verb, folder_name(key), &self.place, error);
+        }
         answer::error_of(verb, folder_name(key), &self.place, error)
     }
 
@@ -263,6 +288,10 @@ impl fmt::Debug for S3Store {
 #[cfg(test)]
 #[path = "../../../tests/support/s3_server.rs"]
 pub(crate) mod server;
+
+#[cfg(test)]
+#[path = "../../../tests/support/giver.rs"]
+pub(crate) mod giver;
 
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,8 @@
 //! How to reach an S3 store, checked and turned into a client.
 //!
-//! Credentials come from the configuration or, where none are given and the store is AWS itself, from the
-//! role of the instance. Plain http is for loopback unless it is allowed in so many words. Nothing here
-//! reads the environment: neither credentials nor a proxy come from there.
+//! Credentials are given or, where they are not, come from the sources of a chain. Plain http is for loopback
+//! unless it is allowed in so many words. Nothing here reads the environment: neither credentials nor a proxy
+//! come from there.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -13,12 +13,12 @@ use object_store::RetryConfig;
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use url::{Host, Url};
 
+use crate::clock::Clock;
+
 use super::super::error::{Error, Source};
 use super::super::secret::Secret;
+use super::credentials::{Asker, CredentialChain, Provider, Step, fits_a_header};
 use super::http::Connector;
-
-/// The region where none is given: what stores other than AWS call theirs.
-const REGION_DEFAULT: &str = "us-east-1";
 
 /// The largest file of certificates that is read.
 const CA_FILE_BYTES_MAX: u64 = 4 << 20;
@@ -28,7 +28,7 @@ const CA_FILE_BYTES_MAX: u64 = 4 << 20;
 pub struct S3Options {
     /// The store's address, `https://host:port`; AWS if absent.
     pub endpoint: Option<String>,
-    /// The region; `us-east-1` if absent.
+    /// The region; [`S3Options::REGION_DEFAULT`] if absent.
     pub region: Option<String>,
     /// The name of the access key.
     pub access_key_id: Option<Secret>,
@@ -36,6 +36,8 @@ pub struct S3Options {
     pub secret_access_key: Option<Secret>,
     /// What temporary credentials need beside the key.
     pub session_token: Option<Secret>,
+    /// Who is asked for credentials where none of these are given.
+    pub credentials: CredentialChain,
     /// Whether the bucket stands in the path, not in the host name; if absent, where an endpoint is set.
     pub path_style: Option<bool>,
     /// Whether http is allowed to hosts other than loopback.
@@ -58,6 +60,7 @@ impl Default for S3Options {
             access_key_id: None,
             secret_access_key: None,
             session_token: None,
+            credentials: CredentialChain::default(),
             path_style: None,
             allow_http: false,
             ca_file: None,
@@ -68,37 +71,69 @@ impl Default for S3Options {
     }
 }
 
+/// The client of a bucket, and what gives it credentials where they are not fixed.
+type Client = (AmazonS3, Option<Arc<Provider>>);
+
 impl S3Options {
-    /// Builds the client of a bucket.
-    pub(super) fn client(&self, bucket: &str) -> Result<AmazonS3, Error> {
+    /// The region where none is given: what stores other than AWS call theirs.
+    pub const REGION_DEFAULT: &str = "us-east-1";
+
+    /// Builds the client of a bucket; `clock` says when credentials are renewed.
+    pub(super) fn client(&self, bucket: &str, clock: Arc<dyn Clock>) -> Result<Client, Error> {
         let endpoint = self.endpoint.as_deref().map(|text| self.check_endpoint(text)).transpose()?;
         // A dot in the bucket's name is one more level than the certificate of the host covers.
         let path_style = self.path_style.unwrap_or(endpoint.is_some() || bucket.contains('.'));
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
-            .with_region(self.region.as_deref().unwrap_or(REGION_DEFAULT))
+            .with_region(self.region.as_deref().unwrap_or(Self::REGION_DEFAULT))
             .with_virtual_hosted_style_request(!path_style)
             .with_disable_bulk_delete(true)
             .with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() })
-            .with_http_connector(self.connector()?);
+            .with_http_connector(Connector::new(self.far_client()?, self.read_timeout));
         if let Some(endpoint) = endpoint {
             builder = builder.with_allow_http(endpoint.scheme() == "http");
             builder = builder.with_endpoint(address(endpoint, bucket, path_style)?);
         }
+        let mut provider = None;
         match (&self.access_key_id, &self.secret_access_key) {
             (Some(id), Some(key)) => {
+                if ![Some(id), self.session_token.as_ref()]
+                    .into_iter()
+                    .flatten()
+                    .all(|it| fits_a_header(it.expose()))
+                {
+                    let what = "s3 access_key_id and session_token are visible ASCII characters";
+                    return Err(invalid(what, None));
+                }
                 builder = builder.with_access_key_id(id.expose()).with_secret_access_key(key.expose());
+                if let Some(token) = &self.session_token {
+                    builder = builder.with_token(token.expose());
+                }
             }
-            (None, None) if self.endpoint.is_none() => (),
             (None, None) => {
-                return Err(invalid("s3 needs access_key_id and secret_access_key with an endpoint", None));
+                let chain = Arc::new(self.provider(clock)?);
+                builder = builder.with_credentials(chain.clone());
+                provider = Some(chain);
             }
             _ => return Err(invalid("s3 needs access_key_id and secret_access_key together", None)),
         }
-        if let Some(token) = &self.session_token {
-            builder = builder.with_token(token.expose());
+        let client =
+            builder.build().map_err(|error| invalid("cannot use these s3 options", Some(Arc::new(error))))?;
+        Ok((client, provider))
+    }
+
+    fn provider(&self, clock: Arc<dyn Clock>) -> Result<Provider, Error> {
+        let sources = self.credentials.0.iter().filter_map(|step| match step {
+            Step::Ask(source) => Some(source),
+            Step::Skip { .. } => None,
+        });
+        // The token that proves who asks goes there.
+        for address in sources.filter_map(|source| source.sts_endpoint()) {
+            self.check_endpoint(address)?;
         }
-        builder.build().map_err(|error| invalid("cannot use these s3 options", Some(Arc::new(error))))
+        let near = Connector::builder(self.connect_timeout.min(NEIGHBOUR_CONNECT_TIMEOUT)).build();
+        let near = near.map_err(|error| invalid("cannot set up TLS", Some(Arc::new(error))))?;
+        Ok(Provider::new(self.credentials.clone(), Asker::new(self.far_client()?, near), clock))
     }
 
     fn check_endpoint(&self, text: &str) -> Result<Url, Error> {
@@ -118,7 +153,8 @@ impl S3Options {
         }
     }
 
-    fn connector(&self) -> Result<Connector, Error> {
+    /// Builds the client for the store and for services of the network.
+    fn far_client(&self) -> Result<reqwest::Client, Error> {
         let mut builder = Connector::builder(self.connect_timeout);
         if let Some(path) = &self.ca_file {
             let wrong = |source: Source| {
@@ -142,16 +178,14 @@ impl S3Options {
         if let Some(proxy) = &self.proxy {
             // Without the text: it may hold a password.
             let proxy = reqwest::Proxy::all(proxy).map_err(|_| invalid("s3 proxy is not a URL", None))?;
-            builder = builder.proxy(proxy.no_proxy(reqwest::NoProxy::from_string(METADATA_HOSTS)));
+            builder = builder.proxy(proxy);
         }
-        let client = builder.build();
-        let client = client.map_err(|error| invalid("cannot set up TLS", Some(Arc::new(error))))?;
-        Ok(Connector::new(client, self.read_timeout))
+        builder.build().map_err(|error| invalid("cannot set up TLS", Some(Arc::new(error))))
     }
 }
 
-/// Where an instance asks for its role; no proxy leads there.
-const METADATA_HOSTS: &str = "169.254.169.254,169.254.170.2,fd00:ec2::254";
+/// How long somebody on this host, or next to it, takes to accept a connection.
+const NEIGHBOUR_CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn is_loopback(url: &Url) -> bool {
     match url.host() {
@@ -182,7 +216,9 @@ fn invalid(reason: &str, source: Option<Source>) -> Error {
 mod tests {
     use tempfile::NamedTempFile;
 
+    use super::super::credentials::{CredentialSource, WebIdentity};
     use super::*;
+    use crate::clock::SystemClock;
 
     fn secret(text: &str) -> Option<Secret> {
         Some(Secret::from(text.to_owned()))
@@ -198,7 +234,7 @@ mod tests {
     }
 
     fn refusal(options: &S3Options) -> String {
-        options.client("bucket").expect_err("a refusal").to_string()
+        options.client("bucket", Arc::new(SystemClock)).expect_err("a refusal").to_string()
     }
 
     #[test]
@@ -206,20 +242,51 @@ mod tests {
         for endpoint in
             ["http://127.0.0.1:9000", "http://localhost:9000", "http://[::1]:9000", "https://s3.example.org"]
         {
-            options(endpoint).client("bucket").unwrap();
+            options(endpoint).client("bucket", Arc::new(SystemClock)).unwrap();
         }
         let far = options("http://s3.example.org");
         assert!(refusal(&far).contains("allow_http"), "{}", refusal(&far));
-        S3Options { allow_http: true, ..far }.client("bucket").unwrap();
+        S3Options { allow_http: true, ..far }.client("bucket", Arc::new(SystemClock)).unwrap();
     }
 
     #[test]
     fn half_of_the_credentials_is_refused() {
         let half = S3Options { secret_access_key: None, ..options("https://s3.example.org") };
         assert!(refusal(&half).contains("together"));
-        let none = S3Options { access_key_id: None, ..half };
-        assert!(refusal(&none).contains("with an endpoint"));
-        S3Options::default().client("bucket").expect("AWS gives an instance its role's");
+        S3Options { access_key_id: None, ..half }
+            .client("bucket", Arc::new(SystemClock))
+            .expect("others are asked for them, when there is something to sign");
+    }
+
+    #[test]
+    fn credentials_that_cannot_stand_in_a_header_are_refused() {
+        for wrong in ["two\nlines", "sp ace", "", "ü"] {
+            let right = options("https://host");
+            for bad in [
+                S3Options { access_key_id: secret(wrong), ..right.clone() },
+                S3Options { session_token: secret(wrong), ..right.clone() },
+            ] {
+                assert!(refusal(&bad).contains("visible ASCII"), "{wrong:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_is_not_sent_to_a_service_without_tls() {
+        let identity = |endpoint: &str| {
+            let identity = WebIdentity {
+                token_file: "/run/token".into(),
+                role_arn: "arn:x".to_owned(),
+                session_name: "walden".to_owned(),
+                sts_endpoint: endpoint.to_owned(),
+            };
+            let chain = CredentialChain(vec![Step::Ask(CredentialSource::WebIdentity(identity))]);
+            S3Options { credentials: chain, ..S3Options::default() }
+        };
+        assert!(refusal(&identity("http://sts.example.org")).contains("not encrypted"));
+        for right in ["http://127.0.0.1:1", "https://sts.example.org"] {
+            identity(right).client("bucket", Arc::new(SystemClock)).unwrap();
+        }
     }
 
     #[test]

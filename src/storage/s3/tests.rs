@@ -409,3 +409,37 @@ async fn a_certificate_is_trusted_by_the_file_that_names_its_authority_and_not_w
     assert_ne!(error.kind(), ErrorKind::Invalid, "{error:?}");
     assert_ne!(error.kind(), ErrorKind::Unreachable, "{error:?}");
 }
+
+/// Starts a line to a store that refuses requests signed with some keys, as expired; returns its address.
+pub(super) async fn refusing_keys(endpoint: &str, expired: &'static [&'static str]) -> String {
+    let upstream = endpoint.strip_prefix("http://").unwrap().to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let upstream = upstream.clone();
+            tokio::spawn(async move {
+                let mut request = Vec::new();
+                while !is_whole(&request) {
+                    if socket.read_buf(&mut request).await.unwrap_or(0) == 0 {
+                        return;
+                    }
+                }
+                let text = String::from_utf8_lossy(&request).into_owned();
+                if expired.iter().any(|key| text.contains(&format!("Credential={key}/"))) {
+                    let refused = refusal("400 Bad Request", "ExpiredToken");
+                    let _ = socket.write_all(refused.as_bytes()).await;
+                    return;
+                }
+                let mut store = TcpStream::connect(upstream).await.unwrap();
+                let closing = text.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+                store.write_all(closing.as_bytes()).await.unwrap();
+                let mut answer = Vec::new();
+                let _ = store.read_to_end(&mut answer).await;
+                let _ = socket.write_all(&answer).await;
+            });
+        }
+    });
+    format!("http://{address}")
+}
