@@ -13,8 +13,8 @@ use crate::disk::Owner;
 use crate::instance::programs::{self, ProgramsError, libc_version};
 use crate::repo::{Basebackup, Repository};
 use crate::restore::plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, plan_restore};
-use crate::restore::run::{CHECKPOINT_BYTES, Resources, read_unfinished, restore};
-use crate::restore::{take_sample, work_of};
+use crate::restore::run::{CHECKPOINT_BYTES, Resources, read_unfinished};
+use crate::restore::{self, take_sample, work_of};
 use crate::storage::Location;
 
 use super::backup::host_name;
@@ -110,8 +110,8 @@ impl Restore {
                 return Ok::<_, CommandError>((plan, None, estimated));
             }
             let monitor = context.monitor();
-            let outcome = restore(basebackup, &plan, self.resume, &resources, &*monitor).await;
-            let outcome = outcome.map_err(|error| self.left_unfinished(error.into()))?;
+            let outcome = restore::restore(basebackup, &plan, self.resume, &resources, &*monitor).await;
+            let outcome = outcome.map_err(|error| self.left_unfinished(&plan, error))?;
             Ok((plan, Some(outcome), None))
         })??;
         context.end_progress();
@@ -120,10 +120,16 @@ impl Restore {
         context.output.print(&RestoreReport::new(&site.name, plan, outcome, estimated, spent))
     }
 
-    /// Says how a restore that has begun goes on, beside what its error says.
-    fn left_unfinished(&self, error: CommandError) -> CommandError {
+    /// Says how a restore that has begun goes on, beside what its error says, where going on can help.
+    ///
+    /// What is unfinished there may also be an older restore, which `--force` has not yet replaced: of that nothing is
+    /// said, since `--resume` would complete something else than what was asked for.
+    fn left_unfinished(&self, plan: &RestorePlan, error: restore::Error) -> CommandError {
         const GO_ON: &str = "Then go on with --resume: until it is complete no server starts there.";
-        if read_unfinished(&self.target_dir).is_err() {
+        let begun = || read_unfinished(&self.target_dir).is_ok_and(|unfinished| unfinished == *plan);
+        let goes_on = error.may_be_resumed() && begun();
+        let error = CommandError::from(error);
+        if !goes_on {
             return error;
         }
         let hint = match &error.hint {

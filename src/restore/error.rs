@@ -12,6 +12,7 @@ use crate::catalog::host::OtherArchitecture;
 use crate::codec;
 use crate::disk;
 use crate::repo;
+use crate::storage;
 
 /// What failed.
 #[derive(Debug, Error)]
@@ -114,6 +115,28 @@ impl Error {
         }
     }
 
+    /// Returns whether it was a disk, an I/O call or the store: once that is put right, the same restore can go on.
+    ///
+    /// Damage needs another basebackup or a repair first, and to a fault of ours nothing can be done.
+    pub fn may_be_resumed(&self) -> bool {
+        match self {
+            Self::Io { .. } | Self::Disk(disk::Error::Io { .. }) => true,
+            Self::Repository(repo::Error::Store(error)) => match error.kind() {
+                storage::ErrorKind::Unreachable
+                | storage::ErrorKind::OutcomeUnknown
+                | storage::ErrorKind::Denied
+                | storage::ErrorKind::Full
+                | storage::ErrorKind::Invalid
+                | storage::ErrorKind::Other => true,
+                storage::ErrorKind::NotFound
+                | storage::ErrorKind::AlreadyExists
+                | storage::ErrorKind::Truncated
+                | storage::ErrorKind::TooLarge => false,
+            },
+            _ => false,
+        }
+    }
+
     /// Returns what the user should do, where that is not plain from the message.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
@@ -154,4 +177,34 @@ impl Error {
 
 fn names(pid: Option<i32>) -> String {
     pid.map_or_else(|| "names no process".to_owned(), |pid| format!("names process {pid}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_put_right_outside_is_told_from_damage_and_from_our_faults() {
+        let path = || PathBuf::from("/t");
+        let denied = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let (key, verb) = (|| "main/packs/0".to_owned(), storage::error::Verb::GetRange);
+        let store = |error| Error::Repository(repo::Error::Store(error));
+        let damaged = repo::Error::Damaged { object: key(), detail: "cut".to_owned() };
+        for (error, resumed) in [
+            (Error::Io { action: "write", path: path(), source: denied() }, true),
+            (Error::Disk(disk::Error::Io { action: "write", path: path(), source: denied() }), true),
+            (store(storage::Error::Unreachable { verb, key: key(), reason: None, source: None }), true),
+            (store(storage::Error::Denied { verb, key: key(), source: None }), true),
+            (store(storage::Error::Full { verb, key: key(), source: None }), true),
+            (store(storage::Error::NotFound { key: key() }), false),
+            (store(storage::Error::Truncated { key: key(), expected: 2, received: 1 }), false),
+            (Error::Repository(damaged), false),
+            (Error::Disk(disk::Error::Locked { path: path(), holder: Some(7) }), false),
+            (Error::NothingToResume { path: path() }, false),
+            (Error::Missing { path: path(), bytes: 1 }, false),
+            (Error::Internal("a task ended".to_owned()), false),
+        ] {
+            assert_eq!(error.may_be_resumed(), resumed, "{error}");
+        }
+    }
 }

@@ -3,12 +3,15 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::site::Faulted;
 use crate::support::{Need, Run, Scratch, Server, require, wait_for};
+
+/// What a restore that has begun, and can go on, tells to do.
+const GO_ON: &str = "Then go on with --resume";
 
 /// Mounts a small file system of its own in the test's folder, which takes it away again.
 #[track_caller]
@@ -112,7 +115,19 @@ fn a_restore_to_a_full_disk_is_refused_or_goes_on_when_there_is_room() {
     assert_eq!(failed.code(), Some(1), "{}", failed.stderr);
     assert!(failed.stderr.contains("No space left on device"), "{}", failed.stderr);
     assert!(!target.join("global/pg_control").exists(), "it can be started");
+    assert!(failed.stderr.contains(GO_ON), "{}", failed.stderr);
     fs::remove_dir_all(crowd).unwrap();
+    // One that is begun anew, and fails before the unfinished one is given up, is not what --resume would go on with.
+    let area = target.join(".walden");
+    chown(&area, Some(0), Some(0)).unwrap();
+    fs::set_permissions(&area, fs::Permissions::from_mode(0o755)).unwrap();
+    for (option, goes_on) in [("--force", false), ("--resume", true)] {
+        let failed = restore(&[option]);
+        assert_eq!(failed.code(), Some(1), "{}", failed.stderr);
+        assert!(failed.stderr.contains("Permission denied"), "{}", failed.stderr);
+        assert_eq!(failed.stderr.contains(GO_ON), goes_on, "{}", failed.stderr);
+    }
+    site.scratch().account().own(&area);
     assert_eq!(restore(&["--resume"]).code(), Some(0));
     let mut server = Server::new(15, &target, &site.scratch().folder("run"));
     server.set("archive_mode", "off").start();

@@ -104,6 +104,7 @@ fn a_restore_of_damaged_packs_fails_and_cannot_be_started() {
             source.walden.try_run(&["restore", "--target-dir", directory.to_str().unwrap()]).expect_code(3);
         assert!(run.stderr.contains("pack ") || run.stderr.contains("packs/"), "{}", run.stderr);
         assert!(run.stderr.contains(&id), "{}", run.stderr);
+        assert!(!run.stderr.contains("--resume"), "going on does not help: {}", run.stderr);
         refusal(&source, name);
         fs::write(pack, original).unwrap();
         source.scratch().account().own(pack);
