@@ -4,14 +4,12 @@
 //! decided by pure functions. Where only the WAL tells whether a target lies behind a basebackup, the newest is asked
 //! first and the older ones after it. Clones and restores ask the same question and get the same answer.
 
-use std::fmt;
-
-use jiff::Timestamp;
 use thiserror::Error;
 
 use crate::catalog::basebackups::{self, BasebackupList, ListedBasebackup, ResolveError};
 use crate::catalog::recovery_decision::{
-    Decision, LeftBehind, PlanError, TargetPlace, left_behind, place_by_position, plan_recovery, window_for,
+    Decision, LeftBehind, PlanError, Reach, TargetPlace, left_behind, place_by_position, plan_recovery,
+    window_for,
 };
 use crate::catalog::recovery_plan::RecoveryPlan;
 use crate::catalog::recovery_target::{RecoveryTarget, Target};
@@ -19,7 +17,7 @@ use crate::catalog::recovery_window::{Hole, RecoveryWindow};
 use crate::catalog::target_search::{SEGMENTS_FORWARD_MAX, Searched, place_by_reading};
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::{WalCoverage, list_timelines};
-use crate::pg::{Lsn, TimelineId, WalSegmentNumber};
+use crate::pg::{TimelineId, WalSegmentNumber};
 use crate::repo::documents::BackupRecord;
 use crate::repo::{self, BasebackupId, Repository};
 
@@ -67,34 +65,14 @@ pub enum RecoveryError {
     /// The target.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// No basebackup ends before the target.
-    #[error("no basebackup ended before {target}; the oldest, {}", .oldest)]
-    NoneBefore { target: String, oldest: BasebackupEnd },
-    /// No basebackup that ends before the target leads to the timeline.
-    #[error("no basebackup before {target} lies on the way to timeline {timeline}; the newest, {}", .newest)]
-    NoneOnTimeline { target: String, timeline: TimelineId, newest: BasebackupEnd },
-}
-
-/// Where a basebackup ended, for messages: from there on it can be recovered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BasebackupEnd {
-    id: BasebackupId,
-    timeline: TimelineId,
-    lsn: Lsn,
-    time: Timestamp,
-}
-
-impl From<&BackupRecord> for BasebackupEnd {
-    fn from(record: &BackupRecord) -> Self {
-        Self { id: record.id, timeline: record.timeline, lsn: record.stop_lsn, time: record.stopped_at }
-    }
-}
-
-impl fmt::Display for BasebackupEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { id, timeline, lsn, time } = self;
-        write!(f, "{id}, can be recovered from {lsn} ({time}) on timeline {timeline}")
-    }
+    /// No basebackup ends before the target; with what the oldest reaches.
+    #[error("no basebackup ended before {target}, not even the oldest: {oldest}")]
+    NoneBefore { target: String, oldest: Reach },
+    /// No basebackup that ends before the target leads to the timeline; with what the newest reaches.
+    #[error(
+        "no basebackup before {target} lies on the way to timeline {timeline}, not even the newest: {newest}"
+    )]
+    NoneOnTimeline { target: String, timeline: TimelineId, newest: Reach },
 }
 
 impl PlannedRecovery {
@@ -225,7 +203,10 @@ async fn refuse_orphans(
     let timelines = list_timelines(repository, record.cluster).await?;
     let is_orphan = |timeline: &TimelineId| *timeline > record.timeline && tree.branch(*timeline).is_none();
     match timelines.into_iter().find(is_orphan) {
-        Some(timeline) => Err(PlanError::MissingHistory { timeline }.into()),
+        Some(timeline) => {
+            let reach = reach_of(repository, record, tree).await?;
+            Err(PlanError::MissingHistory { timeline, reach }.into())
+        }
         None => Ok(()),
     }
 }
@@ -240,11 +221,7 @@ async fn plan_from(
 ) -> Result<PlannedRecovery, RecoveryError> {
     let target = request.target;
     let timeline = target.timeline.unwrap_or_else(|| tree.latest_after(record.timeline, record.stop_lsn));
-    let from = WalSegmentNumber::containing(record.start_lsn, record.cluster.segment_size);
-    let way = tree.way_to(timeline).into_iter();
-    let way = way.filter(|stretch| stretch.end.is_none_or(|end| end >= record.start_lsn));
-    let way = way.map(|stretch| stretch.timeline);
-    let coverage = WalCoverage::load_timelines(repository, record.cluster, way, from).await?;
+    let coverage = load_way(repository, record, tree, timeline).await?;
     let window = window_for(record, tree, &coverage, &target.target, timeline)?;
     let place = match place_by_position(&window, &target.target, record.cluster.segment_size) {
         Some(place) => place,
@@ -256,6 +233,35 @@ async fn plan_from(
     let unproven = place == TargetPlace::Unproven && accepted_hole.is_none();
     let record = record.clone();
     Ok(PlannedRecovery { record, plan, timeline, target, accepted_hole, window, left_behind, unproven })
+}
+
+/// Lists the WAL from a basebackup on that is on the way to a timeline; on the way to the newest that the basebackup
+/// leads to, where this one does not pass it.
+async fn load_way(
+    repository: &Repository,
+    record: &BackupRecord,
+    tree: &TimelineTree,
+    timeline: TimelineId,
+) -> Result<WalCoverage, repo::Error> {
+    let passes = tree.passes(timeline, record.timeline, record.stop_lsn);
+    let newest = || tree.latest_after(record.timeline, record.stop_lsn);
+    let timeline = if passes { timeline } else { newest() };
+    let from = WalSegmentNumber::containing(record.start_lsn, record.cluster.segment_size);
+    let way = tree.way_to(timeline).into_iter();
+    let way = way.filter(|stretch| stretch.end.is_none_or(|end| end >= record.start_lsn));
+    let way = way.map(|stretch| stretch.timeline);
+    WalCoverage::load_timelines(repository, record.cluster, way, from).await
+}
+
+/// Finds out how far recovery from a basebackup gets, for a refusal that no window was made for.
+async fn reach_of(
+    repository: &Repository,
+    record: &BackupRecord,
+    tree: &TimelineTree,
+) -> Result<Reach, repo::Error> {
+    let newest = tree.latest_after(record.timeline, record.stop_lsn);
+    let coverage = load_way(repository, record, tree, newest).await?;
+    Ok(Reach::of_newest(record, tree, &coverage))
 }
 
 /// Lists the basebackups that ended before the target, as far as their records tell, and lead to its timeline: newest
@@ -273,7 +279,9 @@ async fn candidates(
     let Some(newest) = newest else {
         unreadable_newer(list, None, &target.target)?;
         let Some(oldest) = list.complete.first() else { return Err(ResolveError::NoBasebackup.into()) };
-        return Err(none_before(target, &oldest.record));
+        // Nothing will be recovered, so that a damaged history may be passed over.
+        let (tree, _) = TimelineTree::load_readable(repository, oldest.record.cluster).await?;
+        return Err(none_before(repository, target, &oldest.record, &tree).await?);
     };
     // Positions and timelines of another cluster of the site mean nothing in this one.
     let cluster = newest.record.cluster;
@@ -291,18 +299,25 @@ async fn candidates(
     match (chosen.is_empty(), target.timeline) {
         (false, _) => Ok((chosen, tree)),
         (true, Some(timeline)) => {
-            let newest = BasebackupEnd::from(&newest.record);
+            let newest = reach_of(repository, &newest.record, &tree).await?;
             Err(RecoveryError::NoneOnTimeline { target: target.target.to_string(), timeline, newest })
         }
         (true, None) => {
             let oldest = list.complete.iter().find(|listed| listed.record.cluster == cluster);
-            Err(none_before(target, oldest.map_or(&newest.record, |listed| &listed.record)))
+            let oldest = oldest.map_or(&newest.record, |listed| &listed.record);
+            Err(none_before(repository, target, oldest, &tree).await?)
         }
     }
 }
 
-fn none_before(target: &RecoveryTarget, oldest: &BackupRecord) -> RecoveryError {
-    RecoveryError::NoneBefore { target: target.target.to_string(), oldest: oldest.into() }
+async fn none_before(
+    repository: &Repository,
+    target: &RecoveryTarget,
+    oldest: &BackupRecord,
+    tree: &TimelineTree,
+) -> Result<RecoveryError, repo::Error> {
+    let oldest = reach_of(repository, oldest, tree).await?;
+    Ok(RecoveryError::NoneBefore { target: target.target.to_string(), oldest })
 }
 
 fn ended_before(record: &BackupRecord, target: &Target) -> bool {

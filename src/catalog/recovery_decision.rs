@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use crate::catalog::recovery_plan::{RecoveryPlan, TimelineSpan};
 use crate::catalog::recovery_target::{RecoveryTarget, Target};
-use crate::catalog::recovery_window::{Hole, RecoveryStart, RecoveryWindow, SegmentRange};
+use crate::catalog::recovery_window::{Hole, RecoveryWindow, SegmentRange};
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::WalCoverage;
 use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
@@ -67,26 +67,32 @@ pub struct Reach {
     pub newest: Option<Timestamp>,
     /// The timeline that is aimed at.
     pub timeline: TimelineId,
+    /// The first segment missing of those without which nothing of this can be reached.
+    pub missing_start: Option<WalSegmentName>,
 }
 
 /// Why no plan can be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// The target lies before the basebackup is consistent.
-    #[error("{target} is before the end of basebackup {basebackup} at {stop}")]
-    BeforeBackup { target: String, basebackup: BasebackupId, stop: String },
-    /// The target timeline does not descend from the basebackup.
-    #[error(
-        "timeline {timeline} does not contain basebackup {basebackup}, which ended at {stop_lsn} on timeline {from}"
-    )]
-    OtherTimeline { timeline: TimelineId, basebackup: BasebackupId, from: TimelineId, stop_lsn: Lsn },
+    #[error("{target} is before the end of basebackup {}: {reach}", .reach.basebackup)]
+    BeforeBackup { target: String, reach: Reach },
+    /// The target timeline does not descend from the basebackup; with what its own way reaches.
+    #[error("timeline {timeline} does not contain basebackup {}, which ended on timeline {from}: {reach}", .reach.basebackup)]
+    OtherTimeline { timeline: TimelineId, from: TimelineId, reach: Reach },
     /// The history file of the target timeline, or of one that might be it, is not in the archive; no server goes there
-    /// without.
-    #[error("the history file of timeline {timeline} is missing from the archive")]
-    MissingHistory { timeline: TimelineId },
-    /// WAL is missing without which the basebackup never becomes consistent.
-    #[error("basebackup {basebackup} cannot be recovered: WAL segment {missing} is missing from the archive")]
-    Unrecoverable { basebackup: BasebackupId, missing: WalSegmentName },
+    /// without. The reach is that of the newest timeline whose place is known, or what the missing file would open.
+    #[error(
+        "the history file of timeline {timeline} is missing from the archive: {}{reach}",
+        if .reach.timeline == *.timeline { "with it, " } else { "" }
+    )]
+    MissingHistory { timeline: TimelineId, reach: Reach },
+    /// WAL is missing without which the basebackup never becomes consistent: nothing can be reached.
+    #[error(
+        "basebackup {basebackup} cannot be recovered to any target on timeline {timeline}: WAL segment {missing} is \
+         missing from the archive"
+    )]
+    Unrecoverable { basebackup: BasebackupId, timeline: TimelineId, missing: WalSegmentName },
     /// WAL is missing on the way to the target.
     #[error("{hole} missing from the archive on the way to {target}: {reach}")]
     Hole { hole: Hole, target: String, reach: Reach },
@@ -127,7 +133,10 @@ impl PlanError {
 
 impl fmt::Display for Reach {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { basebackup, begin, end, newest, timeline } = self;
+        let Self { basebackup, begin, end, newest, timeline, missing_start } = *self;
+        if let Some(missing) = missing_start {
+            return PlanError::Unrecoverable { basebackup, timeline, missing }.fmt(f);
+        }
         write!(f, "recovery from basebackup {basebackup} on timeline {timeline} can end from {}", begin.0)?;
         write!(f, " ({}) to {end}", begin.1)?;
         match newest {
@@ -153,19 +162,28 @@ impl fmt::Display for LeftBehind {
 }
 
 impl Reach {
-    fn new(record: &BackupRecord, window: &RecoveryWindow, newest: Option<Timestamp>) -> Self {
+    /// Says what a window holds, with the time of the last transaction where that was looked for.
+    pub fn new(record: &BackupRecord, window: &RecoveryWindow, newest: Option<Timestamp>) -> Self {
         Self {
             basebackup: record.id,
             begin: (record.stop_lsn, record.stopped_at),
             end: window.end,
             newest,
             timeline: window.timeline,
+            missing_start: window.missing_start,
         }
+    }
+
+    /// Says how far the newest timeline that a basebackup leads to is reached.
+    pub fn of_newest(record: &BackupRecord, tree: &TimelineTree, coverage: &WalCoverage) -> Self {
+        let newest = tree.latest_after(record.timeline, record.stop_lsn);
+        let window = RecoveryWindow::new(record.into(), tree, coverage, newest, record.cluster.segment_size);
+        Self::new(record, &window.expect("the newest timeline after a basebackup passes it"), None)
     }
 }
 
 /// Returns how far recovery to a target gets, whose timeline is numeric by now; refuses what lies outside whatever
-/// the archive has.
+/// the archive has. The coverage is that of the way to the timeline, or to the newest where this one does not pass.
 pub fn window_for(
     record: &BackupRecord,
     tree: &TimelineTree,
@@ -173,23 +191,25 @@ pub fn window_for(
     target: &Target,
     timeline: TimelineId,
 ) -> Result<RecoveryWindow, PlanError> {
-    let (basebackup, size) = (record.id, record.cluster.segment_size);
-    let start = RecoveryStart::from(record);
-    let Some(window) = RecoveryWindow::new(start, tree, coverage, timeline, size) else {
-        let (from, stop_lsn) = (record.timeline, record.stop_lsn);
-        return Err(PlanError::OtherTimeline { timeline, basebackup, from, stop_lsn });
+    let size = record.cluster.segment_size;
+    let Some(window) = RecoveryWindow::new(record.into(), tree, coverage, timeline, size) else {
+        let reach = Reach::of_newest(record, tree, coverage);
+        return Err(PlanError::OtherTimeline { timeline, from: record.timeline, reach });
     };
-    let before = |stop: String| Err(PlanError::BeforeBackup { target: target.to_string(), basebackup, stop });
-    match target {
-        Target::Lsn(lsn) if *lsn < record.stop_lsn => return before(record.stop_lsn.to_string()),
-        Target::Time(time) if *time < record.stopped_at => return before(record.stopped_at.to_string()),
-        _ => {}
+    let reach = Reach::new(record, &window, None);
+    let is_before = match target {
+        Target::Lsn(lsn) => *lsn < record.stop_lsn,
+        Target::Time(time) => *time < record.stopped_at,
+        _ => false,
+    };
+    if is_before {
+        return Err(PlanError::BeforeBackup { target: target.to_string(), reach });
     }
     if timeline > TimelineId::FIRST && tree.branch(timeline).is_none() {
-        return Err(PlanError::MissingHistory { timeline });
+        return Err(PlanError::MissingHistory { timeline, reach });
     }
     match window.missing_start {
-        Some(missing) => Err(PlanError::Unrecoverable { basebackup, missing }),
+        Some(missing) => Err(PlanError::Unrecoverable { basebackup: record.id, timeline, missing }),
         None => Ok(window),
     }
 }
@@ -271,8 +291,8 @@ pub fn plan_recovery(
         }
         (TargetPlace::Within, _) | (TargetPlace::Unproven, None) => {}
         (TargetPlace::TooEarly(_), _) => {
-            let (target, basebackup) = (target.target.to_string(), record.id);
-            return Err(PlanError::BeforeBackup { target, basebackup, stop: record.stop_lsn.to_string() });
+            let (target, reach) = shown();
+            return Err(PlanError::BeforeBackup { target, reach });
         }
         (_, Some(hole)) if until_hole => {
             decision.target.target = Target::Latest;

@@ -122,9 +122,16 @@ fn a_clone_that_cannot_be_made_leaves_nothing() {
     };
     refused(&["--backup", "20010101"], "20010101");
     refused(&["--target-lsn", "FF/0"], "the archive ends before");
-    refused(&["--target-lsn", "0/10"], "before");
-    refused(&["--target-time", "2001-01-01 00:00:00+00"], "before");
-    refused(&["--target-timeline", "7"], "timeline 7");
+    refused(&["--target-lsn", "FF/0"], " on timeline 1 can end from ");
+    refused(
+        &["--target-lsn", "0/10"],
+        "no basebackup ended before LSN 0/10, not even the oldest: recovery from",
+    );
+    refused(
+        &["--target-time", "2001-01-01 00:00:00+00"],
+        "no basebackup ended before time 2001-01-01T00:00:00Z",
+    );
+    refused(&["--target-timeline", "7"], "lies on the way to timeline 7, not even the newest: recovery from");
     // Files that are damaged are found when the WAL is looked through, with the basebackup pinned already.
     let files = listing(&source.walden.repository());
     let segments: Vec<_> =
@@ -132,11 +139,13 @@ fn a_clone_that_cannot_be_made_leaves_nothing() {
     let newest = segments.iter().max_by_key(|path| path.file_name()).unwrap();
     let whole = fs::read(newest).unwrap();
     fs::write(newest, &whole[..whole.len() / 2]).unwrap();
-    refused(&[], "");
+    let file = newest.file_name().unwrap().to_str().unwrap();
+    refused(&[], &format!("WAL file {file} is damaged: its body is not the one its header names"));
     fs::remove_file(newest).unwrap();
     source.sql("insert into kept values (1002)");
     source.archive_wal();
-    refused(&[], "is missing from the archive");
+    refused(&[], &format!("WAL segment {file} is missing from the archive on the way to"));
+    refused(&[], " on timeline 1 can end from ");
 }
 
 #[test]

@@ -168,21 +168,35 @@ fn a_restore_stops_at_its_target_and_does_what_was_asked() {
 fn targets_that_cannot_be_reached_are_refused_and_the_window_is_shown() {
     require!(Need::PostgreSQL(15));
     let marks = Marks::make();
-    let refused = |options: &[&str], why: &str| {
+    let id = marks.source.walden.json(&["list"])["basebackups"][0]["id"].as_str().unwrap().to_owned();
+    let refused = |options: &[&str], why: &str, window: &str| {
         let directory = marks.source.place("refused");
         let command = ["restore", "--target-dir", directory.to_str().unwrap()];
         let run = marks.source.walden.try_run(&[&command[..], options].concat()).expect_code(1);
-        assert!(run.stderr.contains(why), "no \"{why}\" in:\n{}", run.stderr);
-        assert!(run.stderr.contains("hint: "), "{}", run.stderr);
-        assert!(!directory.exists(), "something was written");
+        for words in [why, window, "hint: "] {
+            assert!(run.stderr.contains(words), "{options:?}: no \"{words}\" in:\n{}", run.stderr);
+        }
+        assert!(!directory.exists(), "{options:?}: something was written");
     };
-    refused(&["--target-time", &marks.before], "no basebackup ended before");
-    refused(&["latest", "--target-time", &marks.before], "is before the end of basebackup");
-    refused(&["--target-time", "2099-01-01 00:00:00Z"], "the archive ends before");
-    refused(&["--target-lsn", "FF/0"], "can end from");
-    refused(&["--target-timeline", "7"], "timeline 7");
-    refused(&["--target-name", "nowhere"], "is not in the archived WAL: recovery from basebackup");
-    refused(&["--target-xid", "4000000000"], "can end from");
+    let window = format!(": recovery from basebackup {id} on timeline 1 can end from ");
+    refused(&["--target-time", &marks.before], "no basebackup ended before", &window);
+    refused(&["latest", "--target-time", &marks.before], "is before the end of basebackup", &window);
+    refused(&["--target-time", "2099-01-01 00:00:00Z"], "the archive ends before", &window);
+    refused(&["--target-lsn", "FF/0"], "the archive ends before", &window);
+    refused(&["--target-timeline", "7"], "lies on the way to timeline 7", &window);
+    refused(&["latest", "--target-timeline", "7"], "timeline 7 does not contain basebackup", &window);
+    refused(&["--target-name", "nowhere"], "is not in the archived WAL", &window);
+    refused(&["--target-xid", "4000000000"], "is not in the archived WAL", &window);
+    let lost = marks.source.archive_wal();
+    marks.source.archive_wal();
+    fs::remove_file(find(&marks.source.walden.repository(), &lost).unwrap()).unwrap();
+    refused(&[], &format!("WAL segment {lost} is missing from the archive on the way to"), &window);
+    let start = marks.source.walden.json(&["info"])["clusters"][0]["basebackups"][0]["start_lsn"].clone();
+    let needed = marks.source.sql(&format!("select pg_walfile_name('{}')", start.as_str().unwrap()));
+    fs::remove_file(find(&marks.source.walden.repository(), &needed).unwrap()).unwrap();
+    let nothing = format!("basebackup {id} cannot be recovered to any target on timeline 1");
+    refused(&[], &format!("WAL segment {needed} is missing from the archive"), &nothing);
+    refused(&["--target-lsn", "0/10"], "no basebackup ended before", &nothing);
     let directory = marks.source.place("refused");
     let words = ["restore", "--target-dir", directory.to_str().unwrap(), "--target-time", "13am"];
     marks.source.walden.try_run(&words).expect_code(2);
@@ -236,6 +250,18 @@ fn a_restore_follows_the_timeline_that_is_named() {
     assert!(!source.place("newest").exists());
     assert_eq!(rows(&source.recovered("newest", &[])), "13");
     assert_eq!(rows(&source.recovered("oldest", &["--target-timeline", "1"])), "12");
+
+    // Without its history nobody knows where timeline 2 belongs, and none is taken for the newest.
+    fs::remove_file(find(&source.walden.repository(), "00000002.history").unwrap()).unwrap();
+    let directory = source.place("unknown");
+    let run = source.walden.try_run(&["restore", "--target-dir", directory.to_str().unwrap()]).expect_code(1);
+    assert!(
+        run.stderr.contains("the history file of timeline 2 is missing from the archive: "),
+        "{}",
+        run.stderr
+    );
+    assert!(run.stderr.contains(" on timeline 1 can end from "), "{}", run.stderr);
+    assert!(!directory.exists(), "something was written");
 }
 
 #[test]
@@ -256,6 +282,7 @@ fn recovery_ends_before_a_hole_only_where_that_is_said() {
     let command = ["restore", "--target-dir", directory.to_str().unwrap()];
     let run = source.walden.try_run(&command).expect_code(1);
     assert!(run.stderr.contains(&lost) && run.stderr.contains("--until-hole"), "{}", run.stderr);
+    assert!(run.stderr.contains(" on timeline 1 can end from "), "{}", run.stderr);
     assert!(!directory.exists());
     let report = source.restore("hole", &["--until-hole"]);
     assert!(report["warnings"][0].as_str().unwrap().contains(&lost), "{report}");
