@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn the_table_has_a_line_for_each_step_and_the_sum_of_it_below() {
         let mut text = String::new();
-        report().write_text(&mut text, &TextStyle { time_zone: TimeZone::UTC }).unwrap();
+        report().write_text(&mut text, &TextStyle { time_zone: TimeZone::UTC.into() }).unwrap();
         assert_eq!(
             text,
             "STEP      TIME     BYTES  REQUESTS  WHAT\n\

@@ -253,7 +253,7 @@ mod tests {
 
     fn text_of(report: &InfoReport) -> String {
         let mut text = String::new();
-        report.write_text(&mut text, &TextStyle { time_zone: TimeZone::UTC }).unwrap();
+        report.write_text(&mut text, &TextStyle { time_zone: TimeZone::UTC.into() }).unwrap();
         text
     }
 

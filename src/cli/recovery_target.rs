@@ -97,7 +97,7 @@ fn parse_time(text: &str, context: &Context) -> Result<Timestamp, CommandError> 
         return Ok(time);
     }
     let local = text.parse::<DateTime>().ok().and_then(|time| {
-        time.to_zoned(context.environment.time_zone.clone()).ok().map(|zoned| zoned.timestamp())
+        time.to_zoned(context.environment.time_zone.get()).ok().map(|zoned| zoned.timestamp())
     });
     // A text with a sign or a Z at its end meant a zone; half of it must not be dropped in silence.
     local.filter(|_| !text.ends_with(['Z', 'z'])).ok_or_else(|| {
@@ -117,10 +117,10 @@ mod tests {
 
     fn context(zone: &str) -> Context {
         let time_zone = jiff::tz::TimeZone::get(zone).unwrap();
-        let style = TextStyle { time_zone: time_zone.clone() };
+        let style = TextStyle { time_zone: time_zone.clone().into() };
         let output = Output::new(Format::Text, style, Box::new(std::io::sink()));
         let mut environment = Environment::of(0, &[]);
-        environment.time_zone = time_zone;
+        environment.time_zone = time_zone.into();
         let global = GlobalOptions {
             config: None,
             site: None,

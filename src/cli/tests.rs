@@ -291,7 +291,7 @@ fn key_list_tells_what_this_host_has_and_what_is_wrong_with_it() {
 #[test]
 fn a_panic_is_status_1_and_200_for_a_restore_command() {
     use super::{CommandError, Format, Output, TextStyle};
-    let style = TextStyle { time_zone: jiff::tz::TimeZone::UTC };
+    let style = TextStyle { time_zone: jiff::tz::TimeZone::UTC.into() };
     let status = |policy: super::ExitPolicy| {
         let sink = Sink::default();
         let output = Output::new(Format::Json, style.clone(), Box::new(sink.clone()));

@@ -8,19 +8,20 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use jiff::tz::TimeZone;
+
+use crate::config::LazyTimeZone;
 
 /// How text shows what depends on the reader.
 #[derive(Debug, Clone)]
 pub struct TextStyle {
     /// The zone in which times are shown.
-    pub time_zone: TimeZone,
+    pub time_zone: LazyTimeZone,
 }
 
 impl TextStyle {
     /// Shows a time with its zone, as PostgreSQL writes it: `2026-11-20 11:15:00+01:00`.
     pub fn time(&self, time: Timestamp) -> String {
-        time.to_zoned(self.time_zone.clone()).strftime("%Y-%m-%d %H:%M:%S%:z").to_string()
+        time.to_zoned(self.time_zone.get()).strftime("%Y-%m-%d %H:%M:%S%:z").to_string()
     }
 }
 
@@ -117,6 +118,8 @@ impl TextTable {
 
 #[cfg(test)]
 mod tests {
+    use jiff::tz::TimeZone;
+
     use super::*;
 
     #[test]
@@ -155,7 +158,7 @@ mod tests {
     #[test]
     fn times_have_their_zone() {
         let time: Timestamp = "2026-07-01T10:15:00Z".parse().unwrap();
-        let style = |time_zone| TextStyle { time_zone };
+        let style = |time_zone: TimeZone| TextStyle { time_zone: time_zone.into() };
         assert_eq!(style(TimeZone::UTC).time(time), "2026-07-01 10:15:00+00:00");
         let east = TimeZone::fixed(jiff::tz::offset(2));
         assert_eq!(style(east).time(time), "2026-07-01 12:15:00+02:00");

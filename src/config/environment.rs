@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
 use jiff::tz::TimeZone;
 
@@ -19,7 +20,25 @@ pub struct Environment {
     /// The effective user.
     pub uid: u32,
     /// The zone in which times without a zone are meant and times are shown.
-    pub time_zone: TimeZone,
+    pub time_zone: LazyTimeZone,
+}
+
+/// A time zone that is looked up when it is first needed: for that all names of zones of the host are read, and what
+/// PostgreSQL starts for every segment needs none.
+#[derive(Debug, Clone, Default)]
+pub struct LazyTimeZone(Arc<OnceLock<TimeZone>>);
+
+impl LazyTimeZone {
+    /// Returns the zone: the one it was made of, or that of the system.
+    pub fn get(&self) -> TimeZone {
+        self.0.get_or_init(TimeZone::system).clone()
+    }
+}
+
+impl From<TimeZone> for LazyTimeZone {
+    fn from(zone: TimeZone) -> Self {
+        Self(Arc::new(OnceLock::from(zone)))
+    }
 }
 
 impl Environment {
@@ -28,14 +47,14 @@ impl Environment {
         Self {
             variables: std::env::vars_os().collect(),
             uid: nix::unistd::geteuid().as_raw(),
-            time_zone: TimeZone::system(),
+            time_zone: LazyTimeZone::default(),
         }
     }
 
     /// Makes up an environment: these variables, this user, UTC.
     pub fn of(uid: u32, variables: &[(&str, &str)]) -> Self {
         let variables = variables.iter().map(|(name, value)| (name.into(), value.into())).collect();
-        Self { variables, uid, time_zone: TimeZone::UTC }
+        Self { variables, uid, time_zone: TimeZone::UTC.into() }
     }
 
     /// Returns `WALDEN_CONFIG`.

@@ -41,7 +41,7 @@ pub use compression::CompressionConfig;
 pub use encryption::{
     EncryptionConfig, KeyFiles, KeyPurpose, KeyRole, open_private, open_public, open_signing, open_verify,
 };
-pub use environment::Environment;
+pub use environment::{Environment, LazyTimeZone};
 pub use error::{Error, ErrorKind, Place, Problem, Result};
 pub use limits::{Limits, machine_memory};
 pub use nearest::nearest;
