@@ -1,7 +1,8 @@
 //! Gives memory back to the machine once a site has nothing to archive.
 //!
-//! The allocator keeps what segments were read into for the next ones, up to the whole budget; a daemon that waits for
-//! the next segment for minutes has no use for it.
+//! Left to itself the allocator keeps what segments were read into, up to the whole budget, and part of it even when
+//! it is told to give back (the ends of its arenas). So segments are mapped one by one, which goes back when they are
+//! freed, and what is left of small things is given back once a site has become idle.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,21 @@ pub(super) async fn give_back(site: Arc<SitePush>) {
         }
     }
 }
+
+/// Everything larger is a mapping of its own: segments are, whatever their size, and what is counted in kilobytes is not.
+#[cfg(target_env = "gnu")]
+const MAPPED_BYTES_MIN: i32 = 512 << 10;
+
+/// Has large things mapped one by one, from now on and in the whole process.
+#[cfg(target_env = "gnu")]
+#[expect(unsafe_code, reason = "only the C library's allocator can be told")]
+pub(super) fn map_large_things() {
+    // SAFETY: mallopt takes no pointer, and may be called at any time from any thread.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN) };
+}
+
+#[cfg(not(target_env = "gnu"))]
+pub(super) fn map_large_things() {}
 
 #[cfg(target_env = "gnu")]
 #[expect(unsafe_code, reason = "only the C library knows what its allocator keeps")]

@@ -105,6 +105,7 @@ impl Daemon {
             error => Error::Disk(error),
         })?;
         let listener = DaemonListener::bind(&options.socket)?;
+        idle_memory::map_large_things();
         let workers = Workers {
             pool: CpuPool::new(options.threads, options.threads),
             clock: options.clock,

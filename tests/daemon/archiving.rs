@@ -12,6 +12,11 @@ fn every_segment_of_a_load_is_in_the_archive_on_13() {
 }
 
 #[test]
+fn every_segment_of_a_load_is_in_the_archive_on_15() {
+    every_segment_of_a_load_is_in_the_archive(15);
+}
+
+#[test]
 fn every_segment_of_a_load_is_in_the_archive_on_18() {
     every_segment_of_a_load_is_in_the_archive(18);
 }

@@ -1,7 +1,7 @@
 //! Who the daemon works for, and what a caller does where there is none.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -52,7 +52,7 @@ fn what_the_daemon_cannot_do_is_the_commands_failure() {
 }
 
 #[test]
-fn a_stranger_has_nothing_archived() {
+fn the_owner_of_the_site_has_its_wal_archived_and_a_stranger_nothing() {
     require!(Need::PostgreSQL(15), Need::Root, Need::Folder);
     let scene = Scene::start(15, |site| site);
     let segments = scene.end_segments(2);
@@ -90,7 +90,10 @@ fn a_stranger_has_nothing_archived() {
         assert!(refused.stderr.contains("may not have the daemon archive"), "{}", refused.stderr);
     }
     assert!(!daemon.log().contains("archived 0"), "{}", daemon.log());
-    push(0, &scene.segment(&segments[0])).expect_success();
-    scene.pushed(&segments[1]);
+    let owner = fs::metadata(scene.data_directory()).unwrap().uid();
+    assert_ne!(owner, 0, "PostgreSQL does not run as root");
+    push(owner, &scene.segment(&segments[0])).expect_success();
+    assert!(daemon.log().contains(&format!("archived {}", segments[0])), "{}", daemon.log());
+    push(0, &scene.segment(&segments[1])).expect_success();
     segments.iter().for_each(|segment| scene.assert_archived(segment));
 }

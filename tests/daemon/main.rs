@@ -9,4 +9,5 @@ mod archiving;
 mod callers;
 mod ending;
 mod killed;
+mod memory;
 mod queue;

@@ -31,8 +31,15 @@ impl Scene {
     /// Starts a cluster of a major version; `adjust` says how the site is configured.
     #[track_caller]
     pub fn start(major: u32, adjust: impl Fn(Site) -> Site) -> Self {
+        Self::start_with_segments(major, 1, adjust)
+    }
+
+    /// The same with segments of so many MiB.
+    #[track_caller]
+    pub fn start_with_segments(major: u32, mebibytes: u32, adjust: impl Fn(Site) -> Site) -> Self {
+        let options = Options::default().initdb(&format!("--wal-segsize={mebibytes}"));
         // Without a command that succeeds nothing is archived, and everything stays marked ready.
-        let options = Options::default().initdb("--wal-segsize=1").setting("wal_keep_size", "2GB");
+        let options = options.setting("wal_keep_size", "2GB");
         let cluster = Cluster::start_with(major, options.setting("archive_command", "false"));
         let site = Site::of(&cluster, cluster.data_directory()).bin_directory(&cluster.bin_directory());
         let walden = Walden::configure(cluster.scratch(), &adjust(site));
@@ -148,6 +155,11 @@ impl Daemon {
     /// Returns all that was logged, by earlier daemons as well.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Returns its process.
+    pub fn process(&self) -> u32 {
+        self.process.id()
     }
 
     /// Sends a signal.
