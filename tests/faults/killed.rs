@@ -8,11 +8,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::site::{Faulted, files_below};
+use crate::site::{Faulted, content_of, files_below};
 use crate::support::{Need, Run, Stop, require};
 
 /// How far a process has come, by what can be seen of its work.
@@ -48,14 +49,22 @@ struct Rounds {
     undisturbed: Duration,
     state: u64,
     drawn: usize,
-    rounds: usize,
+    /// Kills that are wanted: a process that ended first is none.
+    kills_wanted: usize,
+    /// Draws that aimed at a missed phase.
+    aimed: usize,
     hit: BTreeMap<Phase, usize>,
     /// Kills after which the work counted all the same.
     counted: usize,
 }
 
-/// Kills in one round where an own test run has time for no more.
-const ROUNDS: usize = 20;
+/// Kills of one command where an own test run has time for no more.
+const KILLS: usize = 20;
+/// Draws for each kill that is wanted: most of them hit, and where fewer than half do the moments are drawn wrongly.
+const DRAWS_PER_KILL_MAX: usize = 2;
+/// Moments are drawn in this share of the time of an undisturbed run: the end of it is the commit, which others aim at,
+/// and a process that is over is not killed.
+const SHARE_MAX: f64 = 0.9;
 /// Rounds that aim at a phase that none has hit yet: it may be over before this process gets a processor again.
 const AIMED_ROUNDS_MAX: usize = 40;
 /// A commit is over after some milliseconds.
@@ -63,9 +72,14 @@ const COMMIT_MOST: Duration = Duration::from_millis(4);
 
 impl Rounds {
     fn of(command: &'static str, undisturbed: Duration) -> Self {
-        let rounds = std::env::var("WALDEN_KILL_ROUNDS").map_or(ROUNDS, |text| text.parse().unwrap());
+        let kills_wanted = std::env::var("WALDEN_KILL_ROUNDS").map_or(KILLS, |text| text.parse().unwrap());
         let hit = Phase::ALL.into_iter().map(|(phase, _)| (phase, 0)).collect();
-        Self { command, undisturbed, state: 0x5eed, drawn: 0, rounds, hit, counted: 0 }
+        Self { command, undisturbed, state: 0x5eed, drawn: 0, kills_wanted, aimed: 0, hit, counted: 0 }
+    }
+
+    /// Counts the processes that were killed while they ran.
+    fn kills(&self) -> usize {
+        self.drawn - self.hit[&Phase::Ended]
     }
 
     fn fraction(&mut self) -> f64 {
@@ -74,19 +88,23 @@ impl Rounds {
         (self.state >> 40) as f64 / f64::from(1 << 24)
     }
 
-    /// Draws the next moment: half of them anywhere in the run, the others in its upload and its commit. Those that come
-    /// on top aim at what was missed.
+    /// Draws the next moment, until there are as many kills as are wanted: half of them anywhere in the run, the others
+    /// in its upload and its commit. Those that come on top aim at what was missed.
     fn next(&mut self) -> Option<Moment> {
         let missed = [Phase::Upload, Phase::Commit].into_iter().find(|phase| self.hit[phase] == 0);
         let fraction = self.fraction();
-        let moment = match (self.drawn.checked_sub(self.rounds), missed) {
-            (None, _) => match self.drawn % 4 {
-                0 | 2 => Moment::Share(fraction),
+        let may_draw = self.drawn < DRAWS_PER_KILL_MAX * self.kills_wanted;
+        let moment = match missed {
+            _ if self.kills() < self.kills_wanted && may_draw => match self.drawn % 4 {
+                0 | 2 => Moment::Share(fraction * SHARE_MAX),
                 1 => Moment::After(Phase::Upload, self.undisturbed.mul_f64(fraction / 4.0)),
                 _ => Moment::After(Phase::Commit, COMMIT_MOST.mul_f64(fraction)),
             },
-            (Some(more), Some(phase)) if more < AIMED_ROUNDS_MAX => Moment::After(phase, Duration::ZERO),
-            (Some(_), _) => return None,
+            Some(phase) if self.aimed < AIMED_ROUNDS_MAX => {
+                self.aimed += 1;
+                Moment::After(phase, Duration::ZERO)
+            }
+            _ => return None,
         };
         self.drawn += 1;
         Some(moment)
@@ -121,9 +139,11 @@ impl Rounds {
         phase
     }
 
-    /// Checks that the kills fell where they matter.
+    /// Checks that there were as many kills as are wanted, and that they fell where they matter.
     #[track_caller]
     fn assert_hit(&self) {
+        let (kills, wanted) = (self.kills(), self.kills_wanted);
+        assert!(kills >= wanted, "{}: {kills} kills of {wanted}, in {} draws", self.command, self.drawn);
         for phase in [Phase::Upload, Phase::Commit] {
             assert!(
                 self.hit[&phase] > 0,
@@ -268,6 +288,22 @@ fn assert_same(whole: &Path, restored: &Path) {
     let mut diff = Command::new("diff");
     diff.args(["-r", "--no-dereference", "-x", "walden.restore.json", "-x", ".walden"]);
     Run::of(diff.args([whole, restored]), "").expect_success();
+    assert_eq!(owners_and_modes(whole), owners_and_modes(restored), "{}", restored.display());
+}
+
+/// The user, the group and the mode of everything at or below a directory but for the area that goes last.
+fn owners_and_modes(directory: &Path) -> BTreeMap<PathBuf, (u32, u32, u32)> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![directory.to_owned()];
+    while let Some(path) = waiting.pop() {
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        if metadata.is_dir() {
+            waiting.extend(names_in(&path).into_iter().filter(|path| !path.ends_with(".walden")));
+        }
+        let below = path.strip_prefix(directory).unwrap().to_owned();
+        found.insert(below, (metadata.uid(), metadata.gid(), metadata.mode()));
+    }
+    found
 }
 
 fn may_start(directory: &Path) -> bool {
@@ -281,6 +317,7 @@ fn a_restore_killed_at_any_moment_is_completed_by_resume() {
     let mut site = Faulted::start(|_, site| site);
     site.archive();
     site.walden.run(&["backup"]);
+    let content = site.content();
     // What else it archived would be in the plans of later restores.
     site.cluster.stop(Stop::Fast);
     let whole = site.scratch().path().join("whole");
@@ -304,9 +341,17 @@ fn a_restore_killed_at_any_moment_is_completed_by_resume() {
             let on = if begun { "--resume" } else { "--force" };
             site.walden.run(&["restore", "--target-dir", path, on]);
             assert!(!directory.join(".walden").exists(), "{moment:?}, {phase:?}");
+        } else if phase != Phase::Ended {
+            // It is complete, so that the good run is another one.
+            let other = site.scratch().path().join("other");
+            site.walden.run(&["restore", "--target-dir", other.to_str().unwrap()]);
+            assert_same(&whole, &other);
+            fs::remove_dir_all(&other).unwrap();
         }
         assert_same(&whole, &directory);
         fs::remove_dir_all(&directory).unwrap();
     }
     rounds.assert_hit();
+    // They all are what `whole` is, and that is what the source was.
+    assert_eq!(content_of(&site.started(&whole)), content);
 }

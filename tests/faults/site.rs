@@ -56,12 +56,24 @@ impl Faulted {
     pub fn assert_restores(&self, id: &str) {
         let directory = self.scratch().path().join(format!("restored-{id}"));
         self.walden.run(&["restore", id, "--target-dir", directory.to_str().unwrap()]);
-        let mut server = Server::new(15, &directory, &self.scratch().folder("run"));
+        assert_eq!(content_of(&self.started(&directory)), self.content());
+    }
+
+    /// Starts PostgreSQL on a restored directory and waits until it takes writes.
+    #[track_caller]
+    pub fn started(&self, directory: &Path) -> Server {
+        let mut server = Server::new(15, directory, &self.scratch().folder("run"));
         server.set("archive_mode", "off").start();
         wait_for("recovery to end", || {
             server.try_sql("select pg_is_in_recovery()").is_ok_and(|answer| answer == "f").then_some(())
         });
-        assert_eq!(server.sql(CONTENT), self.sql(CONTENT));
+        server
+    }
+
+    /// Returns what tells the table's content from any other.
+    #[track_caller]
+    pub fn content(&self) -> String {
+        content_of(self)
     }
 
     /// Ends a segment while nothing archives it; returns its name.
@@ -85,6 +97,12 @@ impl Faulted {
         }
         content
     }
+}
+
+/// Returns what tells the content of the table on a server from any other.
+#[track_caller]
+pub fn content_of(server: &Server) -> String {
+    server.sql(CONTENT)
 }
 
 /// Counts the files at or below a folder; what goes away meanwhile does not count.
