@@ -68,9 +68,26 @@ fn a_dry_run_estimates_from_a_sample_and_writes_nothing() {
     assert!(told.contains("takes about ") && told.contains("if the disk keeps up"), "{told}");
     assert!(told.contains("estimated from ") && told.contains(" a round trip"), "{told}");
     // A restore that was done has no estimate, and one that exists already costs at most that much.
-    assert!(source.restore("done", &[])["estimate"].is_null());
+    let done = source.restore("done", &[]);
+    assert!(done["estimate"].is_null());
+    assert_planned_is_done(&report, &done);
     let directory = source.place("done");
     let words = ["restore", "--dry-run", "--delta", "--target-dir", directory.to_str().unwrap()];
     let told = source.walden.run(&words).stdout;
     assert!(told.contains("takes at most about "), "{told}");
+}
+
+/// Checks what a dry run has said by what a restore with the same options has done.
+#[track_caller]
+fn assert_planned_is_done(planned: &serde_json::Value, done: &serde_json::Value) {
+    let number = |report: &serde_json::Value, name: &str| {
+        report[name].as_u64().unwrap_or_else(|| panic!("{name}: {report}"))
+    };
+    let [plan, outcome] = [planned, done].map(|report| move |name: &str| number(report, name));
+    assert_eq!(plan("files"), outcome("files_written"));
+    assert_eq!(plan("bytes"), outcome("bytes_restored"));
+    // All that is stored is fetched, and beside it no more than what the plan was made of.
+    let beside = plan("bytes_fetched") - number(&planned["estimate"], "sample_bytes");
+    let stored = plan("stored_bytes")..=plan("stored_bytes") + beside;
+    assert!(stored.contains(&outcome("bytes_fetched")), "{} in {stored:?}", outcome("bytes_fetched"));
 }
