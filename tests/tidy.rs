@@ -50,6 +50,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("nix", EVERYWHERE),
     ("object_store", &["src/storage/"]),
     ("pem", &["src/codec/"]),
+    ("postgres-protocol", &["src/replication/"]),
     ("proptest", EVERYWHERE),
     ("reqwest", &["src/storage/s3/"]),
     ("rustls-native-certs", &["src/replication/", "src/storage/"]),

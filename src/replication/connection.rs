@@ -2,15 +2,16 @@
 //!
 //! As with libpq, a server that does not answer sends us to the next host, a server that refuses the user ends the
 //! search. Root is special: where peer authentication refuses it, the connection is made again as the owner of the
-//! server's socket, because that is the user who may always speak to the cluster.
+//! server's socket, because that is the user who may always speak to the cluster. What is spoken once the stream is
+//! open is the caller's choice ([`Spoken`]): statements here, replication commands in `login`.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio_postgres::config::{self as wire, Config};
-use tokio_postgres::error::DbError;
 use tokio_postgres::tls::{MakeTlsConnect, NoTlsStream, TlsConnect, TlsStream};
 use tokio_postgres::{Client, Connection, NoTls};
 use tokio_postgres_rustls::MakeRustlsConnect;
@@ -71,21 +72,61 @@ impl fmt::Debug for ConnectOptions {
 }
 
 /// A connection as it was made.
-pub(super) struct Connected {
-    pub(super) client: Client,
-    pub(super) driver: Driver,
+pub(super) struct Connected<L> {
+    pub(super) link: L,
     pub(super) address: String,
     pub(super) user: String,
 }
 
-/// The half of a connection that has to be polled for the other half to work.
-pub(super) enum Driver {
-    Tcp(Box<Connection<tokio::net::TcpStream, NoTlsStream>>),
-    Tls(Box<Connection<tokio::net::TcpStream, RustlsStream>>),
-    Socket(Box<Connection<tokio::net::UnixStream, NoTlsStream>>),
+/// What is spoken over a stream once it is open.
+pub(super) trait Spoken {
+    /// What remains of a connection that was made.
+    type Link;
+
+    async fn over_socket(attempt: Attempt<'_>, stream: UnixStream) -> Result<Self::Link, Error>;
+
+    async fn over_tcp(
+        attempt: Attempt<'_>,
+        stream: TcpStream,
+        encryption: Encryption,
+    ) -> Result<Self::Link, Error>;
 }
 
-type RustlsStream = <MakeRustlsConnect as MakeTlsConnect<tokio::net::TcpStream>>::Stream;
+/// Statements, by way of the crate that knows them.
+pub(super) struct Statements;
+
+impl Spoken for Statements {
+    type Link = (Client, Driver);
+
+    async fn over_socket(attempt: Attempt<'_>, stream: UnixStream) -> Result<Self::Link, Error> {
+        let (client, connection) = attempt.start(stream, NoTls, Encryption::Plain).await?;
+        Ok((client, Driver::Socket(Box::new(connection))))
+    }
+
+    async fn over_tcp(
+        attempt: Attempt<'_>,
+        stream: TcpStream,
+        encryption: Encryption,
+    ) -> Result<Self::Link, Error> {
+        if encryption == Encryption::Plain {
+            let (client, connection) = attempt.start(stream, NoTls, encryption).await?;
+            return Ok((client, Driver::Tcp(Box::new(connection))));
+        }
+        let endpoint = attempt.endpoint;
+        let connector = tls::connector(&attempt.target.tls, &endpoint.address.certificate_name())?;
+        let (client, connection) = attempt.start(stream, connector, encryption).await?;
+        Ok((client, Driver::Tls(Box::new(connection))))
+    }
+}
+
+/// The half of a connection that has to be polled for the other half to work.
+pub(super) enum Driver {
+    Tcp(Box<Connection<TcpStream, NoTlsStream>>),
+    Tls(Box<Connection<TcpStream, RustlsStream>>),
+    Socket(Box<Connection<UnixStream, NoTlsStream>>),
+}
+
+type RustlsStream = <MakeRustlsConnect as MakeTlsConnect<TcpStream>>::Stream;
 
 impl Driver {
     /// Runs the connection until it ends, and returns why it did.
@@ -100,18 +141,18 @@ impl Driver {
 }
 
 /// Tries the endpoints of `target` from the `first` on, and returns the connection with its endpoint's number.
-pub(super) async fn connect(
+pub(super) async fn connect<S: Spoken>(
     target: &Target,
     options: &ConnectOptions,
     marker: &str,
     first: usize,
-) -> Result<(Connected, usize), Error> {
+) -> Result<(Connected<S::Link>, usize), Error> {
     let mut failure = Error::Settings { detail: "there is no host to connect to".into() };
     for (number, endpoint) in target.endpoints.iter().enumerate().skip(first) {
         let attempt = Attempt { target, endpoint, marker };
         let result = match &endpoint.address {
-            Address::Socket(_) => attempt.over_socket(options.connect_as).await,
-            Address::Tcp { .. } => attempt.over_tcp().await,
+            Address::Socket(_) => attempt.over_socket::<S>(options.connect_as).await,
+            Address::Tcp { .. } => attempt.over_tcp::<S>().await,
         };
         match result {
             Ok(connected) => return Ok((connected, number)),
@@ -125,47 +166,47 @@ pub(super) async fn connect(
     Err(failure)
 }
 
+/// One endpoint that is tried.
 #[derive(Clone, Copy)]
-struct Attempt<'a> {
-    target: &'a Target,
-    endpoint: &'a Endpoint,
+pub(super) struct Attempt<'a> {
+    pub(super) target: &'a Target,
+    pub(super) endpoint: &'a Endpoint,
     marker: &'a str,
 }
 
 impl Attempt<'_> {
-    async fn over_socket(self, connect_as: Option<u32>) -> Result<Connected, Error> {
+    async fn over_socket<S: Spoken>(self, connect_as: Option<u32>) -> Result<Connected<S::Link>, Error> {
         let Address::Socket(path) = &self.endpoint.address else {
-            return self.over_tcp().await;
+            return self.over_tcp::<S>().await;
         };
-        let first = self.open_socket(connect_as).await;
+        let first = self.open_socket::<S>(connect_as).await;
         let am_root = nix::unistd::geteuid().is_root();
         match (&first, socket::owner(path)) {
             (Err(Error::AuthenticationFailed { .. }), Some(owner))
                 if am_root && owner != 0 && connect_as.is_none() =>
             {
                 tracing::debug!(uid = owner, "root was refused, connecting as the socket's owner");
-                self.open_socket(Some(owner)).await.or(first)
+                self.open_socket::<S>(Some(owner)).await.or(first)
             }
             _ => first,
         }
     }
 
-    async fn open_socket(self, uid: Option<u32>) -> Result<Connected, Error> {
+    async fn open_socket<S: Spoken>(self, uid: Option<u32>) -> Result<Connected<S::Link>, Error> {
         let Address::Socket(path) = &self.endpoint.address else {
             return Err(self.unreachable("it is no socket"));
         };
         self.within_timeout(async {
             let stream = socket::connect_unix(path, uid).await.map_err(|e| self.unreachable(e))?;
-            let (client, connection) = self.start(stream, NoTls, Encryption::Plain).await?;
-            Ok(self.connected(client, Driver::Socket(Box::new(connection))))
+            Ok(self.connected(S::over_socket(self, stream).await?))
         })
         .await
     }
 
-    async fn over_tcp(self) -> Result<Connected, Error> {
+    async fn over_tcp<S: Spoken>(self) -> Result<Connected<S::Link>, Error> {
         let mut failure = None;
         for encryption in self.target.tls.mode.attempts() {
-            match self.within_timeout(self.open_tcp(*encryption)).await {
+            match self.within_timeout(self.open_tcp::<S>(*encryption)).await {
                 Ok(connected) => return Ok(connected),
                 // Only what the other way of encryption could cure is tried again, and the first refusal is the
                 // one worth telling.
@@ -178,16 +219,10 @@ impl Attempt<'_> {
         Err(failure.expect("every sslmode has an attempt, and each ended in an error"))
     }
 
-    async fn open_tcp(self, encryption: Encryption) -> Result<Connected, Error> {
+    async fn open_tcp<S: Spoken>(self, encryption: Encryption) -> Result<Connected<S::Link>, Error> {
         let opened = socket::connect_tcp(&self.endpoint.address, self.target.keepalive).await;
         let stream = opened.map_err(|e| self.unreachable(e))?;
-        if encryption == Encryption::Plain {
-            let (client, connection) = self.start(stream, NoTls, encryption).await?;
-            return Ok(self.connected(client, Driver::Tcp(Box::new(connection))));
-        }
-        let connector = tls::connector(&self.target.tls, &self.endpoint.address.certificate_name())?;
-        let (client, connection) = self.start(stream, connector, encryption).await?;
-        Ok(self.connected(client, Driver::Tls(Box::new(connection))))
+        Ok(self.connected(S::over_tcp(self, stream, encryption).await?))
     }
 
     async fn start<S, T>(
@@ -229,21 +264,21 @@ impl Attempt<'_> {
         config
     }
 
-    async fn within_timeout(
+    async fn within_timeout<L>(
         self,
-        opening: impl Future<Output = Result<Connected, Error>>,
-    ) -> Result<Connected, Error> {
+        opening: impl Future<Output = Result<Connected<L>, Error>>,
+    ) -> Result<Connected<L>, Error> {
         let Some(timeout) = self.target.connect_timeout else { return opening.await };
         let result = tokio::time::timeout(timeout, opening).await;
         result.unwrap_or_else(|_| Err(self.unreachable(format!("no answer within {} s", timeout.as_secs()))))
     }
 
-    fn connected(self, client: Client, driver: Driver) -> Connected {
+    fn connected<L>(self, link: L) -> Connected<L> {
         let address = self.endpoint.address.to_string();
-        Connected { client, driver, address, user: self.target.user.clone() }
+        Connected { link, address, user: self.target.user.clone() }
     }
 
-    fn unreachable(self, detail: impl fmt::Display) -> Error {
+    pub(super) fn unreachable(self, detail: impl fmt::Display) -> Error {
         Error::Unreachable { address: self.endpoint.address.to_string(), detail: detail.to_string() }
     }
 
@@ -251,7 +286,8 @@ impl Attempt<'_> {
     fn refused(self, error: &tokio_postgres::Error) -> Error {
         let address = self.endpoint.address.to_string();
         if let Some(answer) = error.as_db_error() {
-            return self.refused_by_server(address, answer);
+            let answer = super::session::sql_error(answer);
+            return self.refused_by_server(answer);
         }
         // The crate keeps its kinds of error to itself; their words are all it shows.
         let detail = super::session::describe(error);
@@ -267,22 +303,24 @@ impl Attempt<'_> {
         Error::Unreachable { address, detail }
     }
 
-    fn refused_by_server(self, address: String, answer: &DbError) -> Error {
-        let message = answer.message().to_owned();
-        match answer.code().code() {
+    /// Sorts what a server refused a connection with.
+    pub(super) fn refused_by_server(self, answer: Error) -> Error {
+        let Error::Sql { sqlstate, message, .. } = &answer else { return answer };
+        let (address, message) = (self.endpoint.address.to_string(), message.clone());
+        match sqlstate.as_str() {
             "57P01" | "57P02" | "57P03" => Error::NotAccepting { address, message },
             // What pgbouncer answers to `options`, which a server always takes.
             "08P01" if message.contains("startup parameter") => Error::Pooled { address },
             code if code.starts_with("28") => {
                 Error::AuthenticationFailed { address, user: self.target.user.clone(), message }
             }
-            _ => super::session::sql_error(answer),
+            _ => answer,
         }
     }
 }
 
 impl Address {
-    fn certificate_name(&self) -> String {
+    pub(super) fn certificate_name(&self) -> String {
         match self {
             Self::Tcp { host, at: Some(at), .. } if host.is_empty() => at.to_string(),
             Self::Tcp { host, .. } => host.clone(),
@@ -324,7 +362,7 @@ mod tests {
     async fn a_port_nobody_listens_on_is_unreachable_and_every_host_is_tried() {
         let options = ConnectOptions::new("host=127.0.0.1,/nonexistent port=1 user=u");
         let target = resolve(&options).unwrap();
-        let Err(error) = connect(&target, &options, "m", 0).await else { panic!("connected") };
+        let Err(error) = connect::<Statements>(&target, &options, "m", 0).await else { panic!("connected") };
         assert!(matches!(&error, Error::Unreachable { address, .. } if address.contains("/nonexistent")));
     }
 }

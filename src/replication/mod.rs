@@ -1,29 +1,36 @@
-//! The wire to PostgreSQL: the one SQL session all use.
+//! The wire to PostgreSQL: the one SQL session all use, and the stream of WAL.
 //!
 //! ```text
 //! ConnectOptions ── conninfo ── service_file ── settings ── password_file ── Target
 //!                                                                 │
 //!                            Session ◀── connection ◀── tls ◀── socket
+//!          WalStream ◀── wire ◀── login ◀──┘
 //! ```
 //!
 //! `settings` decides what to connect to as libpq would and touches no network; `connection` tries it. A session is
 //! dedicated: no pooler, no server-side timeouts, and once lost it stays lost. The caller of this module never sees a
 //! type of the PostgreSQL crates. Deliberately absent: reading the environment (`config` passes PG* on), a pool of
-//! connections, and the replication protocol itself (BASE_BACKUP, START_REPLICATION).
+//! connections, and BASE_BACKUP.
 
 pub mod connection;
 pub mod error;
 pub mod row;
 pub mod session;
+pub mod wal_message;
+pub mod wal_stream;
 
 mod conninfo;
+mod login;
 mod password_file;
 mod service_file;
 mod settings;
 mod socket;
 mod tls;
+mod wire;
 
 pub use connection::ConnectOptions;
 pub use error::{Error, ErrorKind};
 pub use row::{Param, Row};
 pub use session::{ServerRole, Session};
+pub use wal_message::{StandbyStatus, WalMessage};
+pub use wal_stream::{NextTimeline, ReplicationConnection, Started, Streamed, SystemIdentity, WalStream};

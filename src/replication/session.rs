@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio_postgres::error::DbError;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-use super::connection::{self, Connected, MARKER};
+use super::connection::{self, Connected, Driver, MARKER, Statements};
 use super::settings::SessionAttributes;
 use crate::pg::MajorVersion;
 use crate::replication::{ConnectOptions, Error, Param, Row};
@@ -61,13 +61,14 @@ impl Session {
             let mut next = 0;
             while next < target.endpoints.len() {
                 let marker = random_marker();
-                let (connected, number) = match connection::connect(&target, options, &marker, next).await {
-                    Ok(connected) => connected,
-                    Err(error) => {
-                        failure.get_or_insert(error);
-                        break;
-                    }
-                };
+                let (connected, number) =
+                    match connection::connect::<Statements>(&target, options, &marker, next).await {
+                        Ok(connected) => connected,
+                        Err(error) => {
+                            failure.get_or_insert(error);
+                            break;
+                        }
+                    };
                 let session = Self::begin(connected, &marker).await?;
                 if session.is(*wanted).await? {
                     return Ok(session);
@@ -79,8 +80,8 @@ impl Session {
         Err(failure.expect("a target has an endpoint, and each ended in an error"))
     }
 
-    async fn begin(connected: Connected, marker: &str) -> Result<Self, Error> {
-        let Connected { client, driver, address, user } = connected;
+    async fn begin(connected: Connected<(Client, Driver)>, marker: &str) -> Result<Self, Error> {
+        let Connected { link: (client, driver), address, user } = connected;
         let (ending, ended) = watch::channel(None);
         tokio::spawn(async move {
             let why = match driver.run().await {

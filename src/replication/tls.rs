@@ -16,7 +16,8 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres_rustls::MakeRustlsConnect;
-use tokio_rustls::rustls;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsConnector, rustls};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
@@ -59,6 +60,74 @@ pub(super) fn connector(settings: &TlsSettings, host: &str) -> Result<Connector,
         host,
     );
     Ok(connector)
+}
+
+/// A secured stream, and what ties a password exchange to it (`tls-server-end-point`, RFC 5929).
+pub(super) struct Secured {
+    pub(super) stream: TlsStream<TcpStream>,
+    pub(super) end_point: Option<Vec<u8>>,
+}
+
+/// Why a stream was not secured.
+pub(super) enum NotSecured {
+    Settings(Error),
+    Handshake(std::io::Error),
+}
+
+/// Secures a stream on which the server agreed to it.
+pub(super) async fn secure(
+    settings: &TlsSettings,
+    host: &str,
+    stream: TcpStream,
+) -> Result<Secured, NotSecured> {
+    let config = client_config(settings).map_err(NotSecured::Settings)?;
+    let name = ServerName::try_from(host.to_owned())
+        .map_err(|error| NotSecured::Handshake(std::io::Error::other(error)))?;
+    let connector = TlsConnector::from(Arc::new(config));
+    let stream = connector.connect(name, stream).await.map_err(NotSecured::Handshake)?;
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let end_point = certificate.and_then(|certificate| end_point_of(certificate.as_ref()));
+    Ok(Secured { stream, end_point })
+}
+
+/// Returns the hash of a certificate by the algorithm it is signed with; none where that is not SHA-1, -256 or -384.
+fn end_point_of(certificate: &[u8]) -> Option<Vec<u8>> {
+    use rustls::crypto::aws_lc_rs::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384};
+    let algorithm = signature_algorithm(certificate)?;
+    let suite = match algorithm {
+        // sha1WithRSAEncryption is taken as SHA-256, as RFC 5929 says; then SHA-256 with RSA and with ECDSA.
+        [0x2A, 0x86, 0x48, 0x86, 0xF7, 0x0D, 0x01, 0x01, 0x05 | 0x0B]
+        | [0x2A, 0x86, 0x48, 0xCE, 0x3D, 0x04, 0x03, 0x02] => TLS13_AES_128_GCM_SHA256,
+        [0x2A, 0x86, 0x48, 0x86, 0xF7, 0x0D, 0x01, 0x01, 0x0C]
+        | [0x2A, 0x86, 0x48, 0xCE, 0x3D, 0x04, 0x03, 0x03] => TLS13_AES_256_GCM_SHA384,
+        _ => return None,
+    };
+    Some(suite.tls13()?.common.hash_provider.hash(certificate).as_ref().to_vec())
+}
+
+/// Returns the object identifier of a certificate's signature: SEQUENCE { tbs, SEQUENCE { OID, … }, … }.
+fn signature_algorithm(certificate: &[u8]) -> Option<&[u8]> {
+    const SEQUENCE: u8 = 0x30;
+    const OBJECT_IDENTIFIER: u8 = 0x06;
+    let (certificate, _) = der_value(certificate, SEQUENCE)?;
+    let (_, rest) = der_value(certificate, SEQUENCE)?;
+    let (algorithm, _) = der_value(rest, SEQUENCE)?;
+    der_value(algorithm, OBJECT_IDENTIFIER).map(|(value, _)| value)
+}
+
+/// Splits a DER value with this tag from what follows it.
+fn der_value(bytes: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
+    let (&found, rest) = bytes.split_first()?;
+    let (&first, rest) = rest.split_first()?;
+    let (length, rest) = match first {
+        0..=0x7F => (usize::from(first), rest),
+        0x81..=0x84 => {
+            let (digits, rest) = rest.split_at_checked(usize::from(first & 0x7F))?;
+            (digits.iter().fold(0, |length, digit| length << 8 | usize::from(*digit)), rest)
+        }
+        _ => return None,
+    };
+    (found == tag).then(|| rest.split_at_checked(length)).flatten()
 }
 
 fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
