@@ -43,6 +43,7 @@ mod text;
 mod unmount;
 mod wal;
 mod wal_queue;
+mod wal_receive;
 
 use std::ffi::OsString;
 use std::io::{self, Write};

@@ -38,6 +38,7 @@ use super::output::Report;
 use super::prefetch::{Asked, Place};
 use super::text::{Align, TextStyle, TextTable, size};
 use super::wal_queue::{LeftOutFile, QueueLimit};
+use super::wal_receive::WalReceive;
 
 /// Archives WAL, fetches it back and lists it
 #[derive(Debug, Args)]
@@ -51,6 +52,7 @@ enum Action {
     Push(WalPush),
     Fetch(WalFetch),
     List(WalList),
+    Receive(WalReceive),
 }
 
 /// Archives one file of pg_wal: archive_command = 'walden wal push %p'
@@ -81,7 +83,7 @@ impl Wal {
     pub(super) fn exit_policy(&self) -> ExitPolicy {
         match self.action {
             Action::Fetch(_) => ExitPolicy::RestoreCommand,
-            Action::Push(_) | Action::List(_) => ExitPolicy::Usual,
+            Action::Push(_) | Action::List(_) | Action::Receive(_) => ExitPolicy::Usual,
         }
     }
 
@@ -90,6 +92,7 @@ impl Wal {
             Action::Push(command) => command.run(context),
             Action::Fetch(command) => command.run(context),
             Action::List(command) => command.run(context),
+            Action::Receive(command) => command.run(context),
         }
     }
 }

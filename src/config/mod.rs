@@ -47,7 +47,7 @@ pub use limits::{Limits, machine_memory};
 pub use nearest::nearest;
 pub use paths::{OwnedFolder, Paths};
 pub use secret_file::{NamedFile, read_secret};
-pub use site::{Node, SiteConfig};
+pub use site::{Node, SiteConfig, WalSource};
 pub use storage::StorageConfig;
 
 use document::Source;

@@ -393,12 +393,19 @@ static SITE: Section = Section {
             "none: this host does not connect",
             "The server, in libpq's syntax or as a URL: the short form of one node.",
         ),
+        key(
+            "wal",
+            Value::Choice(&["push", "receive"]),
+            r#""receive""#,
+            "`\"push\"`",
+            "How WAL comes into the archive: `push` by the server's archive_command, `receive` by streaming, which \
+             `walden wal receive` does.",
+        ),
         section("nodes", Value::Tables(&NODE)),
         section("archive", Value::Table(&ARCHIVE)),
         section("storage", Value::Table(&SITE_STORAGE)),
         later("active"),
         later("backup_source"),
-        later("wal"),
         later("schedule"),
         later("retention"),
     ],
@@ -427,7 +434,7 @@ static NODE: Section = Section {
 
 static ARCHIVE: Section = Section {
     header: "[sites.NAME.archive]",
-    about: "How WAL comes back.",
+    about: "How WAL comes into the archive by streaming, and how it comes back.",
     keys: &[
         key(
             "fetch_wait",
@@ -443,7 +450,20 @@ static ARCHIVE: Section = Section {
             "none: all of it waits",
             "How much WAL may wait for the archive. `wal push` reports what is beyond that as archived and LEAVES IT OUT, so that `pg_wal` does not fill up: nothing is recovered across the gap, `walden check` fails until a basebackup is taken behind it, and each file is an error in the server's log.",
         ),
-        later("ack"),
-        later("slot"),
+        key(
+            "ack",
+            Value::Choice(&["spool", "store"]),
+            r#""store""#,
+            "`\"spool\"`",
+            "`wal = \"receive\"`: when the server is told that WAL is durable: once it is synced below `state` on this \
+             host (`spool`), or once it is in the store (`store`).",
+        ),
+        key(
+            "slot",
+            Value::Text,
+            r#""backup""#,
+            "`walden_` and the site's name",
+            "`wal = \"receive\"`: the physical replication slot, which is created where there is none.",
+        ),
     ],
 };

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::replication::{ConnectOptions, ServerRole};
 use crate::storage::{ObjectKey, Secret};
+use crate::wal::receive::Acknowledge;
 
 use super::environment::Environment;
 use super::error::Result;
@@ -33,6 +34,22 @@ pub struct SiteConfig {
     pub fetch_wait: Duration,
     /// How much WAL may wait before some is left out of the archive; `None`: any amount.
     pub queue_max_bytes: Option<u64>,
+    /// How WAL comes into the archive.
+    pub wal: WalSource,
+    /// When a server that is received from is told that WAL is durable.
+    pub acknowledge: Acknowledge,
+    /// The replication slot for receiving.
+    pub slot: String,
+}
+
+/// How WAL comes into the archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WalSource {
+    /// The server's archive_command brings it.
+    #[default]
+    Push,
+    /// It is received by streaming.
+    Receive,
 }
 
 /// A server of a site.
@@ -45,6 +62,8 @@ pub struct Node {
 }
 
 const SITE_NAME_LEN_MAX: usize = 64;
+/// NAMEDATALEN - 1.
+const SLOT_NAME_LEN_MAX: usize = 63;
 /// Leaves room for the longest object key of a site.
 const PREFIX_LEN_MAX: usize = 200;
 const FETCH_WAIT_DEFAULT: Duration = Duration::from_secs(60);
@@ -64,6 +83,15 @@ impl SiteConfig {
             nodes: nodes(table)?,
             fetch_wait: archive.duration("fetch_wait")?.map_or(FETCH_WAIT_DEFAULT, |entry| entry.value),
             queue_max_bytes: archive.size("queue_max")?.map(|entry| entry.value),
+            wal: match table.text("wal").as_ref().map(|entry| entry.value.as_str()) {
+                Some("receive") => WalSource::Receive,
+                _ => WalSource::Push,
+            },
+            acknowledge: match archive.text("ack").as_ref().map(|entry| entry.value.as_str()) {
+                Some("store") => Acknowledge::Store,
+                _ => Acknowledge::Spool,
+            },
+            slot: slot(name, &archive)?,
         })
     }
 
@@ -96,6 +124,23 @@ fn prefix(name: &Entry<'_, String>, table: &Table<'_>) -> Result<ObjectKey> {
         Ok(_) => Err(entry.bad(format!("longer than {PREFIX_LEN_MAX} bytes"), None)),
         Err(error) => Err(entry.bad(format!("not a folder for a site: {error}"), None)),
     }
+}
+
+fn slot(site: &Entry<'_, String>, archive: &Table<'_>) -> Result<String> {
+    let Some(entry) = archive.text("slot") else { return Ok(default_slot(&site.value)) };
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    if (1..=SLOT_NAME_LEN_MAX).contains(&entry.value.len()) && entry.value.chars().all(plain) {
+        return Ok(entry.value);
+    }
+    let hint = format!("Take lower-case letters, digits and _, at most {SLOT_NAME_LEN_MAX}.");
+    Err(entry.bad("not a name for a replication slot", hint))
+}
+
+/// Makes a slot's name of a site's: what a slot's may not hold becomes `_`.
+fn default_slot(site: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' };
+    let name: String = format!("walden_{site}").chars().map(plain).collect();
+    name[..name.len().min(SLOT_NAME_LEN_MAX)].to_owned()
 }
 
 fn is_plain_name(name: &str) -> bool {
@@ -163,6 +208,13 @@ mod tests {
             let node = Node { connection: Secret::from(connection.to_owned()), prefer: ServerRole::Primary };
             assert_eq!(node.holds_password(), holds, "{connection}");
         }
+    }
+
+    #[test]
+    fn a_site_of_any_name_has_a_slot() {
+        assert_eq!(default_slot("main"), "walden_main");
+        assert_eq!(default_slot("My.site-2"), "walden_my_site_2");
+        assert_eq!(default_slot(&"x".repeat(64)).len(), SLOT_NAME_LEN_MAX);
     }
 
     #[test]

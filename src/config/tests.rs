@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use crate::codec::{CodecId, Compression};
 use crate::replication::ServerRole;
 use crate::storage::Location;
+use crate::wal::receive::Acknowledge;
 
 use super::*;
 
@@ -51,6 +52,7 @@ memory = "128MiB"
 
 [sites.main]
 data_directory = "/var/lib/postgresql/15/main"
+wal = "receive"
 [[sites.main.nodes]]
 connection = "host=/run/postgresql user=walden"
 prefer = "primary"
@@ -60,6 +62,8 @@ prefer = "standby"
 [sites.main.archive]
 fetch_wait = "90s"
 queue_max = "64GiB"
+ack = "store"
+slot = "backup"
 
 [sites.other]
 prefix = "elsewhere/other"
@@ -93,12 +97,16 @@ fn a_whole_configuration_is_read() {
     assert_eq!(main.nodes[1].prefer, ServerRole::Standby);
     assert_eq!(main.fetch_wait, Duration::from_secs(90));
     assert_eq!(main.queue_max_bytes, Some(64 << 30));
+    assert_eq!((main.wal, main.acknowledge), (WalSource::Receive, Acknowledge::Store));
+    assert_eq!(main.slot, "backup");
     let other = config.site(Some("other")).unwrap();
     assert_eq!(other.storage.location.to_string(), "s3://bucket/backups");
     assert_eq!(other.prefix.as_str(), "elsewhere/other");
     assert_eq!(other.nodes[0].connection.expose(), "host=db3");
     assert_eq!(other.fetch_wait, Duration::from_secs(60));
     assert_eq!(other.queue_max_bytes, None);
+    assert_eq!((other.wal, other.acknowledge), (WalSource::Push, Acknowledge::Spool));
+    assert_eq!(other.slot, "walden_other");
 }
 
 #[test]
@@ -165,7 +173,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     (
         "sites.main.a.b = 1\n",
         "1: unknown key \"a\" in [sites.main]",
-        "Known keys in [sites.main]: prefix, data_directory, bin_directory, connection, nodes, archive, storage.",
+        "Known keys in [sites.main]: prefix, data_directory, bin_directory, connection, wal, nodes, archive, storage.",
     ),
     // keys of later releases
     (
@@ -174,14 +182,9 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "It belongs to a later release of Walden: remove it until then, so that nobody relies on it.",
     ),
     (
-        "[sites.main]\nwal = \"receive\"\n",
-        "2: \"wal\" in [sites.main] does nothing yet",
-        "It belongs to a later release of Walden: remove it until then, so that nobody relies on it.",
-    ),
-    (
-        "[sites.main.archive]\nack = \"store\"\n",
-        "2: \"ack\" in [sites.main.archive] does nothing yet",
-        "It belongs to a later release of Walden: remove it until then, so that nobody relies on it.",
+        "[storage]\nurl = \"memory://\"\n[sites.main.archive]\nslot = \"my-slot\"\n",
+        "4: \"slot\" in [sites.main.archive]: not a name for a replication slot",
+        "Take lower-case letters, digits and _, at most 63.",
     ),
     // the first complaint is the first in the file, whatever its kind
     (

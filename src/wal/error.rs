@@ -9,7 +9,9 @@ use thiserror::Error;
 use crate::disk;
 use crate::pg::{
     ControlFileError, HistoryError, ParseArchiveFileNameError, SegmentError, TimelineId, WalSegmentError,
+    WalSegmentName,
 };
+use crate::replication;
 use crate::repo::{self, ClusterId};
 
 /// What went wrong with one file.
@@ -60,6 +62,21 @@ pub enum Error {
     /// A file that recovery needs is not there.
     #[error("{name} is missing from the archive, and recovery needs it")]
     Missing { name: String },
+    /// WAL came that does not follow what is spooled.
+    #[error("WAL at byte {offset} of segment {segment} does not follow the {known} bytes that are spooled")]
+    SpoolGap { segment: WalSegmentName, known: u32, offset: u32 },
+    /// A server cannot be received from.
+    #[error("the server at {address} cannot be received from: {detail}")]
+    UnfitServer { address: String, detail: String },
+    /// The replication slot cannot be used.
+    #[error("replication slot \"{slot}\" cannot be used: {detail}")]
+    Slot { slot: String, detail: String },
+    /// The server is of another cluster than the spool's WAL.
+    #[error("the server is of cluster {found}, and the spool holds WAL of {expected}")]
+    OtherCluster { expected: ClusterId, found: ClusterId },
+    /// A server failed.
+    #[error(transparent)]
+    Session(#[from] replication::Error),
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repo::Error),
@@ -92,7 +109,16 @@ impl Error {
             | Self::Unreadable { .. }
             | Self::Clone { .. }
             | Self::SegmentsTooLarge { .. }
+            | Self::Slot { .. }
+            | Self::OtherCluster { .. }
             | Self::NoArchive { .. } => ErrorKind::Input,
+            Self::UnfitServer { .. } => ErrorKind::Retry,
+            Self::SpoolGap { .. } => ErrorKind::Bug,
+            Self::Session(error) => match error.kind() {
+                replication::ErrorKind::Retry => ErrorKind::Retry,
+                replication::ErrorKind::Input => ErrorKind::Input,
+                replication::ErrorKind::Bug => ErrorKind::Bug,
+            },
             Self::ControlFile { .. }
             | Self::Segment(_)
             | Self::LaterTimeline { .. }
@@ -137,6 +163,9 @@ impl Error {
             }
             Self::Missing { .. } => {
                 "Push it again from pg_wal of the server that wrote it, or recover to a point before it."
+            }
+            Self::OtherCluster { .. } => {
+                "Let the spool be stored first: start the receiver with the old server's store reachable."
             }
             Self::Repository(error) => return error.hint(),
             _ => return None,

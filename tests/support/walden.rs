@@ -31,6 +31,7 @@ pub struct Site {
     bin_directory: Option<PathBuf>,
     encrypted: bool,
     storage: Option<String>,
+    keys: String,
     lines: String,
 }
 
@@ -43,6 +44,7 @@ impl Site {
             bin_directory: None,
             encrypted: true,
             storage: None,
+            keys: String::new(),
             lines: String::new(),
         }
     }
@@ -72,6 +74,12 @@ impl Site {
     /// Puts the repository elsewhere: the lines of `[storage]`.
     pub fn storage(mut self, lines: &str) -> Self {
         self.storage = Some(lines.to_owned());
+        self
+    }
+
+    /// Adds a line to the site itself.
+    pub fn key(mut self, line: &str) -> Self {
+        self.keys += &format!("{line}\n");
         self
     }
 
@@ -230,7 +238,8 @@ impl Walden {
         format!(
             "[paths]\nstate = \"{folder}/state\"\nrun = \"{folder}/run\"\nclones = \"{folder}/clones\"\n\n\
              [storage]\n{storage}\n\n{encryption}\
-             [sites.main]\n{}{}{}\n{}",
+             [sites.main]\n{}{}{}{}\n{}",
+            site.keys,
             path("data_directory", &site.data_directory),
             path("bin_directory", &site.bin_directory),
             site.nodes,

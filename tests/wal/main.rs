@@ -9,5 +9,7 @@ mod archiving;
 mod mount;
 mod never_promotes;
 mod prefetch;
+mod receive;
+mod receive_scene;
 mod recovery;
 mod statuses;

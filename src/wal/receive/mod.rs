@@ -1,0 +1,486 @@
+//! Receives WAL by streaming: server → spool → store, without loss and without an end.
+//!
+//! ```text
+//! server ──▶ stream ──▶ spool (fsync) ──▶ feedback        plan: every decision, pure
+//!                         └──▶ upload: pieces, segments, history files ──▶ store
+//! ```
+//!
+//! The receiving half follows the servers of the site over restarts, failovers and timelines; the storing half empties
+//! the spool. Where the server cannot go on from where we are (the slot was lost, WAL was removed), that is said in the
+//! log and in `receive.json` together with the hole, and receiving goes on behind it: the next basebackup needs that
+//! WAL. Deliberately absent: removing what pieces leave in the store (the sweep), and alerts.
+
+mod plan;
+mod server;
+mod state;
+mod stream;
+mod upload;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::catalog::WalCoverage;
+use crate::clock::Clock;
+use crate::codec::Compression;
+use crate::disk::durable::{Create, create_dir_all};
+use crate::disk::{CloneMarker, LockFile, Owner};
+use crate::pg::{Lsn, WalSegmentSize};
+use crate::replication::{ConnectOptions, Error as SessionError, ReplicationConnection, Started};
+use crate::repo::ClusterId;
+use crate::wal::Error;
+use crate::wal::spool::{Position, Spool};
+
+use plan::{PieceRule, SlotStep, plan_slot, plan_start, segment_start};
+use server::{Candidate, Choice, choose, slot_facts, unfit_error};
+use state::{Gap, Shared, clear, note, read_state as state_of, write_state};
+use stream::{StreamEnd, Streaming};
+use upload::{Stop, Uploader};
+
+pub use state::{Gap as ReceiveGap, Problem, ReceiveState, STATE_FILE, read_state};
+pub use upload::OpenRepository;
+
+/// When the server is told that WAL is durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Acknowledge {
+    /// Once it is synced in the spool of this host.
+    #[default]
+    Spool,
+    /// Once it is in the store.
+    Store,
+}
+
+/// What is received, for whom.
+#[derive(Debug, Clone)]
+pub struct ReceiveOptions {
+    /// The servers, in the order in which they are asked; each with the application_name to be known by.
+    pub nodes: Vec<ConnectOptions>,
+    /// The data directory, where it is on this host: a clone's is refused.
+    pub data_directory: Option<PathBuf>,
+    /// The physical replication slot.
+    pub slot: String,
+    /// When the server is told that WAL is durable.
+    pub acknowledge: Acknowledge,
+    /// The site's spool folder.
+    pub spool: PathBuf,
+    /// To whom what is created there belongs.
+    pub owner: Option<Owner>,
+    /// Below so many free bytes on the spool's volume receiving pauses, and goes on at half as many again.
+    pub free_bytes_min: u64,
+    /// How WAL is compressed.
+    pub compression: Compression,
+}
+
+/// Leaves room for the server's own WAL, should it share the volume, and for whoever cleans up.
+pub const FREE_BYTES_MIN: u64 = 512 << 20;
+/// A commit is in the store some seconds later at the latest, and an hour of light load makes 1800 small objects.
+const PIECE_INTERVAL: Duration = Duration::from_secs(2);
+/// Under load a segment of 16 MiB is whole before this matters much; larger ones are not left waiting.
+const PIECE_BYTES: u32 = 8 << 20;
+/// Pauses between attempts to reach a server.
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A standby is received from for so long before it is looked again for the primary, where there are several servers.
+const STANDBY_PERIOD: Duration = Duration::from_secs(30);
+/// How long the storing half may go on after we are told to stop; what is left waits for the next start.
+const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often the state is written down.
+const STATE_INTERVAL: Duration = Duration::from_secs(1);
+const LOCK_FILE: &str = "lock";
+
+/// Receives until `stop` says so.
+///
+/// # Errors
+/// What no later attempt mends: the archive contradicts what is received, the site is another cluster's, or another
+/// process receives for it.
+pub async fn run(
+    options: ReceiveOptions,
+    open: OpenRepository,
+    clock: Arc<dyn Clock>,
+    stop: watch::Receiver<bool>,
+) -> Result<(), Error> {
+    refuse_clone(options.data_directory.as_deref())?;
+    let folder_of = Create { owner: options.owner, ..Create::PRIVATE_DIRECTORY };
+    create_dir_all(&options.spool, folder_of)?;
+    let _lock = LockFile::acquire(&options.spool.join(LOCK_FILE))?;
+    let Some(cluster) = find_cluster(&options, &clock, stop.clone()).await? else { return Ok(()) };
+    let folder = options.spool.join(cluster.to_string());
+    let spool = Spool::open(&folder, cluster.segment_size, options.owner)?;
+    let gap = state_of(&options.spool).and_then(|state| state.gap);
+    let shared = Arc::new(Shared::new(spool, gap));
+    note_holes(&shared, &clock);
+    // The storing half stops after the receiving one, so that what came last is stored as well.
+    let stop_storing = watch::Sender::new(Stop::No);
+    let uploader = Uploader {
+        shared: shared.clone(),
+        cluster,
+        open,
+        clock: clock.clone(),
+        compression: options.compression,
+        rule: PieceRule {
+            interval: PIECE_INTERVAL,
+            bytes: PIECE_BYTES,
+            at_once: options.acknowledge == Acknowledge::Store,
+        },
+        stop: stop_storing.subscribe(),
+    };
+    let mut uploading = tokio::spawn(uploader.run());
+    let here = shared.spool.end();
+    let (shared_by, removed) = (&shared, Vec::new());
+    let receiver =
+        Receiver { options: &options, cluster, shared: shared_by, clock: &clock, stop, here, removed };
+    let outcome = tokio::select! {
+        received = receiver.run() => {
+            let foreign = matches!(received, Err(Error::OtherCluster { .. }));
+            stop_storing.send_replace(if foreign { Stop::Emptied } else { Stop::Soon });
+            let uploaded = tokio::time::timeout(STOP_TIMEOUT, &mut uploading).await;
+            received.and(uploaded.map_or(Ok(()), finished))
+        }
+        uploaded = &mut uploading => finished(uploaded),
+        never = keep_state_written(&options, &shared) => never,
+    };
+    uploading.abort();
+    shared.state().streaming = false;
+    write_state(&options.spool, &shared.snapshot(), options.owner)?;
+    outcome
+}
+
+/// Says what is missing within the spool: a disk that lost what was synced.
+fn note_holes(shared: &Shared, clock: &Arc<dyn Clock>) {
+    for (Position { timeline, lsn: from }, to) in shared.spool.holes() {
+        tracing::error!("WAL from {from} to {to} is missing in the spool; take a new basebackup");
+        shared.state().gap = Some(Gap { timeline, from, to, noticed_at: clock.now() });
+    }
+}
+
+fn finished(uploaded: Result<Result<(), Error>, tokio::task::JoinError>) -> Result<(), Error> {
+    uploaded.map_err(|error| crate::repo::Error::Internal(error.to_string()))?
+}
+
+async fn keep_state_written(options: &ReceiveOptions, shared: &Arc<Shared>) -> Result<(), Error> {
+    let mut known = None;
+    loop {
+        let state = shared.snapshot();
+        if known.as_ref() != Some(&state) {
+            let (folder, owner, written) = (options.spool.clone(), options.owner, state.clone());
+            let writing = tokio::task::spawn_blocking(move || write_state(&folder, &written, owner));
+            match writing.await {
+                Ok(Ok(())) => known = Some(state),
+                // A full volume must not end what empties it.
+                Ok(Err(error)) => tracing::warn!("{error}"),
+                Err(error) => return Err(crate::repo::Error::Internal(error.to_string()).into()),
+            }
+        }
+        tokio::time::sleep(STATE_INTERVAL).await;
+    }
+}
+
+fn refuse_clone(data_directory: Option<&Path>) -> Result<(), Error> {
+    let Some(path) = data_directory.filter(|path| path.exists()) else { return Ok(()) };
+    match CloneMarker::detect(path)? {
+        Some(marker) => Err(Error::Clone { path: path.to_owned(), name: marker.name }),
+        None => Ok(()),
+    }
+}
+
+/// Returns the cluster whose WAL is in the spool, or else that of the first server that answers; nothing if told to stop.
+async fn find_cluster(
+    options: &ReceiveOptions,
+    clock: &Arc<dyn Clock>,
+    mut stop: watch::Receiver<bool>,
+) -> Result<Option<ClusterId>, Error> {
+    if let Some(cluster) = spooled_cluster(&options.spool) {
+        return Ok(Some(cluster));
+    }
+    let mut pause = PAUSE_FIRST;
+    let mut state =
+        ReceiveState { gap: state_of(&options.spool).and_then(|state| state.gap), ..Default::default() };
+    while !*stop.borrow() {
+        let error = match choose(&options.nodes, None, &[]).await {
+            Ok(Choice::Server(candidate) | Choice::Removed(candidate)) => {
+                return Ok(Some(cluster_of(&candidate)));
+            }
+            Err(error) => error,
+        };
+        if is_hopeless(&error) {
+            return Err(error);
+        }
+        let message = format!("no server can be received from: {error}");
+        note(&mut state.receive_problem, message, clock.now());
+        write_state(&options.spool, &state, options.owner)?;
+        tokio::select! {
+            _ = tokio::time::sleep(pause) => {}
+            _ = stop.changed() => {}
+        }
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+    Ok(None)
+}
+
+/// Returns the cluster of which there is WAL in a site's spool folder.
+fn spooled_cluster(folder: &Path) -> Option<ClusterId> {
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    let holds_wal = |path: &Path| {
+        let mut files = std::fs::read_dir(path).into_iter().flatten().flatten();
+        files.any(|file| file.file_name().to_string_lossy().ends_with(".spool"))
+    };
+    let clusters = entries.filter(|entry| holds_wal(&entry.path()));
+    clusters.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok()).next()
+}
+
+fn cluster_of(candidate: &Candidate) -> ClusterId {
+    let facts = &candidate.facts;
+    ClusterId { system_identifier: facts.identity.system_identifier, segment_size: facts.segment_size }
+}
+
+/// A server that is about to be received from.
+struct Prepared {
+    candidate: Candidate,
+    start: Position,
+    /// Whether our slot is there.
+    slot: bool,
+}
+
+struct Receiver<'a> {
+    options: &'a ReceiveOptions,
+    cluster: ClusterId,
+    shared: &'a Arc<Shared>,
+    clock: &'a Arc<dyn Clock>,
+    stop: watch::Receiver<bool>,
+    /// Where what was received ends.
+    here: Option<Position>,
+    /// The servers, by address, that have removed what follows.
+    removed: Vec<String>,
+}
+
+impl Receiver<'_> {
+    async fn run(mut self) -> Result<(), Error> {
+        let mut pause = PAUSE_FIRST;
+        let mut stop = self.stop.clone();
+        while !*stop.borrow() {
+            let attempt = self.attempt().await;
+            let before = self.here;
+            self.here = self.here.max(self.shared.spool.end());
+            if self.here != before {
+                pause = PAUSE_FIRST;
+                self.removed.clear();
+            }
+            self.shared.state().streaming = false;
+            let error = match attempt {
+                Ok(()) => continue,
+                Err(error) if is_hopeless(&error) => return Err(error),
+                Err(error) => error,
+            };
+            note(
+                &mut self.shared.state().receive_problem,
+                format!("receiving stopped: {error}"),
+                self.clock.now(),
+            );
+            tokio::select! {
+                _ = tokio::time::sleep(pause) => {}
+                _ = stop.changed() => {}
+            }
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+        Ok(())
+    }
+
+    /// Chooses a server and receives from it until the stream ends.
+    async fn attempt(&mut self) -> Result<(), Error> {
+        let mut stop = self.stop.clone();
+        let prepared = tokio::select! {
+            prepared = self.prepare() => prepared?,
+            _ = stop.wait_for(|stop| *stop) => return Ok(()),
+        };
+        let Some(Prepared { candidate, start, slot }) = prepared else { return Ok(()) };
+        let standby = candidate.facts.standby && self.options.nodes.len() > 1;
+        let address = candidate.connection.address().to_owned();
+        let slot = slot.then_some(self.options.slot.as_str());
+        let started = candidate.connection.start_streaming(slot, start.lsn, start.timeline).await;
+        let stream = match started {
+            Ok(Started::Streaming(stream)) => stream,
+            Ok(Started::Ended(_, next)) => return self.end_timeline(start, next.switch),
+            Err(error) => return Err(error.into()),
+        };
+        let Position { timeline, lsn } = start;
+        tracing::info!("receiving timeline {timeline} from {lsn} on, from {address}");
+        {
+            let mut state = self.shared.state();
+            clear(&mut state.receive_problem, "WAL is received again");
+            (state.streaming, state.server, state.timeline) = (true, Some(address.clone()), Some(timeline));
+        }
+        let streaming = Streaming {
+            shared: self.shared,
+            clock: self.clock,
+            acknowledge: self.options.acknowledge,
+            free_bytes_min: self.options.free_bytes_min,
+            stop: self.stop.clone(),
+            look_again: standby.then(|| self.clock.monotonic() + STANDBY_PERIOD),
+        };
+        match streaming.run(stream, start).await {
+            Ok(StreamEnd::Timeline(next)) => {
+                let end = self.shared.spool.end().filter(|end| end.timeline == timeline).unwrap_or(start);
+                self.end_timeline(end, next.switch)
+            }
+            Ok(StreamEnd::Stopped | StreamEnd::LookAgain) => Ok(()),
+            Err(Error::Session(error)) if is_removed(&error) => {
+                // Another server may have kept it.
+                self.removed.push(address);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Chooses a server, keeps its history files and sees to the slot; nothing where a gap has to be jumped over first.
+    async fn prepare(&mut self) -> Result<Option<Prepared>, Error> {
+        let mut candidate = match (choose(&self.options.nodes, self.here, &self.removed).await?, self.here) {
+            (Choice::Removed(candidate), Some(here)) => {
+                self.jump_over_gap(&candidate, here).await?;
+                return Ok(None);
+            }
+            (Choice::Server(candidate) | Choice::Removed(candidate), _) => candidate,
+        };
+        let found = cluster_of(&candidate);
+        if found != self.cluster {
+            return Err(Error::OtherCluster { expected: self.cluster, found });
+        }
+        for (timeline, content) in &candidate.histories {
+            self.shared.spool.put_history(*timeline, content)?;
+        }
+        self.shared.spooled.notify_one();
+        if self.here.is_none() {
+            self.here = self.archive_end(&candidate).await?;
+        }
+        let (slot, restart) = self.see_to_slot(&mut candidate).await?;
+        let start = plan_start(&candidate.facts, self.here, restart)
+            .map_err(|unfit| unfit_error(&candidate, unfit))?;
+        // A clean slate begins where a segment begins; the spool continues what it has.
+        let continued = self.shared.spool.end() == Some(start);
+        let lsn = if continued { start.lsn } else { segment_start(start.lsn, self.size()) };
+        let start = Position { lsn, ..start };
+        Ok(Some(Prepared { candidate, start, slot }))
+    }
+
+    fn size(&self) -> WalSegmentSize {
+        self.cluster.segment_size
+    }
+
+    /// Returns where the archive ends on the server's way, for a spool that holds nothing; waits for the store.
+    async fn archive_end(&self, candidate: &Candidate) -> Result<Option<Position>, Error> {
+        let mut known = self.shared.repository.subscribe();
+        let repository = match known.wait_for(Option::is_some).await {
+            Ok(repository) => repository.clone(),
+            Err(_) => None,
+        };
+        let Some(repository) = repository else { return Ok(None) };
+        let facts = &candidate.facts;
+        let ancestors = facts.history.iter().flat_map(|history| history.ancestors().rev());
+        for timeline in std::iter::once(facts.identity.timeline).chain(ancestors) {
+            let from = crate::pg::WalSegmentNumber(0);
+            let coverage = WalCoverage::load_timeline(&repository, self.cluster, timeline, from).await?;
+            let ahead = coverage.last().map(|last| last.next().start_lsn(self.size()));
+            let pieces = coverage.pieces.last_key_value();
+            let pieces =
+                pieces.map(|(number, reach)| number.start_lsn(self.size()) + u64::from(reach.contiguous));
+            if let Some(lsn) = ahead.max(pieces) {
+                let end = Position { timeline, lsn };
+                // A commit that was not told before we were ended waits for no other WAL than this.
+                self.shared.durable.send_if_modified(|known| known.is_none() && known.insert(end) == &end);
+                return Ok(Some(end));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Creates the slot, replaces one that was lost, or checks it; returns whether it is there, and what it keeps.
+    ///
+    /// None is created on a standby: it would keep WAL there for good once the primary is received from again.
+    async fn see_to_slot(&self, candidate: &mut Candidate) -> Result<(bool, Option<Lsn>), Error> {
+        let name = &self.options.slot;
+        let standby = candidate.facts.standby;
+        let facts = match slot_facts(&candidate.options, name).await {
+            Ok(facts) => facts,
+            Err(error) => {
+                tracing::debug!("the slot is not looked at: {error}");
+                if !standby {
+                    create_if_missing(&mut candidate.connection, name).await?;
+                }
+                return Ok((!standby, None));
+            }
+        };
+        match plan_slot(facts.as_ref()) {
+            SlotStep::Use => return Ok((true, facts.and_then(|slot| slot.restart))),
+            SlotStep::Refuse(why) => {
+                return Err(Error::Slot { slot: name.clone(), detail: why });
+            }
+            SlotStep::Create | SlotStep::Replace if standby => return Ok((false, None)),
+            SlotStep::Create => candidate.connection.create_slot(name).await?,
+            SlotStep::Replace => {
+                tracing::error!(
+                    "slot \"{name}\" was lost: the server may have removed WAL that was not received"
+                );
+                candidate.connection.drop_slot(name).await?;
+                candidate.connection.create_slot(name).await?;
+            }
+        }
+        let created = slot_facts(&candidate.options, name).await?;
+        Ok((true, created.and_then(|slot| slot.restart)))
+    }
+
+    /// Takes note that a timeline was received to its end.
+    fn end_timeline(&mut self, end: Position, switch: Lsn) -> Result<(), Error> {
+        if end.lsn != switch {
+            let detail = format!("timeline {} ended at {switch}, received up to {}", end.timeline, end.lsn);
+            return Err(SessionError::Unexpected { detail }.into());
+        }
+        tracing::info!("timeline {} ended at {switch}", end.timeline);
+        self.here = Some(end);
+        self.shared.spooled.notify_one();
+        Ok(())
+    }
+
+    /// No server has what follows any more (failure 12): goes on where there is WAL, and says what is missing.
+    async fn jump_over_gap(&mut self, candidate: &Candidate, here: Position) -> Result<(), Error> {
+        let wanted =
+            plan_start(&candidate.facts, Some(here), None).map_err(|unfit| unfit_error(candidate, unfit))?;
+        let slot = slot_facts(&candidate.options, &self.options.slot).await.ok().flatten();
+        let restart = slot.and_then(|slot| slot.restart).unwrap_or(candidate.facts.identity.flushed);
+        let next = plan_start(&candidate.facts, None, Some(restart))
+            .map_err(|unfit| unfit_error(candidate, unfit))?;
+        let Position { timeline, lsn: from } = wanted;
+        if next.lsn <= from {
+            return Err(Error::Missing { name: format!("WAL from {from} on") });
+        }
+        tracing::error!(
+            "WAL from {from} to {} was removed from the server before it was received; take a new basebackup",
+            next.lsn
+        );
+        self.shared.state().gap = Some(Gap { timeline, from, to: next.lsn, noticed_at: self.clock.now() });
+        (self.here, self.removed) = (Some(next), Vec::new());
+        Ok(())
+    }
+}
+
+async fn create_if_missing(connection: &mut ReplicationConnection, slot: &str) -> Result<(), SessionError> {
+    match connection.create_slot(slot).await {
+        // duplicate_object: it is there.
+        Err(error) if error.sqlstate() == Some("42710") => Ok(()),
+        other => other,
+    }
+}
+
+/// undefined_file: the segment that was asked for is gone.
+fn is_removed(error: &SessionError) -> bool {
+    error.sqlstate() == Some("58P01")
+}
+
+/// Tells what no later attempt mends.
+fn is_hopeless(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::OtherCluster { .. } | Error::Clone { .. } | Error::Session(SessionError::Settings { .. })
+    )
+}

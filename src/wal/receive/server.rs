@@ -1,0 +1,173 @@
+//! The servers of the site, asked in turn: who answers, what it is, and the slot it keeps for us.
+//!
+//! A primary is taken before a standby, because commits wait for what the primary is told; a standby is better than
+//! nobody, and in a failover it is the one that will be promoted. The slot's facts come by SQL; a role that may only
+//! replicate goes without them, and then START_REPLICATION says what is wrong.
+
+use crate::pg::{Lsn, TimelineHistory, TimelineId};
+use crate::replication::{ConnectOptions, Error as SessionError, Param, ReplicationConnection, Session};
+use crate::wal::Error;
+use crate::wal::receive::plan::{ServerFacts, SlotFacts, Unfit, plan_start};
+use crate::wal::spool::Position;
+
+/// A server to receive from.
+pub(super) struct Candidate {
+    pub connection: ReplicationConnection,
+    pub options: ConnectOptions,
+    pub facts: ServerFacts,
+    /// The history files of its timeline and its ancestors, as far as it has them.
+    pub histories: Vec<(TimelineId, Vec<u8>)>,
+}
+
+/// What the servers of a site amount to.
+pub(super) enum Choice {
+    /// This one has what comes next.
+    Server(Candidate),
+    /// Those that fit have removed it; this is the first of them.
+    Removed(Candidate),
+}
+
+/// Asks the servers in turn, and returns the first primary that fits, else the first standby; those in `removed` come
+/// last, by their addresses.
+///
+/// # Errors
+/// The last refusal, where none fits.
+pub(super) async fn choose(
+    nodes: &[ConnectOptions],
+    here: Option<Position>,
+    removed: &[String],
+) -> Result<Choice, Error> {
+    let (mut standby, mut last_resort, mut failure) = (None, None, None);
+    for options in nodes {
+        let candidate = match ask(options).await {
+            Ok(candidate) => candidate,
+            Err(error) => {
+                tracing::debug!("server passed over: {error}");
+                failure = Some(error.into());
+                continue;
+            }
+        };
+        let is_removed = removed.iter().any(|address| address == candidate.connection.address());
+        match plan_start(&candidate.facts, here, None) {
+            Err(unfit) => failure = Some(unfit_error(&candidate, unfit)),
+            Ok(_) if is_removed => last_resort = last_resort.or(Some(candidate)),
+            Ok(_) if !candidate.facts.standby => return Ok(Choice::Server(candidate)),
+            Ok(_) => standby = standby.or(Some(candidate)),
+        }
+    }
+    let nobody = || SessionError::Settings { detail: "the site has no connection".into() }.into();
+    let choice = standby.map(Choice::Server).or(last_resort.map(Choice::Removed));
+    choice.ok_or_else(|| failure.unwrap_or_else(nobody))
+}
+
+pub(super) fn unfit_error(candidate: &Candidate, unfit: Unfit) -> Error {
+    Error::UnfitServer { address: candidate.connection.address().to_owned(), detail: unfit.to_string() }
+}
+
+async fn ask(options: &ConnectOptions) -> Result<Candidate, SessionError> {
+    let mut connection = ReplicationConnection::connect(options).await?;
+    let identity = connection.identify().await?;
+    let segment_size = parse_segment_size(&connection.setting("wal_segment_size").await?)?;
+    let cluster_name = connection.setting("cluster_name").await?;
+    let standby = match connection.setting("in_hot_standby").await {
+        Ok(value) => value == "on",
+        // PostgreSQL 13 has no such setting.
+        Err(SessionError::Sql { .. }) => is_in_recovery(options).await,
+        Err(error) => return Err(error),
+    };
+    let (histories, history) = histories(&mut connection, identity.timeline).await?;
+    let facts = ServerFacts { identity, segment_size, history, standby, cluster_name };
+    Ok(Candidate { connection, options: options.clone(), facts, histories })
+}
+
+async fn is_in_recovery(options: &ConnectOptions) -> bool {
+    let asked = async {
+        let session = Session::connect(options).await?;
+        session.query_one("SELECT pg_is_in_recovery() AS standby", &[]).await?.bool("standby")
+    };
+    // A role that may only replicate is taken at the connection's word.
+    asked.await.unwrap_or(false)
+}
+
+type Histories = (Vec<(TimelineId, Vec<u8>)>, Option<TimelineHistory>);
+
+/// Fetches the history file of a timeline, and those of its ancestors that the server still has (failure 9).
+async fn histories(
+    connection: &mut ReplicationConnection,
+    timeline: TimelineId,
+) -> Result<Histories, SessionError> {
+    if timeline == TimelineId::FIRST {
+        return Ok((Vec::new(), None));
+    }
+    let content = connection.history(timeline).await?.to_vec();
+    let history = TimelineHistory::parse(timeline, &String::from_utf8_lossy(&content))
+        .map_err(|error| SessionError::Unexpected { detail: error.to_string() })?;
+    let mut files = vec![(timeline, content)];
+    for ancestor in history.ancestors().filter(|ancestor| *ancestor != TimelineId::FIRST) {
+        match connection.history(ancestor).await {
+            Ok(content) => files.push((ancestor, content.to_vec())),
+            Err(error @ SessionError::Sql { .. }) => {
+                tracing::debug!("no history of timeline {ancestor}: {error}");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    files.sort();
+    Ok((files, Some(history)))
+}
+
+/// Reads what SHOW says of a size, such as `16MB`.
+fn parse_segment_size(text: &str) -> Result<crate::pg::WalSegmentSize, SessionError> {
+    let unexpected = || SessionError::Unexpected { detail: format!("wal_segment_size is \"{text}\"") };
+    let (digits, shift) = match (text.strip_suffix("MB"), text.strip_suffix("GB")) {
+        (Some(digits), _) => (digits, 20),
+        (_, Some(digits)) => (digits, 30),
+        _ => return Err(unexpected()),
+    };
+    let bytes = digits.parse::<u32>().ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes.and_then(|bytes| crate::pg::WalSegmentSize::new(bytes).ok()).ok_or_else(unexpected)
+}
+
+/// What the server says of a slot; nothing where there is none.
+///
+/// # Errors
+/// Where the role may not ask.
+pub(super) async fn slot_facts(
+    options: &ConnectOptions,
+    slot: &str,
+) -> Result<Option<SlotFacts>, SessionError> {
+    let sql = "SELECT slot_type = 'physical' AS physical, wal_status = 'lost' AS lost, \
+               restart_lsn::text AS restart, active AS active, active_pid::bigint AS pid, \
+               (SELECT a.application_name FROM pg_stat_replication a WHERE a.pid = s.active_pid) AS who \
+               FROM pg_replication_slots s WHERE slot_name = $1";
+    let session = Session::connect(options).await?;
+    let mut rows = session.query(sql, &[Param::Text(slot)]).await?;
+    let Some(row) = rows.pop() else { return Ok(None) };
+    let who = row.text_opt("who")?.unwrap_or_else(|| "another process".to_owned());
+    let active = row.bool("active")?.then(|| match row.int_opt("pid") {
+        Ok(Some(pid)) => format!("{who} (process {pid} of the server)"),
+        _ => who,
+    });
+    let restart = row.text_opt("restart")?;
+    Ok(Some(SlotFacts {
+        physical: row.bool("physical")?,
+        active,
+        lost: row.bool_opt("lost")?.unwrap_or(false),
+        restart: restart.as_deref().and_then(|text| text.parse::<Lsn>().ok()),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_segment_size_is_read_as_show_writes_it() {
+        for (text, mib) in [("1MB", 1), ("16MB", 16), ("512MB", 512), ("1GB", 1024)] {
+            assert_eq!(parse_segment_size(text).unwrap().bytes(), mib << 20, "{text}");
+        }
+        for text in ["", "16", "16777216", "3MB", "MB", "8GB", "-1MB"] {
+            assert!(parse_segment_size(text).is_err(), "{text:?}");
+        }
+    }
+}

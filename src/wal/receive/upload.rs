@@ -1,0 +1,428 @@
+//! The storing half: what the spool holds goes into the store, oldest first, and leaves the spool in that order.
+//!
+//! Whole segments go as they would be pushed; of the one that is being received a piece goes every few seconds, or as
+//! soon as there is something where commits wait for the store. Segments go side by side, and no piece waits for them.
+//! A store that is away is asked again for ever, and the spool grows meanwhile, not the memory. Only what contradicts
+//! the archive ends it: the site is another cluster's, or something else stands under the name.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use tokio::sync::watch;
+
+use crate::catalog::WalCoverage;
+use crate::clock::Clock;
+use crate::codec::Compression;
+use crate::pg::{SEGMENT_HEADER_LEN, TimelineHistory, TimelineId, WalSegmentName, check_segment_header};
+use crate::repo::layout::WalObjectName;
+use crate::repo::wal_object::{HistoryBranch, Stored, archive_history, seal_wal};
+use crate::repo::{self, ClusterId, Repository};
+use crate::wal::Error;
+use crate::wal::head::{self, HeadWritten};
+use crate::wal::key_rotation::KeyRotation;
+use crate::wal::receive::plan::{InStore, PieceRule, Upload, durable_in_store, may_leave, plan_upload};
+use crate::wal::receive::state::{Shared, clear, note};
+use crate::wal::spool::Position;
+
+/// Opens the repository for writing, as often as it takes.
+pub type OpenRepository = Arc<dyn Fn() -> BoxFuture<'static, Result<Repository, repo::Error>> + Send + Sync>;
+
+/// What the storing half works with.
+pub(super) struct Uploader {
+    pub shared: Arc<Shared>,
+    pub cluster: ClusterId,
+    pub open: OpenRepository,
+    pub clock: Arc<dyn Clock>,
+    pub compression: Compression,
+    pub rule: PieceRule,
+    pub stop: watch::Receiver<Stop>,
+}
+
+/// What the storing half is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stop {
+    No,
+    /// Store what there is, and end.
+    Soon,
+    /// The same, and leave nothing in the spool: no server goes on with it.
+    Emptied,
+}
+
+/// Segments sealed and sent at a time, after an outage.
+const SEGMENTS_MAX: usize = 4;
+/// Raw bytes of segments that are in memory at a time, unless one is larger.
+const SEGMENT_BYTES_MAX: usize = 64 << 20;
+/// Segments of the spool that are looked at for work: more than may be on their way.
+const LOOKED_AT_MAX: usize = 64;
+/// Pauses between attempts at a store that fails.
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+/// How often it is looked whether a piece is due.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// How often it is noted in the store how far the archive reaches.
+const HEAD_INTERVAL: Duration = Duration::from_secs(15 * 60);
+
+/// What is on its way to the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Work {
+    Upload(Upload),
+    Head(TimelineId),
+}
+
+type Running = FuturesUnordered<BoxFuture<'static, (Work, Result<(), Error>)>>;
+
+/// What is known of what the store has.
+struct Progress {
+    repository: Repository,
+    keys: Arc<KeyRotation>,
+    stored: BTreeMap<WalSegmentName, InStore>,
+    in_flight: Vec<Work>,
+    /// When the last piece was stored.
+    last_piece: Instant,
+    /// When the last head was due.
+    last_head: Option<Instant>,
+    /// Whether it was looked how much of the first segment received is stored already, for a spool that was empty.
+    first_asked: bool,
+    /// The end of the newest segment that left the spool, all before it being stored.
+    left: Option<Position>,
+}
+
+impl Uploader {
+    /// Stores until it is told to stop and all is stored, or fails then, or the archive contradicts it.
+    pub async fn run(mut self) -> Result<(), Error> {
+        let Some(mut progress) = self.begin().await? else { return Ok(()) };
+        let mut running = Running::new();
+        let mut pause = PAUSE_FIRST;
+        let mut wait_until = None;
+        loop {
+            let stop = *self.stop.borrow();
+            if wait_until.is_none_or(|until| self.clock.monotonic() >= until) {
+                let begun = self.begin_due(&mut progress, &mut running, stop).await;
+                wait_until = self.judge(begun, &mut pause)?;
+            }
+            if stop != Stop::No && running.is_empty() {
+                // What could not be stored now waits for the next start.
+                return Ok(());
+            }
+            tokio::select! {
+                Some((work, result)) = running.next(), if !running.is_empty() => {
+                    progress.in_flight.retain(|other| *other != work);
+                    let accounted = result.and_then(|()| self.account(&mut progress, work));
+                    if let (Ok(()), Work::Upload(_)) = (&accounted, work) {
+                        pause = PAUSE_FIRST;
+                        clear(&mut self.shared.state().store_problem, "WAL is stored again");
+                    }
+                    wait_until = self.judge(accounted, &mut pause)?;
+                }
+                _ = self.shared.spooled.notified() => {}
+                _ = tokio::time::sleep(LOOK_INTERVAL) => {}
+                Ok(()) = self.stop.changed() => {}
+            }
+        }
+    }
+
+    /// Returns until when nothing more is tried, where something failed that a later attempt may mend.
+    fn judge(&self, result: Result<(), Error>, pause: &mut Duration) -> Result<Option<Instant>, Error> {
+        match result {
+            Ok(()) => Ok(None),
+            Err(error) if contradicts(&error) => Err(error),
+            Err(error) => {
+                self.trouble(&error);
+                let until = self.clock.monotonic() + *pause;
+                *pause = (*pause * 2).min(PAUSE_MAX);
+                Ok(Some(until))
+            }
+        }
+    }
+
+    fn trouble(&self, error: &Error) {
+        let message = format!("WAL cannot be stored and stays in the spool: {error}");
+        note(&mut self.shared.state().store_problem, message, self.clock.now());
+    }
+
+    /// Opens the repository and finds out what of the spool is stored already; nothing if told to stop before.
+    async fn begin(&mut self) -> Result<Option<Progress>, Error> {
+        let mut pause = PAUSE_FIRST;
+        loop {
+            let error = match self.try_begin().await {
+                Ok(progress) => {
+                    self.shared.repository.send_replace(Some(progress.repository.clone()));
+                    self.publish(&progress);
+                    return Ok(Some(progress));
+                }
+                Err(error) if contradicts(&error) => return Err(error),
+                Err(error) => error,
+            };
+            self.trouble(&error);
+            if *self.stop.borrow() != Stop::No {
+                return Ok(None);
+            }
+            tokio::select! {
+                _ = tokio::time::sleep(pause) => {}
+                _ = self.stop.changed() => {}
+            }
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    async fn try_begin(&self) -> Result<Progress, Error> {
+        let repository = (self.open)().await?;
+        repository.admit(self.cluster).await?;
+        let size = self.cluster.segment_size.bytes();
+        let mut stored = BTreeMap::new();
+        // Whole ones are sealed again, and found to be there where they are.
+        for (segment, _) in
+            self.shared.spool.oldest(usize::MAX).into_iter().filter(|(_, length)| *length < size)
+        {
+            stored.insert(segment, stored_of(&repository, self.cluster, segment).await?);
+        }
+        Ok(Progress {
+            repository,
+            keys: Arc::new(KeyRotation::default()),
+            stored,
+            in_flight: Vec::new(),
+            last_piece: self.clock.monotonic(),
+            last_head: None,
+            first_asked: !self.shared.spool.is_empty(),
+            left: None,
+        })
+    }
+
+    /// Begins with what is due; history files go before any segment of their timelines.
+    async fn begin_due(
+        &self,
+        progress: &mut Progress,
+        running: &mut Running,
+        stop: Stop,
+    ) -> Result<(), Error> {
+        self.store_histories(progress).await?;
+        self.ask_for_first(progress).await?;
+        self.let_leave(progress, stop)?;
+        self.publish(progress);
+        for upload in self.plan(progress, stop) {
+            self.start(progress, running, Work::Upload(upload));
+        }
+        let newest = self.shared.spool.newest();
+        let now = self.clock.monotonic();
+        let due = progress.last_head.is_none_or(|last| now.saturating_duration_since(last) >= HEAD_INTERVAL);
+        if let Some(newest) = newest.filter(|_| due && stop == Stop::No && !progress.stored.is_empty()) {
+            progress.last_head = Some(now);
+            self.start(progress, running, Work::Head(newest.timeline()));
+        }
+        Ok(())
+    }
+
+    fn start(&self, progress: &mut Progress, running: &mut Running, work: Work) {
+        progress.in_flight.push(work);
+        let sender = Sender {
+            shared: self.shared.clone(),
+            cluster: self.cluster,
+            repository: progress.repository.clone(),
+            keys: progress.keys.clone(),
+            clock: self.clock.clone(),
+            compression: self.compression,
+        };
+        running.push(Box::pin(async move {
+            let result = match work {
+                Work::Upload(upload) => sender.send(upload).await,
+                Work::Head(timeline) => sender.write_head(timeline).await,
+            };
+            (work, result)
+        }));
+    }
+
+    /// A spool that was lost may begin again within a segment of which there are pieces.
+    async fn ask_for_first(&self, progress: &mut Progress) -> Result<(), Error> {
+        if progress.first_asked {
+            return Ok(());
+        }
+        let Some((segment, _)) = self.shared.spool.oldest(1).pop() else { return Ok(()) };
+        let stored = stored_of(&progress.repository, self.cluster, segment).await?;
+        progress.stored.insert(segment, stored);
+        progress.first_asked = true;
+        Ok(())
+    }
+
+    /// Decides what to begin with: one piece and some segments at a time, and one thing for each segment.
+    fn plan(&self, progress: &Progress, stop: Stop) -> Vec<Upload> {
+        let size = self.cluster.segment_size;
+        let segments_max = (SEGMENT_BYTES_MAX / size.bytes() as usize).clamp(1, SEGMENTS_MAX);
+        let newest = self.shared.spool.newest();
+        let age = self.clock.monotonic().saturating_duration_since(progress.last_piece);
+        let rule = PieceRule { at_once: self.rule.at_once || stop != Stop::No, ..self.rule };
+        let mut begun: Vec<Upload> = progress.in_flight.iter().filter_map(|work| work.upload()).collect();
+        let running = begun.len();
+        for (segment, length) in self.shared.spool.oldest(LOOKED_AT_MAX) {
+            let stored = progress.stored.get(&segment).copied().unwrap_or_default();
+            let open = newest == Some(segment);
+            let Some(upload) = plan_upload((segment, length), stored, age, open, size, rule) else {
+                continue;
+            };
+            let like_it = begun.iter().filter(|other| other.is_piece() == upload.is_piece()).count();
+            let room = like_it < if upload.is_piece() { 1 } else { segments_max };
+            if room && begun.iter().all(|other| other.segment() != segment) {
+                begun.push(upload);
+            }
+        }
+        begun.split_off(running)
+    }
+
+    fn account(&self, progress: &mut Progress, work: Work) -> Result<(), Error> {
+        let Work::Upload(upload) = work else { return Ok(()) };
+        let size = self.cluster.segment_size.bytes();
+        match upload {
+            Upload::Piece { segment, to, .. } => {
+                progress.last_piece = self.clock.monotonic();
+                progress.stored.entry(segment).or_default().bytes = to;
+            }
+            Upload::Segment(segment) => {
+                progress.stored.insert(segment, InStore { bytes: size, whole: true });
+            }
+        }
+        self.publish(progress);
+        self.let_leave(progress, *self.stop.borrow())
+    }
+
+    /// Lets segments leave the spool, in order.
+    fn let_leave(&self, progress: &mut Progress, stop: Stop) -> Result<(), Error> {
+        let size = self.cluster.segment_size;
+        while let Some((segment, length)) = self.shared.spool.oldest(1).pop() {
+            let stored = progress.stored.get(&segment).copied().unwrap_or_default();
+            let open = stop != Stop::Emptied && self.shared.spool.newest() == Some(segment);
+            if !may_leave(length, stored, open, size) {
+                break;
+            }
+            if let Ok(start) = segment.start_lsn(size) {
+                let lsn = start + u64::from(length);
+                progress.left = Some(Position { timeline: segment.timeline(), lsn });
+            }
+            self.shared.spool.remove(segment)?;
+            progress.stored.remove(&segment);
+        }
+        Ok(())
+    }
+
+    /// Says how far the store has everything; the receiving half tells the server where commits wait for it.
+    fn publish(&self, progress: &Progress) {
+        let spooled = self.shared.spool.oldest(LOOKED_AT_MAX).into_iter();
+        let spooled =
+            spooled.map(|(segment, _)| (segment, progress.stored.get(&segment).copied().unwrap_or_default()));
+        let durable = durable_in_store(spooled, progress.left, self.cluster.segment_size);
+        self.shared.durable.send_if_modified(|known| {
+            let changed = durable.is_some() && *known != durable;
+            if changed {
+                *known = durable;
+            }
+            changed
+        });
+    }
+
+    /// Archives the history files that wait.
+    async fn store_histories(&self, progress: &Progress) -> Result<(), Error> {
+        for (timeline, content) in self.shared.spool.histories() {
+            let history = TimelineHistory::parse(timeline, &String::from_utf8_lossy(&content))?;
+            let parent = history.parent();
+            let branch = HistoryBranch { parent: parent.timeline, switch: parent.lsn };
+            let repository = &progress.repository;
+            let key = progress.keys.next(repository.keyring(), &*self.clock)?;
+            archive_history(repository, self.cluster, timeline, branch, &content, &key).await?;
+            self.shared.spool.remove_history(timeline)?;
+        }
+        Ok(())
+    }
+}
+
+impl Work {
+    fn upload(self) -> Option<Upload> {
+        match self {
+            Self::Upload(upload) => Some(upload),
+            Self::Head(_) => None,
+        }
+    }
+}
+
+/// What one thing on its way needs.
+struct Sender {
+    shared: Arc<Shared>,
+    cluster: ClusterId,
+    repository: Repository,
+    keys: Arc<KeyRotation>,
+    clock: Arc<dyn Clock>,
+    compression: Compression,
+}
+
+impl Sender {
+    /// Stores a segment or a piece; one that is there already is compared.
+    async fn send(self, upload: Upload) -> Result<(), Error> {
+        let (cluster, compression) = (self.cluster, self.compression);
+        let (segment, range) = match upload {
+            Upload::Segment(segment) => (segment, 0..cluster.segment_size.bytes()),
+            Upload::Piece { segment, from, to } => (segment, from..to),
+        };
+        let key = self.keys.next(self.repository.keyring(), &*self.clock)?;
+        let (shared, repository) = (self.shared.clone(), self.repository.clone());
+        // Not on the threads that tell the server where it may go on.
+        let prepared = tokio::task::spawn_blocking(move || {
+            let bytes = shared.spool.read(segment, range.clone())?;
+            let name = match upload {
+                Upload::Piece { segment, from, to } => WalObjectName::Piece { segment, from, to },
+                Upload::Segment(segment) => {
+                    let front = &bytes[..bytes.len().min(SEGMENT_HEADER_LEN)];
+                    let expected = (cluster.system_identifier, cluster.segment_size);
+                    check_segment_header(front, bytes.len() as u64, segment, expected)?;
+                    WalObjectName::Segment(segment)
+                }
+            };
+            Ok::<_, Error>((seal_wal(&repository, cluster, name, &bytes, &key, compression)?, bytes))
+        });
+        let (sealed, bytes) = prepared.await.map_err(|error| repo::Error::Internal(error.to_string()))??;
+        if let Stored::Taken(place) = sealed.store(&self.repository).await? {
+            place.compare(&self.repository, &bytes).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes in the store how far the archive reaches; a failure is for the next time.
+    async fn write_head(self, timeline: TimelineId) -> Result<(), Error> {
+        match head::write(&self.repository, self.cluster, timeline).await {
+            Ok(HeadWritten::CutOff { head, archived }) => tracing::error!(
+                "timeline {timeline} ends at {archived} in the archive, which reached {head}: WAL was removed from its end"
+            ),
+            Ok(HeadWritten::Written(_) | HeadWritten::Unchanged) => {}
+            Err(error) => tracing::warn!("how far the archive reaches could not be noted: {error}"),
+        }
+        Ok(())
+    }
+}
+
+/// Returns how much of a segment the store has.
+async fn stored_of(
+    repository: &Repository,
+    cluster: ClusterId,
+    segment: WalSegmentName,
+) -> Result<InStore, Error> {
+    let number = segment.number(cluster.segment_size)?;
+    let coverage =
+        WalCoverage::load_segments(repository, cluster, segment.timeline(), number..=number).await?;
+    if coverage.contains(number) {
+        // Perhaps in pieces only: the whole one is still to come.
+        return Ok(InStore { bytes: cluster.segment_size.bytes(), whole: false });
+    }
+    let bytes = coverage.pieces.get(&number).map_or(0, |reach| reach.contiguous);
+    Ok(InStore { bytes, whole: false })
+}
+
+/// Tells what no later attempt mends: the archive holds something else, or is somebody else's.
+fn contradicts(error: &Error) -> bool {
+    match error {
+        Error::Repository(error) => {
+            matches!(error, repo::Error::Different { .. } | repo::Error::ForeignCluster { .. })
+        }
+        Error::Segment(_) | Error::History(_) => true,
+        _ => false,
+    }
+}

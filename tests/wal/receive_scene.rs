@@ -1,0 +1,173 @@
+//! A server that is received from, the receiver, and ways to look at what came of it.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::scene::shell;
+use crate::support::{Cluster, Options, Run, Scratch, Server, Site, Walden, wait_for};
+
+/// Walden that receives, with its log.
+pub struct Receiver {
+    pub walden: Walden,
+    log: PathBuf,
+    state: PathBuf,
+    process: Option<Child>,
+}
+
+/// Makes a cluster with small segments that keeps all its WAL, so that it can be compared.
+#[track_caller]
+pub fn cluster(major: u32) -> Cluster {
+    let options = Options::default().initdb("--wal-segsize=1").setting("wal_keep_size", "1GB");
+    Cluster::start_with(major, options.setting("archive_mode", "off"))
+}
+
+/// Describes the site of a cluster that is received from.
+pub fn site(cluster: &Cluster) -> Site {
+    Site::of(cluster, cluster.data_directory())
+        .bin_directory(&cluster.bin_directory())
+        .key("wal = \"receive\"")
+}
+
+impl Receiver {
+    /// Starts receiving for a configuration.
+    #[track_caller]
+    pub fn start(scratch: &Scratch, walden: Walden) -> Self {
+        let log = scratch.path().join("receive.log");
+        let state = scratch.path().join("walden/state/spool/main/receive.json");
+        let mut receiver = Self { walden, log, state, process: None };
+        receiver.start_again();
+        receiver
+    }
+
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        assert!(self.process.is_none());
+        let log = File::options().create(true).append(true).open(&self.log).unwrap();
+        let mut command = self.walden.command();
+        command.args(["-v", "wal", "receive"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        self.process = Some(command.spawn().unwrap());
+    }
+
+    /// Asks it to end and waits until it has.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        let mut process = self.process.take().unwrap();
+        kill(Pid::from_raw(process.id() as i32), Signal::SIGTERM).unwrap();
+        let status = wait_for("the receiver to end", || process.try_wait().unwrap());
+        assert!(status.success(), "{status}\n{}", self.log());
+    }
+
+    /// Kills it where it stands.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        let mut process = self.process.take().unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Returns `receive.json`, null while there is none.
+    pub fn state(&self) -> Value {
+        fs::read(&self.state)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .unwrap_or(Value::Null)
+    }
+
+    /// Waits until the state holds something.
+    #[track_caller]
+    pub fn wait_for_state<T>(&self, what: &str, found: impl Fn(&Value) -> Option<T>) -> T {
+        wait_for(&format!("the receiver's state: {what}"), || found(&self.state()))
+    }
+
+    /// Waits until the store has everything up to what the server wrote so far.
+    #[track_caller]
+    pub fn wait_until_stored(&self, server: &Server) {
+        let end = lsn(&server.sql("select pg_current_wal_flush_lsn()"));
+        let log = |state: &Value| format!("{state:#}\n{}", self.log());
+        let deadline = std::time::Instant::now() + crate::support::PATIENCE;
+        while self.state()["stored"].as_str().map(lsn) < Some(end) {
+            assert!(std::time::Instant::now() < deadline, "{}", log(&self.state()));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+
+    /// Returns first and last segment of each run of a timeline in the archive.
+    #[track_caller]
+    pub fn runs(&self, timeline: u64) -> Vec<(String, String)> {
+        let list = self.walden.json(&["wal", "list"]);
+        let timelines = list["clusters"][0]["timelines"].as_array().cloned().unwrap_or_default();
+        let found = timelines.into_iter().find(|found| found["timeline"] == timeline);
+        let runs = found.map(|found| found["runs"].as_array().cloned().unwrap()).unwrap_or_default();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        runs.iter().map(|run| (text(&run["first"]), text(&run["last"]))).collect()
+    }
+
+    /// Checks that a timeline's segments are there without a hole, and each what the server has.
+    #[track_caller]
+    pub fn assert_equals_pg_wal(&self, server: &Server, timeline: u64, at_least: usize) {
+        let runs = self.runs(timeline);
+        assert_eq!(runs.len(), 1, "{runs:?}\n{}", self.log());
+        let (first, last) = &runs[0];
+        let segments = segments_between(first, last);
+        assert!(segments.len() >= at_least, "{runs:?}");
+        for segment in segments {
+            let own = fs::read(server.data_directory().join("pg_wal").join(&segment));
+            let own = own.unwrap_or_else(|error| panic!("{segment}: {error}"));
+            assert!(self.fetch(server, &segment).as_deref() == Some(&own[..]), "{segment} differs");
+        }
+    }
+
+    /// Fetches a file of the archive as a standby would; nothing where it is absent.
+    #[track_caller]
+    pub fn fetch(&self, server: &Server, name: &str) -> Option<Vec<u8>> {
+        let folder = server.data_directory().with_file_name("fetching");
+        let data = server.data_directory().display();
+        let there = folder.display();
+        shell(
+            server.data_directory().parent().unwrap(),
+            &format!(
+                "mkdir -p {there}/global && cp {data}/global/pg_control {there}/global/ && touch {there}/standby.signal && rm -f {there}/out"
+            ),
+        );
+        let mut command = self.walden.command();
+        let run = Run::of(command.args(["wal", "fetch", name, "out"]).current_dir(&folder), "");
+        match run.status.code() {
+            Some(0) => Some(fs::read(folder.join("out")).unwrap()),
+            Some(1) => None,
+            _ => panic!("{run:?}"),
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+/// Reads an LSN.
+pub fn lsn(text: &str) -> u64 {
+    let (high, low) = text.trim().split_once('/').unwrap();
+    u64::from_str_radix(high, 16).unwrap() << 32 | u64::from_str_radix(low, 16).unwrap()
+}
+
+/// Names the segments of 1 MiB from one to another, both included.
+pub fn segments_between(first: &str, last: &str) -> Vec<String> {
+    let number = |name: &str| {
+        u64::from_str_radix(&name[8..16], 16).unwrap() << 12 | u64::from_str_radix(&name[16..], 16).unwrap()
+    };
+    let name = |number: u64| format!("{}{:08X}{:08X}", &first[..8], number >> 12, number & 0xFFF);
+    (number(first)..=number(last)).map(name).collect()
+}
