@@ -27,6 +27,14 @@ impl Owner {
         Self { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() }
     }
 
+    /// Returns the user as messages name it: by its name, where this host has one, and its number.
+    pub fn user(self) -> String {
+        match nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(self.uid)) {
+            Ok(Some(user)) => format!("{} ({})", user.name, self.uid),
+            _ => self.uid.to_string(),
+        }
+    }
+
     /// Returns true for the superuser.
     pub fn is_root(self) -> bool {
         self.uid == 0

@@ -6,6 +6,7 @@
 
 mod item;
 
+mod data_files;
 mod server;
 mod settings;
 mod store;

@@ -10,6 +10,7 @@ use crate::disk::CloneMarker;
 use crate::pg::MajorVersion;
 use crate::replication::{ConnectOptions, Error as SessionError, Session};
 use crate::repo::{ClusterId, Error as RepoError, Membership, Repository};
+use crate::site::data_files::{self, check_data_files};
 use crate::site::item::{Item, describe};
 use crate::site::settings::check_settings;
 
@@ -152,11 +153,18 @@ fn check_data_directory(options: &NodeOptions, facts: &ServerFacts) -> Vec<Item>
         let detail = format!("\"{shown}\" is not on this host");
         return vec![Item::warning("data directory", detail, "No basebackup is taken from this node here.")];
     }
-    let item = match judge_directory(path, facts) {
-        Ok(()) => Item::ok("data directory", format!("\"{shown}\" is this server's, and readable")),
-        Err((detail, hint)) => Item::failed("data directory", detail, hint),
+    let (directory, files) = match judge_directory(path, facts) {
+        Ok(()) => {
+            let version = format!("PG_{}_{}", facts.version.number(), facts.catalog_version);
+            let directory = Item::ok("data directory", format!("\"{shown}\" is this server's"));
+            (directory, check_data_files(path, &version))
+        }
+        Err((detail, hint)) => {
+            let files = Item::skipped(data_files::NAME, "the data directory has to be right first");
+            (Item::failed("data directory", detail, hint), files)
+        }
     };
-    vec![item, check_tablespaces(&facts.tablespaces)]
+    vec![directory, check_tablespaces(&facts.tablespaces), files]
 }
 
 fn judge_directory(path: &Path, facts: &ServerFacts) -> Result<(), (String, String)> {

@@ -7,7 +7,7 @@ use crate::clock::Clock;
 use crate::codec::{Random, RandomExt};
 use crate::repo::layout::Layout;
 use crate::site::item::{Item, describe};
-use crate::storage::{self, Error, ErrorKind, Store};
+use crate::storage::{self, Error, ErrorKind, Listing, Store};
 
 /// Leases and retention compare the store's times with each other and with this host's; an hour would matter.
 const SKEW_MAX: SignedDuration = SignedDuration::from_secs(60);
@@ -31,12 +31,7 @@ pub async fn check_store(
     let skew = skew(seen.created_at.duration_since(before), clock.now().duration_since(before));
     vec![
         Item::ok("store", format!("{place}: an object was created and read back")),
-        if seen.listed {
-            Item::ok("store listing", "the object is in the listing")
-        } else {
-            let hint = "Give the role the right to list the objects of the site, or use another store.";
-            Item::failed("store listing", "the object is not in the listing", hint)
-        },
+        check_listing(&seen.listing),
         match (seen.capabilities.create_only, seen.capabilities.read_after_write) {
             (true, true) => Item::ok("store create-only", "a second put of a key is refused"),
             (false, _) => Item::failed(
@@ -63,6 +58,27 @@ pub async fn check_store(
             Item::warning("store clock", detail, "Set the clocks by NTP.")
         },
     ]
+}
+
+fn check_listing(listing: &Listing) -> Item {
+    let name = "store listing";
+    let refused = |error: &Error| {
+        match error.kind() {
+        ErrorKind::Denied => {
+            "Give this host the right to list objects below the site's prefix: basebackups and WAL are found by it."
+                .to_owned()
+        }
+        _ => hint_of(error),
+    }
+    };
+    match listing {
+        Listing::Shown => Item::ok(name, "the object is in the listing"),
+        Listing::Missing => {
+            let hint = "Use a store whose listings show what has been put before.";
+            Item::failed(name, "the object is not in the listing", hint)
+        }
+        Listing::Refused(error) => Item::failed(name, describe(error), refused(error)),
+    }
 }
 
 /// How far the store's clock is off, for an object that was created `stored` after the question, which took `took`.
@@ -118,6 +134,10 @@ mod tests {
         assert_eq!(failing(vec![Rule::on(Verb::Create, denied())]).await, store);
         assert_eq!(failing(vec![Rule::on(Verb::Get, denied())]).await, store);
         assert_eq!(failing(vec![Rule::on(Verb::Delete, denied())]).await, []);
+        let listing = vec![("store listing".to_owned(), Status::Failed)];
+        for refusal in [denied(), Fault::Before(ErrorKind::Unreachable), Fault::Before(ErrorKind::Other)] {
+            assert_eq!(failing(vec![Rule::on(Verb::List, refusal)]).await, listing);
+        }
         let overwrites = failing(vec![Rule::on(Verb::Create, Fault::Overwrite)]).await;
         assert_eq!(overwrites, [("store create-only".to_owned(), Status::Failed)]);
     }

@@ -37,7 +37,7 @@ pub use fault::{Fault, Faulty, Rule};
 pub use key::ObjectKey;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
-pub use probe::{Capabilities, Examination, examine, probe};
+pub use probe::{Capabilities, Examination, Listing, examine, probe};
 pub use record::{Call, Recording};
 pub use retry::{RetryOptions, Retrying};
 pub use s3::credentials::{

@@ -23,13 +23,24 @@ pub struct Capabilities {
     pub read_after_write: bool,
 }
 
+/// How an object was seen in a listing.
+#[derive(Debug, Clone)]
+pub enum Listing {
+    /// It is there.
+    Shown,
+    /// It is not.
+    Missing,
+    /// There was no listing.
+    Refused(Error),
+}
+
 /// What one small object told about a store, beyond what every repository needs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Examination {
     /// What the store keeps of its contract.
     pub capabilities: Capabilities,
-    /// A listing shows the object.
-    pub listed: bool,
+    /// Whether a listing shows the object.
+    pub listing: Listing,
     /// When the object was created, by the store's clock.
     pub created_at: Timestamp,
     /// The object could be deleted; not so under an object lock, or for a role that may only add.
@@ -45,18 +56,23 @@ pub async fn examine(store: &dyn Store, key: &ObjectKey) -> Result<Examination, 
         Err(error) if error.kind() == ErrorKind::Denied => false,
         Err(error) => return Err(outcome.err().unwrap_or(error)),
     };
-    let (capabilities, listed, created_at) = outcome?;
-    Ok(Examination { capabilities, listed, created_at, deleted })
+    let (capabilities, listing, created_at) = outcome?;
+    Ok(Examination { capabilities, listing, created_at, deleted })
 }
 
 async fn examine_object(
     store: &dyn Store,
     key: &ObjectKey,
-) -> Result<(Capabilities, bool, Timestamp), Error> {
+) -> Result<(Capabilities, Listing, Timestamp), Error> {
     let created_at = store.head(key).await?.last_modified;
     let folder = key.as_str().rsplit_once('/').map_or("", |(folder, _)| folder);
-    let listed = store.list(folder, None, FOLDER_ENTRIES_MAX).await?.iter().any(|object| object.key == *key);
-    Ok((try_object(store, key).await?, listed, created_at))
+    // A right by itself: a role may read what it knows the name of, and list nothing.
+    let listing = match store.list(folder, None, FOLDER_ENTRIES_MAX).await {
+        Ok(objects) if objects.iter().any(|object| object.key == *key) => Listing::Shown,
+        Ok(_) => Listing::Missing,
+        Err(error) => Listing::Refused(error),
+    };
+    Ok((try_object(store, key).await?, listing, created_at))
 }
 
 /// Tries a store with one small object under `key`, which nobody else uses, and deletes it.

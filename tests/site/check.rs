@@ -1,7 +1,7 @@
 //! `walden check` and `site init`: nothing to say where all is well, and the right line where something is not.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
 use crate::checked::{Checked, edit};
 use crate::support::{Cluster, DebianCluster, Need, Options, Scratch, Site, Stop, Walden, require};
@@ -141,6 +141,53 @@ fn each_mistake_in_the_configuration_fails_its_own_line() {
     let checked = source.check();
     checked.assert_failed("a key that others can read", &["key test"]);
     assert!(checked.hint("key test").starts_with("chmod 600"), "{}", checked.hint("key test"));
+}
+
+/// Failing at one of the many files would be the next basebackup's.
+#[test]
+fn a_file_that_cannot_be_read_fails_the_line_of_the_data_files() {
+    require!(Need::PostgreSQL(15), Need::Root);
+    let source = Source::start();
+    let (cluster, scratch) = (&source.cluster, source.cluster.scratch());
+    let space = scratch.folder("space");
+    cluster.sql(&format!("create tablespace apart location '{}'", space.display()));
+    cluster.sql("create table here (n int); create table there (n int) tablespace apart");
+    cluster.sql("insert into here values (1); insert into there values (1)");
+    // What is dirty would be written later, to a file that has come to be another's.
+    cluster.sql("checkpoint");
+    let file = |table: &str| {
+        cluster.data_directory().join(cluster.sql(&format!("select pg_relation_filepath('{table}')")))
+    };
+    let checked = source.check();
+    checked.assert_failed("nothing is wrong", &[]);
+    let words: Vec<&str> = checked.detail("data files").split(' ').collect();
+    assert_eq!((words[0], words[1]), (words[2], "of"), "{words:?}");
+    assert!(words[0].parse::<u32>().unwrap() > 500 && words.contains(&"1"), "{words:?}");
+
+    let uid = fs::metadata(file("here")).unwrap().uid();
+    let user = nix::unistd::User::from_uid(uid.into()).unwrap().unwrap().name;
+    for table in ["here", "there"] {
+        let file = file(table);
+        let name = file.file_name().unwrap().to_str().unwrap().to_owned();
+        for (owner, mode) in [(uid, 0), (0, 0o600)] {
+            chown(&file, Some(owner), None).unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+            let checked = source.check();
+            checked.assert_failed(&format!("{table}: {owner}, {mode:o}"), &["data files"]);
+            let (detail, hint) = (checked.detail("data files"), checked.hint("data files"));
+            assert!(detail.contains(&format!("/{name}\": Permission denied")), "{detail}");
+            assert!(detail.contains("; 1 could not be opened; "), "{detail}");
+            let who = format!("runs as user {user} ({uid}) and walden as user {user} ({uid})");
+            assert!(hint.contains(&who), "{hint}");
+            // Root may read it, and the server may not.
+            let checked = Checked::by(&source.walden.as_root(), &["--wal-timeout", "3"]);
+            assert_eq!(checked.items["data files"]["status"], "warning", "{}", checked.run.stdout);
+            assert!(checked.detail("data files").contains(&name), "{}", checked.run.stdout);
+        }
+        chown(&file, Some(uid), None).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    source.check().assert_failed("put right", &[]);
 }
 
 #[test]

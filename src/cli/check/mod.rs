@@ -135,7 +135,8 @@ async fn check_repository(
     };
     let layout = Layout::new(site.prefix.clone());
     let found = check_store(&*store, &layout, &place, &*context.clock(), &SystemRandom).await;
-    let works = found.iter().all(|item| item.name != "store" || item.status == Status::Ok);
+    let needed = |item: &Item| item.name == "store" || item.name == "store listing";
+    let works = found.iter().all(|item| !needed(item) || item.status == Status::Ok);
     items.extend(found);
     if !works {
         items.push(Item::skipped("site", "the store has to work first"));
