@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use crate::disk;
 
-use super::refusal::{Refusal, find, is_about_a_certificate};
+use super::refusal::{Refusal, Unheard, find, is_about_a_certificate};
 use super::s3::credentials::NoCredentials;
 
 /// What a store, a library or the kernel said; shared, so that an error can be given to every waiter of one
@@ -242,6 +242,11 @@ impl Error {
     /// Returns how long the store asked to be left alone.
     pub(super) fn retry_after(&self) -> Option<Duration> {
         find::<Refusal>(StdError::source(self)?)?.retry_after
+    }
+
+    /// Says whether nobody was reached, or nobody answered: the time it took was no transfer of anything.
+    pub(super) fn carried_nothing(&self) -> bool {
+        StdError::source(self).is_some_and(|source| find::<Unheard>(source).is_some())
     }
 
     /// Says whether the store answered that the object does not exist; every other error leaves that open.

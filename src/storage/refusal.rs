@@ -25,6 +25,11 @@ pub(super) struct Refusal {
     pub(super) retry_after: Option<Duration>,
 }
 
+/// What became of a request that nobody took, or that nobody said anything to.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unheard(pub(super) String);
+
 impl Refusal {
     /// Reads an answer: the value of its `Retry-After`, as far as that is in seconds, and its body.
     pub(super) fn parse(status: u16, retry_after: Option<&str>, body: &[u8]) -> Self {

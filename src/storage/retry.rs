@@ -3,7 +3,7 @@
 //! Only `Unreachable` and `OutcomeUnknown` are tried again, after pauses that double up to a bound and are
 //! spread by chance, and longer where the store asks for it. Every attempt is cut off at the deadline, so
 //! that nothing waits for ever for a store that does not answer (failure 39). The deadline is the option's
-//! plus the time the call's bytes may take on a slow line.
+//! plus the time the call's bytes may take on a slow line; attempts that carried nothing get none of that.
 //!
 //! A create whose answer was lost is repeated with the same bytes. If the key is then taken, the object is
 //! read back: our bytes mean success, others a conflict (failure 43). Taken at the first attempt is always
@@ -101,6 +101,8 @@ impl<S: Store> Retrying<S> {
             verb,
             key,
             deadline,
+            transfer,
+            carried: Duration::ZERO,
             attempts: 0,
         }
     }
@@ -120,7 +122,7 @@ impl<S: Store> Retrying<S> {
     }
 
     /// Compares what stands under a taken key with what an attempt of ours may have put there.
-    async fn read_back(&self, round: &Round<'_>, key: &ObjectKey, body: &Bytes) -> Result<bool, Error> {
+    async fn read_back(&self, round: &mut Round<'_>, key: &ObjectKey, body: &Bytes) -> Result<bool, Error> {
         match round.attempt(self.inner.get(key, body.len() as u64)).await {
             Ok(found) => Ok(found == *body),
             Err(Error::TooLarge { .. }) => Ok(false),
@@ -137,7 +139,12 @@ struct Round<'a> {
     jitter: &'a Jitter,
     verb: Verb,
     key: &'a str,
+    /// When the running attempt is given up.
     deadline: Instant,
+    /// The part of the deadline that is for the call's bytes.
+    transfer: Duration,
+    /// How long attempts have taken that may have carried some of them.
+    carried: Duration,
     attempts: u32,
 }
 
@@ -146,8 +153,23 @@ impl Round<'_> {
         self.deadline.saturating_duration_since(self.clock.monotonic())
     }
 
+    /// Says how long another attempt may begin: the time for bytes counts as far as it was used for them, or a store
+    /// that is silent would be asked for as long as the largest listing may take.
+    fn remaining_to_begin(&self) -> Duration {
+        self.remaining().saturating_sub(self.transfer.saturating_sub(self.carried))
+    }
+
     /// Runs one attempt until the deadline; a create cut off there may have happened.
-    async fn attempt<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    async fn attempt<T>(&mut self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let begun = self.clock.monotonic();
+        let outcome = self.cut_off(call).await;
+        if outcome.as_ref().err().is_some_and(|error| !error.carried_nothing()) {
+            self.carried += self.clock.monotonic().saturating_duration_since(begun);
+        }
+        outcome
+    }
+
+    async fn cut_off<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         match tokio::time::timeout(self.remaining(), call).await {
             Ok(outcome) => outcome,
             Err(_) if self.verb == Verb::Create => {
@@ -162,7 +184,7 @@ impl Round<'_> {
         self.attempts += 1;
         let asked = error.retry_after().unwrap_or_default().min(RETRY_AFTER_MAX);
         let pause = self.options.pause(self.attempts, self.jitter.fraction()).max(asked);
-        if self.attempts >= self.options.attempts_max || pause >= self.remaining() {
+        if self.attempts >= self.options.attempts_max || pause >= self.remaining_to_begin() {
             return Err(match error {
                 Error::Unreachable { source, .. } => self.given_up(source),
                 error => error,
@@ -204,7 +226,7 @@ impl<S: Store> Store for Retrying<S> {
         loop {
             let outcome = match round.attempt(self.inner.create(key, body.clone())).await {
                 Err(Error::AlreadyExists { key: taken }) if sent => {
-                    match self.read_back(&round, key, &body).await {
+                    match self.read_back(&mut round, key, &body).await {
                         Ok(true) => Ok(()),
                         Ok(false) => Err(Error::AlreadyExists { key: taken }),
                         Err(error) => Err(error),

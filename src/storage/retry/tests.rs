@@ -3,10 +3,11 @@
 //! The store below fails by rules (`fault`), and a record between the two counts the attempts.
 
 use super::super::conformance;
-use super::super::error::ErrorKind;
+use super::super::error::{ErrorKind, Source};
 use super::super::fault::{Fault, Faulty, Rule};
 use super::super::memory::MemoryStore;
 use super::super::record::Recording;
+use super::super::refusal::Unheard;
 use super::*;
 use crate::clock::{ManualClock, SystemClock};
 
@@ -120,6 +121,33 @@ fn the_deadline_grows_with_what_is_carried() {
     assert_eq!(patience(0), Duration::ZERO);
     assert_eq!(patience(32 << 20), Duration::from_secs(512));
     assert_eq!(patience(u64::MAX), Duration::from_secs(1024), "not even a damaged length makes it for ever");
+}
+
+/// A silent store is given up when the option says so; a line that breaks in mid-transfer has the time its bytes take.
+#[tokio::test]
+async fn only_what_may_have_carried_bytes_takes_the_time_for_them() {
+    let unreachable = |source: Option<Source>| Error::Unreachable {
+        verb: Verb::Get,
+        key: "a".to_owned(),
+        reason: None,
+        source,
+    };
+    let silent = unreachable(Some(Arc::new(Unheard("no answer".to_owned()))));
+    for (error, seconds_left) in [(silent, 0), (unreachable(None), 120)] {
+        let clock = ManualClock::new(jiff::Timestamp::UNIX_EPOCH);
+        let shared = Arc::new(clock.clone());
+        let store = Retrying::new(MemoryStore::new(), RetryOptions::default(), shared, 1);
+        let mut round = store.begin(Verb::Get, "a", 32 << 20);
+        assert_eq!(round.remaining_to_begin(), Duration::from_secs(120));
+        let failed = async {
+            clock.advance(Duration::from_secs(300));
+            Err::<(), _>(error)
+        };
+        let error = round.attempt(failed).await.unwrap_err();
+        assert_eq!(round.remaining_to_begin(), Duration::from_secs(seconds_left), "{error:?}");
+        // What is under way may take as long as ever.
+        assert_eq!(round.remaining(), Duration::from_secs(120 + 512 - 300), "{error:?}");
+    }
 }
 
 #[test]

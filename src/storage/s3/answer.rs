@@ -11,8 +11,9 @@ use std::sync::Arc;
 use object_store::client::{HttpError, HttpErrorKind};
 
 use super::super::error::{Error, Source, Verb};
-use super::super::refusal::{Refusal, find, is_about_a_certificate};
+use super::super::refusal::{Refusal, Unheard, find, is_about_a_certificate};
 use super::credentials::NoCredentials;
+use super::http::is_silence;
 
 /// Where a store is, as its messages name it.
 #[derive(Debug, Clone)]
@@ -92,6 +93,7 @@ pub(super) fn error_of(verb: Verb, key: &str, place: &Place, error: object_store
     let connected = find::<HttpError>(&error).map(HttpError::kind);
     let key = key.to_owned();
     let heard: Source = match find::<HttpError>(&error) {
+        Some(error) if is_silence(error) => Arc::new(Unheard(words(error))),
         Some(error) => Arc::new(Broken(words(error))),
         None => Arc::new(error),
     };

@@ -18,7 +18,7 @@ use object_store::client::{
     HttpService,
 };
 
-use super::super::refusal::Refusal;
+use super::super::refusal::{Refusal, find};
 use super::super::retry::BYTES_PER_SECOND_MIN;
 use super::answer::Signed;
 
@@ -37,6 +37,12 @@ enum Listening {
     Stalled(Duration),
     #[error("an answer of more than {0} bytes")]
     TooLong(usize),
+}
+
+/// Says whether a request came to its end without a byte of an answer: nobody was there, or nobody spoke.
+pub(super) fn is_silence(error: &HttpError) -> bool {
+    let unanswered = || matches!(find(error), Some(Listening::NoAnswer(_)));
+    error.kind() == HttpErrorKind::Connect || unanswered()
 }
 
 /// Makes the HTTP clients of one store.

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use super::super::conformance;
 use super::super::error::ErrorKind;
 use super::super::probe::{Capabilities, probe};
+use super::super::record::Recording;
 use super::super::retry::{RetryOptions, Retrying};
 use super::super::secret::Secret;
 use super::super::url::{Location, Options, open};
@@ -216,6 +217,25 @@ async fn a_peer_that_accepts_and_never_answers_ends_by_the_timeout() {
     assert_eq!(store.list("", None, 1).await.unwrap_err().kind(), ErrorKind::Unreachable);
     assert_eq!(store.delete(&key("a")).await.unwrap_err().kind(), ErrorKind::Unreachable);
     assert_eq!(store.create(&key("a"), body()).await.unwrap_err().kind(), ErrorKind::OutcomeUnknown);
+}
+
+/// The largest listing may take a quarter of an hour on a slow line; one that nobody answers may not.
+#[tokio::test]
+async fn a_silent_peer_is_asked_no_longer_for_what_may_be_large() {
+    let (_peer, store) = Peer::saying(Script::Silence).await;
+    let asked = Recording::new(store);
+    // Each attempt waits for 100 ms.
+    let options = RetryOptions {
+        deadline: Duration::from_millis(350),
+        attempts_max: u32::MAX,
+        pause_first: Duration::from_micros(1),
+        pause_max: Duration::from_millis(1),
+    };
+    let store = Retrying::new(asked.clone(), options, Arc::new(SystemClock), 1);
+    assert_eq!(store.list_folder("").await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.get(&key("a"), 64 << 20).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert_eq!(store.list("", None, 100_000).await.unwrap_err().kind(), ErrorKind::Unreachable);
+    assert!(asked.calls().len() <= 3 * 4, "{} attempts", asked.calls().len());
 }
 
 #[tokio::test]
