@@ -40,6 +40,39 @@ fn backup_wal_mount_and_clone_work_on_moto() {
     root.run(&["clone", "delete", "moto"]);
 }
 
+/// What `info` says of moto comes from its listings, what `check` proves from puts and gets of its own.
+#[test]
+fn restore_info_and_check_work_on_moto() {
+    require!(Need::PostgreSQL(15), Need::Program("moto_server"));
+    let moto = Moto::start();
+    let scene = Scene::start(&(moto.storage() + "retry = \"30s\"\n"), |site| site);
+    scene.cluster.set_archive_command(&scene.walden.archive_command());
+    scene.cluster.sql("create table t as select n, md5(n::text) from generate_series(1, 20000) n");
+    scene.walden.run(&["backup", "--checkpoint", "fast"]);
+    scene.cluster.sql("delete from t where n % 3 = 0; create table late as select 1 as n");
+    let id = scene.walden.json(&["backup", "--checkpoint", "fast"])["id"].clone();
+    scene.cluster.sql("insert into late values (2)");
+    scene.cluster.archive_wal();
+
+    let checked = scene.checked();
+    for name in ["store", "WAL round trip"] {
+        assert!(checked.iter().any(|item| item.contains(name)), "no {name} in {checked:?}");
+    }
+    let info = scene.info();
+    let cluster = &info["clusters"][0];
+    assert_eq!(cluster["basebackups"].as_array().unwrap().len(), 2, "{info:#}");
+    assert_eq!(cluster["newest_basebackup"]["name"], id, "{info:#}");
+    assert_eq!(cluster["timelines"][0]["holes"].as_array().unwrap().len(), 0, "{info:#}");
+    assert!(cluster["stored_bytes"].as_u64().unwrap() > 0, "{info:#}");
+
+    // The older one too: its packs are shared, and its recovery reads more WAL.
+    for backup in ["latest", "latest~1"] {
+        let directory = scene.place(&format!("restored-{backup}"));
+        scene.walden.run(&["restore", backup, "--target-dir", &directory]);
+        scene.assert_recovers(&directory);
+    }
+}
+
 /// Failures 40 and 42: no checksum header is sent that a store might not know, and one that ignores the condition of a
 /// create is found out before anything is written to it.
 #[test]

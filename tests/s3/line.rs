@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use crate::scene::{Scene, Store};
-use crate::support::{Checksums, Fault, Need, Site, Sql, require, s3_storage};
+use crate::scene::{HASTY, Scene, Store};
+use crate::support::{Checksums, Fault, Need, Sql, require, s3_storage};
 
 /// Failure 43, throttling, resets in mid-body and bodies changed on the way: the segment is stored once, whole.
 #[test]
@@ -81,9 +81,7 @@ fn a_dead_line_fails_a_push_and_is_no_absence_to_a_fetch() {
     scene.fetch("0000000100000000000000FF", &target).expect_code(1);
 
     let next = scene.finished_segment();
-    let storage = s3_storage(&store.line.endpoint()) + "timeout = \"1s\"\nretry = \"3s\"\n";
-    let site = Site::of(&scene.cluster, scene.cluster.data_directory()).storage(&storage);
-    scene.walden.reconfigure(scene.cluster.scratch(), &site);
+    scene.reach(&(s3_storage(&store.line.endpoint()) + HASTY));
     store.line.inject("", "", usize::MAX, Fault::Silence);
     let failed = scene.walden.try_run(&["wal", "push", &scene.path(&next)]).expect_code(4);
     assert!(failed.stderr.contains(&store.line.endpoint()), "{}", failed.stderr);
@@ -117,4 +115,43 @@ fn a_backup_and_its_clone_over_a_bad_line_equal_their_source() {
     Checksums::of(&scene.cluster).assert_same(&Checksums::of(&clone));
     assert!(store.line.heal() >= 5, "the line was good");
     walden.run(&["clone", "delete", "bad-line"]);
+}
+
+/// What a restore writes, what `info` says and what `check` finds is the same over a line that breaks every third request.
+#[test]
+fn restore_info_and_check_over_a_bad_line_are_those_of_a_good_one() {
+    require!(Need::PostgreSQL(15));
+    let store = Store::start();
+    let scene = Scene::behind(&store.line);
+    scene.cluster.set_archive_command(&scene.walden.archive_command());
+    scene.cluster.sql("create table t as select n, md5(n::text) from generate_series(1, 50000) n");
+    scene.walden.run(&["backup", "--checkpoint", "fast"]);
+    scene.cluster.sql("update t set md5 = md5(md5) where n % 7 = 0; create table late (n int)");
+    let checked = scene.checked();
+    // What `check` lets the server archive is there before what comes after it.
+    scene.cluster.archive_wal();
+    let said = scene.info();
+
+    let breaking = || {
+        let slow_down = Fault::refusal("503 Slow Down", "", "SlowDown");
+        store.line.disturb(3, [Fault::CutAnswer, slow_down, Fault::EndAnswer, Fault::LoseAnswer]);
+    };
+    let broken = |what: &str, least: usize| {
+        let broken = store.line.heal();
+        assert!(broken >= least, "{what} met {broken} faults, not {least}: the line was good");
+    };
+    breaking();
+    // Before `check`, which lets the server archive more.
+    assert_eq!(scene.info(), said);
+    broken("info", 2);
+    breaking();
+    assert_eq!(scene.checked(), checked);
+    broken("check", 2);
+    breaking();
+    let directory = scene.place("restored");
+    scene.walden.run(&["restore", "--target-dir", &directory]);
+    broken("restore", 2);
+    breaking();
+    scene.assert_recovers(&directory);
+    broken("recovery", 1);
 }

@@ -11,3 +11,4 @@ mod line;
 mod reaching;
 mod refusals;
 mod scene;
+mod silent;

@@ -2,10 +2,15 @@
 
 use std::path::Path;
 
-use crate::support::{Cluster, Options, Proxy, Run, S3, Scratch, Site, Sql, Walden, s3_storage};
+use crate::support::{
+    Checksums, Cluster, Options, Proxy, Run, S3, Scratch, Server, Site, Sql, Walden, s3_storage, wait_for,
+};
 
 /// Where nothing is heard for two seconds nothing will be; a call is tried again for a while longer.
 pub const IMPATIENT: &str = "timeout = \"2s\"\nretry = \"30s\"\n";
+
+/// Where a store that stays silent is given up soon.
+pub const HASTY: &str = "timeout = \"1s\"\nretry = \"3s\"\n";
 
 /// A store in a folder behind a line.
 pub struct Store {
@@ -68,5 +73,55 @@ impl Scene {
     /// Returns the path of a segment in the data directory.
     pub fn path(&self, segment: &str) -> String {
         self.cluster.data_directory().join("pg_wal").join(segment).to_str().unwrap().to_owned()
+    }
+
+    /// Changes the lines of `[storage]` from now on.
+    pub fn reach(&self, storage: &str) {
+        let site = Site::of(&self.cluster, self.cluster.data_directory()).storage(storage);
+        self.walden.reconfigure(self.cluster.scratch(), &site);
+    }
+
+    /// Names a data directory that is not there yet.
+    pub fn place(&self, name: &str) -> String {
+        self.cluster.scratch().path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// Starts a server on a restored directory, lets it recover to the end and compares every row with the source's.
+    #[track_caller]
+    pub fn assert_recovers(&self, directory: &str) {
+        let mut server = Server::new(15, Path::new(directory), &self.cluster.scratch().folder("run"));
+        server.set("archive_mode", "off").start();
+        wait_for("recovery to end", || {
+            server.try_sql("select pg_is_in_recovery()").is_ok_and(|answer| answer == "f").then_some(())
+        });
+        Checksums::of(&self.cluster).assert_same(&Checksums::of(&server));
+    }
+
+    /// Runs `walden check`, which has to find nothing wrong, and returns the names of its items.
+    #[track_caller]
+    pub fn checked(&self) -> Vec<String> {
+        let items = self.walden.json(&["check"]);
+        let items = items.as_array().unwrap();
+        assert!(items.iter().all(|item| item["status"] != "failed"), "{items:#?}");
+        items.iter().map(|item| item["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Reads what `walden info` says, without what only the moment of asking decides.
+    #[track_caller]
+    pub fn info(&self) -> serde_json::Value {
+        let mut info = self.walden.json(&["info"]);
+        forget_ages(&mut info);
+        info
+    }
+}
+
+fn forget_ages(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Object(fields) => {
+            fields.remove("age_seconds");
+            fields.values_mut().for_each(forget_ages);
+        }
+        serde_json::Value::Array(values) => values.iter_mut().for_each(forget_ages),
+        _ => {}
     }
 }

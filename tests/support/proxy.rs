@@ -137,6 +137,12 @@ impl Proxy {
         self.plan.lock().unwrap().rules.push(rule);
     }
 
+    /// Lets every request after so many others meet a fault.
+    pub fn inject_from(&self, position: usize, fault: Fault) {
+        let rule = Rule { method: "", part: String::new(), skip: position, times: usize::MAX, fault };
+        self.plan.lock().unwrap().rules.push(rule);
+    }
+
     /// Lets every n-th request meet one fault after the other.
     pub fn disturb(&self, every: usize, faults: impl IntoIterator<Item = Fault>) {
         self.plan.lock().unwrap().disturbance = Some((every, faults.into_iter().collect()));
