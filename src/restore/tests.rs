@@ -31,6 +31,7 @@ use crate::storage::fault::{Fault, Faulty, Rule};
 use crate::storage::{ErrorKind as StoreErrorKind, MemoryStore, ObjectKey};
 
 mod existing;
+mod positions;
 
 const CONTROL_FILE: &[u8] = include_bytes!("../../tests/data/pg_control/15");
 const PAGE: usize = 8192;
@@ -380,52 +381,6 @@ fn an_interruption_anywhere_leaves_nothing_to_start_and_can_be_resumed() {
             assert!(matches!(nothing, Err(Error::NothingToResume { .. })), "{nothing:?}");
         }
         assert!(kept > 0, "nothing that was synced was kept");
-    });
-}
-
-/// One fault at every position of the log of calls, leases and all: the restore is right, or fails, says where, and the
-/// next attempt makes it right.
-#[test]
-fn a_fault_at_any_call_is_survived_or_told_and_the_next_attempt_converges() {
-    let lost = StoreErrorKind::OutcomeUnknown;
-    let faults = [
-        Fault::Before(StoreErrorKind::Unreachable),
-        Fault::Before(lost),
-        Fault::After(lost),
-        Fault::TruncateBody(40),
-        Fault::FlipByte(40),
-    ];
-    block_on(async {
-        let site = Site::create().await;
-        let id = site.backup(&some_files(9), None).await.id;
-        for (kind, fault) in faults.into_iter().enumerate() {
-            let mut failures = 0;
-            for calls in 0.. {
-                let name = format!("fault-{kind}-{calls}");
-                let before = site.store.faults();
-                site.store.inject(Rule::always(fault.clone()).skip(calls).times(1));
-                let outcome = site.restore(id, &name, Existing::Refuse).await;
-                site.store.heal();
-                if let Err(error) = &outcome {
-                    failures += 1;
-                    let text = error.to_string();
-                    let named = text.contains("main/") || text.contains(&format!("basebackup {id}"));
-                    assert!(named, "{fault:?} at call {calls}: {text}");
-                    match read_unfinished(&site.data(&name)) {
-                        Ok(plan) => {
-                            site.assert_cannot_be_started(&name);
-                            site.run(&plan, true).await.unwrap();
-                        }
-                        Err(_) => drop(site.restore(id, &name, Existing::Refuse).await.unwrap()),
-                    }
-                }
-                site.assert_restored(&name, &some_files(9));
-                if site.store.faults() == before {
-                    assert!(calls > 5 && failures > 0, "{fault:?}: {calls} calls, {failures} failures");
-                    break;
-                }
-            }
-        }
     });
 }
 

@@ -23,6 +23,8 @@ use crate::wal::plan_file::STANDBY_SIGNAL;
 use crate::wal::push::{check_file, push};
 use crate::wal::{Error, list, plan_file};
 
+mod positions;
+
 const MIB: usize = 1 << 20;
 const SYSTEM: SystemIdentifier = SystemIdentifier(7_301_234_567_890_123_456);
 
