@@ -1,8 +1,8 @@
 //! Heads of the archive: signed notes of how far the WAL of a timeline was known to be archived.
 //!
 //! The end of an archive looks like any other end, also where somebody cut it off. A head that lies behind it is the
-//! proof that there was more. Heads are small documents, written now and then, and sort by time; writers never write
-//! one that is behind the newest, so the newest ones say all. What a reader makes of one is `catalog`'s business.
+//! proof that there was more. Heads are small documents, written now and then, and each sorts behind the newest
+//! there was, whatever the clocks say; writers never write one that is behind it, so the newest ones say all. What a reader makes of one is `catalog`'s business.
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -43,8 +43,9 @@ pub async fn archive_head(
     cluster: ClusterId,
     head: &ArchiveHead,
 ) -> Result<HeadId, Error> {
+    let newest = newest_ids(repository, cluster, head.timeline).await?.first().copied();
     for drawn in 1.. {
-        let id = HeadId::new(head.written_at, repository.keyring().random());
+        let id = HeadId::new(head.written_at, newest, repository.keyring().random());
         let identity = identity(repository, cluster, head.timeline, id);
         let bytes = seal_document(repository.keyring(), &identity, head)?;
         let key = repository.layout().head(cluster, head.timeline, id);
@@ -163,8 +164,12 @@ mod tests {
 
     impl Archive {
         async fn new() -> Self {
-            let (store, clock) =
-                (Arc::new(MemoryStore::new()), ManualClock::new("2026-11-20T10:00:00Z".parse().unwrap()));
+            Self::at(Arc::new(MemoryStore::new()), "2026-11-20T10:00:00Z").await
+        }
+
+        /// As a host sees it whose clock says that.
+        async fn at(store: Arc<MemoryStore>, time: &str) -> Self {
+            let clock = ManualClock::new(time.parse().unwrap());
             let options = RepositoryOptions {
                 store: store.clone(),
                 site: ObjectKey::parse("main").unwrap(),
@@ -205,6 +210,27 @@ mod tests {
         archive.write(TimelineId::FIRST, 1201).await;
         archive.write(TimelineId::new(2).unwrap(), 5000).await;
         assert_eq!(archive.newest().await, Some(1201));
+    }
+
+    /// A clock that was an hour ahead and is set right, and a host that is an hour behind: each writes more heads than are
+    /// read.
+    #[tokio::test]
+    async fn the_newest_head_is_found_though_clocks_differ_by_an_hour() {
+        let store = Arc::new(MemoryStore::new());
+        let mut hosts = Vec::new();
+        for time in ["2026-11-20T11:00:00Z", "2026-11-20T10:00:00Z", "2026-11-20T09:00:00Z"] {
+            hosts.push(Archive::at(store.clone(), time).await);
+        }
+        let mut end = 0;
+        for writer in hosts.iter().chain([&hosts[0]]) {
+            for _ in 0..=HEADS_READ {
+                end += 1;
+                writer.write(TimelineId::FIRST, end).await;
+                for reader in &hosts {
+                    assert_eq!(reader.newest().await, Some(end));
+                }
+            }
+        }
     }
 
     #[tokio::test]

@@ -38,7 +38,7 @@ impl BasebackupId {
     /// Creates an id for a basebackup that starts `now`, which sorts after the one `before` it.
     pub fn new(now: Timestamp, before: Option<BasebackupId>, random: &dyn Random) -> Self {
         let clock = u64::try_from(now.as_second()).unwrap_or(0).min(Self::SECONDS_MAX);
-        let seconds = before.map_or(clock, |before| clock.max(before.seconds + 1));
+        let seconds = before.map_or(clock, |before| clock.max(before.seconds + 1)).min(Self::SECONDS_MAX);
         let mut digits = [0; 2];
         random.fill(&mut digits);
         Self { seconds, random: u16::from_be_bytes(digits) }
@@ -150,14 +150,15 @@ impl fmt::Display for PackId {
     }
 }
 
-/// The name of an archive head, `20261120T101500Z-3fa9`: when it was written, and digits that keep two hosts apart.
+/// The name of an archive head, `20261120T101500Z-3fa9`: when it was written, or a second behind the
+/// newest where a clock was further, and digits that keep two hosts apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HeadId(BasebackupId);
 
 impl HeadId {
-    /// Names a head that is written `now`.
-    pub fn new(now: Timestamp, random: &dyn Random) -> Self {
-        Self(BasebackupId::new(now, None, random))
+    /// Names a head that is written `now`, which sorts after the one `before` it.
+    pub fn new(now: Timestamp, before: Option<Self>, random: &dyn Random) -> Self {
+        Self(BasebackupId::new(now, before.map(|before| before.0), random))
     }
 
     /// Returns a name that sorts before every other of this time or later.
