@@ -131,8 +131,25 @@ pub async fn plan_for_target(
     if is_found_by_reading && records.len() > 1 {
         return plan_from_any(repository, &records, &tree, request).await;
     }
-    let newest = records.first().expect("there is one, or none was an error");
-    plan_anew(repository, newest, &tree, request, None).await
+    plan_from_newest(repository, &records, &tree, request).await
+}
+
+/// Plans from the newest basebackup; where the WAL says that the target lies before its end after all, from the one
+/// before it.
+async fn plan_from_newest(
+    repository: &Repository,
+    records: &[BackupRecord],
+    tree: &TimelineTree,
+    request: RecoveryRequest<'_>,
+) -> Result<PlannedRecovery, RecoveryError> {
+    let (oldest, newer) = records.split_last().expect("there is one, or none was an error");
+    for record in newer {
+        match plan_anew(repository, record, tree, request, None).await {
+            Err(RecoveryError::Plan(PlanError::BeforeBackup { .. })) => {}
+            planned => return planned,
+        }
+    }
+    plan_anew(repository, oldest, tree, request, None).await
 }
 
 /// Plans from the newest basebackup behind whose end the target is found.

@@ -24,8 +24,9 @@ pub enum TargetPlace {
     Within,
     /// Not in the window; with the time at which the last transaction there ended, if that was looked for.
     Behind(Option<Timestamp>),
-    /// On the way, but before the basebackup is consistent.
-    TooEarly(Lsn),
+    /// On the way, but before the basebackup is consistent; for a time with that at which the last transaction before that
+    /// ended, by PostgreSQL's own record.
+    TooEarly(Option<Timestamp>),
     /// Perhaps in the window: only replay would tell.
     Unproven,
 }
@@ -290,8 +291,9 @@ pub fn plan_recovery(
             decision.plan = plan_through(record, tree, window, &up_to(record, &window.reached));
         }
         (TargetPlace::Within, _) | (TargetPlace::Unproven, None) => {}
-        (TargetPlace::TooEarly(_), _) => {
-            let (target, reach) = shown();
+        (TargetPlace::TooEarly(ended), _) => {
+            let (target, mut reach) = shown();
+            reach.begin.1 = ended.map_or(reach.begin.1, |ended| ended.max(reach.begin.1));
             return Err(PlanError::BeforeBackup { target, reach });
         }
         (_, Some(hole)) if until_hole => {

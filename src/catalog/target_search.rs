@@ -12,7 +12,7 @@ use crate::catalog::recovery_decision::TargetPlace;
 use crate::catalog::recovery_target::{RecoveryTarget, Target};
 use crate::catalog::recovery_window::RecoveryWindow;
 use crate::catalog::wal_records::{
-    LastTransaction, is_reached, last_transaction, segments_of, visit_records,
+    LastTransaction, is_reached, last_transaction, last_transaction_before_stop, segments_of, visit_records,
 };
 use crate::pg::{Lsn, TimelineId, WalSegmentNumber};
 use crate::repo::{self, ClusterId, Repository};
@@ -43,7 +43,19 @@ pub async fn place_by_reading(
 ) -> Result<TargetPlace, repo::Error> {
     if let Target::Time(time) = target.target {
         let last = last_transaction(repository, cluster, window, SEGMENTS_BACK_MAX).await?;
-        return Ok(place_of_time(last, time, target.inclusive));
+        let place = place_of_time(last, time, target.inclusive);
+        if matches!(place, TargetPlace::Behind(_)) {
+            return Ok(place);
+        }
+        // When the basebackup stopped is known by the clock of the server it was taken from, which for a standby is not the
+        // one that dates transactions.
+        let before = last_transaction_before_stop(repository, cluster, window, SEGMENTS_BACK_MAX).await?;
+        return Ok(match before {
+            LastTransaction::EndedAt(ended) if stops_at(ended, time, target.inclusive) => {
+                TargetPlace::TooEarly(Some(ended))
+            }
+            _ => place,
+        });
     }
     let size = cluster.segment_size;
     let mut segments = segments_of(window.stretches(), size);
@@ -70,20 +82,23 @@ pub async fn place_by_reading(
     };
     visit_records(repository, cluster, segments, start, visit).await?;
     Ok(match found {
-        Some(lsn) if lsn < window.start.stop_lsn => TargetPlace::TooEarly(lsn),
+        Some(lsn) if lsn < window.start.stop_lsn => TargetPlace::TooEarly(None),
         Some(_) => TargetPlace::Within,
         None if is_all => TargetPlace::Behind(None),
         None => TargetPlace::Unproven,
     })
 }
 
+/// Whether the server stops at a target time when it sees a transaction that ended then.
+fn stops_at(ended: Timestamp, time: Timestamp, inclusive: bool) -> bool {
+    ended > time || (ended == time && !inclusive)
+}
+
 /// The server stops at a time only where it sees a transaction that ended later, or then where the target is
 /// exclusive; where it sees none it ends FATAL (failure 26).
 fn place_of_time(last: LastTransaction, time: Timestamp, inclusive: bool) -> TargetPlace {
     match last {
-        LastTransaction::EndedAt(ended) if ended > time || (ended == time && !inclusive) => {
-            TargetPlace::Within
-        }
+        LastTransaction::EndedAt(ended) if stops_at(ended, time, inclusive) => TargetPlace::Within,
         LastTransaction::EndedAt(ended) => TargetPlace::Behind(Some(ended)),
         LastTransaction::None => TargetPlace::Behind(None),
         LastTransaction::NotNear => TargetPlace::Unproven,

@@ -21,6 +21,7 @@ use crate::repo::wal_object::{HistoryBranch, WalKey, archive_history, archive_wa
 use crate::repo::{Basebackup, BasebackupId, ClusterId, Keyring, Repository, RepositoryOptions};
 use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
 
+mod clocks;
 mod refusals;
 
 /// Two clusters of a site, as pg_upgrade leaves them: other system identifiers, the same names of segments.

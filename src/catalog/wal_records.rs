@@ -100,8 +100,36 @@ pub async fn last_transaction(
     window: &RecoveryWindow,
     segments_max: usize,
 ) -> Result<LastTransaction, Error> {
+    let segments = segments_of(window.stretches(), cluster.segment_size);
+    last_transaction_in(repository, cluster, segments, segments_max).await
+}
+
+/// Looks backward for the last transaction that ended before the basebackup of a window was consistent: what it did is
+/// recovered whatever the target.
+pub async fn last_transaction_before_stop(
+    repository: &Repository,
+    cluster: ClusterId,
+    window: &RecoveryWindow,
+    segments_max: usize,
+) -> Result<LastTransaction, Error> {
+    let (size, stop) = (cluster.segment_size, window.start.stop_lsn);
+    let last = WalSegmentNumber::ending_at(stop, size);
+    let mut segments = segments_of(window.stretches(), size);
+    segments.retain(|part| part.name.number(size).is_ok_and(|number| number <= last));
+    if let Some(part) = segments.last_mut().filter(|part| part.name.number(size) == Ok(last)) {
+        part.end = Some(part.end.map_or(stop, |end| end.min(stop)));
+    }
+    last_transaction_in(repository, cluster, segments, segments_max).await
+}
+
+async fn last_transaction_in(
+    repository: &Repository,
+    cluster: ClusterId,
+    segments: Vec<SegmentPart>,
+    segments_max: usize,
+) -> Result<LastTransaction, Error> {
     let size = cluster.segment_size;
-    let mut segments = segments_of(window.stretches(), size).into_iter().rev();
+    let mut segments = segments.into_iter().rev();
     // Nearly always the first one tells, so no other is read with it.
     let mut ahead = 1;
     let (mut read, mut following) = (0, None);

@@ -66,7 +66,7 @@ async fn a_target_before_the_end_of_the_basebackup_is_refused_with_its_window() 
     let tree = TimelineTree::load(&site.repository, record.cluster).await.unwrap();
     let coverage = WalCoverage::load(&site.repository, record.cluster).await.unwrap();
     let reached = window_for(record, &tree, &coverage, &named.target, timeline(1)).unwrap();
-    let place = TargetPlace::TooEarly(within(3));
+    let place = TargetPlace::TooEarly(None);
     let error = plan_recovery(record, &tree, &reached, &named, place, false).unwrap_err();
     assert_eq!(
         error.to_string(),
