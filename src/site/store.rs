@@ -107,6 +107,8 @@ fn hint_of(error: &Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use jiff::Timestamp;
 
     use super::*;
@@ -151,6 +153,31 @@ mod tests {
             let item = items.last().unwrap();
             assert_eq!(item.status, Status::Warning);
             assert!(item.detail.contains(words), "{}", item.detail);
+        }
+        let store_clock = ManualClock::new("2026-11-20T11:00:00Z".parse().unwrap());
+        let store = MemoryStore::with_clock(Arc::new(store_clock));
+        for (here, said) in [
+            ("10:00:00", Some("the store's clock is 3600 s ahead of this host's")),
+            ("12:00:00", Some("the store's clock is 3600 s behind this host's")),
+            // As much as hosts without NTP are apart after a while, and nothing that a lease or retention minds.
+            ("10:59:00", None),
+            ("11:01:00", None),
+            ("10:58:59", Some("the store's clock is 61 s ahead of this host's")),
+            ("11:01:01", Some("the store's clock is 61 s behind this host's")),
+        ] {
+            let clock = ManualClock::new(format!("2026-11-20T{here}Z").parse().unwrap());
+            let items = check_store(&store, &layout, "memory://", &clock, &SystemRandom).await;
+            let item = items.last().unwrap();
+            match said {
+                Some(said) => {
+                    assert_eq!((item.status, &*item.detail), (Status::Warning, said));
+                    assert_eq!(item.hint.as_deref(), Some("Set the clocks by NTP."));
+                }
+                None => {
+                    let agrees = "the store's clock agrees with this host's";
+                    assert_eq!((item.status, &*item.detail), (Status::Ok, agrees), "{here}");
+                }
+            }
         }
         let seconds = SignedDuration::from_secs;
         assert_eq!(skew(seconds(3), seconds(5)), seconds(0));

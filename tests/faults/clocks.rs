@@ -2,25 +2,32 @@
 
 use std::sync::Arc;
 
+use jiff::{SignedDuration, Timestamp};
 use walden::catalog::basebackups;
 use walden::clock::ManualClock;
 use walden::codec::{Compression, SeededRandom};
 use walden::pg::{Lsn, TimelineId};
 use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
 use walden::repo::documents::ServerRecord;
+use walden::repo::lease::{Lease, Pin};
 use walden::repo::{Basebackup, BasebackupId, Keyring, Repository, RepositoryOptions};
-use walden::storage::{MemoryStore, ObjectKey};
+use walden::storage::{MemoryStore, ObjectKey, Store};
+
+/// Opens the site as a host with that time would.
+async fn open(store: &Arc<MemoryStore>, time: Timestamp, seed: u64) -> Repository {
+    let options = RepositoryOptions {
+        store: store.clone(),
+        site: ObjectKey::parse("main").unwrap(),
+        keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(seed))),
+        clock: Arc::new(ManualClock::new(time)),
+    };
+    Repository::open_or_create(options).await.unwrap().0
+}
 
 /// Writes a basebackup as a host with that time would.
 async fn write(store: &Arc<MemoryStore>, time: &str, parent: Option<BasebackupId>) -> BasebackupId {
     let time = time.parse().unwrap();
-    let options = RepositoryOptions {
-        store: store.clone(),
-        site: ObjectKey::parse("main").unwrap(),
-        keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(7))),
-        clock: Arc::new(ManualClock::new(time)),
-    };
-    let (repository, _) = Repository::open_or_create(options).await.unwrap();
+    let repository = open(store, time, 7).await;
     let parent = match parent {
         Some(id) => Some(Arc::new(Basebackup::open(&repository, id).await.unwrap())),
         None => None,
@@ -60,4 +67,31 @@ async fn a_full_basebackup_sorts_behind_the_one_before_it() {
     let ahead = write(&store, "2026-11-20T11:15:00Z", None).await;
     let right = write(&store, "2026-11-20T10:16:00Z", None).await;
     assert!(ahead < right, "{ahead}, {right}");
+}
+
+/// Leases and pins are dated by the store alone, and no clock of a host says when one is over.
+#[tokio::test]
+async fn a_host_an_hour_off_holds_a_basebackup_and_lets_it_go() {
+    let now: Timestamp = "2026-11-20T10:15:00Z".parse().unwrap();
+    let store = Arc::new(MemoryStore::with_clock(Arc::new(ManualClock::new(now))));
+    let id = write(&store, "2026-11-20T10:15:00Z", None).await;
+    for (seed, hours) in [(11, -1), (12, 1)] {
+        let repository = open(&store, now + SignedDuration::from_hours(hours), seed).await;
+        let mut lease = Lease::create(&repository, id).await.unwrap().expect("the store takes writes");
+        lease.renew().await.unwrap();
+        lease.end().await.unwrap();
+        let pin = Pin::create(&repository, id, "a clone").await.unwrap();
+        pin.end(&repository).await.unwrap();
+    }
+    let below = async |folder: &str| {
+        let objects = store.list(folder, None, 100).await.unwrap();
+        assert!(objects.iter().all(|object| object.last_modified == now), "{objects:?}");
+        let leaf = |key: &str| key.rsplit(['/', '.']).next().unwrap().to_owned();
+        let mut leaves: Vec<String> = objects.iter().map(|object| leaf(object.key.as_str())).collect();
+        leaves.sort();
+        leaves
+    };
+    assert_eq!(below("main/leases").await, ["0", "0", "1", "1", "end", "end"]);
+    let pins = below("main/pins").await;
+    assert_eq!((pins.len(), pins.iter().filter(|leaf| *leaf == "end").count()), (4, 2), "{pins:?}");
 }
