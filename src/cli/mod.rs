@@ -42,6 +42,7 @@ mod tests;
 mod text;
 mod unmount;
 mod wal;
+mod wal_check;
 mod wal_queue;
 mod wal_receive;
 

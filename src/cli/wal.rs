@@ -1,4 +1,5 @@
-//! `walden wal push|fetch|list`: PostgreSQL's archive_command and restore_command, and what the archive holds.
+//! `walden wal push|fetch|list`: PostgreSQL's archive_command and restore_command, and what the archive holds;
+//! `check` has a file of its own.
 //!
 //! The server runs push and fetch once for every file, so they work on one thread and open nothing they do not need;
 //! push has a daemon do it where there is one, and begins with asking it.
@@ -37,6 +38,7 @@ use super::exit::{ExitKind, ExitPolicy};
 use super::output::Report;
 use super::prefetch::{Asked, Place};
 use super::text::{Align, TextStyle, TextTable, size};
+use super::wal_check::WalCheck;
 use super::wal_queue::{LeftOutFile, QueueLimit};
 use super::wal_receive::WalReceive;
 
@@ -53,6 +55,7 @@ enum Action {
     Fetch(WalFetch),
     List(WalList),
     Receive(WalReceive),
+    Check(WalCheck),
 }
 
 /// Archives one file of pg_wal: archive_command = 'walden wal push %p'
@@ -83,7 +86,7 @@ impl Wal {
     pub(super) fn exit_policy(&self) -> ExitPolicy {
         match self.action {
             Action::Fetch(_) => ExitPolicy::RestoreCommand,
-            Action::Push(_) | Action::List(_) | Action::Receive(_) => ExitPolicy::Usual,
+            Action::Push(_) | Action::List(_) | Action::Check(_) | Action::Receive(_) => ExitPolicy::Usual,
         }
     }
 
@@ -93,6 +96,7 @@ impl Wal {
             Action::Fetch(command) => command.run(context),
             Action::List(command) => command.run(context),
             Action::Receive(command) => command.run(context),
+            Action::Check(command) => command.run(context),
         }
     }
 }

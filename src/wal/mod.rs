@@ -4,9 +4,11 @@
 //! so they start quickly and do one thing. `plan_file` is the recovery plan as it lies in a data directory,
 //! `key_rotation` the key of a process that archives for long, `queue` the limit of what may wait for the archive, and
 //! `left_out` what was left out of it for that. `receive` runs for long and keeps what is on its way in the `spool`.
+//! `check` looks whether all is there that a recovery may ask for, and puts back what the server still has.
 //! Deliberately absent: exit statuses (`cli`), the decision what a name is answered (`catalog`) and any deletion.
 
 pub mod archive;
+pub mod check;
 mod data_directory;
 mod error;
 pub mod fetch;

@@ -6,6 +6,7 @@ mod support;
 mod scene;
 
 mod archiving;
+mod check;
 mod mount;
 mod never_promotes;
 mod prefetch;

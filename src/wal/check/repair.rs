@@ -1,0 +1,82 @@
+//! Archives again what a check has missed and the server still has.
+//!
+//! Only files that PostgreSQL itself has marked for the archive, done or not: what bears the name of a segment without
+//! such a mark is still being written, or waits to be reused. Each goes through the same checks as in the
+//! archive_command.
+
+use std::fs;
+use std::path::Path;
+
+use crate::codec::Compression;
+use crate::pg::ArchiveFileName;
+use crate::repo::{ClusterId, Repository};
+use crate::wal::Error;
+use crate::wal::data_directory::{cluster_of, read_control_file};
+use crate::wal::push::{check_file, push};
+
+use super::ClusterFindings;
+
+/// What a repair has done.
+#[derive(Debug, Default)]
+pub struct Repaired {
+    /// The files that are in the archive now.
+    pub archived: Vec<String>,
+    /// The files that are there and could not be archived, and why.
+    pub refused: Vec<(String, String)>,
+}
+
+/// Returns the cluster of a data directory.
+pub fn cluster_of_directory(data_directory: &Path) -> Result<ClusterId, Error> {
+    Ok(cluster_of(&read_control_file(data_directory)?))
+}
+
+/// Archives what is missing of `findings`, as far as the data directory of that cluster has it.
+///
+/// # Errors
+/// Where the directory cannot be read, or the store does not answer.
+pub async fn repair(
+    repository: &Repository,
+    findings: &ClusterFindings,
+    data_directory: &Path,
+    compression: Compression,
+) -> Result<Repaired, Error> {
+    let mut repaired = Repaired::default();
+    for name in wanted(findings, data_directory)? {
+        let path = data_directory.join("pg_wal").join(name.to_string());
+        let archived = match check_file(&path) {
+            Ok(file) => push(repository, &file, compression).await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        match archived {
+            Ok(()) => repaired.archived.push(name.to_string()),
+            Err(error) if error.kind() == crate::wal::ErrorKind::Retry => return Err(error),
+            Err(error) => repaired.refused.push((name.to_string(), error.to_string())),
+        }
+    }
+    Ok(repaired)
+}
+
+/// Lists the files of `pg_wal` that are missing from the archive: histories first, then in the order of their names.
+fn wanted(findings: &ClusterFindings, data_directory: &Path) -> Result<Vec<ArchiveFileName>, Error> {
+    let pg_wal = data_directory.join("pg_wal");
+    let io = |source| Error::Unreadable { path: pg_wal.clone(), source };
+    let mut wanted = Vec::new();
+    for entry in fs::read_dir(&pg_wal).map_err(io)? {
+        let name = entry.map_err(io)?.file_name();
+        let Some(Ok(name)) = name.to_str().map(str::parse::<ArchiveFileName>) else { continue };
+        let is_wanted = match name {
+            ArchiveFileName::Segment(segment) => findings.continuity.lacks(segment),
+            ArchiveFileName::History(timeline) => findings.continuity.missing_histories.contains(&timeline),
+            ArchiveFileName::Partial(_) | ArchiveFileName::BackupHistory { .. } => false,
+        };
+        let marked = ["ready", "done"]
+            .iter()
+            .any(|mark| pg_wal.join("archive_status").join(format!("{name}.{mark}")).exists());
+        // A history file is complete from the moment it has its name.
+        if is_wanted && (marked || matches!(name, ArchiveFileName::History(_))) {
+            wanted.push(name);
+        }
+    }
+    wanted.sort_by_key(|name| (!matches!(name, ArchiveFileName::History(_)), name.to_string()));
+    Ok(wanted)
+}
