@@ -23,6 +23,7 @@ use crate::disk::Error;
 use crate::disk::durable::{self, Create};
 use crate::disk::lock::LockFile;
 use crate::disk::owner::Owner;
+use crate::disk::state_file;
 
 /// The area's name in the directory it belongs to.
 pub const DIRECTORY_NAME: &str = ".walden";
@@ -147,17 +148,10 @@ impl PrivateArea {
 
     /// Returns the basebackup this directory is bound to, if it is.
     pub fn binding(&self) -> Result<Option<Binding>, Error> {
-        let path = self.binding_path();
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(Error::at("read", &path)(source)),
-        };
-        serde_json::from_slice(&text).map(Some).map_err(|detail| Error::Malformed {
-            path,
-            what: "the binding to a basebackup",
-            detail: detail.to_string(),
-        })
+        match state_file::read_document(&self.binding_path(), "the binding to a basebackup") {
+            Err(error) if error.is_not_found() => Ok(None),
+            read => read.map(Some),
+        }
     }
 
     /// Renames the held-back files into place and removes the area: the directory is then an ordinary one.

@@ -19,13 +19,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Hole, RecoveryTarget};
 use crate::control::{CloneSetting, CloneState};
 use crate::disk::durable::{self, Create};
-use crate::disk::{self, LockFile, Owner};
+use crate::disk::{self, LockFile, Owner, state_file};
 use crate::pg::{RecoveryLimits, TimelineId};
 use crate::repo::lease::Pin;
 use crate::repo::{BasebackupId, ClusterId};
@@ -269,7 +268,7 @@ impl CloneFolder {
 
     /// Reads what the clone is.
     pub fn read_spec(&self) -> Result<CloneSpec, disk::Error> {
-        read_json(&self.spec_file(), "the description of a clone")
+        state_file::read_document(&self.spec_file(), "the description of a clone")
     }
 
     /// Remembers how the clone is, for when nobody answers.
@@ -279,7 +278,7 @@ impl CloneFolder {
 
     /// Returns what was remembered last.
     pub fn read_state(&self) -> Result<LastState, disk::Error> {
-        read_json(&self.path.join("state.json"), "the state of a clone")
+        state_file::read_document(&self.path.join("state.json"), "the state of a clone")
     }
 
     /// Remembers what the server is told.
@@ -289,7 +288,7 @@ impl CloneFolder {
 
     /// Returns what the server was told last; nothing before its first start.
     pub fn read_settings(&self) -> Vec<CloneSetting> {
-        read_json(&self.settings_file(), "the settings of a clone").unwrap_or_default()
+        state_file::read_document(&self.settings_file(), "the settings of a clone").unwrap_or_default()
     }
 
     fn settings_file(&self) -> PathBuf {
@@ -311,20 +310,6 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T, what: &'static str) -> R
     let mut bytes = serde_json::to_vec_pretty(value).map_err(malformed)?;
     bytes.push(b'\n');
     durable::write_file(path, &bytes, Create::PRIVATE_FILE)
-}
-
-/// Reads a document.
-pub fn read_json<T: DeserializeOwned>(path: &Path, what: &'static str) -> Result<T, disk::Error> {
-    let bytes = std::fs::read(path).map_err(|source| disk::Error::Io {
-        action: "read",
-        path: path.to_owned(),
-        source,
-    })?;
-    serde_json::from_slice(&bytes).map_err(|error| disk::Error::Malformed {
-        path: path.to_owned(),
-        what,
-        detail: error.to_string(),
-    })
 }
 
 #[cfg(test)]

@@ -21,8 +21,8 @@ use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_scan::greatest;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::disk::durable::{self, Create};
-use crate::disk::{self, CloneMarker, LockFile, Owner};
-use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, read_json};
+use crate::disk::{self, CloneMarker, LockFile, Owner, state_file};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
 use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::isolation::{CloneFacts, Setting, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
@@ -157,7 +157,7 @@ async fn lock(folder: &CloneFolder) -> Result<LockFile, disk::Error> {
 async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) -> Result<(), SuperviseError> {
     let folder = &options.folder;
     let spec = folder.read_spec()?;
-    let plan: RecoveryPlan = read_json(&folder.plan_file(), "a recovery plan")?;
+    let plan: RecoveryPlan = state_file::read_document(&folder.plan_file(), "a recovery plan")?;
     folder.write_state(&LastState::sound(CloneState::Recovering))?;
     let listener = Listener::bind(&folder.control_socket())?;
     let mut mount = CloneMount::open(&options.repository, folder, &spec, plan).await?;

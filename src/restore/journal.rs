@@ -5,11 +5,15 @@
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::disk::state_file;
 use crate::restore::Error;
+
+/// A file is a number of at most eight digits and a space: as many files as no cluster has.
+const JOURNAL_BYTES_MAX: u64 = 9 * 100_000_000;
 
 /// The journal of one restore.
 #[derive(Debug)]
@@ -27,10 +31,10 @@ impl Journal {
 
     /// Reads which files are complete.
     pub(super) fn read(path: &Path) -> Result<HashSet<u64>, Error> {
-        match std::fs::read(path) {
+        match state_file::read(path, "the journal of a restore", JOURNAL_BYTES_MAX) {
             Ok(text) => Ok(parse(&text)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(HashSet::new()),
-            Err(error) => Err(Error::at("read", path)(error)),
+            Err(error) if error.is_not_found() => Ok(HashSet::new()),
+            Err(error) => Err(error.into()),
         }
     }
 

@@ -17,7 +17,7 @@ use crate::catalog::PLAN_FILE_NAME;
 use crate::codec::CpuPool;
 use crate::disk::durable::{self, Create};
 use crate::disk::private_area::HELD_BACK;
-use crate::disk::{Binding, LockFile, PrivateArea};
+use crate::disk::{self, Binding, LockFile, PrivateArea, state_file};
 use crate::monitor::{Monitor, Task};
 use crate::repo::entry::Entry;
 use crate::repo::lease::{LEASE_RENEWAL_SECONDS, Lease};
@@ -72,12 +72,13 @@ pub fn read_unfinished(target_directory: &Path) -> Result<RestorePlan, Error> {
     let nothing = || Error::NothingToResume { path: target_directory.to_owned() };
     let area = PrivateArea::open(target_directory)?.ok_or_else(nothing)?;
     let path = area.directory().join(STATE_FILE_NAME);
-    let text = match fs::read(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(nothing()),
-        other => other.map_err(Error::at("read", &path))?,
-    };
     let unusable = |detail: String| Error::State { path: path.clone(), detail };
-    let plan: RestorePlan = serde_json::from_slice(&text).map_err(|error| unusable(error.to_string()))?;
+    let plan: RestorePlan =
+        state_file::read_document(&path, "the plan of a restore").map_err(|error| match error {
+            error if error.is_not_found() => nothing(),
+            disk::Error::Malformed { detail, .. } => unusable(detail),
+            error => Error::Disk(error),
+        })?;
     if plan.format != 1 {
         return Err(unusable(format!("it has format {}", plan.format)));
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{Owner, Space, private_area};
+use crate::disk::{Owner, Space, private_area, state_file};
 use crate::pg::{ControlFile, SystemIdentifier};
 use crate::repo::{BasebackupId, ClusterId};
 use crate::restore::Error;
@@ -71,12 +71,12 @@ impl TargetFacts {
         }
         let control = fs::read(path.join("global/pg_control")).unwrap_or_default();
         let control = ControlFile::parse(&control).ok();
-        let marker = fs::read(path.join(MARKER_FILE_NAME)).ok();
+        let marker = state_file::read_document(&path.join(MARKER_FILE_NAME), "the marker of a restore").ok();
         Ok(Self {
             owner: Some(Owner::of(path)?),
             filled: is_filled(path)?,
             unfinished: path.join(private_area::DIRECTORY_NAME).join(STATE_FILE_NAME).exists(),
-            marker: marker.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
+            marker,
             cluster: control.map(|control| control.system_identifier),
             server: server_in(path),
         })

@@ -3,8 +3,6 @@
 //! Written before PostgreSQL is told that the file is archived, which removes the file. `walden check` fails while
 //! anything stands in it that no basebackup has been taken behind; a basebackup from this host takes those out.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -13,7 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::durable::{self, Create};
-use crate::disk::{self, LockFile, Owner};
+use crate::disk::{self, LockFile, Owner, state_file};
 use crate::pg::{ArchiveFileName, Lsn, TimelineId};
 use crate::repo::ClusterId;
 use crate::repo::documents::BackupRecord;
@@ -77,13 +75,11 @@ pub fn file_of(state: &Path, site: &str) -> PathBuf {
 impl LeftOut {
     /// Reads the file of a site; without one nothing was left out.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let bytes = match fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(Error::Unreadable { path: path.to_owned(), source }),
-        };
-        serde_json::from_slice(&bytes)
-            .map_err(|error| Error::Malformed { path: path.to_owned(), detail: error.to_string() })
+        match state_file::read_document(path, "what was left out of the archive") {
+            Err(error) if error.is_not_found() => Ok(Self::default()),
+            Err(disk::Error::Malformed { path, detail, .. }) => Err(Error::Malformed { path, detail }),
+            read => Ok(read?),
+        }
     }
 
     /// Changes the file of a site durably, one process at a time; it is removed where nothing is left out any more.
@@ -251,7 +247,7 @@ mod tests {
         drop(held);
         LeftOut::change(&path, owner, |file| file.gaps.clear()).unwrap();
         assert!(!path.exists());
-        fs::write(&path, "{").unwrap();
+        std::fs::write(&path, "{").unwrap();
         assert!(matches!(LeftOut::load(&path), Err(Error::Malformed { .. })));
     }
 }

@@ -5,11 +5,13 @@
 //! its most is held against the length of its input. `objects` does the same to whole objects of the golden
 //! repository. Decoders that are private to a module have proptests beside them, without the count of bytes: what they
 //! make room for is bounded in the code by the bytes left (`WireReader::count_of`) or by a named limit. Not here: the
-//! XML that `object_store` reads, of which an answer's length alone is bounded, and `backup_manifest`, read by serde.
+//! XML that `object_store` reads, of which an answer's length alone is bounded, and the server's `backup_manifest`, read
+//! by serde: `restore --delta` reads none that is longer than `MANIFEST_BYTES_MAX` in `restore::existing`.
 
 mod counting;
 mod objects;
 mod samples;
+mod state;
 
 use proptest::prelude::*;
 use proptest::sample::Index;

@@ -9,7 +9,6 @@ use walden::codec::{
     CodecId, Compression, Compressor, Decompressor, RecipientKey, RecipientPrivateKey, SigningKey, VerifyKey,
 };
 use walden::config::{Config, Environment};
-use walden::control::{Reply, Request};
 use walden::pg::{
     ArchiveFileName, BackupLabel, ControlFile, Crc32c, DataPath, Lsn, MajorVersion, PageHeader,
     PostmasterPid, RelationMap, SegmentHeader, SystemIdentifier, TimelineHistory, TimelineId, WalPageHeader,
@@ -36,7 +35,7 @@ pub struct Decoder {
 }
 
 /// A plan as restore writes it.
-const PLAN: &str = r#"{"format":1,"cluster":"7710459600104976879-1","basebackup":"20261120T101500Z-3fa9",
+pub const PLAN: &str = r#"{"format":1,"cluster":"7710459600104976879-1","basebackup":"20261120T101500Z-3fa9",
     "spans":[{"timeline":1,"first":"000000010000000000000009","last":"00000001000000000000000C","history":false},
              {"timeline":2,"first":"00000002000000000000000C","last":null,"history":true}],"standby":false}"#;
 
@@ -48,10 +47,11 @@ pub fn decoders() -> Vec<Decoder> {
     all.extend(codec());
     all.extend(repo());
     all.extend(texts());
+    all.extend(crate::state::decoders());
     all
 }
 
-fn decoder(name: &'static str, samples: Vec<Vec<u8>>, decode: fn(&[u8])) -> Decoder {
+pub fn decoder(name: &'static str, samples: Vec<Vec<u8>>, decode: fn(&[u8])) -> Decoder {
     Decoder { name, samples, decode, declared: 0, repair: |_| {} }
 }
 
@@ -341,13 +341,6 @@ fn texts() -> Vec<Decoder> {
                 }
             }
         }),
-        decoder(
-            "control message",
-            bytes(&["\"status\"", "\"stop\"", "{\"failed\":{\"message\":\"x\"}}"]),
-            |bytes| {
-                let _ = (serde_json::from_slice::<Request>(bytes), serde_json::from_slice::<Reply>(bytes));
-            },
-        ),
         decoder("configuration", bytes(&[toml]), |bytes| {
             let environment = Environment::of_process();
             let _ = Config::parse(&text(bytes), Path::new("/etc/walden.toml"), &environment);
