@@ -22,6 +22,7 @@ use crate::repo::{Basebackup, BasebackupId, ClusterId, Keyring, Repository, Repo
 use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
 
 mod clocks;
+mod faults;
 mod refusals;
 
 /// Two clusters of a site, as pg_upgrade leaves them: other system identifiers, the same names of segments.
