@@ -129,8 +129,7 @@ fn each_mistake_in_the_configuration_fails_its_own_line() {
     checked.assert_failed("a node that does not answer", &["node 2: connection"]);
     assert_eq!(checked.items["node 1: WAL round trip"]["status"], "ok", "{}", checked.run.stdout);
 
-    let url = format!("file://{}", source.walden.repository().display());
-    let checked = source.with(&url, "file:///sys/walden");
+    let checked = source.with(&source.walden.storage(), "url = \"file:///sys/walden\"");
     checked.assert_failed("a store that cannot be written", &["store"]);
 
     let key = |name: &str| scratch.path().join("walden").join(name);

@@ -25,6 +25,7 @@ mod moto;
 mod proxy;
 mod s3;
 mod s3_server;
+mod test_store;
 
 pub use chaos::{Chaos, Ledger};
 pub use checksum::Checksums;

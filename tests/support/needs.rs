@@ -4,7 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::s3::tests_use_s3;
+use super::test_store::{StoreKind, report};
 
 /// Something a test cannot do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,14 +44,15 @@ impl Need {
 
 /// Says on the runner's standard error which needs are not met; fails where `CI` is set.
 pub fn unmet(needs: &[Need]) -> bool {
-    if needs.contains(&Need::Folder) && tests_use_s3() {
+    if needs.contains(&Need::Folder) && StoreKind::of_this_run() != StoreKind::File {
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
-        shout(&format!(
-            "SKIPPED {test}: it is about a repository in a folder, and this run keeps them in S3\n"
-        ));
+        let why = "it is about a repository in a folder, and this run keeps them in S3";
+        shout(&format!("SKIPPED {test}: {why}\n"));
+        report("inapplicable", why);
         return true;
     }
     let Some(missing) = missing(needs, std::env::var_os("CI").is_some()) else { return false };
+    report("inapplicable", &format!("this machine has no {missing}"));
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     shout(&format!("SKIPPED {test}: this machine has no {missing}; scripts/install test gets what it can\n"));
     true

@@ -1,6 +1,4 @@
 //! An S3 server over a folder, for tests of the binary: objects are files there, to be looked at and damaged.
-//!
-//! With `WALDEN_TEST_STORE=s3` every repository of the tests lies behind such a server.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -47,15 +45,6 @@ pub fn s3_storage(endpoint: &str) -> String {
         "url = \"s3://{BUCKET}\"\nendpoint = \"{endpoint}\"\naccess_key_id = \"{ACCESS_KEY_ID}\"\n\
          secret_access_key = \"{SECRET_ACCESS_KEY}\"\n"
     )
-}
-
-/// Says whether this run of the tests keeps its repositories in S3.
-pub fn tests_use_s3() -> bool {
-    match std::env::var("WALDEN_TEST_STORE").as_deref() {
-        Err(_) | Ok("file") => false,
-        Ok("s3") => true,
-        Ok(other) => panic!("WALDEN_TEST_STORE is file or s3, not {other}"),
-    }
 }
 
 impl Drop for S3 {

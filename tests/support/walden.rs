@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use super::s3::{S3, tests_use_s3};
 use super::scratch::{mounts_below, unmount};
+use super::test_store::{TestStore, report};
 use super::{Account, Run, Scratch, Sql, wait_for};
 
 /// Walden with its configuration in a scratch folder.
@@ -19,8 +19,8 @@ pub struct Walden {
     binary: PathBuf,
     folder: PathBuf,
     root: bool,
-    /// What serves the repository's folder, where it is reached as S3.
-    s3: Option<Arc<S3>>,
+    /// What holds the repository, where that is not a folder.
+    store: Option<Arc<TestStore>>,
 }
 
 /// What is written into `walden.toml`.
@@ -100,7 +100,7 @@ impl Walden {
             fs::copy(built, &binary).unwrap();
             fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        Self { binary, folder: scratch.folder("walden"), root: false, s3: None }
+        Self { binary, folder: scratch.folder("walden"), root: false, store: None }
     }
 
     /// Prepares everything: keys if the site is encrypted, and `walden.toml`.
@@ -114,8 +114,9 @@ impl Walden {
             let keys = ["key", "create", "--id", "test", "--bits", "3072"];
             Run::of(walden.bare_command().args(keys).current_dir(&walden.folder), "").expect_success();
         }
-        if site.storage.is_none() && tests_use_s3() {
-            walden.s3 = Some(Arc::new(S3::over(&walden.repository())));
+        match site.storage {
+            None => walden.store = TestStore::start(&walden.folder.join("repository")).map(Arc::new),
+            Some(_) => report("own", "it has a store of its own"),
         }
         scratch.file("walden/walden.toml", &walden.configuration(site));
         walden
@@ -139,14 +140,17 @@ impl Walden {
 
     /// Returns the lines of `[storage]` of its own repository, for another site.
     pub fn storage(&self) -> String {
-        match &self.s3 {
-            Some(s3) => s3.storage(),
+        match &self.store {
+            Some(store) => store.storage(),
             None => format!("url = \"file://{}\"", self.repository().display()),
         }
     }
 
     /// Returns where its own repository is: a folder, reached as S3 or not.
     pub fn repository(&self) -> PathBuf {
+        if let Some(store) = &self.store {
+            store.assert_has_files();
+        }
         self.folder.join("repository")
     }
 
