@@ -1,7 +1,8 @@
 //! What a site's files came to: those that are under way, and a bounded number of those that are archived.
 //!
 //! Only success is remembered, and only of the very file that was read; a failure is told to those who wait for it and
-//! forgotten, so that the next request tries again. Success means that the store has the file durably.
+//! forgotten, so that the next request tries again. Success means that the store has the file durably. It is told once:
+//! PostgreSQL asks once, and who asks again may do so because something is wrong with what is stored.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -39,7 +40,8 @@ pub(super) struct Outcomes {
 
 #[derive(Debug)]
 enum State {
-    Archived(ArchivedFile),
+    /// Whether somebody was told so is the second.
+    Archived(ArchivedFile, bool),
     Running(Awaited),
 }
 
@@ -51,10 +53,22 @@ impl Outcomes {
     pub(super) fn known(&self, path: &Path, identity: &FileIdentity) -> Known {
         match self.files.get(path) {
             Some((known, state)) if known == identity => match state {
-                State::Archived(file) => Known::Archived(file.clone()),
+                State::Archived(file, _) => Known::Archived(file.clone()),
                 State::Running(awaited) => Known::Running(awaited.clone()),
             },
             _ => Known::Nothing,
+        }
+    }
+
+    /// Returns what can be told of the file that stands there now: of one that was told of before, nothing.
+    pub(super) fn tell(&mut self, path: &Path, identity: &FileIdentity) -> Known {
+        match self.files.get_mut(path) {
+            Some((known, State::Archived(_, told))) if known == identity && *told => Known::Nothing,
+            Some((known, State::Archived(file, told))) if known == identity => {
+                *told = true;
+                Known::Archived(file.clone())
+            }
+            _ => self.known(path, identity),
         }
     }
 
@@ -76,7 +90,7 @@ impl Outcomes {
             self.files.remove(path);
             return;
         };
-        *state = State::Archived(archived);
+        *state = State::Archived(archived, false);
         self.archived.push_back(path.to_owned());
         if self.archived.len() > ARCHIVED_MAX
             && let Some(oldest) = self.archived.pop_front()
@@ -114,6 +128,9 @@ mod tests {
         outcomes.end(path, &first, Some(file("1")));
         assert!(matches!(outcomes.known(path, &first), Known::Archived(known) if known == file("1")));
         assert!(matches!(outcomes.known(path, &second), Known::Nothing), "another file under the name");
+        assert!(matches!(outcomes.tell(path, &first), Known::Archived(known) if known == file("1")));
+        assert!(matches!(outcomes.tell(path, &first), Known::Nothing), "told before");
+        assert!(matches!(outcomes.known(path, &first), Known::Archived(_)), "and not to be done ahead");
         // The other file is begun, and what the first comes to is no word about it.
         let _sender = outcomes.begin(path, second);
         outcomes.end(path, &first, Some(file("1")));

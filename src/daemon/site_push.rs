@@ -108,13 +108,17 @@ impl SitePush {
         let outcome = match self.identify(path).await {
             Ok(identity) => {
                 self.note_request(path);
-                let mut awaited = match self.known(path, &identity) {
+                let told = lock(&self.outcomes).tell(path, &identity);
+                let mut awaited = match told {
                     Known::Archived(file) => return Ok(file),
                     Known::Running(awaited) => awaited,
                     Known::Nothing => self.begin(path.to_owned(), identity),
                 };
                 let outcome = awaited.wait_for(Option::is_some).await;
-                outcome.ok().and_then(|outcome| outcome.clone()).unwrap_or_else(|| Err(panicked()))
+                let outcome = outcome.map(|outcome| outcome.clone());
+                // Its memory was for whoever is told now.
+                lock(&self.outcomes).tell(path, &identity);
+                outcome.ok().flatten().unwrap_or_else(|| Err(panicked()))
             }
             Err(error) => Err((self.workers.failure_of)(error)),
         };

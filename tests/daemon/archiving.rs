@@ -1,7 +1,8 @@
 //! PostgreSQL archives through the daemon: every segment, ahead of being asked, and each site by itself.
 
 use std::fs;
-use std::process::Stdio;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 use crate::scene::Scene;
 use crate::support::{Fault, Need, Pgbench, Proxy, S3, Stop, require, s3_storage, wait_for};
@@ -68,13 +69,39 @@ fn what_comes_next_is_archived_before_it_is_asked_for_and_each_once() {
         segments.iter().all(|segment| daemon.log().contains(&format!("archived {segment}"))).then_some(())
     });
     for segment in &segments {
-        scene.pushed(segment);
+        if *segment != segments[0] {
+            scene.pushed(segment);
+        }
         scene.assert_archived(segment);
     }
     for segment in &segments {
         let times = daemon.log().matches(&format!("archived {segment}")).count();
         assert_eq!(times, 1, "{segment} was archived again:\n{}", daemon.log());
     }
+}
+
+/// The memory is for PostgreSQL, which asks once. Who asks again may do so because the object is damaged.
+#[test]
+fn what_was_told_once_is_looked_at_again() {
+    require!(Need::PostgreSQL(15));
+    let scene = Scene::start(15, |site| site);
+    let segments = scene.end_segments(2);
+    scene.settle(&segments);
+    let _daemon = scene.daemon();
+    scene.pushed(&segments[0]);
+    let object = object(&scene, &segments[0]);
+    let mut bytes = fs::read(&object).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&object, &bytes).unwrap();
+    crate::support::Run::of(&mut scene.push(&segments[0]), "").expect_code(3);
+}
+
+fn object(scene: &Scene, segment: &str) -> PathBuf {
+    let mut find = Command::new("find");
+    find.arg(scene.walden.repository()).args(["-name", segment]);
+    let found = crate::support::Run::of(&mut find, "").expect_success().stdout;
+    assert_eq!(found.lines().count(), 1, "{found}");
+    PathBuf::from(found.trim())
 }
 
 /// Failure 5, with a memory: PostgreSQL takes old files for new segments, and names come back with other content.

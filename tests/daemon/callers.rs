@@ -90,6 +90,8 @@ fn the_owner_of_the_site_has_its_wal_archived_and_a_stranger_nothing() {
         assert!(refused.stderr.contains("may not have the daemon archive"), "{}", refused.stderr);
     }
     assert!(!daemon.log().contains("archived 0"), "{}", daemon.log());
+    drop(daemon);
+    let daemon = scene.daemon_of_root();
     let owner = fs::metadata(scene.data_directory()).unwrap().uid();
     assert_ne!(owner, 0, "PostgreSQL does not run as root");
     push(owner, &scene.segment(&segments[0])).expect_success();

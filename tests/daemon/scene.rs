@@ -49,7 +49,15 @@ impl Scene {
     /// Starts a daemon and waits until it listens.
     #[track_caller]
     pub fn daemon(&self) -> Daemon {
-        Daemon::start(&self.walden, &self.socket(), &self.scratch().path().join("daemon.log"))
+        Daemon::start(self.walden.command(), &self.socket(), &self.scratch().path().join("daemon.log"))
+    }
+
+    /// Starts a daemon as root, which the test has to be, and waits until it listens.
+    #[track_caller]
+    pub fn daemon_of_root(&self) -> Daemon {
+        let mut command = Command::new(self.walden.command().get_program());
+        command.arg("--config").arg(self.walden.configuration_file());
+        Daemon::start(command, &self.socket(), &self.scratch().path().join("daemon.log"))
     }
 
     /// Returns where the daemon listens.
@@ -136,8 +144,8 @@ pub struct Daemon {
 impl Daemon {
     /// Starts a daemon and waits until it listens.
     #[track_caller]
-    pub fn start(walden: &Walden, socket: &Path, log: &Path) -> Self {
-        let mut daemon = Self::spawn(walden, log);
+    fn start(command: Command, socket: &Path, log: &Path) -> Self {
+        let mut daemon = Self::spawn(command, log);
         wait_for("the daemon to listen", || {
             assert!(daemon.process.try_wait().unwrap().is_none(), "the daemon ended:\n{}", daemon.log());
             UnixStream::connect(socket).ok()
@@ -145,9 +153,8 @@ impl Daemon {
         daemon
     }
 
-    fn spawn(walden: &Walden, log: &Path) -> Self {
+    fn spawn(mut command: Command, log: &Path) -> Self {
         let file = fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
-        let mut command = walden.command();
         command.args(["-vv", "daemon"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
         Self { process: command.spawn().unwrap(), log: log.to_owned() }
     }
