@@ -82,7 +82,7 @@ begin() {
     folder=$(mktemp -d "$dir/run-XXXXXX")
     chmod 755 "$dir" "$folder"
     install -m 755 "$built/walden" "$built/examples/bench-store" "$built/examples/bench-run" "$folder"
-    mkdir "$folder/run" "$folder/repository" "$folder/peer" "$folder/peer-work"
+    mkdir "$folder/run" "$folder"/run-{local,near,far} "$folder/repository" "$folder/peer" "$folder/peer-work"
     chown -R postgres: "$folder"
     as_postgres env -C "$folder" ./walden key create --id bench >/dev/null
     openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=bench -addext 'subjectAltName=IP:127.0.0.1' \
@@ -156,7 +156,7 @@ walden_configuration() {
     cat <<TOML
 [paths]
 state = "$folder/state-$1"
-run = "$folder/run"
+run = "$folder/run-$1"
 clones = "$folder/state-$1/clones"
 
 [encryption]
