@@ -49,7 +49,11 @@ const PAGE_BYTES: u32 = 8192;
 ///
 /// # Errors
 /// Of several nodes, what spoke against the first in the order of preference.
-pub(super) async fn choose_origin(nodes: &[Node], data_directory: Option<&Path>) -> Result<Chosen, Error> {
+pub(super) async fn choose_origin(
+    nodes: &[Node],
+    data_directory: Option<&Path>,
+    wal_received: bool,
+) -> Result<Chosen, Error> {
     let mut answered = Vec::new();
     let mut refused = None;
     for node in nodes {
@@ -65,7 +69,7 @@ pub(super) async fn choose_origin(nodes: &[Node], data_directory: Option<&Path>)
         refused = None;
     }
     for at in 0..answered.len() {
-        match origin_of(answered[at].2.clone(), data_directory).await {
+        match origin_of(answered[at].2.clone(), data_directory, wal_received).await {
             Ok(origin) => {
                 let (_, session, facts) = answered.swap_remove(at);
                 let follows = |other: &ServerFacts| {
@@ -99,7 +103,11 @@ async fn ask(connection: &ConnectOptions) -> Result<(Session, ServerFacts), Erro
 }
 
 /// Looks at the directory of a server.
-async fn origin_of(facts: ServerFacts, data_directory: Option<&Path>) -> Result<Origin, Error> {
+async fn origin_of(
+    facts: ServerFacts,
+    data_directory: Option<&Path>,
+    wal_received: bool,
+) -> Result<Origin, Error> {
     let data_directory = data_directory.unwrap_or_else(|| facts.data_directory()).to_owned();
     if let Some(marker) = CloneMarker::detect(&data_directory)? {
         return Err(Error::Clone { path: data_directory, clone: marker.name });
@@ -115,7 +123,9 @@ async fn origin_of(facts: ServerFacts, data_directory: Option<&Path>) -> Result<
     if segment_bytes > WAL_RAW_BYTES_MAX {
         return Err(Error::SegmentSize(segment_bytes));
     }
-    check_archiving(&facts)?;
+    if !wal_received {
+        check_archiving(&facts)?;
+    }
     for unreadable in &facts.unreadable {
         tracing::warn!("the role may not see {unreadable}");
     }

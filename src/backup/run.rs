@@ -45,6 +45,8 @@ pub struct BackupOptions {
     pub data_directory: Option<PathBuf>,
     /// What the user calls it.
     pub label: Option<String>,
+    /// Whether its WAL comes by streaming, so that the server needs not archive it.
+    pub wal_received: bool,
     /// How the server begins.
     pub checkpoint: Checkpoint,
     /// How chunks are compressed.
@@ -93,7 +95,7 @@ pub async fn run(
     let began = repository.clock().monotonic();
     repository.check_store().await?;
     let Chosen { session, origin, primary } =
-        choose_origin(&options.nodes, options.data_directory.as_deref()).await?;
+        choose_origin(&options.nodes, options.data_directory.as_deref(), options.wal_received).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     repository.admit(cluster).await?;
     let begin = BeginOptions {

@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::backup::{
     self, BackupOptions, BackupOutcome, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
 };
-use crate::config::SiteConfig;
+use crate::config::{SiteConfig, WalSource};
 use crate::repo::ClusterId;
 
 use super::context::Context;
@@ -76,6 +76,7 @@ impl Backup {
             nodes: nodes(context, site)?,
             data_directory: site.data_directory.clone(),
             label: self.label.clone(),
+            wal_received: site.wal == WalSource::Receive,
             checkpoint: match self.checkpoint {
                 CheckpointArgument::Fast => Checkpoint::Fast,
                 CheckpointArgument::Spread => Checkpoint::Spread,

@@ -17,9 +17,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::clock::{Clock, SystemClock};
 use crate::codec::SystemRandom;
-use crate::config::{Config, Environment, KeyPurpose, SiteConfig};
+use crate::config::{Config, Environment, KeyPurpose, SiteConfig, WalSource};
 use crate::control::Failure;
-use crate::daemon::{self, DaemonOptions, OpenRepository, SiteOptions};
+use crate::daemon::{self, DaemonOptions, OpenRepository, PrepareReceiving, SiteOptions};
 use crate::repo::{Repository, RepositoryOptions};
 use crate::storage::Traffic;
 use crate::wal;
@@ -29,6 +29,7 @@ use super::error::CommandError;
 use super::exit::ExitKind;
 use super::output::Report;
 use super::text::TextStyle;
+use super::wal_receive::Receiving;
 
 /// Archives WAL for all sites of the configuration, until it is told to end
 #[derive(Debug, Args)]
@@ -67,11 +68,14 @@ impl Daemon {
             return Err(CommandError::new(ExitKind::Configuration, "the configuration has no site"));
         }
         let run = config.paths.open_run()?;
-        let sites = config.sites.values().map(|site| site_options(context, &config, site));
+        let mut sites = Vec::new();
+        for site in config.sites.values() {
+            sites.push(site_options(context, &config, site)?);
+        }
         let options = DaemonOptions {
             socket: socket(&config),
             lock: run.path.join(LOCK),
-            sites: sites.collect(),
+            sites,
             threads: config.limits.threads,
             transfers: config.limits.transfers,
             memory_bytes: config.limits.memory_bytes / WAL_SHARE,
@@ -118,7 +122,11 @@ fn stop_signals() -> Result<impl Future<Output = ()>, CommandError> {
     })
 }
 
-fn site_options(context: &Context, config: &Arc<Config>, site: &SiteConfig) -> SiteOptions {
+fn site_options(
+    context: &Context,
+    config: &Arc<Config>,
+    site: &SiteConfig,
+) -> Result<SiteOptions, CommandError> {
     let opening = Opening {
         config: config.clone(),
         site: site.clone(),
@@ -130,12 +138,21 @@ fn site_options(context: &Context, config: &Arc<Config>, site: &SiteConfig) -> S
         let opening = opening.clone();
         async move { opening.open().await.map_err(|error| error.into_failure()) }.boxed()
     });
-    SiteOptions {
+    let receive = match site.wal {
+        WalSource::Push => None,
+        WalSource::Receive => {
+            let receiving = Receiving::of(context, site)?;
+            let prepare = move || receiving.prepare().map_err(CommandError::into_failure);
+            Some(Box::new(prepare) as PrepareReceiving)
+        }
+    };
+    Ok(SiteOptions {
         name: site.name.clone(),
         data_directory: site.data_directory.clone(),
         compression: config.compression.wal,
         open,
-    }
+        receive,
+    })
 }
 
 /// What it takes to open the repository of a site, again and again.

@@ -3,17 +3,19 @@
 //! It prints nothing: what there is to know stands in the log and in `receive.json` of the site's spool folder. After
 //! the signal it keeps what has come, stores what it can within seconds and leaves the rest to its next start.
 
-use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::clock::{Clock, SystemClock};
 use crate::codec::SystemRandom;
-use crate::config::{Config, KeyPurpose, SiteConfig, WalSource};
+use crate::config::{Config, Environment, KeyPurpose, SiteConfig, WalSource};
 use crate::replication::ConnectOptions;
 use crate::repo::{self, Repository, RepositoryOptions};
+use crate::storage::Traffic;
 use crate::wal::receive::{FREE_BYTES_MIN, OpenRepository, ReceiveOptions, run};
 
 use super::context::Context;
@@ -21,7 +23,10 @@ use super::error::CommandError;
 
 /// Receives WAL by streaming until it is told to stop: wal = "receive"
 #[derive(Debug, Args)]
-#[command(after_help = "What it is doing stands in spool/SITE/receive.json in the state folder.")]
+#[command(
+    after_help = "`walden daemon` does the same for all sites that receive. What is being done stands in \
+                  spool/SITE/receive.json in the state folder."
+)]
 pub(super) struct WalReceive {}
 
 /// The folder of spools, below the state folder.
@@ -36,8 +41,7 @@ impl WalReceive {
                 CommandError::usage(message).hint("Set wal = \"receive\" in the site's configuration.")
             );
         }
-        let options = receive_options(context, site)?;
-        let open = repository_opener(context, site)?;
+        let (options, open) = Receiving::of(context, site)?.prepare()?;
         context.warn_of_missing_protection()?;
         context.block_on(async {
             let stop = stop_on_signal()?;
@@ -46,59 +50,74 @@ impl WalReceive {
     }
 }
 
-/// Turns the configuration of a site into what the engine takes.
-pub(super) fn receive_options(context: &Context, site: &SiteConfig) -> Result<ReceiveOptions, CommandError> {
-    let config = context.config()?;
-    if site.nodes.is_empty() {
-        let message = format!("site \"{}\" has no server to receive from", site.name);
-        return Err(
-            CommandError::usage(message).hint("Set connection, or nodes, in the site's configuration.")
-        );
-    }
-    let state = config.paths.open_state()?;
-    let mut nodes = Vec::new();
-    for node in &site.nodes {
-        nodes.push(known_as(node.connect_options(&context.environment)?, &site.name)?);
-    }
-    Ok(ReceiveOptions {
-        nodes,
-        data_directory: site.data_directory.clone(),
-        slot: site.slot.clone(),
-        acknowledge: site.acknowledge,
-        spool: spool_folder(&state.path, &site.name),
-        owner: Some(state.owner),
-        free_bytes_min: FREE_BYTES_MIN,
-        compression: config.compression.wal,
-    })
+/// What it takes to turn the configuration of a site into what the engine takes, more than once.
+pub(super) struct Receiving {
+    config: Arc<Config>,
+    site: SiteConfig,
+    environment: Environment,
+    traffic: Arc<Traffic>,
 }
 
-/// Returns where a site's spool is.
-pub(super) fn spool_folder(state: &std::path::Path, site: &str) -> PathBuf {
-    state.join(SPOOL_FOLDER).join(site)
+impl Receiving {
+    pub(super) fn of(context: &Context, site: &SiteConfig) -> Result<Self, CommandError> {
+        Ok(Self {
+            config: Arc::new(context.config()?.clone()),
+            site: site.clone(),
+            environment: context.environment.clone(),
+            traffic: context.traffic.clone(),
+        })
+    }
+
+    /// Reads what the configuration names, and says what is wrong with it.
+    pub(super) fn prepare(&self) -> Result<(ReceiveOptions, OpenRepository), CommandError> {
+        let site = &self.site;
+        if site.nodes.is_empty() {
+            let message = format!("site \"{}\" has no server to receive from", site.name);
+            return Err(
+                CommandError::usage(message).hint("Set connection, or nodes, in the site's configuration.")
+            );
+        }
+        let state = self.config.paths.open_state()?;
+        let mut nodes = Vec::new();
+        for node in &site.nodes {
+            nodes.push(known_as(node.connect_options(&self.environment)?, &site.name)?);
+        }
+        let options = ReceiveOptions {
+            nodes,
+            data_directory: site.data_directory.clone(),
+            slot: site.slot.clone(),
+            acknowledge: site.acknowledge,
+            spool: state.path.join(SPOOL_FOLDER).join(&site.name),
+            owner: Some(state.owner),
+            free_bytes_min: FREE_BYTES_MIN,
+            compression: self.config.compression.wal,
+        };
+        Ok((options, self.repository_opener()?))
+    }
+
+    /// Returns how to open the repository again and again.
+    fn repository_opener(&self) -> Result<OpenRepository, CommandError> {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let (config, prefix, traffic) = (self.config.clone(), self.site.prefix.clone(), self.traffic.clone());
+        let store = self.site.storage.open(&self.environment, traffic, clock.clone(), Duration::MAX)?;
+        config.keyring(KeyPurpose::Write, Arc::new(SystemRandom))?;
+        Ok(Arc::new(move || {
+            let keyring = config
+                .keyring(KeyPurpose::Write, Arc::new(SystemRandom))
+                .map_err(|error| repo::Error::Internal(error.to_string()));
+            let (store, site, clock) = (store.clone(), prefix.clone(), clock.clone());
+            Box::pin(async move {
+                let options = RepositoryOptions { store, site, keyring: keyring?, clock };
+                Ok(Repository::open_or_create(options).await?.0)
+            })
+        }))
+    }
 }
 
 /// Sets the name that synchronous_standby_names would hold, unless the connection has one of its own.
 fn known_as(options: ConnectOptions, site: &str) -> Result<ConnectOptions, CommandError> {
     let name = format!("walden_{site}");
     Ok(options.with("fallback_application_name", &name)?)
-}
-
-/// Returns how to open the repository again and again; the configuration is complained of now.
-fn repository_opener(context: &Context, site: &SiteConfig) -> Result<OpenRepository, CommandError> {
-    let store = context.open_store(site)?;
-    let config: Config = context.config()?.clone();
-    config.keyring(KeyPurpose::Write, Arc::new(SystemRandom))?;
-    let (prefix, clock) = (site.prefix.clone(), context.clock());
-    Ok(Arc::new(move || {
-        let keyring = config
-            .keyring(KeyPurpose::Write, Arc::new(SystemRandom))
-            .map_err(|error| repo::Error::Internal(error.to_string()));
-        let (store, site, clock) = (store.clone(), prefix.clone(), clock.clone());
-        Box::pin(async move {
-            let options = RepositoryOptions { store, site, keyring: keyring?, clock };
-            Ok(Repository::open_or_create(options).await?.0)
-        })
-    }))
 }
 
 /// Returns what turns true at the first SIGTERM or SIGINT.

@@ -2,7 +2,7 @@
 //!
 //! callers (`serve`) → who may (`access`) → the site's `SitePush`, which knows what it has archived (`outcomes`), reads
 //! what comes next (`look_ahead`), and keeps within its share of memory and transfers (`budget`). What goes on without
-//! being asked is a task of `jobs`; all of it ends by one `Shutdown`. A site stands by itself: nothing that
+//! being asked is a task of `jobs`, or WAL by streaming (`receiving`); all of it ends by one `Shutdown`. A site stands by itself: nothing that
 //! is shared waits for a store, so that one that is dead or has no key stops no other.
 //! Deliberately absent: the configuration and the opening of repositories, which come in as options; schedules.
 
@@ -13,6 +13,7 @@ mod idle_memory;
 mod jobs;
 mod look_ahead;
 mod outcomes;
+mod receiving;
 mod serve;
 mod shutdown;
 mod site_push;
@@ -32,9 +33,12 @@ use crate::repo::Repository;
 use crate::wal;
 
 use jobs::Jobs;
+use receiving::Receivers;
 use serve::Callers;
 use shutdown::ShutdownSource;
 use site_push::{SitePush, Workers};
+
+pub use receiving::PrepareReceiving;
 
 /// What a daemon is told.
 pub struct DaemonOptions {
@@ -66,6 +70,8 @@ pub struct SiteOptions {
     pub compression: Compression,
     /// Opens the repository for writing; called again after failures.
     pub open: OpenRepository,
+    /// Where its WAL comes by streaming, what that needs.
+    pub receive: Option<PrepareReceiving>,
 }
 
 /// Opens a repository.
@@ -89,23 +95,30 @@ pub enum Error {
 pub struct Daemon {
     listener: DaemonListener,
     sites: Vec<Arc<SitePush>>,
+    receivers: Receivers,
+    /// What is to be received, by the names of sites.
+    to_receive: Vec<(String, PrepareReceiving)>,
     _lock: LockFile,
 }
 
-/// How long callers that wait for their file may go on waiting once the daemon has been told to end.
+/// How long callers that wait for their file may go on waiting, and receivers storing, once the daemon has been told to
+/// end.
 const GRACE: Duration = Duration::from_secs(3);
 /// How long it may then take to tell those who still wait that there is no more waiting.
 const FAREWELL: Duration = Duration::from_secs(1);
 
 impl Daemon {
     /// Takes the lock and listens.
-    pub fn start(options: DaemonOptions) -> Result<Self, Error> {
+    pub fn start(mut options: DaemonOptions) -> Result<Self, Error> {
         let lock = LockFile::acquire(&options.lock).map_err(|error| match error {
             disk::Error::Locked { .. } => Error::Running(error),
             error => Error::Disk(error),
         })?;
         let listener = DaemonListener::bind(&options.socket)?;
         idle_memory::map_large_things();
+        let receivers = Receivers::new(options.clock.clone(), options.failure_of);
+        let receive = |site: &mut SiteOptions| Some((site.name.clone(), site.receive.take()?));
+        let to_receive = options.sites.iter_mut().filter_map(receive).collect();
         let workers = Workers {
             pool: CpuPool::new(options.threads, options.threads),
             clock: options.clock,
@@ -116,14 +129,14 @@ impl Daemon {
         let sites = sites
             .map(|site| Arc::new(SitePush::new(site, workers.clone(), options.transfers, share)))
             .collect();
-        Ok(Self { listener, sites, _lock: lock })
+        Ok(Self { listener, sites, receivers, to_receive, _lock: lock })
     }
 
     /// Works until `stop` resolves, and ends within [`GRACE`] and [`FAREWELL`] whatever stores do.
     ///
     /// What is still under way then is left to the runtime to drop: a file that is half on its way was not
     /// acknowledged, and PostgreSQL asks for it again.
-    pub async fn run(self, stop: impl Future<Output = ()>) {
+    pub async fn run(mut self, stop: impl Future<Output = ()>) {
         let source = ShutdownSource::default();
         let mut jobs = Jobs::new(source.shutdown());
         for site in &self.sites {
@@ -132,6 +145,9 @@ impl Daemon {
             jobs.spawn(site.name(), "look-ahead", site.clone().look_ahead());
             jobs.spawn(site.name(), "idle memory", idle_memory::give_back(site.clone()));
         }
+        for (site, prepare) in self.to_receive {
+            self.receivers.start(site, prepare, source.shutdown());
+        }
         let callers = Arc::new(Callers::new(self.sites, source.shutdown()));
         tokio::select! {
             () = callers.clone().take(self.listener) => {}
@@ -139,7 +155,8 @@ impl Daemon {
         }
         tracing::info!("ending");
         source.request();
-        if tokio::time::timeout(GRACE, callers.all_answered()).await.is_err() {
+        let all_done = async { tokio::join!(callers.all_answered(), self.receivers.all_ended()) };
+        if tokio::time::timeout(GRACE, all_done).await.is_err() {
             source.expire();
             let _ = tokio::time::timeout(FAREWELL, callers.all_answered()).await;
         }

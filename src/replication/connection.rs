@@ -181,15 +181,11 @@ impl Attempt<'_> {
         };
         let first = self.open_socket::<S>(connect_as).await;
         let am_root = nix::unistd::geteuid().is_root();
-        match (&first, socket::owner(path)) {
-            (Err(Error::AuthenticationFailed { .. }), Some(owner))
-                if am_root && owner != 0 && connect_as.is_none() =>
-            {
-                tracing::debug!(uid = owner, "root was refused, connecting as the socket's owner");
-                self.open_socket::<S>(Some(owner)).await.or(first)
-            }
-            _ => first,
-        }
+        let refused = matches!(first, Err(Error::AuthenticationFailed { .. }));
+        let other = refused && am_root && connect_as.is_none();
+        let Some(owner) = socket::owner(path).filter(|owner| other && *owner != 0) else { return first };
+        tracing::debug!(uid = owner, "root was refused, connecting as the socket's owner");
+        self.open_socket::<S>(Some(owner)).await.or(first)
     }
 
     async fn open_socket<S: Spoken>(self, uid: Option<u32>) -> Result<Connected<S::Link>, Error> {

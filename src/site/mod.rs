@@ -7,6 +7,7 @@
 mod item;
 
 mod data_files;
+mod receiving;
 mod server;
 mod settings;
 mod store;

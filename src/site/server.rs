@@ -12,6 +12,7 @@ use crate::replication::{ConnectOptions, Error as SessionError, Session};
 use crate::repo::{ClusterId, Error as RepoError, Membership, Repository};
 use crate::site::data_files::{self, check_data_files};
 use crate::site::item::{Item, describe};
+use crate::site::receiving::check_receiving;
 use crate::site::settings::check_settings;
 
 /// A server and what the configuration says of it.
@@ -23,6 +24,8 @@ pub struct NodeOptions {
     pub data_directory: Option<PathBuf>,
     /// The name of the site, for its archive_command.
     pub site: String,
+    /// The slot, where its WAL comes by streaming and not by its archive_command.
+    pub slot: Option<String>,
     /// Where the site has several servers, the data directory may be on another host.
     pub has_others: bool,
 }
@@ -63,11 +66,15 @@ pub async fn check_server(options: &NodeOptions) -> CheckedServer {
     ));
     items.push(rights.unwrap_or_else(|| rights_of(&facts)));
     items.extend(check_data_directory(options, &facts));
-    items.extend(check_settings(&facts, &options.site));
-    items.push(match ArchiverStatus::ask(&session).await {
-        Ok(archiver) => check_archiver(&archiver),
-        Err(error) => Item::warning("archiver", describe(&error), "The message says what to mend."),
-    });
+    items.extend(check_settings(&facts, &options.site, options.slot.is_some()));
+    if let Some(slot) = &options.slot {
+        items.extend(check_receiving(&options.connection, &session, &facts, slot).await);
+    } else {
+        items.push(match ArchiverStatus::ask(&session).await {
+            Ok(archiver) => check_archiver(&archiver),
+            Err(error) => Item::warning("archiver", describe(&error), "The message says what to mend."),
+        });
+    }
     CheckedServer { items, server: Some((session, facts)) }
 }
 

@@ -4,17 +4,18 @@
 use crate::backup::ServerFacts;
 use crate::site::item::Item;
 
-/// Judges the settings of a server.
-pub(super) fn check_settings(facts: &ServerFacts, site: &str) -> Vec<Item> {
+/// Judges the settings of a server; those of its archiver not where WAL is received.
+pub(super) fn check_settings(facts: &ServerFacts, site: &str, received: bool) -> Vec<Item> {
     let value = |name| facts.setting(name).unwrap_or_default();
     let standby = facts.identity.in_recovery;
-    vec![
-        wal_level(value("wal_level")),
-        archive_mode(value("archive_mode"), standby),
-        archive_command(value("archive_command"), value("archive_library"), site),
-        full_page_writes(value("full_page_writes")),
-        data_checksums(facts.data_checksums),
-    ]
+    let mut items = vec![wal_level(value("wal_level"))];
+    if !received {
+        items.push(archive_mode(value("archive_mode"), standby));
+        items.push(archive_command(value("archive_command"), value("archive_library"), site));
+    }
+    items.push(full_page_writes(value("full_page_writes")));
+    items.push(data_checksums(facts.data_checksums));
+    items
 }
 
 fn wal_level(value: &str) -> Item {

@@ -75,6 +75,7 @@ async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Resul
         nodes: vec![node],
         data_directory: None,
         label: None,
+        wal_received: false,
         checkpoint: Checkpoint::Fast,
         compression: Compression::zstd(1),
         budget: Budget::new(128 << 20, 2, 4),

@@ -33,7 +33,7 @@ pub use cluster::{Cluster, Options};
 pub use debian::DebianCluster;
 pub use giver::{Giver, Mood, SESSION_KEYS};
 pub use moto::Moto;
-pub use needs::{Need, bin_directory, missing, unmet};
+pub use needs::{Need, bin_directory, missing, program, unmet};
 pub use pgbench::Pgbench;
 pub use proxy::{Fault, Proxy, header};
 pub use run::Run;

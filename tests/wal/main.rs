@@ -11,6 +11,7 @@ mod mount;
 mod never_promotes;
 mod prefetch;
 mod receive;
+mod receive_rounds;
 mod receive_scene;
 mod recovery;
 mod statuses;

@@ -16,6 +16,7 @@ pub struct Receiver {
     pub walden: Walden,
     log: PathBuf,
     state: PathBuf,
+    command: Vec<String>,
     process: Option<Child>,
 }
 
@@ -37,9 +38,16 @@ impl Receiver {
     /// Starts receiving for a configuration.
     #[track_caller]
     pub fn start(scratch: &Scratch, walden: Walden) -> Self {
+        Self::start_as(scratch, walden, &["-v", "wal", "receive"])
+    }
+
+    /// Starts receiving by another command than `wal receive`.
+    #[track_caller]
+    pub fn start_as(scratch: &Scratch, walden: Walden, command: &[&str]) -> Self {
+        let command = command.iter().map(|argument| (*argument).to_owned()).collect();
         let log = scratch.path().join("receive.log");
         let state = scratch.path().join("walden/state/spool/main/receive.json");
-        let mut receiver = Self { walden, log, state, process: None };
+        let mut receiver = Self { walden, log, state, command, process: None };
         receiver.start_again();
         receiver
     }
@@ -49,7 +57,7 @@ impl Receiver {
         assert!(self.process.is_none());
         let log = File::options().create(true).append(true).open(&self.log).unwrap();
         let mut command = self.walden.command();
-        command.args(["-v", "wal", "receive"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command.args(&self.command).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.process = Some(command.spawn().unwrap());
     }
 
@@ -68,6 +76,11 @@ impl Receiver {
         let mut process = self.process.take().unwrap();
         process.kill().unwrap();
         process.wait().unwrap();
+    }
+
+    /// Returns the site's spool folder.
+    pub fn spool(&self) -> PathBuf {
+        self.state.parent().unwrap().to_owned()
     }
 
     pub fn log(&self) -> String {

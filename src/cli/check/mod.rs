@@ -14,7 +14,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::codec::SystemRandom;
-use crate::config::{KeyPurpose, SiteConfig};
+use crate::config::{KeyPurpose, SiteConfig, WalSource};
 use crate::repo::Repository;
 use crate::repo::layout::Layout;
 use crate::site::{
@@ -109,6 +109,7 @@ pub(super) async fn check_all(
             connection: node.connect_options(&context.environment)?,
             data_directory: site.data_directory.clone(),
             site: site.name.clone(),
+            slot: (site.wal == WalSource::Receive).then(|| site.slot.clone()),
             has_others: number.is_some(),
         };
         let found = check_node(context, site, &options, archives, patience).await;
@@ -179,7 +180,8 @@ async fn check_node(
     let is_of_site = cluster.status == Status::Ok;
     items.push(cluster);
     items.push(if is_of_site {
-        check_wal_round_trip(repository, &session, &facts, patience, &*context.clock()).await
+        let received = options.slot.is_some();
+        check_wal_round_trip(repository, &session, &facts, received, patience, &*context.clock()).await
     } else {
         Item::skipped("WAL round trip", "the site takes no WAL of this cluster")
     });

@@ -85,7 +85,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A standby is received from for so long before it is looked again for the primary, where there are several servers.
 const STANDBY_PERIOD: Duration = Duration::from_secs(30);
 /// How long the storing half may go on after we are told to stop; what is left waits for the next start.
-const STOP_TIMEOUT: Duration = Duration::from_secs(3);
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the state is written down.
 const STATE_INTERVAL: Duration = Duration::from_secs(1);
 const LOCK_FILE: &str = "lock";
@@ -153,6 +153,11 @@ fn note_holes(shared: &Shared, clock: &Arc<dyn Clock>) {
         tracing::error!("WAL from {from} to {to} is missing in the spool; take a new basebackup");
         shared.state().gap = Some(Gap { timeline, from, to, noticed_at: clock.now() });
     }
+}
+
+/// Resolves when it is time to stop.
+async fn told_to(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 fn finished(uploaded: Result<Result<(), Error>, tokio::task::JoinError>) -> Result<(), Error> {
@@ -292,7 +297,7 @@ impl Receiver<'_> {
         let mut stop = self.stop.clone();
         let prepared = tokio::select! {
             prepared = self.prepare() => prepared?,
-            _ = stop.wait_for(|stop| *stop) => return Ok(()),
+            () = told_to(&mut stop) => return Ok(()),
         };
         let Some(Prepared { candidate, start, slot }) = prepared else { return Ok(()) };
         let standby = candidate.facts.standby && self.options.nodes.len() > 1;

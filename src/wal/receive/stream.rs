@@ -17,9 +17,9 @@ use crate::replication::{
     Error as SessionError, NextTimeline, StandbyStatus, Streamed, WalMessage, WalStream,
 };
 use crate::wal::Error;
-use crate::wal::receive::Acknowledge;
 use crate::wal::receive::plan::plan_pause;
 use crate::wal::receive::state::Shared;
+use crate::wal::receive::{Acknowledge, told_to};
 use crate::wal::spool::Position;
 
 /// WAL in memory that is not being written yet.
@@ -103,7 +103,7 @@ impl Streaming<'_> {
             let room = !buffers.paused && buffers.pending.len() < PENDING_BYTES_MAX;
             tokio::select! {
                 biased;
-                _ = stop.wait_for(|stop| *stop) => return Ok(StreamEnd::Stopped),
+                () = told_to(&mut stop) => return Ok(StreamEnd::Stopped),
                 // Before the stream, which may always have something.
                 _ = tick.tick() => {
                     if self.look_again.is_some_and(|at| self.clock.monotonic() >= at) {
