@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::catalog::{RecoveryTarget, Target, TargetAction};
-use crate::pg::{RecoveryLimits, TimelineId};
+use crate::pg::{RecoveryLimits, TimelineId, WalSegmentSize};
 
 /// What decides a clone's settings.
 #[derive(Debug, Clone)]
@@ -28,6 +28,8 @@ pub struct CloneFacts {
     pub limits: RecoveryLimits,
     /// Where recovery ends, and on which timeline; nothing once recovery is over.
     pub recovery: Option<(RecoveryTarget, TimelineId)>,
+    /// The size of the cluster's WAL segments.
+    pub wal_segment_size: WalSegmentSize,
     /// Whether the first record about a page after a checkpoint brings the whole page.
     pub full_page_writes: bool,
     /// Libraries to preload.
@@ -53,6 +55,11 @@ pub struct Setting {
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// A clone shares its host with others: an eighth of the memory, and no more than this.
 const SHARED_BUFFERS_MAX: u64 = 256 << 20;
+
+/// Segments that the server refuses to keep fewer of at a checkpoint; by itself it keeps 80 MB.
+const SEGMENTS_KEPT_MIN: u32 = 2;
+/// WAL after which a server starts a checkpoint by itself.
+const MAX_WAL_SIZE_MB: u32 = 1024;
 
 /// At most one of them may have a value.
 const TARGET_SETTINGS: [&str; 5] = [
@@ -171,6 +178,12 @@ fn fit_the_host(facts: &CloneFacts, settings: &mut Vec<Setting>) {
             set("recovery_prefetch", "try", "pages come from afar");
         }
     }
+    let kept = SEGMENTS_KEPT_MIN * (facts.wal_segment_size.bytes() >> 20);
+    if facts.wal_segment_size > WalSegmentSize::DEFAULT {
+        let reason = "initdb fits the source's own file to segments of this size";
+        set("min_wal_size", &format!("{kept}MB"), reason);
+        set("max_wal_size", &format!("{}MB", MAX_WAL_SIZE_MB.max(2 * kept)), reason);
+    }
     if facts.major >= 18 {
         set("io_method", "worker", "io_uring on a FUSE file waits in the kernel");
     }
@@ -241,6 +254,7 @@ mod tests {
                 ..RecoveryLimits::default()
             },
             recovery: Some((RecoveryTarget::latest(TargetAction::Promote), TimelineId::FIRST)),
+            wal_segment_size: WalSegmentSize::DEFAULT,
             full_page_writes: true,
             preload: String::new(),
             read_early: false,
@@ -349,5 +363,20 @@ mod tests {
     fn a_socket_path_that_is_too_long_is_told() {
         assert!(socket_path(Path::new("/short"), 5432).is_ok());
         assert!(socket_path(Path::new(&format!("/{}", "x".repeat(100))), 5432).is_err());
+    }
+
+    /// Failure 6: by default a server does not start with segments above 40 MiB.
+    #[test]
+    fn wal_of_any_segment_size_fits_what_the_server_keeps() {
+        let kept = |mib: u32| {
+            let wal_segment_size = WalSegmentSize::new(mib << 20).unwrap();
+            let settings = clone_settings(&CloneFacts { wal_segment_size, ..facts(15) });
+            (value(&settings, "min_wal_size"), value(&settings, "max_wal_size"))
+        };
+        let both = |min: &str, max: &str| (Some(min.to_owned()), Some(max.to_owned()));
+        assert_eq!(kept(1), (None, None));
+        assert_eq!(kept(16), (None, None));
+        assert_eq!(kept(64), both("128MB", "1024MB"));
+        assert_eq!(kept(1024), both("2048MB", "4096MB"));
     }
 }

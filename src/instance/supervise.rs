@@ -442,6 +442,7 @@ fn facts(
         wal_directory: folder.mount_point().join("wal"),
         limits: greatest(control.limits, spec.limits),
         recovery: recovering.then(|| (spec.target.clone(), spec.timeline)),
+        wal_segment_size: control.wal_segment_size,
         full_page_writes: control.full_page_writes,
         preload: spec.preload.clone(),
         read_early: spec.read_early,
