@@ -12,7 +12,7 @@ use crate::backup::source::SourceError;
 use crate::codec;
 use crate::disk;
 use crate::pg::{ControlFileError, TimelineId, WalSegmentName};
-use crate::repo::{self, wal_object::WAL_RAW_BYTES_MAX};
+use crate::repo;
 
 /// What failed.
 #[derive(Debug, Error)]
@@ -44,9 +44,6 @@ pub enum Error {
     /// The server's pages have another size than PostgreSQL's usual one.
     #[error("the server has pages of {0} bytes, only 8192 are supported")]
     BlockSize(u32),
-    /// The server's WAL segments are larger than what can be archived.
-    #[error("the server has WAL segments of {} MiB, at most {} MiB are supported", .0 >> 20, WAL_RAW_BYTES_MAX >> 20)]
-    SegmentSize(u64),
     /// No server is named.
     #[error("there is no server to take a basebackup from")]
     NoNode,
@@ -86,7 +83,6 @@ impl Error {
             | Self::Name(_)
             | Self::Clone { .. }
             | Self::NoNode
-            | Self::SegmentSize(_)
             | Self::BlockSize(_)
             | Self::NotArchiving { .. } => ErrorKind::Input,
             Self::Source(SourceError::Session(_) | SourceError::ServerChanged { .. }) => ErrorKind::Retry,

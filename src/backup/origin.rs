@@ -15,7 +15,6 @@ use crate::disk::CloneMarker;
 use crate::pg::ControlFile;
 use crate::replication::{ConnectOptions, ServerRole, Session};
 use crate::repo::ClusterId;
-use crate::repo::wal_object::WAL_RAW_BYTES_MAX;
 
 /// A server that a basebackup may be taken from.
 #[derive(Debug, Clone)]
@@ -118,10 +117,6 @@ async fn origin_of(
     check_directory(&facts.identity, &identity)?;
     if control.block_size != PAGE_BYTES {
         return Err(Error::BlockSize(control.block_size));
-    }
-    let segment_bytes = u64::from(control.wal_segment_size.bytes());
-    if segment_bytes > WAL_RAW_BYTES_MAX {
-        return Err(Error::SegmentSize(segment_bytes));
     }
     if !wal_received {
         check_archiving(&facts)?;

@@ -247,6 +247,7 @@ async fn plan_from(
     let left_behind = left_behind(tree, &coverage, &window, target, record.cluster.segment_size);
     let Decision { plan, target, accepted_hole } =
         plan_recovery(record, tree, &window, target, place, request.until_hole)?;
+    let plan = plan.with_forced(&coverage);
     let unproven = place == TargetPlace::Unproven && accepted_hole.is_none();
     let record = record.clone();
     Ok(PlannedRecovery { record, plan, timeline, target, accepted_hole, window, left_behind, unproven })

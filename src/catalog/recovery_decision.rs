@@ -349,5 +349,6 @@ fn plan_through(
         basebackup: Some(record.id),
         spans: spans.collect(),
         standby: false,
+        forced: None,
     }
 }

@@ -11,7 +11,8 @@ use crate::catalog::timeline_tree::{Stretch, TimelineTree};
 use crate::catalog::wal_coverage::{TimelineCoverage, WalCoverage};
 use crate::catalog::window_ending::Ending;
 use crate::pg::{ArchiveFileName, Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
-use crate::repo::{BasebackupId, ClusterId};
+use crate::repo::forced_index::ForcedListing;
+use crate::repo::{BasebackupId, ClusterId, Repository};
 
 /// The name of the plan's file in a data directory.
 pub const PLAN_FILE_NAME: &str = "walden.plan.json";
@@ -29,6 +30,9 @@ pub struct RecoveryPlan {
     pub spans: Vec<TimelineSpan>,
     /// Whether the server is a standby, which follows the archive and never ends.
     pub standby: bool,
+    /// The segments that had been superseded when the plan was made; nothing where nobody looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forced: Option<Vec<WalSegmentName>>,
 }
 
 /// The segments of one timeline that belong to a plan.
@@ -102,7 +106,32 @@ impl RecoveryPlan {
         let bare = tree.timelines().filter(|timeline| !coverage.timelines.contains_key(timeline));
         spans.extend(bare.filter_map(|timeline| bare_span(timeline, tree, coverage, size, standby)));
         spans.sort_by_key(|span| span.timeline);
-        Self { format: 1, cluster, basebackup: None, spans, standby }
+        Self { format: 1, cluster, basebackup: None, spans, standby, forced: None }.with_forced(coverage)
+    }
+
+    /// Notes which of its segments are superseded, by the listing that the plan was made from.
+    pub fn with_forced(mut self, coverage: &WalCoverage) -> Self {
+        let forced = coverage.timelines.values().flat_map(|held| &held.forced).copied();
+        self.forced = Some(forced.filter(|segment| self.contains_segment(*segment)).collect());
+        self
+    }
+
+    /// Tells the readers of a repository what the plan knows of superseded segments, so that they ask about none.
+    ///
+    /// Not of a standby's: it follows what is archived, and superseded, from now on.
+    pub fn tell(&self, repository: &Repository) {
+        let Some(forced) = self.forced.as_ref().filter(|_| !self.standby) else { return };
+        for span in &self.spans {
+            let Some(last) = span.last else { continue };
+            repository.forced_index().note(ForcedListing {
+                cluster: self.cluster,
+                timeline: span.timeline,
+                segments: span.first..=last,
+                but_last: false,
+                forced: forced.clone(),
+                listed_at: None,
+            });
+        }
     }
 
     /// Returns where the WAL of a segment ends, if recovery is to have no more of it than its beginning.
@@ -298,6 +327,7 @@ mod tests {
                 },
             ],
             standby: false,
+            forced: None,
         }
     }
 

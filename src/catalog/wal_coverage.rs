@@ -12,6 +12,7 @@ use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 
 use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+use crate::repo::forced_index::ForcedListing;
 use crate::repo::layout::{ObjectName, WalObjectName};
 use crate::repo::wal_object::newest_head;
 use crate::repo::wal_piece::PieceReach;
@@ -30,6 +31,8 @@ pub struct TimelineCoverage {
     pub pieces: BTreeMap<WalSegmentNumber, PieceReach>,
     /// The position that the archive had reached when its newest head was written, where that was asked for.
     pub head: Option<Lsn>,
+    /// Segments that another object supersedes.
+    pub forced: Vec<WalSegmentName>,
     /// Bytes of all objects that were listed, as stored.
     pub stored_bytes: u64,
     /// When the last of its segments or pieces came, by the store's clock.
@@ -142,6 +145,7 @@ impl WalCoverage {
         wanted: RangeInclusive<WalSegmentNumber>,
     ) -> Result<TimelineCoverage, Error> {
         let from = *wanted.start();
+        let listed_at = repository.clock().monotonic();
         let layout = repository.layout();
         let size = cluster.segment_size;
         let mut coverage = TimelineCoverage::default();
@@ -159,6 +163,17 @@ impl WalCoverage {
                 }
             }
             if page.len() < PAGE || coverage.last() >= Some(*wanted.end()) {
+                if let Some(last) = coverage.last() {
+                    let name = |number| WalSegmentName::new(timeline, number, size);
+                    repository.forced_index().note(ForcedListing {
+                        cluster,
+                        timeline,
+                        segments: name(from)..=name(last),
+                        but_last: page.len() == PAGE,
+                        forced: coverage.forced.clone(),
+                        listed_at: Some(listed_at),
+                    });
+                }
                 return Ok(coverage);
             }
             after = page.last().map(|object| object.key.clone());
@@ -204,9 +219,17 @@ impl TimelineCoverage {
                 self.push_piece(number, from, to, size);
                 self.newest_at = self.newest_at.max(Some(object.last_modified));
             }
-            WalObjectName::BackupHistory { .. }
-            | WalObjectName::Forced { .. }
-            | WalObjectName::Part { .. } => {}
+            WalObjectName::Forced { segment, .. } => {
+                let Ok(number) = segment.number(size) else { return };
+                self.push(number);
+                self.pieces.remove(&number);
+                self.newest_at = self.newest_at.max(Some(object.last_modified));
+                if self.forced.last() != Some(&segment) {
+                    self.forced.push(segment);
+                }
+            }
+            // Parts are nothing without the index, which stands under the segment's own name.
+            WalObjectName::BackupHistory { .. } | WalObjectName::Part { .. } => {}
         }
     }
 }

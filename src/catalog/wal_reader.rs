@@ -249,8 +249,8 @@ impl WalReader {
         };
         let name = WalObjectName::Segment(segment);
         match wal_object::read_wal_header(&self.repository, self.cluster, name).await {
-            // It may be there in pieces.
-            Err(error) if error.is_absent() => {
+            // It may be there in pieces, or superseded.
+            Err(error) if error.is_absent() || error.kind() == ErrorKind::Damaged => {
                 let read = ending_segment::read_segment(&self.repository, self.cluster, segment).await;
                 Ok(read?.len() as u64)
             }

@@ -38,7 +38,9 @@ pub struct SegmentPart {
 }
 
 /// Segments fetched side by side: the store's latency is hidden, and memory stays at a few segments.
-const SEGMENTS_AHEAD: usize = 4;
+const SEGMENTS_AHEAD_MAX: usize = 4;
+/// What segments that are fetched side by side take; a larger one comes alone.
+const BYTES_AHEAD_MAX: usize = 256 << 20;
 /// The only size that servers are built with.
 pub(crate) const WAL_PAGE_BYTES: u32 = 8192;
 
@@ -53,7 +55,7 @@ pub async fn visit_records(
     let size = cluster.segment_size;
     let mut records = WalRecordStream::new(start, size, WAL_PAGE_BYTES);
     let reads = segments.into_iter().map(|segment| read_part(repository, cluster, segment));
-    let segments = futures::stream::iter(reads).buffered(SEGMENTS_AHEAD);
+    let segments = futures::stream::iter(reads).buffered(segments_ahead(size));
     futures::pin_mut!(segments);
     while let Some((segment, bytes)) = segments.try_next().await? {
         if records.push(start_of(segment, size)?, bytes).is_err() {
@@ -140,7 +142,7 @@ async fn last_transaction_in(
             return Ok(if all { LastTransaction::None } else { LastTransaction::NotNear });
         }
         read += batch.len();
-        ahead = SEGMENTS_AHEAD;
+        ahead = segments_ahead(size);
         let reads = batch.into_iter().map(|segment| read_part(repository, cluster, segment));
         for (segment, bytes) in futures::future::try_join_all(reads).await? {
             if let Some(time) = last_end_in(start_of(segment, size)?, &bytes, following.as_ref(), size) {
@@ -178,6 +180,10 @@ async fn read_part(
         None => read_segment(repository, cluster, name).await?,
     };
     Ok((name, bytes))
+}
+
+fn segments_ahead(size: WalSegmentSize) -> usize {
+    (BYTES_AHEAD_MAX / size.bytes() as usize).clamp(1, SEGMENTS_AHEAD_MAX)
 }
 
 fn start_of(segment: WalSegmentName, size: WalSegmentSize) -> Result<Lsn, Error> {

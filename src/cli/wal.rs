@@ -27,7 +27,7 @@ use crate::wal;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
 use crate::wal::list::{ListedCluster, ListedTimeline, list};
-use crate::wal::push::{check_file, push};
+use crate::wal::push::{OnConflict, check_file, push};
 use crate::wal::queue::Overflow;
 
 use super::context::Context;
@@ -63,6 +63,9 @@ enum Action {
 struct WalPush {
     /// The file, as PostgreSQL's %p gives it: pg_wal/NAME from the data directory
     path: PathBuf,
+    /// Where something else stands under the segment's name, or it is damaged: archive this one beside it, for readers to take
+    #[arg(long)]
+    force: bool,
 }
 
 /// Fetches one file from the archive: restore_command = 'walden wal fetch %f %p'
@@ -104,7 +107,11 @@ impl Wal {
 impl WalPush {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         let site = context.site()?;
-        let limit = QueueLimit::of(context, site, &self.path)?;
+        // What a person decides about one file is done, however many wait, and by this process.
+        let limit = match self.force {
+            true => QueueLimit::none(context, site, &self.path),
+            false => QueueLimit::of(context, site, &self.path)?,
+        };
         let pushed = match self.push_unless_over(context, site, &limit)? {
             Ok(pushed) => pushed,
             Err(overflow) => Pushed::left_out(limit.leave_out(overflow)?),
@@ -119,6 +126,9 @@ impl WalPush {
         site: &SiteConfig,
         limit: &QueueLimit<'_>,
     ) -> Result<Result<Pushed, Overflow>, CommandError> {
+        if self.force {
+            return self.push_alone(context, site, limit);
+        }
         if let Some(overflow) = limit.overflow() {
             return Ok(Err(overflow));
         }
@@ -163,9 +173,10 @@ impl WalPush {
     ) -> Result<Result<Pushed, Overflow>, CommandError> {
         let compression = context.config()?.compression.wal;
         let file = check_file(&self.path)?;
+        let on_conflict = if self.force { OnConflict::Supersede } else { OnConflict::Refuse };
         let archive = async {
             let repository = context.open_or_create_repository(site).await?;
-            Ok::<_, CommandError>(push(&repository, &file, compression).await?)
+            Ok::<_, CommandError>(push(&repository, &file, compression, on_conflict).await?)
         };
         let archived = context.block_on_one_thread(async {
             tokio::select! {

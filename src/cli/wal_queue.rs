@@ -47,6 +47,11 @@ impl<'a> QueueLimit<'a> {
         Ok(Self { context, site, path, queue })
     }
 
+    /// Leaves nothing out, however much waits.
+    pub(super) fn none(context: &'a Context, site: &'a SiteConfig, path: &'a Path) -> Self {
+        Self { context, site, path, queue: None }
+    }
+
     /// Looks whether too much waits; where that cannot be told it does not.
     pub(super) fn overflow(&self) -> Option<Overflow> {
         self.queue.as_ref()?.overflow().unwrap_or_else(|error| {

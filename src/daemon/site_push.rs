@@ -19,7 +19,7 @@ use crate::repo::wal_object::{Archived, Stored};
 use crate::repo::{self, ClusterId, Repository};
 use crate::wal;
 use crate::wal::key_rotation::KeyRotation;
-use crate::wal::push::{CheckedFile, check_file, seal};
+use crate::wal::push::{CheckedFile, check_file, compare, seal};
 
 use super::SiteOptions;
 use super::budget::Budget;
@@ -258,14 +258,14 @@ impl SitePush {
         // The content goes with the job, so that only what is stored is kept while it is stored.
         let sealed = self.workers.pool.run(move || seal(&sealer, &file, &key, compression)).await;
         let sealed = sealed.map_err(|error| wal::Error::from(repo::Error::from(error)))??;
-        charge.shrink_to(sealed.stored_len());
+        charge.shrink_to(sealed.held_len());
         let archived = match sealed.store(&repository).await.map_err(wal::Error::from)? {
             Stored::Created => Archived::Created,
             Stored::Taken(place) => {
                 drop(charge);
                 let _charge = self.budget.charge_for_sealing(identity.size).await;
                 let file = self.read(path, *identity).await?;
-                place.compare(&repository, &file.content).await.map_err(wal::Error::from)?
+                compare(&repository, &file, place).await?
             }
         };
         Ok(ArchivedFile { name, cluster: cluster.to_string(), created: archived == Archived::Created })

@@ -69,6 +69,9 @@ const LIST_PATIENCE: Duration = Duration::from_secs(30);
 impl WalDir {
     /// Shows what `reader` reads, by the plan of a recovery if there is one.
     pub fn new(reader: Arc<WalReader>, plan: Option<RecoveryPlan>) -> Self {
+        if let Some(plan) = &plan {
+            plan.tell(reader.repository());
+        }
         let ahead = Arc::new(WalAhead::new(reader.clone()));
         let (planned, last) = (plan.is_some(), Mutex::default());
         let copies = Arc::new(Copies { ahead: ahead.clone(), planned, last });
@@ -292,8 +295,10 @@ impl WalDir {
             WalObjectName::BackupHistory { segment, offset } => {
                 Some(ArchiveFileName::BackupHistory { segment, offset })
             }
+            // It is read under the segment's own name, under which nothing else may be left.
+            WalObjectName::Forced { segment, .. } => Some(ArchiveFileName::Segment(segment)),
             // PostgreSQL knows no name for what is only a part of a file.
-            WalObjectName::Piece { .. } | WalObjectName::Forced { .. } | WalObjectName::Part { .. } => None,
+            WalObjectName::Piece { .. } | WalObjectName::Part { .. } => None,
         };
         let is_ending = self.plan.as_ref().is_some_and(|plan| plan.ending_of(segment).is_some());
         let part = is_ending.then_some(ArchiveFileName::Segment(segment));
@@ -663,7 +668,8 @@ mod tests {
             history: false,
             end: None,
         };
-        RecoveryPlan { format: 1, cluster: cluster(), basebackup: None, spans: vec![span], standby: false }
+        let (basebackup, spans, forced) = (None, vec![span], Some(Vec::new()));
+        RecoveryPlan { format: 1, cluster: cluster(), basebackup, spans, standby: false, forced }
     }
 
     #[tokio::test]
@@ -798,7 +804,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_listing_comes_in_batches_in_the_order_of_names_and_a_lookup_lists_nothing() {
+    async fn a_listing_comes_in_batches_in_the_order_of_names_and_a_lookup_lists_no_folder() {
         let segments: Vec<(u32, u64)> = (0..30).map(|n| (1 + n / 15, 4090 + u64::from(n % 15))).collect();
         let archive = Archive::of(&segments, &[(2, 1, 4090.5), (7, 2, 4100.0)]).await;
         let dir = archive.dir(None);
@@ -818,6 +824,9 @@ mod tests {
         assert_eq!(batches, whole);
         archive.store.take_calls();
         assert_eq!(see_segment(&dir, 1, 4092).await, Seen::Bytes(300_000));
-        assert!(archive.store.calls().iter().all(|call| !matches!(call.verb, Verb::List | Verb::ListFolder)));
+        // One request tells of all that may supersede it and those behind it.
+        let calls = archive.store.calls();
+        assert!(calls.iter().all(|call| call.verb != Verb::ListFolder), "{calls:#?}");
+        assert!(calls.iter().filter(|call| call.verb == Verb::List).count() <= 1, "{calls:#?}");
     }
 }

@@ -145,7 +145,9 @@ impl Error {
                 "After pg_upgrade or a new initdb run `walden site upgrade`; otherwise give this server a site of its own."
             }
             Self::Store(error) => return error.hint(),
-            Self::Different { .. } => "Another cluster or another host archives into this site.",
+            Self::Different { .. } => {
+                "Another cluster or another host archives into this site; see `walden wal push --force`."
+            }
             _ => return None,
         })
     }

@@ -18,8 +18,12 @@ use crate::repo::wire::{WireError, WireReader, WireWriter};
 
 const MAGIC: &[u8; 6] = b"WALDEN";
 const VERSION: u8 = 1;
-/// Feature bits this release knows. None is defined yet.
-const KNOWN_FEATURES: u32 = 0;
+/// The object supersedes others; a release that does not know that must not take either for the only one.
+const FEATURE_SUPERSEDES: u32 = 1;
+/// The object is the index of a file in parts.
+const FEATURE_PARTS: u32 = 2;
+/// Feature bits this release knows.
+const KNOWN_FEATURES: u32 = FEATURE_SUPERSEDES | FEATURE_PARTS;
 /// Bytes before the sections.
 pub const PREFIX_LEN: usize = 16;
 /// Wrapped keys for [`crate::repo::keyring::RECIPIENTS_MAX`] recipients fit.
@@ -41,6 +45,10 @@ pub enum Section {
     Wal = 4,
     /// Parent timeline and switch point of a history file.
     History = 5,
+    /// Digests of the objects that this one supersedes.
+    Supersedes = 6,
+    /// The parts of a file that is too large for one object.
+    Parts = 7,
     /// Signer and signature.
     Signature = 127,
 }
@@ -96,7 +104,8 @@ impl HeaderBuilder {
     fn encode(&self, reserved: usize) -> WireWriter {
         let length: usize = self.sections.iter().map(|(_, bytes)| SECTION_HEAD_LEN + bytes.len()).sum();
         let mut out = WireWriter::new();
-        out.raw(MAGIC).u8(self.kind as u8).u8(VERSION).u32(0).u32((length + reserved) as u32);
+        let required = self.sections.iter().fold(0, |required, (tag, _)| required | feature_of(*tag));
+        out.raw(MAGIC).u8(self.kind as u8).u8(VERSION).u32(required).u32((length + reserved) as u32);
         for (tag, bytes) in &self.sections {
             out.u8(*tag).u32(bytes.len() as u32).raw(bytes);
         }
@@ -167,6 +176,11 @@ impl Header {
         keyring.verify(identity, &bytes[..self.len - tail], Some(&signature), object)
     }
 
+    /// Returns whether a section is there.
+    pub fn has(&self, section: Section) -> bool {
+        self.sections.iter().any(|(tag, _)| *tag == section as u8)
+    }
+
     /// Returns a reader over a section that this kind of object must have.
     pub fn section(&self, section: Section, object: &str) -> Result<WireReader<'_>, Error> {
         self.sections
@@ -206,9 +220,27 @@ impl Header {
 }
 
 fn is_known(tag: u8) -> bool {
-    [Section::Key, Section::Salt, Section::Index, Section::Wal, Section::History, Section::Signature]
-        .iter()
-        .any(|section| *section as u8 == tag)
+    [
+        Section::Key,
+        Section::Salt,
+        Section::Index,
+        Section::Wal,
+        Section::History,
+        Section::Supersedes,
+        Section::Parts,
+        Section::Signature,
+    ]
+    .iter()
+    .any(|section| *section as u8 == tag)
+}
+
+/// Returns the feature that a reader of a section must know.
+fn feature_of(tag: u8) -> u32 {
+    match tag {
+        tag if tag == Section::Supersedes as u8 => FEATURE_SUPERSEDES,
+        tag if tag == Section::Parts as u8 => FEATURE_PARTS,
+        _ => 0,
+    }
 }
 
 fn kind_of(kind: u8) -> Option<ObjectKind> {
@@ -242,16 +274,28 @@ mod tests {
     #[test]
     fn an_unknown_feature_or_section_is_refused_and_an_ignorable_one_is_not() {
         let mut bytes = header();
-        bytes[8] = 1;
+        bytes[8] = 7;
         assert!(matches!(
             Header::parse(&bytes, ObjectKind::Pack, "x"),
-            Err(Error::NewerFormat { features: 1, .. })
+            Err(Error::NewerFormat { features: 4, .. })
         ));
         let mut bytes = header();
         bytes[PREFIX_LEN] = 9;
         assert!(matches!(Header::parse(&bytes, ObjectKind::Pack, "x"), Err(Error::NewerFormat { .. })));
         bytes[PREFIX_LEN] = 0x80;
         Header::parse(&bytes, ObjectKind::Pack, "x").unwrap();
+    }
+
+    #[test]
+    fn what_an_older_release_would_misread_asks_for_a_feature_it_does_not_know() {
+        let required = |section| {
+            let bytes = HeaderBuilder::new(ObjectKind::Wal).section(section, WireWriter::new()).finish();
+            Header::parse(&bytes, ObjectKind::Wal, "x").unwrap();
+            u32::from_le_bytes(bytes[8..12].try_into().unwrap())
+        };
+        assert_eq!(required(Section::Wal), 0);
+        assert_eq!(required(Section::Supersedes), 1);
+        assert_eq!(required(Section::Parts), 2);
     }
 
     proptest! {

@@ -226,6 +226,12 @@ impl Layout {
         self.key(&format!("clusters/{cluster}/wal/{timeline}/{log:08X}/{leaf}"))
     }
 
+    /// A key that sorts before every superseding object of a segment, and behind what else of it sorts before those.
+    pub fn before_forced(&self, cluster: ClusterId, segment: WalSegmentName) -> ObjectKey {
+        let (timeline, log) = (segment.timeline().hex8(), segment.log());
+        self.key(&format!("clusters/{cluster}/wal/{timeline}/{log:08X}/{segment}.forced"))
+    }
+
     /// Returns what `key` means, or nothing for a key of another site, a later version or a stranger.
     pub fn parse(&self, key: &ObjectKey) -> Option<ObjectName> {
         let path = key.as_str().strip_prefix(self.site.as_str())?.strip_prefix('/')?;

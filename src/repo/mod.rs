@@ -42,6 +42,9 @@ pub mod lease;
 pub mod wal_object;
 
 mod archive_head;
+pub mod forced_index;
+mod wal_forced;
+mod wal_parts;
 pub mod wal_piece;
 
 mod error;

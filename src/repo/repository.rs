@@ -11,6 +11,7 @@ use crate::codec::{CpuPool, Random, RandomExt};
 use crate::pg::TimelineId;
 use crate::repo::documents::SiteRecord;
 use crate::repo::error::Error;
+use crate::repo::forced_index::ForcedIndex;
 use crate::repo::id::{BasebackupId, ClusterId};
 use crate::repo::identity::{Identity, ObjectKind};
 use crate::repo::keyring::Keyring;
@@ -32,6 +33,7 @@ struct Shared {
     site: Uuid,
     keyring: Keyring,
     clock: Arc<dyn Clock>,
+    forced: ForcedIndex,
 }
 
 /// Where a site is and what this host brings to it.
@@ -153,6 +155,11 @@ impl Repository {
         self.shared.clock.clone()
     }
 
+    /// Returns what is known of superseding segments without asking the store.
+    pub fn forced_index(&self) -> &ForcedIndex {
+        &self.shared.forced
+    }
+
     pub(crate) fn identity(
         &self,
         kind: ObjectKind,
@@ -170,7 +177,8 @@ impl Repository {
 
     fn assemble(options: RepositoryOptions, layout: Layout, record: SiteRecord) -> Self {
         let RepositoryOptions { store, keyring, clock, .. } = options;
-        let shared = Arc::new(Shared { store, layout, site: record.site, keyring, clock });
+        let forced = ForcedIndex::default();
+        let shared = Arc::new(Shared { store, layout, site: record.site, keyring, clock, forced });
         Self { shared, pool: None }
     }
 }

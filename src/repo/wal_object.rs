@@ -3,12 +3,13 @@
 //! Raw size and a salted digest of the raw content stand in the header, so that a host without the private key can
 //! tell "the same again" from "something different under this name" by reading a few hundred bytes. An object is
 //! created once; whatever the answer to a put, what stands there afterwards is read and compared.
-//! Segments above 64 MiB will be stored in parts (3-format); they are refused here until then.
+//! What is above 64 MiB is stored in parts (`wal_parts`); a segment may be superseded by another (`wal_forced`), and
+//! whoever reads a segment by its name reads the newest one.
 
 use bytes::Bytes;
 
 use crate::codec::{Compression, Digest};
-use crate::pg::{Lsn, TimelineId};
+use crate::pg::{Lsn, TimelineId, WalSegmentName};
 use crate::repo::error::Error;
 use crate::repo::header::{Header, Section};
 use crate::repo::id::ClusterId;
@@ -17,10 +18,15 @@ use crate::repo::keyring::{ContentKey, KeyEnvelope, Keyring};
 use crate::repo::layout::WalObjectName;
 use crate::repo::repository::Repository;
 use crate::repo::sealed::{SealSpec, compress_frames, open_all, seal_signed};
+use crate::repo::wal_forced;
+use crate::repo::wal_parts::{
+    PART_BYTES, PARTED_RAW_BYTES_MAX, Parts, parts_of, read_parts, seal_index, store_parts, verify_parts,
+};
 use crate::repo::wire::{WireError, WireWriter};
 use crate::storage::{self, ErrorKind, ObjectKey};
 
 pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
+pub use crate::repo::wal_forced::supersede_wal;
 pub use crate::repo::wal_piece::{archive_piece, read_pieces};
 
 /// What became of a file that was to be archived.
@@ -36,13 +42,24 @@ pub enum Archived {
 #[derive(Debug)]
 pub struct SealedFile {
     target: Target,
-    bytes: Bytes,
+    body: Body,
+}
+
+#[derive(Debug)]
+enum Body {
+    Whole(Bytes),
+    /// Each part is sealed when it is stored: memory holds one.
+    InParts {
+        raw: Bytes,
+        key: WalKey,
+        compression: Compression,
+    },
 }
 
 /// The place of a file in the archive, where something stands already, or may stand.
 #[derive(Debug)]
 pub struct TakenPlace {
-    target: Target,
+    target: Box<Target>,
     /// Why it is not known whether anything stands there.
     doubt: Option<storage::Error>,
 }
@@ -89,7 +106,7 @@ const FRAME_BYTES: usize = 128 << 10;
 /// The largest file that is one object.
 pub const WAL_RAW_BYTES_MAX: u64 = 64 << 20;
 /// A segment that does not compress, its index and its header.
-const WAL_OBJECT_BYTES_MAX: u64 = WAL_RAW_BYTES_MAX + (2 << 20);
+pub(super) const WAL_OBJECT_BYTES_MAX: u64 = WAL_RAW_BYTES_MAX + (2 << 20);
 /// Enough of an object for its header with a handful of recipients.
 const HEADER_BYTES_GUESS: u64 = 16 << 10;
 
@@ -104,7 +121,7 @@ impl WalKey {
 /// Archives a segment, a partial segment or a backup history file.
 ///
 /// # Errors
-/// `Different` where another file stands under the name.
+/// `Different` where another file stands under the name, or supersedes what stands there.
 pub async fn archive_wal(
     repository: &Repository,
     cluster: ClusterId,
@@ -113,7 +130,7 @@ pub async fn archive_wal(
     key: &WalKey,
     compression: Compression,
 ) -> Result<Archived, Error> {
-    archive(repository, seal_wal(repository, cluster, name, raw, key, compression)?, raw).await
+    archive(repository, wal_target(repository, cluster, name), raw, key, compression, Vec::new()).await
 }
 
 /// Archives a timeline history file.
@@ -125,7 +142,8 @@ pub async fn archive_history(
     raw: &[u8],
     key: &WalKey,
 ) -> Result<Archived, Error> {
-    archive(repository, seal_history(repository, cluster, timeline, branch, raw, key)?, raw).await
+    let target = history_target(repository, cluster, timeline);
+    archive(repository, target, raw, key, Compression::zstd(1), encode_branch(branch)).await
 }
 
 /// Compresses and seals a segment, a partial segment or a backup history file.
@@ -133,11 +151,17 @@ pub fn seal_wal(
     repository: &Repository,
     cluster: ClusterId,
     name: WalObjectName,
-    raw: &[u8],
+    raw: &Bytes,
     key: &WalKey,
     compression: Compression,
 ) -> Result<SealedFile, Error> {
-    seal_file(repository.keyring(), wal_target(repository, cluster, name), raw, key, compression, None)
+    let target = wal_target(repository, cluster, name);
+    let body = if target.is_stored_in_parts(raw) {
+        Body::InParts { raw: raw.clone(), key: key.clone(), compression }
+    } else {
+        Body::Whole(seal_file(repository.keyring(), &target, raw, key, compression, Vec::new())?)
+    };
+    Ok(SealedFile { target, body })
 }
 
 /// Compresses and seals a timeline history file.
@@ -150,56 +174,63 @@ pub fn seal_history(
     key: &WalKey,
 ) -> Result<SealedFile, Error> {
     let target = history_target(repository, cluster, timeline);
-    seal_file(repository.keyring(), target, raw, key, Compression::zstd(1), Some(branch))
+    let (zstd, branch) = (Compression::zstd(1), encode_branch(branch));
+    let bytes = seal_file(repository.keyring(), &target, raw, key, zstd, branch)?;
+    Ok(SealedFile { target, body: Body::Whole(bytes) })
 }
 
 impl SealedFile {
-    /// Returns how many bytes are to be stored.
-    pub fn stored_len(&self) -> usize {
-        self.bytes.len()
+    /// Returns how many bytes are held until all is stored.
+    pub fn held_len(&self) -> usize {
+        match &self.body {
+            Body::Whole(bytes) => bytes.len(),
+            Body::InParts { raw, .. } => raw.len() + PART_BYTES,
+        }
     }
 
     /// Creates the object; returns when the store has it durably, or has something else in its place.
     pub async fn store(self, repository: &Repository) -> Result<Stored, Error> {
-        let Self { target, bytes } = self;
-        match repository.store().create(&target.key, bytes).await {
-            Ok(()) => Ok(Stored::Created),
-            Err(error) => match error.kind() {
-                ErrorKind::AlreadyExists => Ok(Stored::Taken(TakenPlace { target, doubt: None })),
-                ErrorKind::OutcomeUnknown => Ok(Stored::Taken(TakenPlace { target, doubt: Some(error) })),
-                _ => Err(error.into()),
-            },
+        let Self { target, body } = self;
+        match body {
+            Body::Whole(bytes) => create(repository, target, bytes).await,
+            Body::InParts { raw, key, compression } => {
+                create_in_parts(repository, target, &raw, &key, compression, Vec::new()).await
+            }
         }
     }
 }
 
 impl TakenPlace {
-    /// Decides whether what stands in the archive is what was to be archived: all of it, because the server removes its
-    /// segment once it is told so, and a header vouches for no body.
+    /// Decides whether the archive has what was to be archived: all of it, because the server removes its segment once
+    /// it is told so, and a header vouches for no body. Of a segment the newest counts, where it was superseded.
     ///
     /// # Errors
     /// `Different` where it is another file; where nothing stands there after all, why nothing could be put there.
     pub async fn compare(self, repository: &Repository, raw: &[u8]) -> Result<Archived, Error> {
         let Self { target, doubt } = self;
-        let bytes = match (repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await, doubt) {
-            (Ok(bytes), _) => bytes,
+        let standing = match (compare(repository, &target, raw).await, doubt) {
             (Err(error), Some(doubt)) if error.is_absent() => return Err(doubt.into()),
-            (Err(error), _) => return Err(error.into()),
+            (standing, _) => standing,
         };
-        let header = read_verified(repository, &target, &bytes)?.1;
-        let same =
-            header.raw_size == raw.len() as u64 && header.content_digest == Digest::salted(&header.salt, raw);
-        if same { Ok(Archived::Identical) } else { Err(Error::Different { object: target.object }) }
+        match target.name {
+            Some(WalObjectName::Segment(segment)) => {
+                wal_forced::settle(repository, target.identity.cluster, segment, raw, standing).await
+            }
+            _ => standing,
+        }
     }
 }
 
-/// Reads a file of the archive back, every byte verified.
+/// Reads a file of the archive back, every byte verified; of a segment the newest, where it was superseded.
 pub async fn read_wal(
     repository: &Repository,
     cluster: ClusterId,
     name: WalObjectName,
 ) -> Result<Bytes, Error> {
-    read(repository, &wal_target(repository, cluster, name)).await
+    match name {
+        WalObjectName::Segment(segment) => wal_forced::read_segment(repository, cluster, segment).await,
+        _ => read(repository, &wal_target(repository, cluster, name)).await,
+    }
 }
 
 /// Reads a timeline history file back.
@@ -230,7 +261,9 @@ pub async fn verify_wal(
 ) -> Result<WalHeader, Error> {
     let target = wal_target(repository, cluster, name);
     let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
-    Ok(read_verified(repository, &target, &bytes)?.1)
+    let (header, wal) = read_verified(repository, &target, &bytes)?;
+    verify_content(repository, &target, &header, &wal).await?;
+    Ok(wal)
 }
 
 /// Reads where a timeline branched off, without any private key.
@@ -253,64 +286,159 @@ pub async fn read_history_branch(
 
 /// An object of the archive: its key, its identity, and what it is called in messages.
 #[derive(Debug, Clone)]
-struct Target {
-    key: ObjectKey,
-    identity: Identity,
-    object: String,
+pub(super) struct Target {
+    pub(super) key: ObjectKey,
+    pub(super) identity: Identity,
+    pub(super) object: String,
+    /// Its name in the WAL of its cluster; a timeline history file has none.
+    name: Option<WalObjectName>,
 }
 
-fn wal_target(repository: &Repository, cluster: ClusterId, name: WalObjectName) -> Target {
+impl Target {
+    /// The segment it is, or is about; a timeline history file has none.
+    fn segment(&self) -> Option<WalSegmentName> {
+        self.name.map(|name| name.segment())
+    }
+
+    fn is_stored_in_parts(&self, raw: &[u8]) -> bool {
+        self.name.is_some() && raw.len() as u64 > WAL_RAW_BYTES_MAX
+    }
+}
+
+fn encode_branch(branch: HistoryBranch) -> Vec<(Section, WireWriter)> {
+    let mut section = WireWriter::new();
+    section.u32(branch.parent.get()).u64(branch.switch.0);
+    vec![(Section::History, section)]
+}
+
+pub(super) fn wal_target(repository: &Repository, cluster: ClusterId, name: WalObjectName) -> Target {
     let key = repository.layout().wal_object(cluster, name);
     let leaf = key.as_str().rsplit('/').next().unwrap_or_default().to_owned();
     let timeline = Some(name.segment().timeline());
     let object = format!("WAL file {leaf}");
     let identity = Identity { name: leaf, ..repository.identity(ObjectKind::Wal, cluster, timeline) };
-    Target { key, identity, object }
+    Target { key, identity, object, name: Some(name) }
 }
 
 fn history_target(repository: &Repository, cluster: ClusterId, timeline: TimelineId) -> Target {
     let name = format!("{}.history", timeline.hex8());
     let object = format!("timeline history file {name}");
     let identity = Identity { name, ..repository.identity(ObjectKind::History, cluster, Some(timeline)) };
-    Target { key: repository.layout().history(cluster, timeline), identity, object }
+    Target { key: repository.layout().history(cluster, timeline), identity, object, name: None }
 }
 
-async fn archive(repository: &Repository, sealed: SealedFile, raw: &[u8]) -> Result<Archived, Error> {
-    match sealed.store(repository).await? {
+/// Creates an object, in whose header `further` sections stand, or compares what stands there.
+pub(super) async fn archive(
+    repository: &Repository,
+    target: Target,
+    raw: &[u8],
+    key: &WalKey,
+    compression: Compression,
+    further: Vec<(Section, WireWriter)>,
+) -> Result<Archived, Error> {
+    let stored = if target.is_stored_in_parts(raw) {
+        create_in_parts(repository, target, raw, key, compression, further).await?
+    } else {
+        let bytes = seal_file(repository.keyring(), &target, raw, key, compression, further)?;
+        create(repository, target, bytes).await?
+    };
+    match stored {
         Stored::Created => Ok(Archived::Created),
         Stored::Taken(place) => place.compare(repository, raw).await,
     }
 }
 
-fn seal_file(
-    keyring: &Keyring,
+async fn create(repository: &Repository, target: Target, bytes: Bytes) -> Result<Stored, Error> {
+    match repository.store().create(&target.key, bytes).await {
+        Ok(()) => Ok(Stored::Created),
+        Err(error) => match error.kind() {
+            ErrorKind::AlreadyExists => {
+                Ok(Stored::Taken(TakenPlace { target: Box::new(target), doubt: None }))
+            }
+            ErrorKind::OutcomeUnknown => {
+                Ok(Stored::Taken(TakenPlace { target: Box::new(target), doubt: Some(error) }))
+            }
+            _ => Err(error.into()),
+        },
+    }
+}
+
+async fn create_in_parts(
+    repository: &Repository,
     target: Target,
     raw: &[u8],
     key: &WalKey,
     compression: Compression,
-    branch: Option<HistoryBranch>,
-) -> Result<SealedFile, Error> {
-    if raw.len() as u64 > WAL_RAW_BYTES_MAX {
-        let (what, size) = (target.object, raw.len() as u64);
-        return Err(Error::TooLarge { what, size, max: WAL_RAW_BYTES_MAX });
+    further: Vec<(Section, WireWriter)>,
+) -> Result<Stored, Error> {
+    refuse_above(PARTED_RAW_BYTES_MAX, &target, raw)?;
+    // The archiver repeats what it was not told of: parts are not stored again for that.
+    match repository.store().head(&target.key).await {
+        Ok(_) => return Ok(Stored::Taken(TakenPlace { target: Box::new(target), doubt: None })),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(error.into()),
     }
+    let Some(segment) = target.segment() else {
+        return Err(Error::Internal(format!("{} is no WAL", target.object)));
+    };
+    let parts = store_parts(repository, target.identity.cluster, segment, raw, key, compression).await?;
+    let index = seal_index(repository, &target, raw, &parts, further);
+    create(repository, target, index).await
+}
+
+fn refuse_above(max: u64, target: &Target, raw: &[u8]) -> Result<(), Error> {
+    let size = raw.len() as u64;
+    if size > max { Err(Error::TooLarge { what: target.object.clone(), size, max }) } else { Ok(()) }
+}
+
+pub(super) fn seal_file(
+    keyring: &Keyring,
+    target: &Target,
+    raw: &[u8],
+    key: &WalKey,
+    compression: Compression,
+    further: Vec<(Section, WireWriter)>,
+) -> Result<Bytes, Error> {
+    refuse_above(WAL_RAW_BYTES_MAX, target, raw)?;
     let frames = compress_frames(compression, FRAME_BYTES, raw)?;
     let spec = SealSpec { keyring, identity: &target.identity, key: &key.key, envelope: &key.envelope };
     let sealed = seal_signed(&spec, frames, |salt, body_digest| {
         let mut content = WireWriter::new();
         content.u64(raw.len() as u64).raw(Digest::salted(salt, raw).as_bytes()).raw(body_digest.as_bytes());
         let mut sections = vec![(Section::Wal, content)];
-        if let Some(branch) = branch {
-            let mut history = WireWriter::new();
-            history.u32(branch.parent.get()).u64(branch.switch.0);
-            sections.push((Section::History, history));
-        }
+        sections.extend(further);
         sections
     });
-    Ok(SealedFile { target, bytes: sealed.bytes })
+    Ok(sealed.bytes)
 }
 
-async fn read_front(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
+pub(super) async fn compare(repository: &Repository, target: &Target, raw: &[u8]) -> Result<Archived, Error> {
+    let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
+    let (header, wal) = read_verified(repository, target, &bytes)?;
+    let same = wal.raw_size == raw.len() as u64 && wal.content_digest == Digest::salted(&wal.salt, raw);
+    if !same {
+        return Err(Error::Different { object: target.object.clone() });
+    }
+    verify_content(repository, target, &header, &wal).await?;
+    Ok(Archived::Identical)
+}
+
+/// Verifies what an index stands for; of any other object nothing is left to verify.
+async fn verify_content(
+    repository: &Repository,
+    target: &Target,
+    header: &Header,
+    wal: &WalHeader,
+) -> Result<(), Error> {
+    match (parts_of(header, wal, target)?, target.segment()) {
+        (Some(parts), Some(segment)) => {
+            verify_parts(repository, target.identity.cluster, segment, &parts).await
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) async fn read_front(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
     let store = repository.store();
     let size = store.head(&target.key).await?.size;
     if size == 0 {
@@ -324,7 +452,7 @@ async fn read_front(repository: &Repository, target: &Target) -> Result<Bytes, E
     Ok(store.get_range(&target.key, 0..header_len).await?)
 }
 
-fn parse_verified(
+pub(super) fn parse_verified(
     repository: &Repository,
     target: &Target,
     bytes: &[u8],
@@ -354,20 +482,57 @@ fn read_verified(
     Ok((header, wal))
 }
 
-async fn read(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
+/// Reads a file back; one in parts is put together.
+pub(super) async fn read(repository: &Repository, target: &Target) -> Result<Bytes, Error> {
     let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
-    let (here, target) = (repository.clone(), target.clone());
-    repository.compute(move || open(&here, &target, &bytes)).await
+    let (here, opened) = (repository.clone(), target.clone());
+    let (parts, wal) = match repository.compute(move || open(&here, &opened, &bytes)).await? {
+        Opened::Whole(raw) => return Ok(raw),
+        Opened::Index(parts, wal) => (parts, wal),
+    };
+    let segment = target.segment().ok_or_else(|| Error::damaged(&target.object, "it has parts"))?;
+    let raw = read_parts(repository, target.identity.cluster, segment, &parts, wal.raw_size).await?;
+    let object = target.object.clone();
+    let check = move || {
+        let whole = raw.len() as u64 == wal.raw_size && Digest::salted(&wal.salt, &raw) == wal.content_digest;
+        let damaged = || Error::damaged(object, "its parts do not make up the file that it names");
+        if whole { Ok(raw.into()) } else { Err(damaged()) }
+    };
+    repository.compute(check).await
+}
+
+enum Opened {
+    Whole(Bytes),
+    Index(Parts, WalHeader),
 }
 
 /// Opens a whole object: nothing is decrypted or inflated but what the header's signer wrote.
-fn open(repository: &Repository, target: &Target, bytes: &[u8]) -> Result<Bytes, Error> {
+fn open(repository: &Repository, target: &Target, bytes: &[u8]) -> Result<Opened, Error> {
     let (header, wal) = read_verified(repository, target, bytes)?;
+    if let Some(parts) = parts_of(&header, &wal, target)? {
+        return Ok(Opened::Index(parts, wal));
+    }
+    open_content(repository, target, bytes, &header, &wal).map(Opened::Whole)
+}
+
+/// Verifies and opens an object that is a part of a file, all of it.
+pub(super) fn open_part(repository: &Repository, target: &Target, bytes: &[u8]) -> Result<Bytes, Error> {
+    let (header, wal) = read_verified(repository, target, bytes)?;
+    open_content(repository, target, bytes, &header, &wal)
+}
+
+fn open_content(
+    repository: &Repository,
+    target: &Target,
+    bytes: &[u8],
+    header: &Header,
+    wal: &WalHeader,
+) -> Result<Bytes, Error> {
     let damaged = |detail: &str| Error::damaged(&target.object, detail);
     if wal.raw_size > WAL_RAW_BYTES_MAX {
         return Err(damaged("its header names an impossible size"));
     }
-    let raw = open_all(bytes, &header, repository.keyring(), &target.identity, &target.object, wal.raw_size)?;
+    let raw = open_all(bytes, header, repository.keyring(), &target.identity, &target.object, wal.raw_size)?;
     if Digest::salted(&wal.salt, &raw) != wal.content_digest {
         return Err(damaged("its content is not the one its header names"));
     }

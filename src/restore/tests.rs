@@ -197,6 +197,7 @@ fn planned(record: BackupRecord) -> PlannedRecovery {
         basebackup: Some(record.id),
         spans: Vec::new(),
         standby: false,
+        forced: None,
     };
     let window = RecoveryWindow {
         timeline: record.timeline,

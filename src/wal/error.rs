@@ -44,9 +44,6 @@ pub enum Error {
     /// The segment was written on a timeline that came after its name's.
     #[error("{name} was written on timeline {found}, which is later than that of its name")]
     LaterTimeline { name: String, found: TimelineId },
-    /// The cluster's segments are larger than is stored yet.
-    #[error("WAL segments of {} MiB are not supported yet, at most {} MiB", size >> 20, max >> 20)]
-    SegmentsTooLarge { size: u64, max: u64 },
     /// A file that is text and small is neither.
     #[error("\"{}\" is not a file of the kind its name says: {detail}", path.display())]
     Malformed { path: PathBuf, detail: String },
@@ -77,6 +74,9 @@ pub enum Error {
     /// A server failed.
     #[error(transparent)]
     Session(#[from] replication::Error),
+    /// What stands in the place of a segment that was to be archived cannot be read.
+    #[error("it cannot be told whether the segment is archived: {0}")]
+    InPlace(repo::Error),
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repo::Error),
@@ -108,7 +108,6 @@ impl Error {
             | Self::Path { .. }
             | Self::Unreadable { .. }
             | Self::Clone { .. }
-            | Self::SegmentsTooLarge { .. }
             | Self::Slot { .. }
             | Self::OtherCluster { .. }
             | Self::NoArchive { .. } => ErrorKind::Input,
@@ -125,6 +124,7 @@ impl Error {
             | Self::Malformed { .. }
             | Self::History(_)
             | Self::Plan { .. }
+            | Self::InPlace(_)
             | Self::Missing { .. } => ErrorKind::Damaged,
             Self::Repository(error) => match error.kind() {
                 repo::ErrorKind::Retry => ErrorKind::Retry,
@@ -156,7 +156,9 @@ impl Error {
             Self::Segment(SegmentError::OtherCluster { .. }) => {
                 "The file was copied from another cluster; archive only what this server wrote."
             }
-            Self::SegmentsTooLarge { .. } => "initdb --wal-segsize chooses the size.",
+            Self::InPlace(_) => {
+                "walden wal push --force archives this segment beside it, and readers take this one."
+            }
             Self::Plan { .. } => "Remove the file to let walden make a new plan from the archive.",
             Self::NoArchive { .. } => {
                 "Check --site and the storage url: recovery would end at once if this were believed."

@@ -109,7 +109,9 @@ where
 {
     let ArchiveFileName::Segment(segment) = options.name else { return Ok(()) };
     if let Some(plan) = known_plan(options, &read_control_file(&options.data_directory)?)? {
-        archive.hold().await?.0.ahead(plan.cluster).follow(segment, Some(&plan));
+        let held = archive.hold().await?.0;
+        plan.tell(&held.repository);
+        held.ahead(plan.cluster).follow(segment, Some(&plan));
     }
     Ok(())
 }
@@ -160,6 +162,7 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
         if is_outside(plan, name) {
             return Ok(None);
         }
+        plan.tell(&held.repository);
         let ending = match name {
             ArchiveFileName::Segment(segment) => plan.ending_of(segment).map(|end| (segment, end)),
             _ => None,

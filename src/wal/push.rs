@@ -2,7 +2,8 @@
 //!
 //! name → data directory → control file → the file, checked against both → sealed → created, or compared with what
 //! stands there. A file is archived only as what it is: a recycled segment under a future name, a truncated one, one
-//! of another cluster and anything from a clone are refused. `Ok` means that the archive has it durably.
+//! of another cluster and anything from a clone are refused. `Ok` means that the archive has it durably. What stands
+//! under a segment's name and is something else is left, and only where a person says so the new one supersedes it.
 
 use std::path::{Path, PathBuf};
 
@@ -17,9 +18,9 @@ use crate::pg::{
 };
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{
-    Archived, HistoryBranch, SealedFile, Stored, WAL_RAW_BYTES_MAX, WalKey, seal_history, seal_wal,
+    Archived, HistoryBranch, SealedFile, Stored, TakenPlace, WalKey, seal_history, seal_wal, supersede_wal,
 };
-use crate::repo::{ClusterId, Repository};
+use crate::repo::{self, ClusterId, Repository};
 use crate::wal::Error;
 use crate::wal::data_directory::{cluster_of, of_wal_file, read_at_most, read_control_file};
 
@@ -33,6 +34,15 @@ pub struct CheckedFile {
     /// What is in it.
     pub content: Bytes,
     branch: Option<HistoryBranch>,
+}
+
+/// What is done where something else stands under the name of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnConflict {
+    /// The segment is not archived.
+    Refuse,
+    /// The segment is archived beside it, and readers take the segment.
+    Supersede,
 }
 
 /// Timeline and backup histories are some lines of text.
@@ -82,13 +92,43 @@ pub async fn push(
     repository: &Repository,
     file: &CheckedFile,
     compression: Compression,
+    on_conflict: OnConflict,
 ) -> Result<Archived, Error> {
     repository.admit(file.cluster).await?;
     let key = WalKey::create(repository.keyring())?;
-    match seal(repository, file, &key, compression)?.store(repository).await? {
-        Stored::Created => Ok(Archived::Created),
-        Stored::Taken(place) => Ok(place.compare(repository, &file.content).await?),
+    push_admitted(repository, file, &key, compression, on_conflict).await
+}
+
+/// Archives a file with a key that is there already; whether the site takes its cluster is the caller's to ask (`admit`).
+///
+/// Only a segment can be superseded; any other file is archived or refused in any case.
+pub async fn push_admitted(
+    repository: &Repository,
+    file: &CheckedFile,
+    key: &WalKey,
+    compression: Compression,
+    on_conflict: OnConflict,
+) -> Result<Archived, Error> {
+    if let (OnConflict::Supersede, ArchiveFileName::Segment(segment)) = (on_conflict, file.name) {
+        return Ok(supersede_wal(repository, file.cluster, segment, &file.content, key, compression).await?);
     }
+    match seal(repository, file, key, compression)?.store(repository).await? {
+        Stored::Created => Ok(Archived::Created),
+        Stored::Taken(place) => compare(repository, file, place).await,
+    }
+}
+
+/// Compares a file with what stands in its place.
+pub async fn compare(
+    repository: &Repository,
+    file: &CheckedFile,
+    place: TakenPlace,
+) -> Result<Archived, Error> {
+    let compared = place.compare(repository, &file.content).await;
+    compared.map_err(|error| match (file.name, error.kind()) {
+        (ArchiveFileName::Segment(_), repo::ErrorKind::Damaged) => Error::InPlace(error),
+        _ => error.into(),
+    })
 }
 
 /// Compresses and seals a file; whether the site takes its cluster is the caller's to ask (`admit`).
@@ -118,9 +158,6 @@ pub fn seal(
 
 fn read_segment(path: &Path, segment: WalSegmentName, control: &ControlFile) -> Result<Vec<u8>, Error> {
     let size = control.wal_segment_size;
-    if u64::from(size.bytes()) > WAL_RAW_BYTES_MAX {
-        return Err(Error::SegmentsTooLarge { size: size.bytes().into(), max: WAL_RAW_BYTES_MAX });
-    }
     segment.number(size)?;
     let bytes = read_at_most(path, size.bytes().into())?;
     let header = check_segment(&bytes, segment, control)?;

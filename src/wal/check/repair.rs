@@ -12,7 +12,7 @@ use crate::pg::ArchiveFileName;
 use crate::repo::{ClusterId, Repository};
 use crate::wal::Error;
 use crate::wal::data_directory::{cluster_of, read_control_file};
-use crate::wal::push::{check_file, push};
+use crate::wal::push::{OnConflict, check_file, push};
 
 use super::ClusterFindings;
 
@@ -44,7 +44,7 @@ pub async fn repair(
     for name in wanted(findings, data_directory)? {
         let path = data_directory.join("pg_wal").join(name.to_string());
         let archived = match check_file(&path) {
-            Ok(file) => push(repository, &file, compression).await.map(|_| ()),
+            Ok(file) => push(repository, &file, compression, OnConflict::Refuse).await.map(|_| ()),
             Err(error) => Err(error),
         };
         match archived {

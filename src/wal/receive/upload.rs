@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
@@ -367,7 +368,7 @@ impl Sender {
         let (shared, repository) = (self.shared.clone(), self.repository.clone());
         // Not on the threads that tell the server where it may go on.
         let prepared = tokio::task::spawn_blocking(move || {
-            let bytes = shared.spool.read(segment, range.clone())?;
+            let bytes = Bytes::from(shared.spool.read(segment, range.clone())?);
             let name = match upload {
                 Upload::Piece { segment, from, to } => WalObjectName::Piece { segment, from, to },
                 Upload::Segment(segment) => {

@@ -54,7 +54,7 @@ impl Server {
         let keyring = Keyring::unencrypted(Arc::new(SeededRandom::new(seed)));
         let options = RepositoryOptions { store, clock, keyring, ..self.options() };
         let (repository, _) = Repository::open_or_create(options).await?;
-        push(&repository, &file, Compression::zstd(1)).await
+        push(&repository, &file, Compression::zstd(1), OnConflict::Refuse).await
     }
 
     /// Checks that the archive has the file, and has it right.
