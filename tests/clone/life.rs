@@ -7,7 +7,11 @@ use crate::support::{Chaos, Ledger, Need, Options, mounts_below, require, wait_f
 
 /// A source with a row, a basebackup and an archive that is complete.
 fn source() -> Source {
-    let source = Source::start(Options::default());
+    source_with(Options::default())
+}
+
+fn source_with(options: Options) -> Source {
+    let source = Source::start(options);
     source.sql("create table kept as select n from generate_series(1, 1000) n");
     source.backup();
     source.sql("insert into kept values (1001)");
@@ -24,6 +28,30 @@ fn assert_nothing_is_left(source: &Source, clone: &Clone) {
     wait_for("the clone's processes to end", || servers_of(&folder).is_empty().then_some(()));
     let (pins, ends) = source.pins();
     assert_eq!(pins, ends, "a pin holds the basebackup");
+}
+
+/// Failure 6: segments of other sizes than 16 MiB; those above 64 MiB come from their parts.
+fn a_clone_recovers_from_segments_of(mib: u32) {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source_with(Options::default().initdb(&format!("--wal-segsize={mib}")));
+    let clone = source.clone("sized", &[]);
+    assert_eq!(clone.sql("select count(*) from kept"), "1001");
+    assert_eq!(
+        clone.sql("select setting from pg_settings where name = 'wal_segment_size'"),
+        (mib << 20).to_string()
+    );
+    clone.run("delete");
+    assert_nothing_is_left(&source, &clone);
+}
+
+#[test]
+fn a_clone_recovers_from_segments_of_64_mib() {
+    a_clone_recovers_from_segments_of(64);
+}
+
+#[test]
+fn a_clone_recovers_from_segments_of_128_mib() {
+    a_clone_recovers_from_segments_of(128);
 }
 
 #[test]

@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::damage::{At, Damage};
+use crate::damage::{At, Damage, write};
 use crate::mounted::Mount;
 use crate::source::Source;
 use crate::support::{Need, Run, Site, require};
@@ -50,6 +51,65 @@ fn damaged_wal_is_empty_in_the_mount_and_stops_wal_fetch() {
     source.restore();
     fetch(&source, &data, &source.segment).expect_code(0);
     assert_eq!(fs::metadata(data.join("fetched")).unwrap().size(), size as u64);
+}
+
+/// A superseding object that is damaged says that what it replaced is not to be read, and not what is.
+#[test]
+fn a_damaged_superseding_segment_is_not_passed_over_for_what_it_replaced() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = Source::create(|site: Site| site);
+    let data = copy_of_data(&source);
+    let own = source.cluster.data_directory().join("pg_wal").join(&source.segment);
+    let force = || source.walden.try_run(&["wal", "push", own.to_str().unwrap(), "--force"]);
+    Damage::Flip(At::Middle).inflict(&source.wal_object(&source.segment));
+    force().expect_code(0);
+    fetch_alone(&source, &data).expect_code(0);
+    let standing = source.wal_object(&source.segment);
+    let forced = forced_objects(&standing).remove(0);
+    let pristine = fs::read(&forced).unwrap();
+    let others =
+        [Damage::ReplaceBy(source.wal_object(&source.later_segment)), Damage::ReplaceBy(standing.clone())];
+    for damage in Damage::ALONE.into_iter().chain(others) {
+        damage.inflict(&forced);
+        let fetched = fetch_alone(&source, &data);
+        assert_eq!(fetched.code(), Some(200), "{damage:?}: {}", fetched.stderr);
+        assert!(fetched.stderr.contains(&source.segment), "{damage:?}: {}", fetched.stderr);
+        assert!(!data.join("fetched").exists(), "{damage:?}");
+        let mount = Mount::create(&source);
+        assert_eq!(fs::read(mount.path(&format!("wal/{}", source.segment))).unwrap(), b"", "{damage:?}");
+        mount.end();
+        // It can be superseded like anything else.
+        force().expect_code(0);
+        fetch_alone(&source, &data).expect_code(0);
+        assert_eq!(fs::read(data.join("fetched")).unwrap(), fs::read(&own).unwrap(), "{damage:?}");
+        let again = forced_objects(&standing).into_iter().filter(|object| *object != forced);
+        again.for_each(|object| fs::remove_file(object).unwrap());
+        write(&forced, &pristine);
+    }
+}
+
+/// Fetches the segment for a data directory that nobody has asked for: no prefetcher holds what it read before.
+fn fetch_alone(source: &Source, data: &Path) -> Run {
+    static ASKED: AtomicUsize = AtomicUsize::new(0);
+    // Never the same path: the inode may be the same again.
+    let name = format!("alone-{}", ASKED.fetch_add(1, Ordering::Relaxed));
+    let fetched = data.join("fetched");
+    fs::remove_file(&fetched).ok();
+    let alone = source.cluster.scratch().folder(&name);
+    let mut copy = Command::new("cp");
+    copy.current_dir(data).args(["-a", "global", "recovery.signal", "walden.plan.json"]).arg(&alone);
+    Run::of(&mut copy, "").expect_success();
+    let run = fetch(source, &alone, &source.segment);
+    if alone.join("fetched").exists() {
+        fs::rename(alone.join("fetched"), &fetched).unwrap();
+    }
+    fs::remove_dir_all(&alone).unwrap();
+    run
+}
+
+fn forced_objects(standing: &Path) -> Vec<PathBuf> {
+    let objects = crate::source::files_below(&standing.with_file_name(""));
+    objects.into_iter().filter(|object| object.to_string_lossy().contains(".forced.")).collect()
 }
 
 /// An empty history would be taken for a timeline without ancestors, an error for a timeline that is not there.
@@ -98,6 +158,7 @@ fn a_push_takes_no_damaged_object_for_its_own_and_no_site_without_its_record_for
         damage.inflict(&source.wal_object(&source.later_segment));
         let refused = push().expect_code(3);
         assert!(refused.stderr.contains(&source.later_segment), "{damage:?}: {}", refused.stderr);
+        assert!(refused.stderr.contains("--force"), "{damage:?}: {}", refused.stderr);
     }
     source.restore();
     let record = source.site().join("site.json");

@@ -15,7 +15,7 @@ use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
 use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
-use walden::repo::wal_object::{WalKey, archive_wal, read_wal};
+use walden::repo::wal_object::{WalKey, archive_wal, read_wal, supersede_wal};
 use walden::repo::{
     Basebackup, ClusterId, Error, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
 };
@@ -83,6 +83,20 @@ impl Scene {
         builder.file(FILE, &self.file).await?;
         builder.finish().await?;
         Ok(())
+    }
+
+    /// Archives another segment in the place of the one that stands there.
+    async fn force(&self, store: Arc<dyn Store>, seed: u64, segment: &[u8]) -> Result<(), Error> {
+        let repository = Repository::open(self.options(store, seed)).await?;
+        let key = WalKey::create(repository.keyring())?;
+        let WalObjectName::Segment(name) = Self::name() else { unreachable!("it is a segment") };
+        supersede_wal(&repository, Self::cluster(), name, segment, &key, Compression::zstd(1)).await?;
+        Ok(())
+    }
+
+    async fn read_segment(&self, store: Arc<dyn Store>) -> Result<Vec<u8>, Error> {
+        let repository = Repository::open(self.options(store, 99)).await?;
+        Ok(read_wal(&repository, Self::cluster(), Self::name()).await?.to_vec())
     }
 
     /// Reads every basebackup that is listed, and the segment; returns how many of each there were.
@@ -206,4 +220,63 @@ async fn reading_with_a_fault_at_every_position_is_right_or_fails_and_names_what
             assert_eq!(store.faults(), 1, "{what}");
         }
     }
+}
+
+/// What is forced counts when that was said, and until then what it was to replace.
+#[tokio::test]
+async fn forcing_a_segment_survives_a_fault_at_every_position_or_leaves_what_stood_there() {
+    let scene = Scene::new();
+    let memory = Arc::new(MemoryStore::new());
+    scene.write(memory.clone(), 1).await.unwrap();
+    let (first, second) = (vec![1; 200_000], vec![2; 200_000]);
+    scene.force(memory.clone(), 2, &first).await.unwrap();
+    let objects = objects(&memory).await;
+    let log = Recording::new(copy_of(&objects).await);
+    scene.force(Arc::new(log.clone()), 3, &second).await.unwrap();
+    let calls = log.calls();
+    assert!(calls.len() >= 5, "{calls:#?}");
+    for (position, call) in calls.iter().enumerate() {
+        for (fault, retries) in faults(call).iter().flat_map(|fault| [(fault, false), (fault, true)]) {
+            let what =
+                format!("{fault:?} at call {position}, {:?} of {}, retried: {retries}", call.verb, call.key);
+            let store: TestStore = Arc::new(Faulty::new(Arc::new(copy_of(&objects).await)));
+            store.inject(Rule::always(fault.clone()).skip(position).times(1));
+            let used = if retries { retrying(store.clone()) } else { store.clone() as Arc<dyn Store> };
+            let outcome = scene.force(used, 3, &second).await;
+            assert_eq!(store.faults(), 1, "{what}");
+            store.heal();
+            let read =
+                scene.read_segment(store.clone()).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+            match outcome {
+                Ok(()) => assert!(read == second, "{what}"),
+                Err(error) => {
+                    assert!(!retries || lies(fault), "{what}: {error}");
+                    assert!(names_what(&error), "{what}: {error}");
+                    assert!(read == first || read == second, "{what}");
+                }
+            }
+            scene
+                .force(store.clone(), 4, &second)
+                .await
+                .unwrap_or_else(|error| panic!("{what}, then: {error}"));
+            assert!(scene.read_segment(store).await.unwrap() == second, "{what}");
+        }
+    }
+}
+
+async fn objects(store: &MemoryStore) -> Vec<(ObjectKey, bytes::Bytes)> {
+    let mut objects = Vec::new();
+    for object in store.list("", None, 1000).await.unwrap() {
+        let content = store.get(&object.key, object.size).await.unwrap();
+        objects.push((object.key, content));
+    }
+    objects
+}
+
+async fn copy_of(objects: &[(ObjectKey, bytes::Bytes)]) -> MemoryStore {
+    let store = MemoryStore::new();
+    for (key, content) in objects {
+        store.create(key, content.clone()).await.unwrap();
+    }
+    store
 }

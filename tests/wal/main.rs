@@ -7,6 +7,7 @@ mod scene;
 
 mod archiving;
 mod check;
+mod forced;
 mod mount;
 mod never_promotes;
 mod prefetch;
@@ -14,4 +15,5 @@ mod receive;
 mod receive_rounds;
 mod receive_scene;
 mod recovery;
+mod segment_sizes;
 mod statuses;

@@ -22,7 +22,13 @@ impl Scene {
     /// Starts a server of a major version, copies it, and archives some segments after that.
     #[track_caller]
     pub fn new(major: u32, segments: usize) -> Self {
-        let options = Options::default().initdb("--wal-segsize=1");
+        Self::with_segments_of(1, major, segments, None)
+    }
+
+    /// The same with segments of another size, in MiB; where `first` is given, the server is set to that segment and begins behind it.
+    #[track_caller]
+    pub fn with_segments_of(mib: u32, major: u32, segments: usize, first: Option<&str>) -> Self {
+        let options = Options::default().initdb(&format!("--wal-segsize={mib}"));
         let mut cluster = Cluster::start_with(major, options);
         let site = Site::of(&cluster, cluster.data_directory())
             .bin_directory(&cluster.bin_directory())
@@ -32,6 +38,15 @@ impl Scene {
         cluster.sql("create table r (n int)");
         let copy = cluster.scratch().path().join("copy");
         cluster.stop(Stop::Fast);
+        if let Some(first) = first {
+            let program = cluster.bin_directory().join("pg_resetwal");
+            let mut command = Account::of_postgresql().command(program);
+            command.args(["-l", first, "-D"]).arg(cluster.data_directory());
+            Run::of(&mut command, "").expect_success();
+            // It takes the settings in pg_control back, and the WAL after the copy would bring them too late.
+            cluster.start();
+            cluster.stop(Stop::Fast);
+        }
         copy_all(cluster.data_directory(), &copy);
         // Every segment, the first one too, has to come from the archive.
         shell(&copy, "find pg_wal -type f -delete");

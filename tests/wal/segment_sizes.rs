@@ -1,0 +1,95 @@
+//! Segments of other sizes than 16 MiB, out of a server, into a basebackup and back (failures 6 and 7).
+//!
+//! Each server begins just before the end of a log, so that the successor of its last segment (`FF` at 16 MiB) is met.
+//! `scripts/bench/wal-segsize` runs the last test on sizes that are too large for every day.
+
+use std::env;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::time::Instant;
+
+use crate::scene::Scene;
+use crate::support::{Need, Stop, require};
+
+/// Segments that are archived, of two logs.
+const SEGMENTS: usize = 3;
+const LOG_MIB: u32 = 4096;
+/// Above this size a segment is stored in parts.
+const ONE_OBJECT_MIB: u32 = 64;
+
+#[test]
+fn segments_of_1_mib_come_back_across_the_end_of_a_log() {
+    come_back(1);
+}
+
+#[test]
+fn segments_of_64_mib_come_back_across_the_end_of_a_log() {
+    come_back(64);
+}
+
+#[test]
+fn segments_of_128_mib_come_back_from_their_parts_across_the_end_of_a_log() {
+    come_back(128);
+}
+
+/// Sizes in MiB come from the script, each a run with a line of the report.
+#[test]
+fn segments_of_the_sizes_that_the_script_asks_for_come_back() {
+    let sizes = env::var("WALDEN_WAL_SEGSIZES").unwrap_or_default();
+    for mib in sizes.split(' ').filter(|size| !size.is_empty()) {
+        come_back(mib.parse().unwrap());
+    }
+}
+
+fn come_back(mib: u32) {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let first = format!("0000000100000000{:08X}", LOG_MIB / mib - 2);
+    let mut scene = Scene::with_segments_of(mib, 15, 0, Some(&first));
+    let began = Instant::now();
+    (0..SEGMENTS).for_each(|_| scene.archive_row());
+    let pushed = began.elapsed().as_secs_f64();
+    assert!(
+        scene.segments.iter().any(|name| name.starts_with("000000010000000100000000")),
+        "{:?}",
+        scene.segments
+    );
+    scene.walden.run(&["backup", "--checkpoint", "fast"]);
+    assert_listed_without_a_hole(&scene, mib);
+    if mib > ONE_OBJECT_MIB {
+        let folder = scene.object(&scene.segments[0]).with_file_name("");
+        let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        let parts = names.filter(|name| name.to_string_lossy().ends_with(".part")).count();
+        assert!(parts as u32 >= mib / ONE_OBJECT_MIB, "{parts}");
+    }
+    let began = Instant::now();
+    let mut fetched = scene.assert_recovers(scene.recovering("fetched", &scene.walden.restore_command()));
+    let fetched_in = began.elapsed().as_secs_f64();
+    fetched.stop(Stop::Fast);
+    fs::remove_dir_all(fetched.data_directory()).unwrap();
+    let mount = scene.mount();
+    let mut copied = scene.assert_recovers(scene.recovering("copied", &scene.cp()));
+    copied.stop(Stop::Fast);
+    drop(mount);
+    report(mib, pushed, fetched_in);
+}
+
+#[track_caller]
+fn assert_listed_without_a_hole(scene: &Scene, mib: u32) {
+    let listed = scene.walden.json(&["wal", "list"]);
+    let cluster = &listed["clusters"][0];
+    assert_eq!(cluster["segment_bytes"], mib << 20, "{listed:#}");
+    // Before that there is what the server wrote before it was set to its segment.
+    let newest = cluster["timelines"][0]["runs"].as_array().unwrap().last().unwrap();
+    assert!(newest["first"].as_str().unwrap() <= scene.segments[0].as_str(), "{listed:#}");
+    assert!(newest["last"].as_str().unwrap() >= scene.segments[SEGMENTS - 1].as_str(), "{listed:#}");
+}
+
+/// Writes a line for the script, which is there only if everything before it was as it should be.
+fn report(mib: u32, pushed: f64, fetched: f64) {
+    let Ok(path) = env::var("WALDEN_WAL_SEGSIZE_REPORT") else { return };
+    let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
+    let line = format!(
+        r#"{{"segment_mib":{mib},"segments":{SEGMENTS},"push_seconds":{pushed:.1},"recovery_seconds":{fetched:.1},"recovered":true}}"#
+    );
+    writeln!(file, "{line}").unwrap();
+}
