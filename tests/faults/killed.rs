@@ -282,11 +282,15 @@ fn restore_phase(directory: &Path) -> Phase {
     }
 }
 
+/// Walden's area in a data directory, and what it is called once it is withdrawn and about to be removed.
+const AREA_NAMES: [&str; 2] = [".walden", "pgsql_tmp.walden"];
+
 /// Compares two restored directories but for the area that goes last and the note of when each was restored.
 #[track_caller]
 fn assert_same(whole: &Path, restored: &Path) {
     let mut diff = Command::new("diff");
-    diff.args(["-r", "--no-dereference", "-x", "walden.restore.json", "-x", ".walden"]);
+    diff.args(["-r", "--no-dereference", "-x", "walden.restore.json"]);
+    diff.args(AREA_NAMES.into_iter().flat_map(|name| ["-x", name]));
     Run::of(diff.args([whole, restored]), "").expect_success();
     assert_eq!(owners_and_modes(whole), owners_and_modes(restored), "{}", restored.display());
 }
@@ -298,7 +302,8 @@ fn owners_and_modes(directory: &Path) -> BTreeMap<PathBuf, (u32, u32, u32)> {
     while let Some(path) = waiting.pop() {
         let metadata = fs::symlink_metadata(&path).unwrap();
         if metadata.is_dir() {
-            waiting.extend(names_in(&path).into_iter().filter(|path| !path.ends_with(".walden")));
+            let is_area = |path: &PathBuf| AREA_NAMES.iter().any(|name| path.ends_with(name));
+            waiting.extend(names_in(&path).into_iter().filter(|path| !is_area(path)));
         }
         let below = path.strip_prefix(directory).unwrap().to_owned();
         found.insert(below, (metadata.uid(), metadata.gid(), metadata.mode()));
