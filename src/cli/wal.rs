@@ -107,7 +107,7 @@ impl Wal {
 impl WalPush {
     fn run(&self, context: &Context) -> Result<(), CommandError> {
         let site = context.site()?;
-        // What a person decides about one file is done, however many wait, and by this process.
+        // What a person decides about one file is done, however many wait.
         let limit = match self.force {
             true => QueueLimit::none(context, site, &self.path),
             false => QueueLimit::of(context, site, &self.path)?,
@@ -126,9 +126,6 @@ impl WalPush {
         site: &SiteConfig,
         limit: &QueueLimit<'_>,
     ) -> Result<Result<Pushed, Overflow>, CommandError> {
-        if self.force {
-            return self.push_alone(context, site, limit);
-        }
         if let Some(overflow) = limit.overflow() {
             return Ok(Err(overflow));
         }
@@ -152,7 +149,8 @@ impl WalPush {
     ) -> Result<Option<Pushed>, CommandError> {
         let socket = daemon::socket(context.config()?);
         let path = detached::absolute(&self.path)?;
-        match ask_daemon(&socket, &DaemonRequest::Push { site: site.name.clone(), path }, waits) {
+        let request = DaemonRequest::Push { site: site.name.clone(), path, force: self.force };
+        match ask_daemon(&socket, &request, waits) {
             Ok(DaemonAnswer::Archived(file)) => Ok(Some(file.into())),
             Ok(DaemonAnswer::Failed(failure)) => Err(failure.into()),
             Ok(DaemonAnswer::Working) => Ok(None),

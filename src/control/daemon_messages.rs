@@ -18,6 +18,8 @@ pub enum DaemonRequest {
         site: String,
         /// The file, from the root.
         path: PathBuf,
+        /// Whether it is to supersede what stands under its name.
+        force: bool,
     },
 }
 

@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     fn request() -> DaemonRequest {
-        DaemonRequest::Push { site: "main".to_owned(), path: "/data/pg_wal/1".into() }
+        DaemonRequest::Push { site: "main".to_owned(), path: "/data/pg_wal/1".into(), force: false }
     }
 
     fn archived() -> DaemonAnswer {

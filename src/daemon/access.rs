@@ -2,7 +2,8 @@
 //!
 //! The daemon signs what it archives, so a request is a right. The owner of *some* directory has none: anyone can make
 //! one that looks like the site's cluster, and would have its forgeries signed. So the owner counts only
-//! where the configuration names the directory, and the file lies in that one.
+//! where the configuration names the directory, and the file lies in that one. Superseding what is archived already is
+//! for those alone who could do it without the daemon: a server that was broken into must not reach its past.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -19,12 +20,14 @@ pub(super) struct Request {
     pub(super) own: u32,
     /// Whose the site's data directory is, where the file that was named lies in it.
     pub(super) owner: Option<u32>,
+    /// Whether what is archived is to be superseded.
+    pub(super) force: bool,
 }
 
 impl Request {
     /// Decides.
     pub(super) fn is_allowed(self) -> bool {
-        self.caller == 0 || self.caller == self.own || self.owner == Some(self.caller)
+        self.caller == 0 || self.caller == self.own || (!self.force && self.owner == Some(self.caller))
     }
 }
 
@@ -36,15 +39,21 @@ pub(super) fn owner_of_site(data_directory: Option<&Path>, path: &Path) -> Optio
 }
 
 /// Says that somebody may not.
-pub(super) fn denied(caller: u32, site: &str) -> Failure {
+pub(super) fn denied(request: Request, site: &str) -> Failure {
+    let Request { caller, force, .. } = request;
+    let (what, hint) = if force {
+        ("supersede", "Only root and the daemon's own user may: run the command as one of them.")
+    } else {
+        (
+            "archive",
+            "It takes requests of root, of its own user and of the owner of the site's data_directory, which its \
+             configuration has to name.",
+        )
+    };
     Failure {
         kind: "failed".to_owned(),
-        message: format!("user {caller} may not have the daemon archive WAL of site \"{site}\""),
-        hint: Some(
-            "It takes requests of root, of its own user and of the owner of the site's data_directory, which its \
-             configuration has to name."
-                .to_owned(),
-        ),
+        message: format!("user {caller} may not have the daemon {what} WAL of site \"{site}\""),
+        hint: Some(hint.to_owned()),
     }
 }
 
@@ -54,7 +63,7 @@ mod tests {
 
     #[test]
     fn root_the_daemon_and_the_owner_may_and_nobody_else() {
-        let request = |caller, owner| Request { caller, own: 10, owner };
+        let request = |caller, owner, force| Request { caller, own: 10, owner, force };
         for (caller, owner, allowed) in [
             (0, None, true),
             (10, None, true),
@@ -63,7 +72,9 @@ mod tests {
             (20, Some(30), false),
             (30, Some(10), false),
         ] {
-            assert_eq!(request(caller, owner).is_allowed(), allowed, "{caller} {owner:?}");
+            assert_eq!(request(caller, owner, false).is_allowed(), allowed, "{caller} {owner:?}");
+            let may_force = allowed && owner != Some(caller);
+            assert_eq!(request(caller, owner, true).is_allowed(), may_force, "{caller} {owner:?}, by force");
         }
     }
 

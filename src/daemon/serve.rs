@@ -60,9 +60,9 @@ impl Callers {
         };
         let uid = caller.uid;
         match request {
-            Ok(DaemonRequest::Push { site, path }) => {
+            Ok(DaemonRequest::Push { site, path, force }) => {
                 let answer = async {
-                    match self.push(uid, &site, &path).await {
+                    match self.push(uid, &site, &path, force).await {
                         Ok(archived) => DaemonAnswer::Archived(archived),
                         Err(failure) => DaemonAnswer::Failed(failure),
                     }
@@ -73,19 +73,21 @@ impl Callers {
         }
     }
 
-    async fn push(&self, uid: u32, site: &str, path: &Path) -> Outcome {
+    async fn push(&self, uid: u32, site: &str, path: &Path, force: bool) -> Outcome {
         let Some(service) = self.sites.iter().find(|service| service.name() == site) else {
             return Err(self.unknown_site(site));
         };
         let (configured, named) = (service.data_directory(), path.to_owned());
         let owner = tokio::task::spawn_blocking(move || access::owner_of_site(configured.as_deref(), &named));
-        let request = Request { caller: uid, own: Owner::current().uid, owner: owner.await.ok().flatten() };
+        let owner = owner.await.ok().flatten();
+        let request = Request { caller: uid, own: Owner::current().uid, owner, force };
         if !request.is_allowed() {
             tracing::warn!(site, "user {uid} asked to archive \"{}\" and may not", path.display());
-            return Err(access::denied(uid, site));
+            return Err(access::denied(request, site));
         }
         tokio::select! {
-            outcome = service.push(path) => outcome,
+            outcome = service.push(path), if !force => outcome,
+            outcome = service.push_by_force(path), if force => outcome,
             () = self.shutdown.expired() => Err(Failure {
                 kind: "failed".to_owned(),
                 message: "the daemon was ended before the file was in the archive".to_owned(),

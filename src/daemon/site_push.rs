@@ -19,7 +19,7 @@ use crate::repo::wal_object::{Archived, Stored};
 use crate::repo::{self, ClusterId, Repository};
 use crate::wal;
 use crate::wal::key_rotation::KeyRotation;
-use crate::wal::push::{CheckedFile, check_file, compare, seal};
+use crate::wal::push::{CheckedFile, OnConflict, check_file, compare, push_admitted, seal};
 
 use super::SiteOptions;
 use super::budget::Budget;
@@ -122,15 +122,43 @@ impl SitePush {
             }
             Err(error) => Err((self.workers.failure_of)(error)),
         };
-        if let Err(failure) = &outcome {
-            tracing::error!(
-                site = self.name(),
-                "\"{}\" is not archived: {}",
-                path.display(),
-                failure.message
-            );
-        }
+        self.log_failure(path, &outcome);
         outcome
+    }
+
+    /// Archives a segment whatever stands under its name, because a person said so; nothing is remembered of it.
+    pub(super) async fn push_by_force(&self, path: &Path) -> Outcome {
+        let forced = async {
+            let identity = self.identify(path).await?;
+            let _slot = self.slots.acquire().await.expect("the semaphore is never closed");
+            let _charge = self.budget.charge_for_sealing(identity.size).await;
+            let file = self.read(path, identity).await?;
+            let repository = self.repository(Some(file.cluster)).await?;
+            let key = self.keys.next(repository.keyring(), &*self.workers.clock).map_err(wal::Error::from)?;
+            let compression = self.options.compression;
+            let archived =
+                push_admitted(&repository, &file, &key, compression, OnConflict::Supersede).await?;
+            let (name, cluster) = (file.name.to_string(), file.cluster.to_string());
+            tracing::info!(site = self.name(), created = archived == Archived::Created, "forced {name}");
+            Ok::<_, PushError>(ArchivedFile { name, cluster, created: archived == Archived::Created })
+        };
+        let outcome = forced.await.map_err(|error| self.failure(error));
+        self.log_failure(path, &outcome);
+        outcome
+    }
+
+    fn log_failure(&self, path: &Path, outcome: &Outcome) {
+        if let Err(failure) = outcome {
+            let site = self.name();
+            tracing::error!(site, "\"{}\" is not archived: {}", path.display(), failure.message);
+        }
+    }
+
+    fn failure(&self, error: PushError) -> Failure {
+        match error {
+            PushError::Opening(failure) => failure,
+            PushError::Wal(error) => (self.workers.failure_of)(error),
+        }
     }
 
     /// Archives what comes next after each request, as far as there is room; never returns.
@@ -215,10 +243,7 @@ impl SitePush {
         tokio::spawn(async move {
             // Also where the task panics: what is not under way must not look so.
             let _forget = ForgetUnlessDone { site: &site, path: &path, identity: &identity };
-            let outcome = site.archive(&path, &identity).await.map_err(|error| match error {
-                PushError::Opening(failure) => failure,
-                PushError::Wal(error) => (site.workers.failure_of)(error),
-            });
+            let outcome = site.archive(&path, &identity).await.map_err(|error| site.failure(error));
             match &outcome {
                 Ok(file) => {
                     tracing::debug!(site = site.name(), created = file.created, "archived {}", file.name);

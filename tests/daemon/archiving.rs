@@ -82,18 +82,23 @@ fn what_comes_next_is_archived_before_it_is_asked_for_and_each_once() {
 
 /// The memory is for PostgreSQL, which asks once. Who asks again may do so because the object is damaged.
 #[test]
-fn what_was_told_once_is_looked_at_again() {
+fn what_was_told_once_is_looked_at_again_and_mended_by_force() {
     require!(Need::PostgreSQL(15));
     let scene = Scene::start(15, |site| site);
     let segments = scene.end_segments(2);
     scene.settle(&segments);
-    let _daemon = scene.daemon();
+    let daemon = scene.daemon();
     scene.pushed(&segments[0]);
     let object = object(&scene, &segments[0]);
     let mut bytes = fs::read(&object).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&object, &bytes).unwrap();
-    crate::support::Run::of(&mut scene.push(&segments[0]), "").expect_code(3);
+    let refused = crate::support::Run::of(&mut scene.push(&segments[0]), "").expect_code(3);
+    assert!(refused.stderr.contains("--force"), "{}", refused.stderr);
+    crate::support::Run::of(scene.push(&segments[0]).arg("--force"), "").expect_success();
+    scene.assert_archived(&segments[0]);
+    assert_eq!(fs::read(&object).unwrap(), bytes, "it stays as it is");
+    assert!(daemon.log().contains(&format!("forced {}", segments[0])), "{}", daemon.log());
 }
 
 fn object(scene: &Scene, segment: &str) -> PathBuf {

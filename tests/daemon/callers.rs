@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use nix::unistd::User;
@@ -79,11 +80,12 @@ fn the_owner_of_the_site_has_its_wal_archived_and_a_stranger_nothing() {
     fs::write(&configuration, lines).unwrap();
     fs::set_permissions(&configuration, fs::Permissions::from_mode(0o644)).unwrap();
     chown(&configuration, Some(stranger.uid.as_raw()), None).unwrap();
-    let push = |uid: u32, path: &std::path::Path| {
+    let push_with = |uid: u32, path: &Path, options: &[&str]| {
         let mut command = Command::new(scene.walden.command().get_program());
-        command.arg("--config").arg(&configuration).args(["wal", "push"]).arg(path).env_clear();
-        Run::of(command.uid(uid).current_dir("/"), "")
+        command.arg("--config").arg(&configuration).args(["wal", "push"]).arg(path).args(options);
+        Run::of(command.env_clear().uid(uid).current_dir("/"), "")
     };
+    let push = |uid: u32, path: &Path| push_with(uid, path, &[]);
     for directory in [scene.data_directory(), &own] {
         let path = directory.join("pg_wal").join(&segments[0]);
         let refused = push(stranger.uid.as_raw(), &path).expect_code(1);
@@ -96,6 +98,9 @@ fn the_owner_of_the_site_has_its_wal_archived_and_a_stranger_nothing() {
     assert_ne!(owner, 0, "PostgreSQL does not run as root");
     push(owner, &scene.segment(&segments[0])).expect_success();
     assert!(daemon.log().contains(&format!("archived {}", segments[0])), "{}", daemon.log());
+    // Nor does the server reach what is archived already.
+    let refused = push_with(owner, &scene.segment(&segments[0]), &["--force"]).expect_code(1);
+    assert!(refused.stderr.contains("may not have the daemon supersede"), "{}", refused.stderr);
     push(0, &scene.segment(&segments[1])).expect_success();
     segments.iter().for_each(|segment| scene.assert_archived(segment));
 }
