@@ -45,7 +45,7 @@ pub fn decoders() -> Vec<Decoder> {
         json("reply of a clone", &[Reply::Done, Reply::Failed { message: "x".into() }]),
         json(
             "request to a daemon",
-            &[DaemonRequest::Push { site: "main".into(), path: "/d/pg_wal/1".into() }],
+            &[DaemonRequest::Push { site: "main".into(), path: "/d/pg_wal/1".into(), force: true }],
         ),
         json(
             "answer of a daemon",
