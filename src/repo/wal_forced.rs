@@ -42,7 +42,7 @@ struct Claim {
 struct Superseded {
     /// The salted digest of its content, or of all its bytes where it could not be verified.
     digest: Digest,
-    /// The digits of its name, by which it is known when it is damaged later; zeros for the segment's own object.
+    /// The digits of its name; zeros for the segment's own object.
     name: [u8; 4],
 }
 
@@ -252,16 +252,13 @@ async fn read_claim(
 
 /// Keeps those that no other supersedes.
 ///
-/// One that verifies is known by its digest. One that does not is known by its name: it was damaged after it was
-/// replaced, and what it was matters no more.
+/// Digest or name will do: the name alone remains of what was damaged after it was replaced, or was misread when the
+/// other was made, and a name is used once.
 fn newest_claims(claims: Vec<Claim>) -> Vec<Claim> {
     let is_named = |claim: &Claim| {
         let this = Superseded::of(claim);
         let mut others = claims.iter().filter_map(|other| other.supersedes.as_ref().ok()).flatten();
-        others.any(|other| match claim.supersedes {
-            Ok(_) => other.digest == this.digest,
-            Err(_) => other.name == this.name,
-        })
+        others.any(|other| other.digest == this.digest || other.name == this.name)
     };
     claims.iter().filter(|claim| !is_named(claim)).cloned().collect()
 }

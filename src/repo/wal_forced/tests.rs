@@ -203,6 +203,10 @@ fn those_that_supersede_each_other_are_damage_and_no_way_back() {
     assert_eq!(newest(&[claim(1, &[0]), claim(2, &[1])]).unwrap(), claim(2, &[]).name);
     assert_eq!(newest(&[claim(1, &[0]), claim(2, &[0])]).unwrap(), claim(2, &[]).name);
     newest(&[claim(1, &[2]), claim(2, &[1])]).unwrap_err();
+    // What was misread when the other was made was named by another digest, and is replaced all the same.
+    let misread = Ok(vec![Superseded { digest: Digest([7; 32]), name: [9; 4] }]);
+    let newer = Claim { supersedes: misread, ..claim(2, &[]) };
+    assert_eq!(newest(&[claim(9, &[0]), newer]).unwrap(), claim(2, &[]).name);
     newest(&[claim(1, &[0]), Claim { supersedes: Err("flipped".into()), ..claim(2, &[]) }]).unwrap_err();
 }
 
