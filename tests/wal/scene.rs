@@ -28,7 +28,10 @@ impl Scene {
     /// The same with segments of another size, in MiB; where `first` is given, the server is set to that segment and begins behind it.
     #[track_caller]
     pub fn with_segments_of(mib: u32, major: u32, segments: usize, first: Option<&str>) -> Self {
-        let options = Options::default().initdb(&format!("--wal-segsize={mib}"));
+        // A server refuses to keep less WAL than two segments.
+        let max_wal_size = format!("{}MB", (4 * mib).max(256));
+        let options =
+            Options::default().initdb(&format!("--wal-segsize={mib}")).setting("max_wal_size", &max_wal_size);
         let mut cluster = Cluster::start_with(major, options);
         let site = Site::of(&cluster, cluster.data_directory())
             .bin_directory(&cluster.bin_directory())
