@@ -94,7 +94,7 @@ fn two_hosts_that_push_one_segment_agree_or_the_second_is_refused() {
     };
     let loser = text(&outputs[1 - winner]);
     assert!(loser.contains(&segment) && loser.contains("already exists with different content"), "{loser}");
-    assert!(loser.contains("Another cluster or another host archives into this site."), "{loser}");
+    assert!(loser.contains("Another cluster or another host archives into this site"), "{loser}");
     let kept = fs::read([data, &*copy][winner].join(&path)).unwrap();
     assert!(site.fetched(&segment) == kept, "what was accepted first is what is there");
 }
