@@ -24,10 +24,6 @@ pub enum Depth {
 pub struct DamagedFile {
     /// Its name in the archive.
     pub name: String,
-    /// The segment that it is, or is about.
-    pub segment: WalSegmentName,
-    /// Whether it is the segment itself.
-    pub is_segment: bool,
     /// What is wrong.
     pub reason: String,
 }
@@ -102,8 +98,7 @@ async fn examine_timeline(
             if let Some(reason) = judge(cluster, name, found)? {
                 let key = layout.wal_object(cluster, name);
                 let leaf = key.as_str().rsplit('/').next().unwrap_or_default().to_owned();
-                let (segment, is_segment) = (name.segment(), matches!(name, WalObjectName::Segment(_)));
-                examined.damaged.push(DamagedFile { name: leaf, segment, is_segment, reason });
+                examined.damaged.push(DamagedFile { name: leaf, reason });
             }
         }
         if page.len() < PAGE {
