@@ -10,7 +10,7 @@ use crate::support::{Need, Options, require};
 
 #[test]
 fn who_makes_a_clone_is_told_what_guards_it_less_than_usual() {
-    require!(Need::PostgreSQL(15));
+    require!(Need::PostgreSQL(15), Need::Folder);
     let source = Source::start(Options::default());
     source.backup_at_rest();
     source.archive_wal();

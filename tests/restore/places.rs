@@ -187,11 +187,9 @@ fn a_delta_brings_a_directory_back_and_force_replaces_only_what_walden_restored(
     // What another put there is not Walden's to replace, and other places are no targets at all.
     let strange = source.scratch().folder("strange");
     source.scratch().file("strange/precious", "x");
-    let repository = source.walden.repository().join("new");
     for (place, options, why) in [
         (&strange, &["--force"][..], "was not restored by walden"),
         (&strange, &["--delta"], "no global/pg_control"),
-        (&repository, &[], "the repository"),
         (&source.cluster.data_directory().to_owned(), &["--force"], "a server is running"),
     ] {
         let run =
@@ -200,6 +198,17 @@ fn a_delta_brings_a_directory_back_and_force_replaces_only_what_walden_restored(
         assert!(run.stderr.contains(why), "no \"{why}\" in:\n{}", run.stderr);
     }
     assert_eq!(fs::read_to_string(strange.join("precious")).unwrap(), "x");
+}
+
+#[test]
+fn a_repository_is_no_place_to_restore_into() {
+    require!(Need::PostgreSQL(15), Need::Folder);
+    let source = Source::start(Options::default());
+    source.backup();
+    let place = source.walden.repository().join("new");
+    let refused = source.walden.try_run(&["restore", "--target-dir", place.to_str().unwrap()]);
+    assert!(refused.expect_code(1).stderr.contains("the repository"));
+    assert!(!place.exists());
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! An S3 server in this process, for tests: s3s over a temporary folder, on a free port of loopback.
 //!
 //! s3s-fs looks whether a key is free and then writes, so two creates at once may both succeed, and it creates
-//! missing buckets. `Strict` keeps to the protocol where s3s-fs does not.
+//! missing buckets; what it cannot read it says is not there. `Strict` keeps to the protocol where s3s-fs does not.
 //!
 //! Shared by the unit tests of `storage` and by the integration tests, each of which includes this file.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use async_trait::async_trait;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -48,7 +50,8 @@ impl S3Server {
         let folder = TempDir::new().expect("a temporary folder can be created");
         std::fs::create_dir(folder.path().join(BUCKET)).expect("the new folder is empty");
         let files = FileSystem::new(folder.path()).expect("the folder exists");
-        let mut builder = S3ServiceBuilder::new(Strict { files, creating: Mutex::default() });
+        let objects = folder.path().join(BUCKET);
+        let mut builder = S3ServiceBuilder::new(Strict { files, objects, creating: Mutex::default() });
         let mut auth = SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY);
         for key in TEMPORARY_KEY_IDS {
             auth.register(key.to_owned(), SECRET_ACCESS_KEY.into());
@@ -76,7 +79,7 @@ impl S3Server {
     }
 
     /// Returns the folder that holds the bucket's objects as files.
-    pub fn bucket_folder(&self) -> std::path::PathBuf {
+    pub fn bucket_folder(&self) -> PathBuf {
         self.folder.path().join(BUCKET)
     }
 }
@@ -90,7 +93,21 @@ impl Drop for S3Server {
 /// The operations a store needs, those that create one after the other.
 struct Strict {
     files: FileSystem,
+    /// Where the bucket's objects are.
+    objects: PathBuf,
     creating: Mutex<()>,
+}
+
+impl Strict {
+    /// Answers 503 where the folder or file of a key is neither there nor absent.
+    fn look_at(&self, key: &str) -> S3Result<()> {
+        match std::fs::metadata(self.objects.join(key)) {
+            Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                Err(s3_error!(error, ServiceUnavailable))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 #[async_trait]
@@ -107,6 +124,7 @@ impl S3 for Strict {
         if request.input.bucket != BUCKET {
             return Err(s3_error!(NoSuchBucket));
         }
+        self.look_at(&request.input.key)?;
         self.files.get_object(request).await
     }
 
@@ -114,6 +132,7 @@ impl S3 for Strict {
         &self,
         request: S3Request<HeadObjectInput>,
     ) -> S3Result<S3Response<HeadObjectOutput>> {
+        self.look_at(&request.input.key)?;
         self.files.head_object(request).await
     }
 
@@ -128,6 +147,8 @@ impl S3 for Strict {
         &self,
         request: S3Request<ListObjectsV2Input>,
     ) -> S3Result<S3Response<ListObjectsV2Output>> {
+        let prefix = request.input.prefix.as_deref().unwrap_or_default();
+        self.look_at(prefix.rsplit_once('/').map_or("", |(folder, _)| folder))?;
         self.files.list_objects_v2(request).await
     }
 }
