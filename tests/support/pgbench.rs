@@ -26,8 +26,17 @@ impl Pgbench {
 
     /// Starts the TPC-B-like load with some clients; it runs until stopped or dropped.
     pub fn start(sql: &Sql, clients: u32) -> Self {
+        Self::start_with(sql, clients, &[])
+    }
+
+    /// Starts the load with a limit to its transactions a second.
+    pub fn start_at_rate(sql: &Sql, clients: u32, rate: u32) -> Self {
+        Self::start_with(sql, clients, &["--rate", &rate.to_string()])
+    }
+
+    fn start_with(sql: &Sql, clients: u32, options: &[&str]) -> Self {
         let mut command = command(sql);
-        command.args(["--no-vacuum", "--time", "86400", "--client", &clients.to_string()]);
+        command.args(["--no-vacuum", "--time", "86400", "--client", &clients.to_string()]).args(options);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self { process: command.spawn().unwrap() }
     }

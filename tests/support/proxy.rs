@@ -143,6 +143,12 @@ impl Proxy {
         self.plan.lock().unwrap().rules.push(rule);
     }
 
+    /// Lets every request meet a fault from now on, whatever they met before.
+    pub fn inject_only(&self, fault: Fault) {
+        let rule = Rule { method: "", part: String::new(), skip: 0, times: usize::MAX, fault };
+        self.plan.lock().unwrap().rules = vec![rule];
+    }
+
     /// Lets every n-th request meet one fault after the other.
     pub fn disturb(&self, every: usize, faults: impl IntoIterator<Item = Fault>) {
         self.plan.lock().unwrap().disturbance = Some((every, faults.into_iter().collect()));

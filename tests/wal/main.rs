@@ -6,10 +6,15 @@ mod support;
 mod scene;
 
 mod archiving;
+mod arrival;
 mod check;
 mod forced;
+mod leaving;
+mod majors;
 mod mount;
 mod never_promotes;
+mod outage;
+mod outage_report;
 mod prefetch;
 mod receive;
 mod receive_rounds;
