@@ -20,8 +20,7 @@ use crate::restore::Error;
 use crate::restore::destinations::{ConfigurationPlace, Destinations};
 use crate::restore::recovery_settings::{RecoveryEnd, RecoveryFacts, Setting, recovery_settings};
 use crate::restore::target::{
-    TargetFacts, check_place, check_space, decide_part, is_linked_tablespace, is_own_tablespace, resolve,
-    used_bytes,
+    TargetFacts, check_existing, check_place, check_space, is_own_tablespace, resolve, used_bytes,
 };
 
 /// What the user asked for.
@@ -264,20 +263,8 @@ fn check_targets(
     for (place, _) in destinations.all() {
         check_place(place, &options.apart_from)?;
     }
-    let facts = TargetFacts::of(&destinations.data)?;
-    facts.decide(&destinations.data, options.existing, basebackup.record().cluster, options.user)?;
-    // A copy of the source has the source's links, and these lead to the source's tablespaces (failure 27b).
-    let source =
-        options.source_directory.as_deref().map(resolve).filter(|source| *source != destinations.data);
-    for (oid, path) in &destinations.tablespaces {
-        let of_source = source.as_ref().is_some_and(|source| is_linked_tablespace(source, *oid, path));
-        let own = !of_source && is_own_tablespace(&facts, &destinations.data, *oid, path);
-        decide_part(path, options.existing, own, options.user)?;
-    }
-    if let Some(place) = &destinations.configuration {
-        // Files of the same name are replaced, and nothing else is touched.
-        decide_part(&place.directory, options.existing, true, options.user)?;
-    }
+    let (cluster, source) = (basebackup.record().cluster, options.source_directory.as_deref());
+    check_existing(destinations, options.existing, cluster, options.user, source)?;
     check_space(&sizes.needs(destinations))
 }
 

@@ -17,7 +17,7 @@ use crate::catalog::PLAN_FILE_NAME;
 use crate::codec::CpuPool;
 use crate::disk::durable::{self, Create};
 use crate::disk::private_area::HELD_BACK;
-use crate::disk::{self, Binding, LockFile, PrivateArea, state_file};
+use crate::disk::{self, Binding, LockFile, Owner, PrivateArea, state_file};
 use crate::monitor::{Monitor, Task};
 use crate::repo::entry::Entry;
 use crate::repo::lease::{LEASE_RENEWAL_SECONDS, Lease};
@@ -32,7 +32,7 @@ use crate::restore::plan::{Existing, RestorePlan};
 use crate::restore::recovery_settings::{AUTO_CONF, included_folders, with_block};
 use crate::restore::server::server_in;
 use crate::restore::shape::Shape;
-use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME, resolve};
+use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME, check_existing, resolve};
 use crate::restore::writer::Writer;
 
 /// What a restore may use.
@@ -170,11 +170,16 @@ impl Restore<'_> {
     /// Takes hold of the target and writes down what is to become of it.
     fn hold_back(&self, resume: bool) -> Result<(PrivateArea, LockFile), Error> {
         let (plan, owner) = (self.plan, self.plan.owner());
+        // Where nobody is at work yet, what is refused is left without a trace; else the lock tells who is.
+        if PrivateArea::open(&plan.destinations.data)?.is_none() {
+            self.check_again(resume)?;
+        }
         for (root, _) in plan.destinations.all() {
             durable::create_dir_all(root, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
         }
         let area = PrivateArea::create(&plan.destinations.data, Some(owner))?;
         let lock = area.lock()?;
+        self.check_again(resume)?;
         area.clear_temporary(&lock)?;
         let state = area.directory().join(STATE_FILE_NAME);
         if !resume {
@@ -190,6 +195,19 @@ impl Restore<'_> {
             part: "data".to_owned(),
         })?;
         Ok((area, lock))
+    }
+
+    /// Looks at the target as planning did: since then a server may have been started there, or another restore have
+    /// come and gone.
+    fn check_again(&self, resume: bool) -> Result<(), Error> {
+        let RestorePlan { destinations, existing, recovery, .. } = self.plan;
+        if !resume {
+            return check_existing(destinations, *existing, recovery.cluster, Owner::current(), None);
+        }
+        match read_unfinished(&destinations.data)? == *self.plan {
+            true => Ok(()),
+            false => Err(Error::Unfinished { path: destinations.data.clone() }),
+        }
     }
 
     async fn staying(&self, shape: &Shape, area: &PrivateArea, resume: bool) -> Result<Staying, Error> {

@@ -138,10 +138,37 @@ impl TargetFacts {
     }
 }
 
+/// Decides whether what is in the destinations may be replaced: before a restore is planned, and again once it holds
+/// them, because planning takes time and others come to the same directories.
+///
+/// `source` is the data directory of the source, where that is on this host: a copy of it has its links, and these lead
+/// to the source's tablespaces (failure 27b).
+pub fn check_existing(
+    destinations: &Destinations,
+    existing: Existing,
+    cluster: ClusterId,
+    user: Owner,
+    source: Option<&Path>,
+) -> Result<(), Error> {
+    let facts = TargetFacts::of(&destinations.data)?;
+    facts.decide(&destinations.data, existing, cluster, user)?;
+    let source = source.map(resolve).filter(|source| *source != destinations.data);
+    for (oid, path) in &destinations.tablespaces {
+        let of_source = source.as_ref().is_some_and(|source| is_linked_tablespace(source, *oid, path));
+        let own = !of_source && is_own_tablespace(&facts, &destinations.data, *oid, path);
+        decide_part(path, existing, own, user)?;
+    }
+    match &destinations.configuration {
+        // Files of the same name are replaced, and nothing else is touched.
+        Some(place) => decide_part(&place.directory, existing, true, user),
+        None => Ok(()),
+    }
+}
+
 /// Decides whether a tablespace or the configuration may be restored into a directory.
 ///
 /// `own` says that what is there belongs to what is in the data directory, so that its fate is decided with it.
-pub fn decide_part(path: &Path, existing: Existing, own: bool, user: Owner) -> Result<(), Error> {
+fn decide_part(path: &Path, existing: Existing, own: bool, user: Owner) -> Result<(), Error> {
     let facts = TargetFacts::of(path)?;
     let path = path.to_owned();
     if let Some(owner) = facts.owner.filter(|owner| !user.is_root() && owner.uid != user.uid) {
@@ -163,7 +190,7 @@ pub fn is_own_tablespace(facts: &TargetFacts, data: &Path, oid: u32, path: &Path
 }
 
 /// Returns whether a data directory has a link to the directory of a tablespace.
-pub fn is_linked_tablespace(data: &Path, oid: u32, path: &Path) -> bool {
+fn is_linked_tablespace(data: &Path, oid: u32, path: &Path) -> bool {
     fs::canonicalize(data.join("pg_tblspc").join(oid.to_string())).is_ok_and(|linked| linked == path)
 }
 

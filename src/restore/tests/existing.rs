@@ -93,6 +93,30 @@ fn an_unfinished_restore_is_resumed_where_it_was_begun() {
     });
 }
 
+/// A process that counts as the server of a directory until it is dropped.
+struct Server {
+    process: std::process::Child,
+    pid_file: PathBuf,
+}
+
+impl Server {
+    fn start(data: &Path) -> Self {
+        let process = std::process::Command::new("sleep").arg("600").current_dir(data).spawn().unwrap();
+        let pid_file = data.join("postmaster.pid");
+        fs::write(&pid_file, format!("{}\n", process.id())).unwrap();
+        Self { process, pid_file }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        // Gone where the restore that should have been refused has removed it.
+        fs::remove_file(&self.pid_file).ok();
+    }
+}
+
 /// A release that a crash cut short before the area went leaves a directory that can be started.
 #[test]
 fn nothing_is_resumed_under_a_running_server() {
@@ -101,12 +125,66 @@ fn nothing_is_resumed_under_a_running_server() {
         let id = site.backup(&some_files(9), None).await.id;
         unfinished(&site, id, "a").await;
         let data = site.data("a");
-        let mut server = std::process::Command::new("sleep").arg("600").current_dir(&data).spawn().unwrap();
-        fs::write(data.join("postmaster.pid"), format!("{}\n", server.id())).unwrap();
+        let plan = read_unfinished(&data).unwrap();
+        let _server = Server::start(&data);
         let refused = read_unfinished(&data);
-        server.kill().unwrap();
-        server.wait().unwrap();
         assert!(matches!(refused, Err(Error::Running { .. })), "{refused:?}");
+        let refused = site.run(&plan, true).await;
+        assert!(matches!(refused, Err(Error::Running { .. })), "{refused:?}");
+    });
+}
+
+/// Planning may take long, and two who restore into one empty directory plan at the same time.
+#[test]
+fn what_has_come_to_the_target_since_the_plan_was_made_is_refused_untouched() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        for leftover in [false, true] {
+            let name = format!("a-{leftover}");
+            let first = site.plan(id, &name, Existing::Refuse).await.unwrap();
+            let second = site.plan(id, &name, Existing::Refuse).await.unwrap();
+            site.run(&first, false).await.unwrap();
+            if leftover {
+                fs::create_dir(site.data(&name).join(private_area::DIRECTORY_NAME)).unwrap();
+            }
+            let refused = site.run(&second, false).await.unwrap_err();
+            assert!(matches!(refused, Error::NotEmpty { .. }), "{refused}");
+            if leftover {
+                fs::remove_dir_all(site.data(&name).join(private_area::DIRECTORY_NAME)).unwrap();
+            }
+            site.assert_restored(&name, &some_files(9));
+        }
+        for existing in [Existing::Delta, Existing::Replace] {
+            let plan = site.plan(id, "a-false", existing).await.unwrap();
+            let server = Server::start(&site.data("a-false"));
+            let refused = site.run(&plan, false).await.unwrap_err();
+            assert!(matches!(refused, Error::Running { .. }), "{refused}");
+            drop(server);
+            site.assert_restored("a-false", &some_files(9));
+        }
+        let plan = site.plan(id, "b", Existing::Refuse).await.unwrap();
+        let tablespace = site.data("b").with_file_name("ts");
+        fs::create_dir_all(tablespace.join("PG_15_202209061")).unwrap();
+        fs::write(tablespace.join("PG_15_202209061/rows"), b"x").unwrap();
+        let refused = site.run(&plan, false).await.unwrap_err();
+        assert!(refused.to_string().contains("/b/ts\" is not empty"), "{refused}");
+        assert_eq!(fs::read(tablespace.join("PG_15_202209061/rows")).unwrap(), b"x");
+        assert!(!site.data("b").exists());
+    });
+}
+
+#[test]
+fn of_two_who_resume_the_second_finds_nothing_left_to_do() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        unfinished(&site, id, "a").await;
+        let plan = read_unfinished(&site.data("a")).unwrap();
+        site.run(&plan, true).await.unwrap();
+        let refused = site.run(&plan, true).await.unwrap_err();
+        assert!(matches!(refused, Error::NothingToResume { .. }), "{refused}");
+        site.assert_restored("a", &some_files(9));
     });
 }
 
