@@ -144,7 +144,7 @@ async fn interrupted() -> CommandError {
 }
 
 /// Returns the name of this host.
-pub(super) fn host_name() -> String {
+fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
 }

@@ -17,7 +17,6 @@ use crate::restore::run::{CHECKPOINT_BYTES, Resources, read_unfinished};
 use crate::restore::{self, take_sample, work_of};
 use crate::storage::Location;
 
-use super::backup::host_name;
 use super::context::Context;
 use super::error::CommandError;
 use super::recovery_target::TargetArguments;
@@ -192,7 +191,6 @@ impl Restore {
             user: Owner::current(),
             apart_from,
             libc: libc_version(),
-            host: host_name(),
             source_directory: site.data_directory.clone(),
         })
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::host::{self, Host};
-use crate::catalog::wal_scan::scan_wal;
+use crate::catalog::wal_scan::{WalScan, scan_wal};
 use crate::catalog::{PlannedRecovery, RecoveryPlan, RecoveryTarget, Target};
 use crate::disk::Owner;
 use crate::pg::{ControlFile, TimelineId, WalSegmentNumber};
@@ -46,8 +46,6 @@ pub struct RestoreOptions {
     pub apart_from: Vec<(PathBuf, String)>,
     /// Version of the C library of this host, where it is known.
     pub libc: Option<String>,
-    /// The name of this host.
-    pub host: String,
     /// The data directory of the source, if it is on this host.
     pub source_directory: Option<PathBuf>,
 }
@@ -142,7 +140,9 @@ pub async fn plan_restore(
     let destinations = Destinations::new(&data, &start.tablespaces, &map, configuration)?;
     let sizes = Sizes::of(basebackup, &destinations).await?;
     check_targets(&destinations, &sizes, basebackup, options)?;
-    check_replay(basebackup, &planned, &destinations, options).await?;
+    let PlannedRecovery { plan, target, .. } = &planned;
+    let scan = scan_wal(basebackup.repository(), plan, &target.target, basebackup.record().start_lsn).await?;
+    check_replay(&scan, &destinations)?;
     let control = control_file(basebackup).await?;
     let main_inside = basebackup.entry(&tree_path("data/postgresql.conf")?).await?.is_some();
     let unknown_configuration = !main_inside && destinations.configuration.is_none();
@@ -270,33 +270,15 @@ fn check_targets(
 
 /// Refuses WAL whose replay would create a tablespace over what is on this host (failure 27b).
 ///
-/// The path stands in the WAL and is the source's, so this concerns the source's own host; and WAL is read only where
-/// the source has tablespaces at all, or nobody knows.
-async fn check_replay(
-    basebackup: &Basebackup,
-    planned: &PlannedRecovery,
-    destinations: &Destinations,
-    options: &RestoreOptions,
-) -> Result<(), Error> {
-    let links = options.source_directory.as_ref().map(|source| source.join("pg_tblspc"));
-    let none =
-        links.and_then(|links| std::fs::read_dir(links).ok()).is_some_and(|mut links| links.next().is_none());
-    if basebackup.record().server.host != options.host || none {
-        return Ok(());
-    }
-    let scan = scan_wal(
-        basebackup.repository(),
-        &planned.plan,
-        &planned.target.target,
-        basebackup.record().start_lsn,
-    )
-    .await?;
+/// The path stands in the WAL, and is the primary's. Which host that was nobody can tell: a basebackup names the host it
+/// was taken on, which may be a standby's or a container's. So what is there on this host decides.
+fn check_replay(scan: &WalScan, destinations: &Destinations) -> Result<(), Error> {
     let facts = TargetFacts::of(&destinations.data)?;
-    for (oid, path) in scan.tablespaces {
-        let place = resolve(&path);
-        let ours = is_own_tablespace(&facts, &destinations.data, oid, &place);
+    for (oid, path) in &scan.tablespaces {
+        let place = resolve(path);
+        let ours = is_own_tablespace(&facts, &destinations.data, *oid, &place);
         if !ours && TargetFacts::of(&place).is_ok_and(|facts| facts.filled) {
-            return Err(Error::ReplayedTablespace { oid, path });
+            return Err(Error::ReplayedTablespace { oid: *oid, path: path.clone() });
         }
     }
     Ok(())

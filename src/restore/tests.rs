@@ -117,7 +117,6 @@ impl Site {
             user,
             apart_from: Vec::new(),
             libc: None,
-            host: "here".to_owned(),
             source_directory: None,
         }
     }

@@ -71,6 +71,32 @@ fn another_architecture_is_refused_and_another_c_library_warned_of() {
     assert!(architecture.stderr.contains("hint: "), "{}", architecture.stderr);
 }
 
+/// Failure 27b where the basebackup was taken on a standby, or in a container, and the restore is beside the primary.
+#[test]
+fn a_tablespace_that_replay_would_make_over_something_is_refused_whatever_host_the_basebackup_names() {
+    require!(Need::PostgreSQL(15));
+    let recorded = Recorded::make();
+    let source = &recorded.source;
+    let place = source.scratch().folder("late");
+    source.sql(&format!("create tablespace late location '{}'", place.display()));
+    source.archive_wal();
+    let elsewhere = [("host", json!("a-standby"))];
+    let refused = |run: Run| {
+        let run = run.expect_code(1);
+        assert!(run.stderr.contains("recovery would create tablespace"), "{}", run.stderr);
+    };
+    refused(recorded.planned(&elsewhere));
+    refused(recorded.planned(&[]));
+    // Dropped since: the source has no tablespace any more, and the directory is another's.
+    source.sql("drop tablespace late");
+    source.archive_wal();
+    recorded.planned(&[]).expect_success();
+    recorded.planned(&elsewhere).expect_success();
+    source.scratch().file("late/precious", "x");
+    refused(recorded.planned(&[]));
+    refused(recorded.planned(&elsewhere));
+}
+
 #[test]
 fn programs_of_another_major_version_are_refused_and_missing_ones_warned_of() {
     require!(Need::PostgreSQL(15));
