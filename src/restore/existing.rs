@@ -112,7 +112,7 @@ pub(super) async fn staying_by_content(
 
 /// Removes everything in the destinations that is neither a directory of the basebackup nor a file that stays.
 ///
-/// The configuration's directory is the host's, and nothing in it is removed. A tablespace's directory is shared with
+/// The configuration's directory is the host's, and only files of the basebackup's names are removed in it. A tablespace's directory is shared with
 /// clusters of other major versions, as pg_upgrade leaves it: only the folder that the basebackup has there is its own.
 pub(super) fn clear(destinations: &Destinations, shape: &Shape, staying: &Staying) -> Result<(), Error> {
     let directories = shape.directory_set();
@@ -144,6 +144,16 @@ pub(super) fn clear(destinations: &Destinations, shape: &Shape, staying: &Stayin
             }
         }
     }
+    let configuration = destinations.configuration.as_ref().map(|place| &*place.directory);
+    let replaced = shape.files.keys().filter(|path| configuration.is_some_and(|root| path.starts_with(root)));
+    for path in replaced.filter(|path| !stays(path)) {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(Error::at("remove", path)(error));
+            }
+            _ => {}
+        }
+    }
     Ok(())
 }
 
@@ -171,7 +181,8 @@ impl Candidate {
         // Absent, not a file, or one that cannot be read: it is made anew.
         let Ok(mut file) = open else { return Ok(State::Absent) };
         let metadata = file.metadata().map_err(Error::at("look up", path))?;
-        if !metadata.is_file() {
+        // One that has another name is somebody's copy, made with `cp -al` or `rsync --link-dest`.
+        if !metadata.is_file() || metadata.nlink() > 1 {
             return Ok(State::Absent);
         }
         if metadata.len() == self.size

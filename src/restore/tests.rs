@@ -68,13 +68,17 @@ impl Site {
     /// Takes a basebackup of what is given, which may name pages of an earlier one.
     async fn backup(&self, files: &Files, parent: Option<BasebackupId>) -> BackupRecord {
         self.clock.advance(std::time::Duration::from_secs(60));
+        let outside: Vec<&str> = files.keys().filter_map(|path| path.strip_prefix("config/")).collect();
         let options = BuilderOptions {
             cluster: Self::cluster(),
             timeline: TimelineId::FIRST,
             lsns: (Lsn(0x0200_0028), Lsn(0x0200_0100)),
             time: "2026-11-20T10:15:00.25Z".parse().unwrap(),
             compression: Compression::NONE,
-            server: ServerRecord::default(),
+            server: ServerRecord {
+                outside_configuration: outside.iter().map(|path| (*path).to_owned()).collect(),
+                ..ServerRecord::default()
+            },
         };
         let parent = match parent {
             Some(id) => Some(Arc::new(Basebackup::open(&self.repository, id).await.unwrap())),
@@ -84,6 +88,9 @@ impl Site {
         builder.directory("data").directory("data/base").directory("data/global").directory("data/pg_tblspc");
         builder.directory("data/pg_wal").symlink("data/latest", "base/1").directory("tablespaces/16400");
         builder.directory("tablespaces/16400/PG_15_202209061");
+        if !outside.is_empty() {
+            builder.directory("config").directory("config/etc");
+        }
         builder.tablespace(Tablespace { oid: 16400, location: b"/srv/ts".to_vec(), name: "ts".to_owned() });
         builder.file("data/PG_VERSION", b"15\n").await.unwrap();
         builder.file("data/global/pg_control", CONTROL_FILE).await.unwrap();
@@ -92,6 +99,7 @@ impl Site {
         for (path, bytes) in files {
             let tree = match path.strip_prefix("pg_tblspc/") {
                 Some(below) => format!("tablespaces/{below}"),
+                None if path.starts_with("config/") => path.clone(),
                 None => format!("data/{path}"),
             };
             builder.file(&tree, bytes).await.unwrap();

@@ -209,6 +209,56 @@ fn files_that_a_delta_keeps_get_their_owner_mode_and_time() {
     });
 }
 
+/// `cp -al` and `rsync --link-dest` make copies that share their files with the original.
+#[test]
+fn a_delta_leaves_files_that_have_another_name_to_their_copy() {
+    block_on(async {
+        const CONFIGURATION: &str = "config/etc/postgresql.conf";
+        let site = Site::create().await;
+        let (mut old, mut new) = (some_files(9), some_files(10));
+        old.insert(CONFIGURATION.to_owned(), content(&[], 100));
+        new.insert(CONFIGURATION.to_owned(), content(&[], 90));
+        let first = site.backup(&old, None).await.id;
+        let second = site.backup(&new, Some(first)).await.id;
+        let configuration = site.data("a").with_file_name("etc");
+        let restored = async |id, existing| {
+            let mut options = site.options("a", existing);
+            options.configuration_directory = Some(configuration.clone());
+            let basebackup = Basebackup::open(&site.repository, id).await.unwrap();
+            let planned = planned(basebackup.record().clone());
+            let plan = plan_restore(&basebackup, planned, &options).await.unwrap();
+            site.run(&plan, false).await.unwrap();
+        };
+        restored(first, Existing::Refuse).await;
+        let data = site.data("a");
+        let shared = [
+            data.join("base/1"),
+            data.join("base/3"),
+            data.with_file_name("ts").join("PG_15_202209061/16500"),
+            configuration.join("postgresql.conf"),
+        ];
+        for existing in [Existing::Delta, Existing::Replace] {
+            let copies: Vec<(PathBuf, Vec<u8>)> = shared
+                .iter()
+                .enumerate()
+                .map(|(n, path)| {
+                    let copy = site.data("a").with_file_name(format!("copy-{n}"));
+                    fs::hard_link(path, &copy).unwrap();
+                    (copy, fs::read(path).unwrap())
+                })
+                .collect();
+            restored(second, existing).await;
+            for ((copy, before), path) in copies.iter().zip(&shared) {
+                assert!(fs::read(copy).unwrap() == *before, "{existing:?} wrote into {}", path.display());
+                assert_eq!(fs::metadata(path).unwrap().nlink(), 1, "{existing:?}: {}", path.display());
+                fs::remove_file(copy).unwrap();
+            }
+            new.remove(CONFIGURATION);
+            site.assert_restored("a", &new);
+        }
+    });
+}
+
 /// Failure 24: a file that is there and cannot be read was taken for an empty one.
 #[test]
 fn only_a_file_that_is_not_there_is_empty() {
