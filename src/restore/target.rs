@@ -36,6 +36,12 @@ pub struct RestoreMarker {
     pub destinations: Destinations,
 }
 
+/// Where an unfinished restore writes: of its plan what every release can read.
+#[derive(Debug, Deserialize)]
+struct Begun {
+    destinations: Destinations,
+}
+
 /// What is known of a data directory to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TargetFacts {
@@ -45,6 +51,8 @@ pub struct TargetFacts {
     pub filled: bool,
     /// Whether a restore of it has not ended.
     pub unfinished: bool,
+    /// Where that restore writes, as far as its plan can be read.
+    pub begun: Option<Destinations>,
     /// What a restore has left there.
     pub marker: Option<RestoreMarker>,
     /// The cluster whose data directory it is.
@@ -71,11 +79,14 @@ impl TargetFacts {
         }
         let control = fs::read(path.join("global/pg_control")).unwrap_or_default();
         let control = ControlFile::parse(&control).ok();
+        let state = path.join(private_area::DIRECTORY_NAME).join(STATE_FILE_NAME);
+        let begun: Option<Begun> = state_file::read_document(&state, "the plan of a restore").ok();
         let marker = state_file::read_document(&path.join(MARKER_FILE_NAME), "the marker of a restore").ok();
         Ok(Self {
             owner: Some(Owner::of(path)?),
             filled: is_filled(path)?,
-            unfinished: path.join(private_area::DIRECTORY_NAME).join(STATE_FILE_NAME).exists(),
+            unfinished: state.exists(),
+            begun: begun.map(|begun| begun.destinations),
             marker,
             cluster: control.map(|control| control.system_identifier),
             server: server_in(path),
@@ -182,11 +193,13 @@ fn decide_part(path: &Path, existing: Existing, own: bool, user: Owner) -> Resul
     }
 }
 
-/// Returns whether a tablespace's directory is the one that the data directory uses now.
+/// Returns whether a tablespace's directory is the one that the data directory uses now, or that an unfinished restore of
+/// it is filling: links and marker come last.
 pub fn is_own_tablespace(facts: &TargetFacts, data: &Path, oid: u32, path: &Path) -> bool {
-    let marker = facts.marker.as_ref().filter(|marker| marker.destinations.data == data);
-    let of_marker = marker.and_then(|marker| marker.destinations.tablespaces.get(&oid));
-    of_marker.is_some_and(|known| known == path) || is_linked_tablespace(data, oid, path)
+    let of_marker = facts.marker.iter().map(|marker| &marker.destinations);
+    let mut known = of_marker.chain(&facts.begun).filter(|known| known.data == data);
+    known.any(|known| known.tablespaces.get(&oid).is_some_and(|known| known == path))
+        || is_linked_tablespace(data, oid, path)
 }
 
 /// Returns whether a data directory has a link to the directory of a tablespace.

@@ -93,6 +93,42 @@ fn an_unfinished_restore_is_resumed_where_it_was_begun() {
     });
 }
 
+/// Until the end neither the links of the tablespaces nor the marker are there, to say whose the tablespaces are.
+#[test]
+fn an_unfinished_restore_is_begun_anew_with_its_tablespaces_and_no_others() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        for (name, existing) in [("a", Existing::Replace), ("b", Existing::Delta)] {
+            unfinished(&site, id, name).await;
+            let tablespace = site.data(name).with_file_name("ts");
+            assert!(tablespace.join("PG_15_202209061").exists(), "nothing was begun there");
+            site.restore(id, name, existing).await.unwrap();
+            site.assert_restored(name, &some_files(9));
+        }
+        // The plan of another release cannot be resumed, so this is the only way.
+        unfinished(&site, id, "c").await;
+        let state = site.data("c").join(private_area::DIRECTORY_NAME).join("restore.json");
+        let mut plan: serde_json::Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+        plan["format"] = 2.into();
+        plan.as_object_mut().unwrap().remove("recovery");
+        fs::write(&state, plan.to_string()).unwrap();
+        let other = read_unfinished(&site.data("c")).unwrap_err();
+        assert!(matches!(other, Error::State { .. }), "{other}");
+        site.restore(id, "c", Existing::Replace).await.unwrap();
+        site.assert_restored("c", &some_files(9));
+        // A copy of the data directory names the tablespaces of what it is a copy of.
+        unfinished(&site, id, "d").await;
+        copy_of(&site.data("d"), &site.data("copy"));
+        let basebackup = Basebackup::open(&site.repository, id).await.unwrap();
+        let mut options = site.options("copy", Existing::Replace);
+        options.tablespace_map = vec![("ts".to_owned(), site.data("d").with_file_name("ts"))];
+        let planned = planned(basebackup.record().clone());
+        let refused = plan_restore(&basebackup, planned, &options).await.unwrap_err();
+        assert!(refused.to_string().contains("/d/ts\" is not empty"), "{refused}");
+    });
+}
+
 /// A process that counts as the server of a directory until it is dropped.
 struct Server {
     process: std::process::Child,
