@@ -18,7 +18,9 @@ use crate::repo::entry::{Content, Entry, Node, TreePath};
 use crate::repo::{self, Basebackup, BasebackupId};
 use crate::restore::Error;
 use crate::restore::destinations::{ConfigurationPlace, Destinations};
-use crate::restore::recovery_settings::{RecoveryEnd, RecoveryFacts, Setting, recovery_settings};
+use crate::restore::recovery_settings::{
+    RecoveryEnd, RecoveryFacts, ReplayLimits, Setting, recovery_settings,
+};
 use crate::restore::target::{
     TargetFacts, check_existing, check_place, check_space, is_own_tablespace, resolve, used_bytes,
 };
@@ -153,7 +155,11 @@ pub async fn plan_restore(
     let settings = recovery_settings(&RecoveryFacts {
         restore_command: options.restore_command.as_deref(),
         end,
-        limits: unknown_configuration.then_some(control.limits),
+        limits: ReplayLimits {
+            at_basebackup: control.limits,
+            in_wal: scan.limits,
+            are_configured: !unknown_configuration,
+        },
     })?;
     let standby = matches!(options.mode, RecoveryMode::Standby { .. });
     let record = basebackup.record();

@@ -36,8 +36,39 @@ pub struct RecoveryFacts<'a> {
     pub restore_command: Option<&'a str>,
     /// Where recovery ends, and on which timeline; a standby's recovery does not.
     pub end: RecoveryEnd<'a>,
-    /// The limits that replay needs, where the configuration they stand in is not restored with the data.
-    pub limits: Option<RecoveryLimits>,
+    /// The limits that replay needs.
+    pub limits: ReplayLimits,
+}
+
+/// What decides which limits are set: replay stops where the server's are below those of the server that wrote the WAL.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ReplayLimits {
+    /// Those at the end of the basebackup.
+    pub at_basebackup: RecoveryLimits,
+    /// The greatest that the WAL announces up to the target.
+    pub in_wal: RecoveryLimits,
+    /// Whether the configuration that those of the basebackup stood in is restored with the data.
+    pub are_configured: bool,
+}
+
+impl ReplayLimits {
+    /// Returns those that the configuration does not have, or has not known yet.
+    fn settings(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let rows = |limits: RecoveryLimits| {
+            [
+                ("max_connections", limits.max_connections),
+                ("max_worker_processes", limits.max_worker_processes),
+                ("max_wal_senders", limits.max_wal_senders),
+                ("max_prepared_transactions", limits.max_prepared_transactions),
+                ("max_locks_per_transaction", limits.max_locks_per_transaction),
+            ]
+        };
+        let are_configured = self.are_configured;
+        let rows = rows(self.at_basebackup).into_iter().zip(rows(self.in_wal));
+        let rows = rows.map(|((name, known), (_, announced))| (name, known, announced));
+        rows.filter(move |(_, known, announced)| !are_configured || announced > known)
+            .map(|(name, known, announced)| (name, known.max(announced).to_string()))
+    }
 }
 
 /// How recovery ends.
@@ -92,15 +123,7 @@ pub fn recovery_settings(facts: &RecoveryFacts<'_>) -> Result<Vec<Setting>, Erro
     // They were written for the server that the basebackup was taken from (failure 27c).
     settings.push(("recovery_end_command", String::new()));
     settings.push(("archive_cleanup_command", String::new()));
-    if let Some(limits) = facts.limits {
-        settings.extend([
-            ("max_connections", limits.max_connections.to_string()),
-            ("max_worker_processes", limits.max_worker_processes.to_string()),
-            ("max_wal_senders", limits.max_wal_senders.to_string()),
-            ("max_prepared_transactions", limits.max_prepared_transactions.to_string()),
-            ("max_locks_per_transaction", limits.max_locks_per_transaction.to_string()),
-        ]);
-    }
+    settings.extend(facts.limits.settings());
     if settings.iter().any(|(_, value)| value.contains(['\n', '\r', '\0'])) {
         return Err(Error::LineBreak { what: "a recovery setting" });
     }
@@ -165,6 +188,17 @@ fn quoted(value: &str) -> String {
 mod tests {
     use super::*;
 
+    const NO_LIMITS: RecoveryLimits = RecoveryLimits {
+        max_connections: 0,
+        max_worker_processes: 0,
+        max_wal_senders: 0,
+        max_prepared_transactions: 0,
+        max_locks_per_transaction: 0,
+    };
+    /// The configuration is restored, and nothing has changed since.
+    const RESTORED: ReplayLimits =
+        ReplayLimits { at_basebackup: NO_LIMITS, in_wal: NO_LIMITS, are_configured: true };
+
     fn value(settings: &[Setting], name: &str) -> Option<String> {
         let mut found = settings.iter().filter(|setting| setting.name == name);
         let value = found.next().map(|setting| setting.value.clone());
@@ -175,7 +209,8 @@ mod tests {
     fn to(target: Target, action: TargetAction) -> Vec<Setting> {
         let target = RecoveryTarget { target, inclusive: true, timeline: None, action };
         let end = RecoveryEnd::Target(&target, TimelineId::new(2).unwrap());
-        recovery_settings(&RecoveryFacts { restore_command: Some("cp %f %p"), end, limits: None }).unwrap()
+        recovery_settings(&RecoveryFacts { restore_command: Some("cp %f %p"), end, limits: RESTORED })
+            .unwrap()
     }
 
     #[test]
@@ -197,7 +232,7 @@ mod tests {
     #[test]
     fn a_standby_follows_the_newest_timeline_and_takes_no_slot() {
         let end = RecoveryEnd::Standby { primary_conninfo: "host=/tmp user='x'" };
-        let facts = RecoveryFacts { restore_command: None, end, limits: None };
+        let facts = RecoveryFacts { restore_command: None, end, limits: RESTORED };
         let settings = recovery_settings(&facts).unwrap();
         assert_eq!(value(&settings, "recovery_target_timeline").as_deref(), Some("latest"));
         assert_eq!(value(&settings, "primary_slot_name").as_deref(), Some(""));
@@ -205,6 +240,29 @@ mod tests {
         assert!(text.contains("primary_conninfo = 'host=/tmp user=''x'''\n"), "{text}");
         let end = RecoveryEnd::Standby { primary_conninfo: "host=a\narchive_command='x'" };
         assert!(recovery_settings(&RecoveryFacts { end, ..facts }).is_err());
+    }
+
+    /// The limits grew after the basebackup, and the configuration in it has the old ones.
+    #[test]
+    fn limits_are_set_that_the_restored_configuration_does_not_have() {
+        let at_basebackup = RecoveryLimits { max_connections: 100, max_wal_senders: 10, ..NO_LIMITS };
+        let in_wal = RecoveryLimits {
+            max_connections: 150,
+            max_wal_senders: 5,
+            max_prepared_transactions: 30,
+            ..NO_LIMITS
+        };
+        let set = |in_wal, are_configured| {
+            let limits = ReplayLimits { at_basebackup, in_wal, are_configured };
+            let set: Vec<_> = limits.settings().map(|(name, value)| format!("{name}={value}")).collect();
+            set.join(" ")
+        };
+        assert_eq!(set(NO_LIMITS, true), "");
+        assert_eq!(set(at_basebackup, true), "");
+        assert_eq!(set(in_wal, true), "max_connections=150 max_prepared_transactions=30");
+        let all = "max_connections=150 max_worker_processes=0 max_wal_senders=10 max_prepared_transactions=30 \
+                   max_locks_per_transaction=0";
+        assert_eq!(set(in_wal, false), all);
     }
 
     /// Failure 24: postgresql.auto.conf was overwritten.

@@ -163,6 +163,61 @@ fn a_restore_stops_at_its_target_and_does_what_was_asked() {
     assert_promoted(&server, "12345", "default");
 }
 
+/// The server that wrote the WAL was started anew with larger limits after the basebackup: its configuration there has
+/// the old ones, with which replay stops.
+#[test]
+fn a_target_behind_raised_limits_is_reached_whatever_the_action() {
+    require!(Need::PostgreSQL(15));
+    let options = Options::default().initdb("--wal-segsize=1").setting("max_prepared_transactions", "2");
+    let mut source = Source::start(options);
+    source.sql("create table marks (n int)");
+    source.backup();
+    source.sql("insert into marks values (1)");
+    source.sql("select pg_create_restore_point('before')");
+    source.sql("alter system set max_prepared_transactions = 30");
+    source.sql("alter system set max_connections = 60");
+    source.cluster.restart();
+    for n in 0..10 {
+        source.sql(&format!("begin; insert into marks values ({n}); prepare transaction 'p{n}'"));
+    }
+    source.sql("insert into marks values (2)");
+    source.sql("select pg_create_restore_point('behind')");
+    source.sql("insert into marks values (3)");
+    source.archive_wal();
+    let raised = |report: &serde_json::Value| {
+        let settings = report["settings"].as_array().unwrap();
+        let limits = settings.iter().filter(|setting| setting["name"].as_str().unwrap().starts_with("max_"));
+        limits.map(|limit| format!("{} {}", limit["name"], limit["value"])).collect::<Vec<_>>().join(", ")
+    };
+    let before = source.restore("before", &["--target-name", "before", "--dry-run"]);
+    assert_eq!(raised(&before), "");
+    let expected = r#""max_connections" "60", "max_prepared_transactions" "30""#;
+    let to = ["--target-name", "behind", "--target-action"];
+    for (action, rows_expected) in [("pause", "12"), ("shutdown", "12"), ("promote", "12"), ("end", "123")] {
+        let options = if action == "end" { vec![] } else { [&to[..], &[action]].concat() };
+        assert_eq!(raised(&source.restore(action, &options)), expected, "{action}");
+        let mut server = source.server(action);
+        match action {
+            "shutdown" => {
+                server.spawn();
+                let (code, log) = server.wait();
+                assert_eq!(code, Some(0), "{log}");
+                assert!(log.contains("shutdown at recovery target"), "{log}");
+                continue;
+            }
+            _ => server.start(),
+        }
+        if action == "pause" {
+            wait_until_paused(&server);
+            assert_eq!(rows(&server), rows_expected, "{action}");
+            server.sql("select pg_wal_replay_resume()");
+        }
+        assert_promoted(&server, rows_expected, action);
+        assert_eq!(server.sql("select count(*) from pg_prepared_xacts"), "10", "{action}");
+        server.sql("commit prepared 'p7'");
+    }
+}
+
 /// Failure 26.
 #[test]
 fn targets_that_cannot_be_reached_are_refused_and_the_window_is_shown() {
