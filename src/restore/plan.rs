@@ -363,6 +363,18 @@ fn figures(sizes: &Sizes, basebackup: &Basebackup, planned: &PlannedRecovery) ->
     }
 }
 
+/// Returns the links that stand in a data directory and lead out of it, such as `pg_wal` to a file system of its own.
+fn links_out_of(data: &Path) -> Vec<(PathBuf, PathBuf)> {
+    let entries = std::fs::read_dir(data).into_iter().flatten().flatten();
+    let links = entries.filter_map(|entry| {
+        let target = std::fs::read_link(entry.path()).ok()?;
+        Some((entry.path(), resolve(&data.join(target))))
+    });
+    let mut links: Vec<_> = links.filter(|(_, target)| !target.starts_with(data)).collect();
+    links.sort();
+    links
+}
+
 fn warnings(
     basebackup: &Basebackup,
     planned: &PlannedRecovery,
@@ -386,6 +398,13 @@ fn warnings(
                 place.display()
             ));
         }
+    }
+    for (link, target) in links_out_of(&destinations.data) {
+        warnings.push(format!(
+            "\"{}\" is a link to \"{}\" and is replaced: what is there stays and is no longer the data directory's",
+            link.display(),
+            target.display()
+        ));
     }
     if unknown_configuration {
         warnings.push(format!(

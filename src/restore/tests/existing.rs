@@ -295,6 +295,32 @@ fn a_delta_leaves_files_that_have_another_name_to_their_copy() {
     });
 }
 
+/// WAL that only the target has is not removed with its link, and nobody would look for it.
+#[test]
+fn a_link_that_leads_out_of_the_target_is_replaced_and_told_of() {
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        site.restore(id, "a", Existing::Refuse).await.unwrap();
+        let data = site.data("a");
+        let volume = data.with_file_name("wal");
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("000000010000000000000001"), b"WAL").unwrap();
+        for existing in [Existing::Delta, Existing::Replace] {
+            let quiet = site.plan(id, "a", existing).await.unwrap();
+            assert!(!quiet.warnings.iter().any(|warning| warning.contains("is a link to")), "{quiet:?}");
+            fs::remove_dir(data.join("pg_wal")).unwrap();
+            std::os::unix::fs::symlink("../wal", data.join("pg_wal")).unwrap();
+            let plan = site.plan(id, "a", existing).await.unwrap();
+            let told = format!("/pg_wal\" is a link to \"{}\" and is replaced", volume.display());
+            assert!(plan.warnings.iter().any(|warning| warning.contains(&told)), "{:?}", plan.warnings);
+            site.run(&plan, false).await.unwrap();
+            assert!(fs::symlink_metadata(data.join("pg_wal")).unwrap().is_dir(), "{existing:?}");
+            assert_eq!(fs::read(volume.join("000000010000000000000001")).unwrap(), b"WAL");
+        }
+    });
+}
+
 /// Failure 24: a file that is there and cannot be read was taken for an empty one.
 #[test]
 fn only_a_file_that_is_not_there_is_empty() {
