@@ -5,11 +5,13 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
 
 use crate::disk::Error;
+use crate::disk::owner::Owner;
 
 /// Documents are longer only by paths and warnings, of which a cluster has thousands at most.
 pub const DOCUMENT_BYTES_MAX: u64 = 16 << 20;
@@ -19,15 +21,23 @@ pub const DOCUMENT_BYTES_MAX: u64 = 16 << 20;
 /// # Errors
 /// `Malformed` where it is longer than `bytes_max`; else `Io`, which tells whether there is none.
 pub fn read(path: &Path, what: &'static str, bytes_max: u64) -> Result<Vec<u8>, Error> {
+    read_owned(path, what, bytes_max).map(|(bytes, _)| bytes)
+}
+
+fn read_owned(path: &Path, what: &'static str, bytes_max: u64) -> Result<(Vec<u8>, Owner), Error> {
     let mut bytes = Vec::new();
     // By what is read, not by the length: a device or a file of /proc has none.
-    let read = File::open(path).and_then(|file| file.take(bytes_max + 1).read_to_end(&mut bytes));
-    read.map_err(Error::at("read", path))?;
+    let read = File::open(path).and_then(|file| {
+        let metadata = file.metadata()?;
+        file.take(bytes_max + 1).read_to_end(&mut bytes)?;
+        Ok(Owner { uid: metadata.uid(), gid: metadata.gid() })
+    });
+    let owner = read.map_err(Error::at("read", path))?;
     if bytes.len() as u64 > bytes_max {
         let detail = format!("it has more than {bytes_max} bytes");
         return Err(Error::Malformed { path: path.to_owned(), what, detail });
     }
-    Ok(bytes)
+    Ok((bytes, owner))
 }
 
 /// Reads a document.
@@ -35,12 +45,24 @@ pub fn read(path: &Path, what: &'static str, bytes_max: u64) -> Result<Vec<u8>, 
 /// # Errors
 /// `Malformed` where it is not one, or is longer than [`DOCUMENT_BYTES_MAX`]; else `Io`.
 pub fn read_document<T: DeserializeOwned>(path: &Path, what: &'static str) -> Result<T, Error> {
-    let bytes = read(path, what, DOCUMENT_BYTES_MAX)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::Malformed {
+    read_owned_document(path, what).map(|(document, _)| document)
+}
+
+/// Reads a document and says whose it is, by the very file that was read.
+///
+/// # Errors
+/// As [`read_document`].
+pub fn read_owned_document<T: DeserializeOwned>(
+    path: &Path,
+    what: &'static str,
+) -> Result<(T, Owner), Error> {
+    let (bytes, owner) = read_owned(path, what, DOCUMENT_BYTES_MAX)?;
+    let document = serde_json::from_slice(&bytes).map_err(|error| Error::Malformed {
         path: path.to_owned(),
         what,
         detail: error.to_string(),
-    })
+    })?;
+    Ok((document, owner))
 }
 
 #[cfg(test)]
@@ -55,6 +77,8 @@ mod tests {
         std::fs::write(&path, b"1234").unwrap();
         assert_eq!(read(&path, "state", 4).unwrap(), b"1234");
         assert_eq!(read_document::<u32>(&path, "state").unwrap(), 1234);
+        let owned = read_owned_document::<u32>(&path, "state").unwrap();
+        assert_eq!(owned, (1234, Owner::of(&path).unwrap()));
         let refused = read(&path, "state", 3).unwrap_err().to_string();
         assert!(refused.ends_with("is not readable as state: it has more than 3 bytes"), "{refused}");
         let refused = read(Path::new("/dev/zero"), "state", 1 << 10).unwrap_err();

@@ -83,6 +83,9 @@ pub enum Error {
     /// A text that cannot stand in a configuration file.
     #[error("{what} has a line break in it")]
     LineBreak { what: &'static str },
+    /// Root does not carry out what another user has decided.
+    #[error("the unfinished restore in \"{}\" was begun by user {author}", path.display())]
+    OthersPlan { path: PathBuf, author: String },
     /// The plan of an unfinished restore cannot be used.
     #[error("\"{}\" is not a plan of this release: {detail}", path.display())]
     State { path: PathBuf, detail: String },
@@ -164,6 +167,9 @@ impl Error {
             Self::UnknownTablespace { .. } => "\"walden show\" lists the tablespaces.",
             Self::ReplayedTablespace { .. } => {
                 "Choose an earlier target, restore on another host, or make a clone, which keeps replay inside."
+            }
+            Self::OthersPlan { .. } => {
+                "Resume it as that user; root goes on only with what root has begun. Or start again with --force."
             }
             Self::State { .. } => "Resume it with the release that began it, or start again with --force.",
             _ => return None,

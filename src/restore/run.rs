@@ -73,12 +73,16 @@ pub fn read_unfinished(target_directory: &Path) -> Result<RestorePlan, Error> {
     let area = PrivateArea::open(target_directory)?.ok_or_else(nothing)?;
     let path = area.directory().join(STATE_FILE_NAME);
     let unusable = |detail: String| Error::State { path: path.clone(), detail };
-    let plan: RestorePlan =
-        state_file::read_document(&path, "the plan of a restore").map_err(|error| match error {
+    let (plan, author): (RestorePlan, Owner) =
+        state_file::read_owned_document(&path, "the plan of a restore").map_err(|error| match error {
             error if error.is_not_found() => nothing(),
             disk::Error::Malformed { detail, .. } => unusable(detail),
             error => Error::Disk(error),
         })?;
+    // It says what root would write, remove and give away, and the directory is another's to write in.
+    if Owner::current().is_root() && !author.is_root() {
+        return Err(Error::OthersPlan { path: target_directory.to_owned(), author: author.user() });
+    }
     if plan.format != 1 {
         return Err(unusable(format!("it has format {}", plan.format)));
     }
@@ -187,7 +191,8 @@ impl Restore<'_> {
                 durable::remove_file(&area.directory().join(name))?;
             }
             area.unbind()?;
-            durable::write_file(&state, &to_json(plan)?, Create::PRIVATE_FILE.owned_by(owner))?;
+            // Its owner says who has decided this.
+            durable::write_file(&state, &to_json(plan)?, Create::PRIVATE_FILE)?;
         }
         area.bind(&Binding {
             basebackup: plan.basebackup.to_string(),

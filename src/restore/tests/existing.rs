@@ -153,6 +153,30 @@ impl Drop for Server {
     }
 }
 
+/// Its plan names directories that would be given to whom it names.
+#[test]
+fn root_goes_on_only_with_what_root_has_begun() {
+    if !Owner::current().is_root() {
+        eprintln!("skipped: only root can give a file away");
+        return;
+    }
+    block_on(async {
+        let site = Site::create().await;
+        let id = site.backup(&some_files(9), None).await.id;
+        unfinished(&site, id, "a").await;
+        let state = site.data("a").join(private_area::DIRECTORY_NAME).join("restore.json");
+        let plan = read_unfinished(&site.data("a")).unwrap();
+        std::os::unix::fs::chown(&state, Some(4711), None).unwrap();
+        for refused in [read_unfinished(&site.data("a")).map(drop), site.run(&plan, true).await.map(drop)] {
+            let refused = refused.unwrap_err();
+            assert!(refused.to_string().ends_with("was begun by user 4711"), "{refused}");
+            assert!(refused.hint().is_some());
+        }
+        site.restore(id, "a", Existing::Replace).await.unwrap();
+        site.assert_restored("a", &some_files(9));
+    });
+}
+
 /// A release that a crash cut short before the area went leaves a directory that can be started.
 #[test]
 fn nothing_is_resumed_under_a_running_server() {
