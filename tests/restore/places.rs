@@ -107,6 +107,47 @@ fn a_standby_follows_the_archive_and_then_its_primary() {
     standby.sql("insert into marks values (3)");
 }
 
+/// `initdb --waldir`: the link leads to the source's WAL, which a restored server must not write to.
+#[test]
+fn a_pg_wal_on_a_volume_of_its_own_becomes_a_directory() {
+    require!(Need::PostgreSQL(15));
+    let mut source = Source::start(Options::default().initdb("--wal-segsize=1"));
+    let volume = source.place("wal");
+    source.cluster.stop(Stop::Fast);
+    let link = source.data_directory().join("pg_wal");
+    fs::rename(&link, &volume).unwrap();
+    std::os::unix::fs::symlink(&volume, &link).unwrap();
+    source.cluster.start();
+    source.sql("create table marks as select generate_series(1, 1000) n");
+    source.backup();
+    source.sql("insert into marks values (0)");
+    source.archive_wal();
+    let expected = Checksums::of(&source);
+
+    let report = source.restore("restored", &[]);
+    let restored = source.place("restored").join("pg_wal");
+    let told = format!(
+        "\"{}\" was a link to \"{}\" and becomes what was there",
+        restored.display(),
+        volume.display()
+    );
+    let warnings = report["warnings"].as_array().unwrap();
+    assert!(warnings.iter().any(|warning| warning == told.as_str()), "{warnings:?}");
+    assert!(fs::symlink_metadata(&restored).unwrap().is_dir());
+    let mut server = source.server("restored");
+    server.start();
+    wait_until_writable(&server);
+    expected.assert_same(&Checksums::of(&server));
+    server.sql("insert into marks values (-1)");
+    let timeline = |folder: &Path, number: &str| {
+        let names = fs::read_dir(folder).unwrap().flatten().map(|entry| entry.file_name());
+        names.filter(|name| name.to_str().unwrap().starts_with(number)).count()
+    };
+    assert!(timeline(&restored, "00000002") > 0);
+    assert_eq!(timeline(&volume, "00000002"), 0, "the restored server wrote to the source's WAL");
+    expected.assert_same(&Checksums::of(&source));
+}
+
 /// Debian keeps configuration outside PGDATA.
 #[test]
 fn configuration_outside_the_data_directory_goes_where_it_is_told() {
