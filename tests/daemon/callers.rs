@@ -1,7 +1,9 @@
 //! Who the daemon works for, and what a caller does where there is none.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +11,7 @@ use std::process::Command;
 use nix::unistd::User;
 
 use crate::scene::Scene;
-use crate::support::{Need, Run, require};
+use crate::support::{Need, Run, require, wait_for};
 
 #[test]
 fn without_a_daemon_push_works_by_itself_and_a_second_daemon_is_refused() {
@@ -32,6 +34,28 @@ fn without_a_daemon_push_works_by_itself_and_a_second_daemon_is_refused() {
     scene.pushed(&segments[3]);
     assert!(daemon.log().contains(&format!("archived {}", segments[3])), "{}", daemon.log());
     segments.iter().for_each(|segment| scene.assert_archived(segment));
+}
+
+#[test]
+fn push_asks_the_daemon_on_the_one_thread_that_it_begins_with() {
+    require!(Need::PostgreSQL(15));
+    let scene = Scene::start(15, |site| site);
+    let segments = scene.end_segments(1);
+    fs::create_dir_all(scene.socket().parent().unwrap()).unwrap();
+    let listener = UnixListener::bind(scene.socket()).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    fs::set_permissions(scene.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+    let mut push = scene.push(&segments[0]).spawn().unwrap();
+    let stream = wait_for("the command to ask", || listener.accept().ok()).0;
+    stream.set_nonblocking(false).unwrap();
+    let mut request = String::new();
+    BufReader::new(&stream).read_line(&mut request).unwrap();
+    assert!(request.contains(&segments[0]), "{request}");
+    // PostgreSQL starts it for every segment: a runtime and its threads would be most of what that takes.
+    let threads = fs::read_dir(format!("/proc/{}/task", push.id())).unwrap().count();
+    (&stream).write_all(b"{\"archived\":{\"name\":\"x\",\"cluster\":\"x\",\"created\":true}}\n").unwrap();
+    assert!(push.wait().unwrap().success());
+    assert_eq!(threads, 1);
 }
 
 #[test]
