@@ -53,7 +53,12 @@ pub struct Attributes {
     pub atime: SystemTime,
     pub mtime: SystemTime,
     pub ctime: SystemTime,
+    /// How much a program had best read at a time.
+    pub io_bytes: u32,
 }
+
+/// What programs read at a time of files that are not special, in which random reads are usual.
+pub const IO_BYTES_USUAL: u32 = 4096;
 
 /// How long the kernel may remember an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

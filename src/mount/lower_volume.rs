@@ -15,7 +15,8 @@ use crate::disk::Owner;
 use crate::mount::caller::Caller;
 use crate::mount::errno;
 use crate::mount::fs::{
-    Attributes, Capacity, Entry, IoMode, Lifetime, ListEntry, LocalId, OpenFile, Opened, Seek, Volume,
+    Attributes, Capacity, Entry, IO_BYTES_USUAL, IoMode, Lifetime, ListEntry, LocalId, OpenFile, Opened,
+    Seek, Volume,
 };
 use crate::mount::lower::{Lower, LowerError, Node, NodeId, NodeKind, Piece};
 use crate::mount::single_flight::Flights;
@@ -227,6 +228,7 @@ pub(crate) fn attributes(node: &Node, owner: Owner) -> Attributes {
         atime: mtime,
         mtime,
         ctime: mtime,
+        io_bytes: IO_BYTES_USUAL,
     }
 }
 

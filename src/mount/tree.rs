@@ -20,8 +20,8 @@ use crate::disk::Owner;
 use crate::mount::caller::Caller;
 use crate::mount::errno;
 use crate::mount::fs::{
-    Attributes, Capacity, Entry, FileKind, IoMode, Lifetime, LocalId, NewNode, OpenFile, Opened, RenameMode,
-    Seek, SetAttributes, Volume,
+    Attributes, Capacity, Entry, FileKind, IO_BYTES_USUAL, IoMode, Lifetime, LocalId, NewNode, OpenFile,
+    Opened, RenameMode, Seek, SetAttributes, Volume,
 };
 use crate::mount::listing::{DirectorySource, ListingHandle};
 use crate::mount::lower::LowerError;
@@ -365,6 +365,7 @@ impl Tree {
             Item::File(file) => (file.mode() & 0o7777, file.size(), file.modified()),
             Item::Symlink(target) => (0o777, target.len() as u64, jiff::Timestamp::UNIX_EPOCH),
         };
+        let io_bytes = if let Item::File(file) = item { file.io_bytes() } else { IO_BYTES_USUAL };
         let time = SystemTime::from(modified);
         let kind = item.kind();
         let blocks = if kind == FileKind::File { size.div_ceil(512) } else { 0 };
@@ -378,6 +379,7 @@ impl Tree {
             atime: time,
             mtime: time,
             ctime: time,
+            io_bytes,
         }
     }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::mount::fs::{FileKind, IoMode, Lifetime, Volume};
+use crate::mount::fs::{FileKind, IO_BYTES_USUAL, IoMode, Lifetime, Volume};
 use crate::mount::lower::LowerError;
 
 /// How many names a listing asks for at a time.
@@ -80,6 +80,11 @@ pub trait VirtualFile: Send + Sync + Debug {
     /// Returns when it was last changed.
     fn modified(&self) -> Timestamp {
         Timestamp::UNIX_EPOCH
+    }
+
+    /// Returns how much a program had best read at a time.
+    fn io_bytes(&self) -> u32 {
+        IO_BYTES_USUAL
     }
 
     /// Opens it; may take as long as the store needs.

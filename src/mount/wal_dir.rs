@@ -755,7 +755,7 @@ mod tests {
         let keeps = matches!(found.lifetime, Lifetime::Forever);
         let Item::File(file) = found.item else { panic!("it is no file") };
         let (reader, mode) = file.open().await.unwrap();
-        assert_eq!(matches!(mode, IoMode::Cached), keeps);
+        assert_eq!(mode, IoMode::Direct);
         (reader.read(0, u32::MAX).await.unwrap().to_vec(), file.identity(), keeps)
     }
 

@@ -54,6 +54,8 @@ struct WalFileReader {
 
 /// `cp` gives a copy the mode of the original, and PostgreSQL opens its copy for writing.
 const MODE: u32 = 0o600;
+/// `cp` reads so much at a time; it is the largest request there is, and each costs two changes between processes.
+const IO_BYTES: u32 = 1 << 20;
 /// No file that is there has this identity.
 const EMPTY: u64 = 1;
 
@@ -94,6 +96,10 @@ impl VirtualFile for WalFile {
         MODE
     }
 
+    fn io_bytes(&self) -> u32 {
+        IO_BYTES
+    }
+
     async fn open(&self) -> Result<(Arc<dyn VirtualReader>, IoMode), LowerError> {
         self.opened.opened(self.name);
         let reader = WalFileReader { reader: self.reader.clone(), name: self.name, held: Mutex::default() };
@@ -105,7 +111,8 @@ impl VirtualFile for WalFile {
         if let Ok(place) = self.held.clone().try_acquire_owned() {
             *reader.lock_held() = Some((content, place));
         }
-        Ok((Arc::new(reader), IoMode::Cached))
+        // A copy reads each byte once: pages of the kernel's cache would cost more than all else.
+        Ok((Arc::new(reader), IoMode::Direct))
     }
 }
 

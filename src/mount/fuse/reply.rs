@@ -98,7 +98,7 @@ pub(super) fn file_attr(entry: &Entry<Ino>) -> FileAttr {
         uid: shown.owner.uid,
         gid: shown.owner.gid,
         rdev: 0,
-        blksize: 4096,
+        blksize: shown.io_bytes,
         flags: 0,
     }
 }

@@ -22,7 +22,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchownat, linkat, lseek, symlinkat, unlinkat};
 
 use crate::disk::Owner;
-use crate::mount::fs::{Attributes, Capacity, FileKind, NewNode, SetTime};
+use crate::mount::fs::{Attributes, Capacity, FileKind, IO_BYTES_USUAL, NewNode, SetTime};
 use crate::mount::upper::local_disk::{LocalDisk, LocalFile, LocalStat, Times};
 
 /// The extended attribute that holds a file's origin.
@@ -74,6 +74,7 @@ impl LocalDisk for RealDisk {
                     atime: time(found.st_atime, found.st_atime_nsec),
                     mtime: time(found.st_mtime, found.st_mtime_nsec),
                     ctime: time(found.st_ctime, found.st_ctime_nsec),
+                    io_bytes: IO_BYTES_USUAL,
                 },
             })),
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
@@ -256,6 +257,7 @@ impl LocalFile for RealFile {
                 atime: time(found.atime(), found.atime_nsec()),
                 mtime: time(found.mtime(), found.mtime_nsec()),
                 ctime: time(found.ctime(), found.ctime_nsec()),
+                io_bytes: IO_BYTES_USUAL,
             },
         })
     }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use crate::disk::Owner;
-use crate::mount::fs::{Attributes, Capacity, FileKind, NewNode, SetTime};
+use crate::mount::fs::{Attributes, Capacity, FileKind, IO_BYTES_USUAL, NewNode, SetTime};
 use crate::mount::upper::local_disk::{LocalDisk, LocalFile, LocalStat, Times};
 
 const BLOCK: u64 = 4096;
@@ -235,6 +235,7 @@ impl Inner {
             atime: found.modified,
             mtime: found.modified,
             ctime: found.modified,
+            io_bytes: IO_BYTES_USUAL,
         };
         LocalStat { inode, attributes }
     }
