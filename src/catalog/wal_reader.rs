@@ -318,10 +318,9 @@ where
     }
 }
 
-/// The name under which a partial with this content is archived.
-pub fn partial_object(segment: WalSegmentName, content: &[u8]) -> WalObjectName {
-    let Digest(digest) = Digest::of(content);
-    WalObjectName::Partial { segment, digest: [digest[0], digest[1], digest[2], digest[3]] }
+/// The name under which a partial is archived whose content has this digest.
+pub fn partial_object(segment: WalSegmentName, Digest([a, b, c, d, ..]): Digest) -> WalObjectName {
+    WalObjectName::Partial { segment, digest: [a, b, c, d] }
 }
 
 /// Tells whether asking again later may bring another answer than this error.

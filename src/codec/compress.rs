@@ -180,69 +180,75 @@ impl Decompressor {
     /// Allocates `raw_len` bytes and no more, so the caller holds it against a limit first. Anything that would
     /// inflate to another length, or has bytes left over, is `Error::Damaged`.
     pub fn decompress(&mut self, codec: CodecId, stored: &[u8], raw_len: usize) -> Result<Vec<u8>> {
-        let raw = match codec {
-            CodecId::None if stored.len() == raw_len => Ok(stored.to_vec()),
-            CodecId::None => Err("the length differs".to_owned()),
-            CodecId::Zstd => self.decompress_zstd(stored, raw_len),
-            CodecId::Snappy => self.decompress_snappy(stored, raw_len),
-            CodecId::Lz4 => decompress_lz4(stored, raw_len),
-        };
-        raw.map_err(|reason| Error::Damaged {
-            codec: codec.name(),
-            stored_len: stored.len(),
-            raw_len,
-            reason,
-        })
-    }
-
-    fn decompress_zstd(&mut self, stored: &[u8], raw_len: usize) -> Result<Vec<u8>, String> {
-        match zstd::zstd_safe::get_frame_content_size(stored) {
-            Ok(Some(claimed)) if claimed == raw_len as u64 => {}
-            Ok(Some(claimed)) => return Err(format!("its header says {claimed} bytes")),
-            Ok(None) | Err(_) => return Err("its header is not one that Walden writes".to_owned()),
-        }
-        // A second frame behind the first would be inflated too; one body is one frame.
-        match zstd::zstd_safe::find_frame_compressed_size(stored) {
-            Ok(len) if len == stored.len() => {}
-            _ => return Err("it is not one whole frame".to_owned()),
-        }
-        let zstd = match &mut self.zstd {
-            Some(zstd) => zstd,
-            empty => empty.insert(zstd::bulk::Decompressor::new().map_err(|e| e.to_string())?),
-        };
-        let mut raw = Vec::with_capacity(raw_len);
-        zstd.decompress_to_buffer(stored, &mut raw).map_err(|e| e.to_string())?;
-        exactly(raw, raw_len)
-    }
-
-    fn decompress_snappy(&mut self, stored: &[u8], raw_len: usize) -> Result<Vec<u8>, String> {
-        match snap::raw::decompress_len(stored) {
-            Ok(claimed) if claimed == raw_len => {}
-            Ok(claimed) => return Err(format!("its header says {claimed} bytes")),
-            Err(error) => return Err(error.to_string()),
-        }
+        check_claim(codec, stored, raw_len).map_err(damaged(codec, stored, raw_len))?;
         let mut raw = vec![0; raw_len];
-        let len = self.snappy.decompress(stored, &mut raw).map_err(|e| e.to_string())?;
-        raw.truncate(len);
-        exactly(raw, raw_len)
+        self.inflate(codec, stored, &mut raw).map_err(damaged(codec, stored, raw_len))?;
+        Ok(raw)
     }
+
+    /// Inflates `stored` to where it belongs, which it fills exactly; else as [`Decompressor::decompress`].
+    pub fn decompress_into(&mut self, codec: CodecId, stored: &[u8], raw: &mut [u8]) -> Result<()> {
+        let raw_len = raw.len();
+        let inflated = check_claim(codec, stored, raw_len).and_then(|()| self.inflate(codec, stored, raw));
+        inflated.map_err(damaged(codec, stored, raw_len))
+    }
+
+    /// Inflates what claims to be as long as `raw`.
+    fn inflate(&mut self, codec: CodecId, stored: &[u8], raw: &mut [u8]) -> Result<(), String> {
+        let len = match codec {
+            CodecId::None => {
+                raw.copy_from_slice(stored);
+                stored.len()
+            }
+            CodecId::Zstd => {
+                let zstd = match &mut self.zstd {
+                    Some(zstd) => zstd,
+                    empty => empty.insert(zstd::bulk::Decompressor::new().map_err(|e| e.to_string())?),
+                };
+                zstd.decompress_to_buffer(stored, raw).map_err(|e| e.to_string())?
+            }
+            CodecId::Snappy => self.snappy.decompress(stored, raw).map_err(|e| e.to_string())?,
+            CodecId::Lz4 => lz4_flex::block::decompress_into(stored, raw).map_err(|e| e.to_string())?,
+        };
+        if len == raw.len() { Ok(()) } else { Err(format!("it gave {len} bytes")) }
+    }
+}
+
+/// Compares what a body says of its own length, where it says anything, before anything is allocated or written.
+fn check_claim(codec: CodecId, stored: &[u8], raw_len: usize) -> Result<(), String> {
+    match codec {
+        CodecId::None if stored.len() == raw_len => Ok(()),
+        CodecId::None => Err("the length differs".to_owned()),
+        CodecId::Zstd => {
+            match zstd::zstd_safe::get_frame_content_size(stored) {
+                Ok(Some(claimed)) if claimed == raw_len as u64 => {}
+                Ok(Some(claimed)) => return Err(format!("its header says {claimed} bytes")),
+                Ok(None) | Err(_) => return Err("its header is not one that Walden writes".to_owned()),
+            }
+            // A second frame behind the first would be inflated too; one body is one frame.
+            match zstd::zstd_safe::find_frame_compressed_size(stored) {
+                Ok(len) if len == stored.len() => Ok(()),
+                _ => Err("it is not one whole frame".to_owned()),
+            }
+        }
+        CodecId::Snappy => match snap::raw::decompress_len(stored) {
+            Ok(claimed) if claimed == raw_len => Ok(()),
+            Ok(claimed) => Err(format!("its header says {claimed} bytes")),
+            Err(error) => Err(error.to_string()),
+        },
+        CodecId::Lz4 => Ok(()),
+    }
+}
+
+fn damaged(codec: CodecId, stored: &[u8], raw_len: usize) -> impl Fn(String) -> Error {
+    let stored_len = stored.len();
+    move |reason| Error::Damaged { codec: codec.name(), stored_len, raw_len, reason }
 }
 
 impl Default for Decompressor {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn decompress_lz4(stored: &[u8], raw_len: usize) -> Result<Vec<u8>, String> {
-    let mut raw = vec![0; raw_len];
-    let len = lz4_flex::block::decompress_into(stored, &mut raw).map_err(|e| e.to_string())?;
-    raw.truncate(len);
-    exactly(raw, raw_len)
-}
-
-fn exactly(raw: Vec<u8>, raw_len: usize) -> Result<Vec<u8>, String> {
-    if raw.len() == raw_len { Ok(raw) } else { Err(format!("it gave {} bytes", raw.len())) }
 }
 
 #[cfg(test)]

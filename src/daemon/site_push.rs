@@ -1,6 +1,6 @@
 //! Archiving for one site: asked for or ahead of that, several files side by side, each of them once.
 //!
-//! file → (slot, memory) → read and checked → compressed and sealed on the pool → stored → outcome. Whoever asks for a
+//! file → (slot, memory) → checked → read, compressed and sealed on the pool → stored → outcome. Whoever asks for a
 //! file that is under way waits for it, and for one that is done has the answer at once. All files share one
 //! repository, one admission of their cluster and one key; after a failure, and after [`OPEN_AGE_MAX`], the
 //! repository is opened anew, so that a site that was made anew under the daemon is noticed.
@@ -132,7 +132,7 @@ impl SitePush {
             let identity = self.identify(path).await?;
             let _slot = self.slots.acquire().await.expect("the semaphore is never closed");
             let _charge = self.budget.charge_for_sealing(identity.size).await;
-            let file = self.read(path, identity).await?;
+            let file = self.check(path, identity).await?;
             let repository = self.repository(Some(file.cluster)).await?;
             let key = self.keys.next(repository.keyring(), &*self.workers.clock).map_err(wal::Error::from)?;
             let compression = self.options.compression;
@@ -275,12 +275,11 @@ impl SitePush {
 
     async fn archive_in_slot(&self, path: &Path, identity: &FileIdentity) -> Result<ArchivedFile, PushError> {
         let mut charge = self.budget.charge_for_sealing(identity.size).await;
-        let file = self.read(path, *identity).await?;
+        let file = self.check(path, *identity).await?;
         let (name, cluster) = (file.name.to_string(), file.cluster);
         let repository = self.repository(Some(cluster)).await?;
         let key = self.keys.next(repository.keyring(), &*self.workers.clock).map_err(wal::Error::from)?;
         let (compression, sealer) = (self.options.compression, repository.clone());
-        // The content goes with the job, so that only what is stored is kept while it is stored.
         let sealed = self.workers.pool.run(move || seal(&sealer, &file, &key, compression)).await;
         let sealed = sealed.map_err(|error| wal::Error::from(repo::Error::from(error)))??;
         charge.shrink_to(sealed.held_len());
@@ -288,16 +287,16 @@ impl SitePush {
             Stored::Created => Archived::Created,
             Stored::Taken(place) => {
                 drop(charge);
-                let _charge = self.budget.charge_for_sealing(identity.size).await;
-                let file = self.read(path, *identity).await?;
+                let _charge = self.budget.charge_for_comparing(identity.size).await;
+                let file = self.check(path, *identity).await?;
                 compare(&repository, &file, place).await?
             }
         };
         Ok(ArchivedFile { name, cluster: cluster.to_string(), created: archived == Archived::Created })
     }
 
-    /// Reads and checks a file, and makes sure that it is the one that was meant.
-    async fn read(&self, path: &Path, identity: FileIdentity) -> Result<CheckedFile, PushError> {
+    /// Opens and checks a file, and makes sure that it is the one that was meant.
+    async fn check(&self, path: &Path, identity: FileIdentity) -> Result<CheckedFile, PushError> {
         let asked = path.to_owned();
         let read = tokio::task::spawn_blocking(move || {
             let file = check_file(&asked)?;

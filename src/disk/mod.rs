@@ -14,6 +14,7 @@ pub mod private_area;
 pub mod space;
 pub mod staged_file;
 pub mod state_file;
+pub mod steady_file;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ pub use owner::Owner;
 pub use private_area::{Binding, PrivateArea};
 pub use space::Space;
 pub use staged_file::StagedFile;
+pub use steady_file::SteadyFile;
 
 /// What went wrong with a local file.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +42,9 @@ pub enum Error {
     /// A private area belongs to another basebackup.
     #[error("\"{}\" belongs to basebackup {found}, not to {wanted}", path.display())]
     BoundElsewhere { path: PathBuf, found: String, wanted: String },
+    /// A file became another one while it was read.
+    #[error("\"{}\" changed while it was read", path.display())]
+    Changed { path: PathBuf },
     /// A file of Walden's own cannot be read as what it should be.
     #[error("\"{}\" is not readable as {what}: {detail}", path.display())]
     Malformed { path: PathBuf, what: &'static str, detail: String },
@@ -62,7 +67,7 @@ impl Error {
         match self {
             Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Retry,
             Self::Io { .. } | Self::Exists { .. } | Self::BoundElsewhere { .. } => ErrorKind::Input,
-            Self::Locked { .. } => ErrorKind::Retry,
+            Self::Locked { .. } | Self::Changed { .. } => ErrorKind::Retry,
             Self::Malformed { .. } => ErrorKind::Damaged,
         }
     }
@@ -72,7 +77,10 @@ impl Error {
         match self {
             Self::Io { source, .. } => hint_of(source),
             Self::Locked { .. } => Some("Wait until that process has ended."),
-            Self::Exists { .. } | Self::BoundElsewhere { .. } | Self::Malformed { .. } => None,
+            Self::Exists { .. }
+            | Self::BoundElsewhere { .. }
+            | Self::Changed { .. }
+            | Self::Malformed { .. } => None,
         }
     }
 

@@ -35,7 +35,9 @@ pub fn of_disk(error: &disk::Error) -> Errno {
         disk::Error::Io { source, .. } => of_io(source),
         disk::Error::Exists { .. } => Errno::EEXIST,
         disk::Error::Locked { .. } => Errno::EBUSY,
-        disk::Error::BoundElsewhere { .. } | disk::Error::Malformed { .. } => Errno::EIO,
+        disk::Error::BoundElsewhere { .. } | disk::Error::Changed { .. } | disk::Error::Malformed { .. } => {
+            Errno::EIO
+        }
     }
 }
 

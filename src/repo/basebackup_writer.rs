@@ -184,7 +184,7 @@ impl BasebackupWriter {
             key: &self.key,
             envelope: &self.begin.key,
         };
-        let manifest = seal(&spec, frames);
+        let manifest = seal(&spec, frames)?;
         let refs_bytes = Bytes::from(refs.encode());
         let head_size = manifest.head_len;
         record.id = self.begin.id;

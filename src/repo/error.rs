@@ -6,6 +6,7 @@
 use thiserror::Error;
 
 use crate::codec;
+use crate::disk;
 use crate::repo::id::{BasebackupId, ClusterId, InvalidName, PackId};
 use crate::storage;
 
@@ -57,6 +58,9 @@ pub enum Error {
     /// Something is larger than the format allows.
     #[error("{what} of {size} bytes is larger than the {max} that are supported")]
     TooLarge { what: String, size: u64, max: u64 },
+    /// What was to be archived could not be read.
+    #[error(transparent)]
+    Content(#[from] disk::Error),
     /// A text is not a name of this format.
     #[error(transparent)]
     InvalidName(#[from] InvalidName),
@@ -110,6 +114,11 @@ impl Error {
             | Self::UnsuitableStore { .. }
             | Self::TooLarge { .. }
             | Self::InvalidName(_) => ErrorKind::Input,
+            Self::Content(error) => match error.kind() {
+                disk::ErrorKind::Retry => ErrorKind::Retry,
+                disk::ErrorKind::Input => ErrorKind::Input,
+                disk::ErrorKind::Damaged => ErrorKind::Damaged,
+            },
             Self::Codec(_) | Self::Internal(_) => ErrorKind::Bug,
         }
     }
@@ -145,6 +154,7 @@ impl Error {
                 "After pg_upgrade or a new initdb run `walden site upgrade`; otherwise give this server a site of its own."
             }
             Self::Store(error) => return error.hint(),
+            Self::Content(error) => return error.hint(),
             Self::Different { .. } => {
                 "Another cluster or another host archives into this site; see `walden wal push --force`."
             }

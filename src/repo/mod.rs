@@ -14,6 +14,8 @@ mod wire;
 mod header;
 mod identity;
 pub mod keyring;
+mod raw_buffers;
+mod raw_content;
 mod sealed;
 mod signed;
 mod text_forms;
@@ -46,6 +48,7 @@ pub mod forced_index;
 mod wal_forced;
 mod wal_parts;
 pub mod wal_piece;
+mod wal_sealing;
 
 mod error;
 #[cfg(test)]
@@ -64,6 +67,7 @@ pub use map_writer::{FileMap, MapWriter};
 pub use membership::Membership;
 pub use named_chunks::NamedChunks;
 pub use pack::{Pack, PackBuilder};
+pub use raw_content::RawContent;
 pub use refs::{PackRecord, Refs};
 pub use repository::{Repository, RepositoryOptions};
 pub use sealed::{CompressedFrame, FrameKind};

@@ -16,6 +16,7 @@ use crate::repo::id::{BasebackupId, ClusterId};
 use crate::repo::identity::{Identity, ObjectKind};
 use crate::repo::keyring::Keyring;
 use crate::repo::layout::Layout;
+use crate::repo::raw_buffers::RawBuffers;
 use crate::repo::signed::DOCUMENT_BYTES_MAX;
 use crate::storage::{self, ObjectKey, Store};
 
@@ -34,6 +35,7 @@ struct Shared {
     keyring: Keyring,
     clock: Arc<dyn Clock>,
     forced: ForcedIndex,
+    buffers: Arc<RawBuffers>,
 }
 
 /// Where a site is and what this host brings to it.
@@ -160,6 +162,11 @@ impl Repository {
         &self.shared.forced
     }
 
+    /// Returns memory for the content of WAL files, kept from one to the next.
+    pub(crate) fn buffers(&self) -> &Arc<RawBuffers> {
+        &self.shared.buffers
+    }
+
     pub(crate) fn identity(
         &self,
         kind: ObjectKind,
@@ -177,8 +184,8 @@ impl Repository {
 
     fn assemble(options: RepositoryOptions, layout: Layout, record: SiteRecord) -> Self {
         let RepositoryOptions { store, keyring, clock, .. } = options;
-        let forced = ForcedIndex::default();
-        let shared = Arc::new(Shared { store, layout, site: record.site, keyring, clock, forced });
+        let (site, forced, buffers) = (record.site, ForcedIndex::default(), Arc::default());
+        let shared = Arc::new(Shared { store, layout, site, keyring, clock, forced, buffers });
         Self { shared, pool: None }
     }
 }

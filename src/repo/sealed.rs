@@ -13,7 +13,7 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use crate::codec::{
-    Cipher, CodecId, Compression, Compressor, Decompressor, Digest, FrameAad, FrameKey, TAG_LEN,
+    Cipher, CodecId, Compressor, Decompressor, Digest, FrameAad, FrameKey, Hasher, RandomExt, TAG_LEN,
 };
 use crate::repo::error::Error;
 use crate::repo::header::{Header, HeaderBuilder, Section};
@@ -102,83 +102,89 @@ pub struct SealSpec<'a> {
 }
 
 /// Seals frames into an object whose header is not signed: something signed pins its head.
-pub fn seal(spec: &SealSpec<'_>, frames: Vec<CompressedFrame>) -> SealedObject {
-    let (parts, body) = seal_body(spec, frames);
-    let header = HeaderBuilder::new(spec.identity.kind)
-        .section(Section::Key, parts.key)
-        .section(Section::Salt, parts.salt)
-        .section(Section::Index, parts.index)
-        .finish();
-    join(header, parts.index_len, body)
+pub fn seal(spec: &SealSpec<'_>, frames: Vec<CompressedFrame>) -> Result<SealedObject, Error> {
+    let salt = spec.keyring.random().array();
+    let body = SealedBody::seal(spec, &salt, frames.into_iter().map(Ok))?;
+    Ok(body.join(body.header(spec).finish()))
 }
 
-/// Seals frames into an object with a signed header that says more about its content.
-///
-/// `describe` is given the object's salt and the BLAKE3 of its body, and returns the further sections.
-pub fn seal_signed(
-    spec: &SealSpec<'_>,
-    frames: Vec<CompressedFrame>,
-    describe: impl FnOnce(&[u8; 32], Digest) -> Vec<(Section, WireWriter)>,
-) -> SealedObject {
-    let (parts, body) = seal_body(spec, frames);
-    let further = describe(&parts.salt_bytes, Digest::of(&body));
-    let mut header = HeaderBuilder::new(spec.identity.kind)
-        .section(Section::Key, parts.key)
-        .section(Section::Salt, parts.salt)
-        .section(Section::Index, parts.index);
-    for (section, bytes) in further {
-        header = header.section(section, bytes);
-    }
-    join(header.finish_signed(spec.keyring, spec.identity), parts.index_len, body)
+/// Frames that were sealed, and the index of them: an object without its header.
+#[derive(Debug)]
+pub struct SealedBody {
+    salt: [u8; 32],
+    index: Vec<u8>,
+    frames: Vec<u8>,
 }
 
-struct HeaderParts {
-    salt_bytes: [u8; 32],
-    key: WireWriter,
-    salt: WireWriter,
-    index: WireWriter,
-    index_len: u64,
-}
-
-fn seal_body(spec: &SealSpec<'_>, frames: Vec<CompressedFrame>) -> (HeaderParts, Vec<u8>) {
-    let mut salt = [0; 32];
-    spec.keyring.random().fill(&mut salt);
-    let key = spec.key.frame_key(&salt, spec.identity);
-    let last = frames.len() as u64;
-    let mut sealed = Vec::with_capacity(frames.len());
-    let mut index = WireWriter::new();
-    index.varint(last);
-    for (position, frame) in (1u64..).zip(frames) {
-        let aad = FrameAad {
-            kind: FrameKind::Body as u8,
-            position,
-            last: position == last,
-            codec: frame.codec,
-            raw_len: frame.raw_len,
-        };
-        let stored = key.seal(&aad, frame.body);
-        index.varint(stored.len() as u64).varint(u64::from(frame.raw_len)).u8(frame.codec as u8);
-        if key.cipher() == Cipher::None {
-            index.raw(&stored[stored.len() - TAG_LEN..]);
+impl SealedBody {
+    /// Seals frames one after the other as they are made.
+    pub fn seal(
+        spec: &SealSpec<'_>,
+        salt: &[u8; 32],
+        frames: impl ExactSizeIterator<Item = Result<CompressedFrame, Error>>,
+    ) -> Result<Self, Error> {
+        let key = spec.key.frame_key(salt, spec.identity);
+        let last = frames.len() as u64;
+        let mut sealed = Vec::new();
+        let mut index = WireWriter::new();
+        index.varint(last);
+        for (position, frame) in (1u64..).zip(frames) {
+            let frame = frame?;
+            let aad = FrameAad {
+                kind: FrameKind::Body as u8,
+                position,
+                last: position == last,
+                codec: frame.codec,
+                raw_len: frame.raw_len,
+            };
+            let stored = key.seal(&aad, frame.body);
+            index.varint(stored.len() as u64).varint(u64::from(frame.raw_len)).u8(frame.codec as u8);
+            if key.cipher() == Cipher::None {
+                index.raw(&stored[stored.len() - TAG_LEN..]);
+            }
+            sealed.extend_from_slice(&stored);
         }
-        sealed.push(stored);
+        Ok(Self { salt: *salt, index: seal_index(&key, index.finish()), frames: sealed })
     }
-    let index = seal_index(&key, index.finish());
-    let mut header_index = WireWriter::new();
-    header_index.u32(index.len() as u32).raw(&index[index.len() - TAG_LEN..]);
-    let (mut header_key, mut header_salt) = (WireWriter::new(), WireWriter::new());
-    spec.envelope.encode(&mut header_key);
-    header_salt.raw(&salt);
-    let parts = HeaderParts {
-        salt_bytes: salt,
-        key: header_key,
-        salt: header_salt,
-        index: header_index,
-        index_len: index.len() as u64,
-    };
-    let mut body = index;
-    sealed.iter().for_each(|frame| body.extend_from_slice(frame));
-    (parts, body)
+
+    /// Computes the BLAKE3 of index and frames as they are stored.
+    pub fn digest(&self) -> Digest {
+        let mut hasher = Hasher::new();
+        hasher.update(&self.index).update(&self.frames);
+        hasher.finish()
+    }
+
+    /// Makes it an object with a signed header that says more about its content.
+    pub fn finish_signed(
+        self,
+        spec: &SealSpec<'_>,
+        further: impl IntoIterator<Item = (Section, WireWriter)>,
+    ) -> SealedObject {
+        let mut header = self.header(spec);
+        for (section, bytes) in further {
+            header = header.section(section, bytes);
+        }
+        self.join(header.finish_signed(spec.keyring, spec.identity))
+    }
+
+    fn header(&self, spec: &SealSpec<'_>) -> HeaderBuilder {
+        let (mut key, mut salt, mut index) = (WireWriter::new(), WireWriter::new(), WireWriter::new());
+        spec.envelope.encode(&mut key);
+        salt.raw(&self.salt);
+        index.u32(self.index.len() as u32).raw(&self.index[self.index.len() - TAG_LEN..]);
+        HeaderBuilder::new(spec.identity.kind)
+            .section(Section::Key, key)
+            .section(Section::Salt, salt)
+            .section(Section::Index, index)
+    }
+
+    fn join(&self, mut header: Vec<u8>) -> SealedObject {
+        let head_len = (header.len() + self.index.len()) as u64;
+        header.reserve_exact(self.index.len() + self.frames.len());
+        header.extend_from_slice(&self.index);
+        header.extend_from_slice(&self.frames);
+        SealedObject { bytes: header.into(), head_len }
+    }
 }
 
 fn seal_index(key: &FrameKey, raw: Vec<u8>) -> Vec<u8> {
@@ -188,12 +194,6 @@ fn seal_index(key: &FrameKey, raw: Vec<u8>) -> Vec<u8> {
 
 fn index_aad(raw_len: u32) -> FrameAad {
     FrameAad { kind: FrameKind::Index as u8, position: 0, last: false, codec: CodecId::None, raw_len }
-}
-
-fn join(mut header: Vec<u8>, index_len: u64, body: Vec<u8>) -> SealedObject {
-    let head_len = header.len() as u64 + index_len;
-    header.extend_from_slice(&body);
-    SealedObject { bytes: header.into(), head_len }
 }
 
 impl SealedHead {
@@ -253,15 +253,40 @@ impl SealedHead {
 
     /// Opens frame `n`, given the object's bytes from offset `base` on.
     pub fn open_frame(&self, n: usize, base: u64, bytes: &[u8]) -> Result<Vec<u8>, Error> {
-        let damaged = |detail: &str| Error::damaged(&self.object, format!("frame {} {detail}", n + 1));
-        let frame = self.frames.get(n).ok_or_else(|| damaged("does not exist"))?;
+        let frame = self.frame(n)?;
+        let body = self.open_body(n, frame, base, bytes)?;
+        Decompressor::on_this_thread(|inflate| inflate.decompress(frame.codec, &body, frame.raw_len as usize))
+            .map_err(|_| self.damaged(n, "does not decompress"))
+    }
+
+    /// Opens frame `n` to the front of `raw`, given the whole object; returns how many bytes it has.
+    fn open_frame_into(&self, n: usize, bytes: &[u8], raw: &mut [u8]) -> Result<usize, Error> {
+        let frame = self.frame(n)?;
+        let body = self.open_body(n, frame, 0, bytes)?;
+        let raw_len = frame.raw_len as usize;
+        let raw = raw.get_mut(..raw_len).ok_or_else(|| self.damaged(n, "is one too many"))?;
+        Decompressor::on_this_thread(|inflate| inflate.decompress_into(frame.codec, &body, raw))
+            .map_err(|_| self.damaged(n, "does not decompress"))?;
+        Ok(raw_len)
+    }
+
+    fn frame(&self, n: usize) -> Result<&FrameEntry, Error> {
+        self.frames.get(n).ok_or_else(|| self.damaged(n, "does not exist"))
+    }
+
+    fn damaged(&self, n: usize, detail: &str) -> Error {
+        Error::damaged(&self.object, format!("frame {} {detail}", n + 1))
+    }
+
+    /// Opens the body of a frame, which is compressed still.
+    fn open_body(&self, n: usize, frame: &FrameEntry, base: u64, bytes: &[u8]) -> Result<Vec<u8>, Error> {
         let stored = frame
             .offset
             .checked_sub(base)
             .and_then(|start| bytes.get(start as usize..)?.get(..frame.stored_len as usize))
-            .ok_or_else(|| damaged("is cut off"))?;
+            .ok_or_else(|| self.damaged(n, "is cut off"))?;
         if frame.tag.is_some_and(|tag| stored[stored.len() - TAG_LEN..] != tag) {
-            return Err(damaged("is not the one the index names"));
+            return Err(self.damaged(n, "is not the one the index names"));
         }
         let aad = FrameAad {
             kind: FrameKind::Body as u8,
@@ -270,9 +295,7 @@ impl SealedHead {
             codec: frame.codec,
             raw_len: frame.raw_len,
         };
-        let body = self.key.open(&aad, stored.to_vec()).map_err(|_| damaged("does not authenticate"))?;
-        Decompressor::on_this_thread(|inflate| inflate.decompress(frame.codec, &body, frame.raw_len as usize))
-            .map_err(|_| damaged("does not decompress"))
+        self.key.open(&aad, stored.to_vec()).map_err(|_| self.damaged(n, "does not authenticate"))
     }
 }
 
@@ -295,40 +318,35 @@ fn parse_index(bytes: &[u8], mut offset: u64, cipher: Cipher) -> Result<Vec<Fram
     reader.finish().map(|()| frames)
 }
 
-/// Splits `raw` into frames of `frame_len` bytes and compresses them.
-pub fn compress_frames(
-    compression: Compression,
-    frame_len: usize,
-    raw: &[u8],
-) -> Result<Vec<CompressedFrame>, Error> {
-    let mut compressor = Compressor::new(compression);
-    raw.chunks(frame_len).map(|raw| CompressedFrame::compress(&mut compressor, raw)).collect()
-}
-
 /// Opens the whole of a sealed object of `identity` whose header the caller trusts, and says that it has `raw_size`
-/// bytes once inflated. An index of few bytes can name a great many, so nothing is inflated where the two differ.
+/// bytes once inflated, the length of `raw`, which they fill. An index of few bytes can name a great many, so nothing is
+/// inflated where the two differ. `digest` takes in what was inflated.
 pub fn open_all(
     bytes: &[u8],
     header: &Header,
     keyring: &Keyring,
     identity: &Identity,
     object: &str,
-    raw_size: u64,
-) -> Result<Vec<u8>, Error> {
+    raw: &mut [u8],
+    digest: &mut Hasher,
+) -> Result<(), Error> {
     debug_assert!(!matches!(identity.kind, ObjectKind::Pack));
     let head = SealedHead::open(bytes, header, keyring, identity, object)?;
     if head.object_size().is_some_and(|size| size != bytes.len() as u64) {
         return Err(Error::damaged(object, "its length is not the one its index names"));
     }
-    if head.raw_size() != raw_size {
+    if head.raw_size() != raw.len() as u64 {
         return Err(Error::damaged(object, "its frames do not make up the size that its header names"));
     }
     // The index was sealed, and agrees with the header: this is what the frames hold.
-    let mut raw = Vec::with_capacity(raw_size as usize);
+    let mut at = 0;
     for n in 0..head.frame_count() {
-        raw.extend_from_slice(&head.open_frame(n, 0, bytes)?);
+        let end = at + head.open_frame_into(n, bytes, &mut raw[at..])?;
+        // While it is in the processor's cache.
+        digest.update(&raw[at..end]);
+        at = end;
     }
-    Ok(raw)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -337,7 +355,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use crate::codec::SeededRandom;
+    use crate::codec::{Compression, SeededRandom};
     use crate::repo::id::ClusterId;
     use crate::repo::keyring::Audience;
 
@@ -370,9 +388,11 @@ mod tests {
         let (keyring, identity) = (keyring(), identity());
         let (key, envelope) = keyring.create_key(Audience::Wal).unwrap();
         let spec = SealSpec { keyring: &keyring, identity: &identity, key: &key, envelope: &envelope };
-        let bytes = seal(&spec, frames).bytes;
+        let bytes = seal(&spec, frames).unwrap().bytes;
         let header = Header::parse(&bytes, ObjectKind::Wal, "x").unwrap();
-        open_all(&bytes, &header, &keyring, &identity, "x", raw_size)
+        let mut raw = vec![0; raw_size as usize];
+        open_all(&bytes, &header, &keyring, &identity, "x", &mut raw, &mut Hasher::new())?;
+        Ok(raw)
     }
 
     #[test]

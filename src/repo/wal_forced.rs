@@ -15,11 +15,12 @@ use crate::repo::forced_index::ForcedListing;
 use crate::repo::header::Section;
 use crate::repo::id::ClusterId;
 use crate::repo::layout::{ObjectName, WalObjectName};
+use crate::repo::raw_content::RawContent;
 use crate::repo::repository::Repository;
 use crate::repo::wal_object::{
-    Archived, WAL_OBJECT_BYTES_MAX, WalKey, archive, archive_wal, compare, parse_verified, read, read_front,
-    wal_target,
+    Archived, WAL_OBJECT_BYTES_MAX, WalKey, archive, compare, parse_verified, read, read_front, wal_target,
 };
+use crate::repo::wal_sealing::Sealing;
 use crate::repo::wire::{WireError, WireReader, WireWriter};
 
 /// Superseding objects of one segment: each is a person's decision.
@@ -54,10 +55,11 @@ pub async fn supersede_wal(
     repository: &Repository,
     cluster: ClusterId,
     segment: WalSegmentName,
-    raw: &[u8],
+    raw: &RawContent,
     key: &WalKey,
     compression: Compression,
 ) -> Result<Archived, Error> {
+    let sealing = Sealing { keyring: repository.keyring(), key, compression };
     let newest = newest_claims(read_claims(repository, cluster, segment).await?);
     if let Some(name) = pick(&newest)
         && let Some(archived) = compare_unless_replaceable(repository, cluster, name, raw).await?
@@ -73,14 +75,15 @@ pub async fn supersede_wal(
                 superseded.push(Superseded::of(&read_claim(repository, cluster, name).await?));
             }
             Err(error) if error.is_absent() => {
-                return archive_wal(repository, cluster, name, raw, key, compression).await;
+                let target = wal_target(repository, cluster, name);
+                return archive(repository, target, raw, &sealing, Vec::new()).await;
             }
             Err(error) => return Err(error),
         }
     }
-    let name = forced_name(segment, &superseded, raw);
+    let name = forced_name(segment, &superseded, raw)?;
     let target = wal_target(repository, cluster, name);
-    archive(repository, target, raw, key, compression, vec![encode(&superseded)]).await
+    archive(repository, target, raw, &sealing, vec![encode(&superseded)]).await
 }
 
 /// Decides about a segment that something else stands in the place of, or seems to: what is newest counts.
@@ -88,7 +91,7 @@ pub(super) async fn settle(
     repository: &Repository,
     cluster: ClusterId,
     segment: WalSegmentName,
-    raw: &[u8],
+    raw: &RawContent,
     standing: Result<Archived, Error>,
 ) -> Result<Archived, Error> {
     if standing.as_ref().is_err_and(|error| !is_replaceable(error)) {
@@ -273,7 +276,7 @@ async fn compare_unless_replaceable(
     repository: &Repository,
     cluster: ClusterId,
     name: WalObjectName,
-    raw: &[u8],
+    raw: &RawContent,
 ) -> Result<Option<Archived>, Error> {
     match compare(repository, &wal_target(repository, cluster, name), raw).await {
         Ok(archived) => Ok(Some(archived)),
@@ -288,14 +291,17 @@ fn is_replaceable(error: &Error) -> bool {
 
 /// Names a superseding object after what it replaces and what it holds: the same content may come back later, and is
 /// another object then.
-fn forced_name(segment: WalSegmentName, superseded: &[Superseded], raw: &[u8]) -> WalObjectName {
+fn forced_name(
+    segment: WalSegmentName,
+    superseded: &[Superseded],
+    raw: &RawContent,
+) -> Result<WalObjectName, Error> {
     let mut hasher = Hasher::new();
     superseded.iter().for_each(|superseded| {
         hasher.update(superseded.digest.as_bytes());
     });
-    hasher.update(raw);
-    let Digest([a, b, c, d, ..]) = hasher.finish();
-    WalObjectName::Forced { segment, digest: [a, b, c, d] }
+    let Digest([a, b, c, d, ..]) = raw.digest(hasher)?;
+    Ok(WalObjectName::Forced { segment, digest: [a, b, c, d] })
 }
 
 impl Superseded {

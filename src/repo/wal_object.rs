@@ -8,7 +8,7 @@
 
 use bytes::Bytes;
 
-use crate::codec::{Compression, Digest};
+use crate::codec::{Compression, Digest, Hasher};
 use crate::pg::{Lsn, TimelineId, WalSegmentName};
 use crate::repo::error::Error;
 use crate::repo::header::{Header, Section};
@@ -16,17 +16,20 @@ use crate::repo::id::ClusterId;
 use crate::repo::identity::{Identity, ObjectKind};
 use crate::repo::keyring::{ContentKey, KeyEnvelope, Keyring};
 use crate::repo::layout::WalObjectName;
+use crate::repo::raw_content::RawContent;
 use crate::repo::repository::Repository;
-use crate::repo::sealed::{SealSpec, compress_frames, open_all, seal_signed};
+use crate::repo::sealed::open_all;
 use crate::repo::wal_forced;
 use crate::repo::wal_parts::{
-    PART_BYTES, PARTED_RAW_BYTES_MAX, Parts, parts_of, read_parts, seal_index, store_parts, verify_parts,
+    PARTED_RAW_BYTES_MAX, Parts, parts_of, read_parts, seal_index, store_parts, verify_parts,
 };
+use crate::repo::wal_sealing::{Sealing, refuse_above, seal_file};
 use crate::repo::wire::{WireError, WireWriter};
 use crate::storage::{self, ErrorKind, ObjectKey};
 
 pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
 pub use crate::repo::wal_forced::supersede_wal;
+pub use crate::repo::wal_parts::PART_BYTES;
 pub use crate::repo::wal_piece::{archive_piece, read_pieces};
 
 /// What became of a file that was to be archived.
@@ -50,7 +53,7 @@ enum Body {
     Whole(Bytes),
     /// Each part is sealed when it is stored: memory holds one.
     InParts {
-        raw: Bytes,
+        raw: RawContent,
         key: WalKey,
         compression: Compression,
     },
@@ -76,8 +79,8 @@ pub enum Stored {
 /// A key for WAL and how it travels; one serves many segments.
 #[derive(Debug, Clone)]
 pub struct WalKey {
-    key: ContentKey,
-    envelope: KeyEnvelope,
+    pub(super) key: ContentKey,
+    pub(super) envelope: KeyEnvelope,
 }
 
 /// What the signed header of a WAL or history object says.
@@ -101,8 +104,6 @@ pub struct HistoryBranch {
     pub switch: Lsn,
 }
 
-/// Frames of a WAL object: larger than a page-map chunk because WAL is read in order.
-const FRAME_BYTES: usize = 128 << 10;
 /// The largest file that is one object.
 pub const WAL_RAW_BYTES_MAX: u64 = 64 << 20;
 /// A segment that does not compress, its index and its header.
@@ -130,7 +131,9 @@ pub async fn archive_wal(
     key: &WalKey,
     compression: Compression,
 ) -> Result<Archived, Error> {
-    archive(repository, wal_target(repository, cluster, name), raw, key, compression, Vec::new()).await
+    let raw = Bytes::copy_from_slice(raw).into();
+    let sealing = Sealing { keyring: repository.keyring(), key, compression };
+    archive(repository, wal_target(repository, cluster, name), &raw, &sealing, Vec::new()).await
 }
 
 /// Archives a timeline history file.
@@ -143,7 +146,9 @@ pub async fn archive_history(
     key: &WalKey,
 ) -> Result<Archived, Error> {
     let target = history_target(repository, cluster, timeline);
-    archive(repository, target, raw, key, Compression::zstd(1), encode_branch(branch)).await
+    let raw = Bytes::copy_from_slice(raw).into();
+    let sealing = Sealing { keyring: repository.keyring(), key, compression: Compression::zstd(1) };
+    archive(repository, target, &raw, &sealing, encode_branch(branch)).await
 }
 
 /// Compresses and seals a segment, a partial segment or a backup history file.
@@ -151,7 +156,7 @@ pub fn seal_wal(
     repository: &Repository,
     cluster: ClusterId,
     name: WalObjectName,
-    raw: &Bytes,
+    raw: &RawContent,
     key: &WalKey,
     compression: Compression,
 ) -> Result<SealedFile, Error> {
@@ -159,7 +164,8 @@ pub fn seal_wal(
     let body = if target.is_stored_in_parts(raw) {
         Body::InParts { raw: raw.clone(), key: key.clone(), compression }
     } else {
-        Body::Whole(seal_file(repository.keyring(), &target, raw, key, compression, Vec::new())?)
+        let sealing = Sealing { keyring: repository.keyring(), key, compression };
+        Body::Whole(seal_file(&sealing, &target, raw, Vec::new())?)
     };
     Ok(SealedFile { target, body })
 }
@@ -170,12 +176,12 @@ pub fn seal_history(
     cluster: ClusterId,
     timeline: TimelineId,
     branch: HistoryBranch,
-    raw: &[u8],
+    raw: &RawContent,
     key: &WalKey,
 ) -> Result<SealedFile, Error> {
     let target = history_target(repository, cluster, timeline);
-    let (zstd, branch) = (Compression::zstd(1), encode_branch(branch));
-    let bytes = seal_file(repository.keyring(), &target, raw, key, zstd, branch)?;
+    let sealing = Sealing { keyring: repository.keyring(), key, compression: Compression::zstd(1) };
+    let bytes = seal_file(&sealing, &target, raw, encode_branch(branch))?;
     Ok(SealedFile { target, body: Body::Whole(bytes) })
 }
 
@@ -184,7 +190,8 @@ impl SealedFile {
     pub fn held_len(&self) -> usize {
         match &self.body {
             Body::Whole(bytes) => bytes.len(),
-            Body::InParts { raw, .. } => raw.len() + PART_BYTES,
+            Body::InParts { raw: RawContent::Memory(bytes), .. } => bytes.len() + 2 * PART_BYTES,
+            Body::InParts { raw: RawContent::File(_), .. } => 2 * PART_BYTES,
         }
     }
 
@@ -194,7 +201,8 @@ impl SealedFile {
         match body {
             Body::Whole(bytes) => create(repository, target, bytes).await,
             Body::InParts { raw, key, compression } => {
-                create_in_parts(repository, target, &raw, &key, compression, Vec::new()).await
+                let sealing = Sealing { keyring: repository.keyring(), key: &key, compression };
+                create_in_parts(repository, target, &raw, &sealing, Vec::new()).await
             }
         }
     }
@@ -206,7 +214,7 @@ impl TakenPlace {
     ///
     /// # Errors
     /// `Different` where it is another file; where nothing stands there after all, why nothing could be put there.
-    pub async fn compare(self, repository: &Repository, raw: &[u8]) -> Result<Archived, Error> {
+    pub async fn compare(self, repository: &Repository, raw: &RawContent) -> Result<Archived, Error> {
         let Self { target, doubt } = self;
         let standing = match (compare(repository, &target, raw).await, doubt) {
             (Err(error), Some(doubt)) if error.is_absent() => return Err(doubt.into()),
@@ -300,8 +308,8 @@ impl Target {
         self.name.map(|name| name.segment())
     }
 
-    fn is_stored_in_parts(&self, raw: &[u8]) -> bool {
-        self.name.is_some() && raw.len() as u64 > WAL_RAW_BYTES_MAX
+    fn is_stored_in_parts(&self, raw: &RawContent) -> bool {
+        self.name.is_some() && raw.size() > WAL_RAW_BYTES_MAX
     }
 }
 
@@ -331,15 +339,14 @@ fn history_target(repository: &Repository, cluster: ClusterId, timeline: Timelin
 pub(super) async fn archive(
     repository: &Repository,
     target: Target,
-    raw: &[u8],
-    key: &WalKey,
-    compression: Compression,
+    raw: &RawContent,
+    sealing: &Sealing<'_>,
     further: Vec<(Section, WireWriter)>,
 ) -> Result<Archived, Error> {
     let stored = if target.is_stored_in_parts(raw) {
-        create_in_parts(repository, target, raw, key, compression, further).await?
+        create_in_parts(repository, target, raw, sealing, further).await?
     } else {
-        let bytes = seal_file(repository.keyring(), &target, raw, key, compression, further)?;
+        let bytes = seal_file(sealing, &target, raw, further)?;
         create(repository, target, bytes).await?
     };
     match stored {
@@ -366,12 +373,11 @@ async fn create(repository: &Repository, target: Target, bytes: Bytes) -> Result
 async fn create_in_parts(
     repository: &Repository,
     target: Target,
-    raw: &[u8],
-    key: &WalKey,
-    compression: Compression,
+    raw: &RawContent,
+    sealing: &Sealing<'_>,
     further: Vec<(Section, WireWriter)>,
 ) -> Result<Stored, Error> {
-    refuse_above(PARTED_RAW_BYTES_MAX, &target, raw)?;
+    refuse_above(PARTED_RAW_BYTES_MAX, &target, raw.size())?;
     // The archiver repeats what it was not told of: parts are not stored again for that.
     match repository.store().head(&target.key).await {
         Ok(_) => return Ok(Stored::Taken(TakenPlace { target: Box::new(target), doubt: None })),
@@ -381,41 +387,19 @@ async fn create_in_parts(
     let Some(segment) = target.segment() else {
         return Err(Error::Internal(format!("{} is no WAL", target.object)));
     };
-    let parts = store_parts(repository, target.identity.cluster, segment, raw, key, compression).await?;
-    let index = seal_index(repository, &target, raw, &parts, further);
+    let (parts, content) = store_parts(repository, target.identity.cluster, segment, raw, sealing).await?;
+    let index = seal_index(repository, &target, &content, &parts, further);
     create(repository, target, index).await
 }
 
-fn refuse_above(max: u64, target: &Target, raw: &[u8]) -> Result<(), Error> {
-    let size = raw.len() as u64;
-    if size > max { Err(Error::TooLarge { what: target.object.clone(), size, max }) } else { Ok(()) }
-}
-
-pub(super) fn seal_file(
-    keyring: &Keyring,
+pub(super) async fn compare(
+    repository: &Repository,
     target: &Target,
-    raw: &[u8],
-    key: &WalKey,
-    compression: Compression,
-    further: Vec<(Section, WireWriter)>,
-) -> Result<Bytes, Error> {
-    refuse_above(WAL_RAW_BYTES_MAX, target, raw)?;
-    let frames = compress_frames(compression, FRAME_BYTES, raw)?;
-    let spec = SealSpec { keyring, identity: &target.identity, key: &key.key, envelope: &key.envelope };
-    let sealed = seal_signed(&spec, frames, |salt, body_digest| {
-        let mut content = WireWriter::new();
-        content.u64(raw.len() as u64).raw(Digest::salted(salt, raw).as_bytes()).raw(body_digest.as_bytes());
-        let mut sections = vec![(Section::Wal, content)];
-        sections.extend(further);
-        sections
-    });
-    Ok(sealed.bytes)
-}
-
-pub(super) async fn compare(repository: &Repository, target: &Target, raw: &[u8]) -> Result<Archived, Error> {
+    raw: &RawContent,
+) -> Result<Archived, Error> {
     let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
     let (header, wal) = read_verified(repository, target, &bytes)?;
-    let same = wal.raw_size == raw.len() as u64 && wal.content_digest == Digest::salted(&wal.salt, raw);
+    let same = wal.raw_size == raw.size() && wal.content_digest == raw.digest(Hasher::salted(&wal.salt))?;
     if !same {
         return Err(Error::Different { object: target.object.clone() });
     }
@@ -532,8 +516,10 @@ fn open_content(
     if wal.raw_size > WAL_RAW_BYTES_MAX {
         return Err(damaged("its header names an impossible size"));
     }
-    let raw = open_all(bytes, header, repository.keyring(), &target.identity, &target.object, wal.raw_size)?;
-    if Digest::salted(&wal.salt, &raw) != wal.content_digest {
+    let (keyring, identity, mut digest) = (repository.keyring(), &target.identity, Hasher::salted(&wal.salt));
+    let mut raw = repository.buffers().take(wal.raw_size as usize);
+    open_all(bytes, header, keyring, identity, &target.object, &mut raw, &mut digest)?;
+    if digest.finish() != wal.content_digest {
         return Err(damaged("its content is not the one its header names"));
     }
     Ok(raw.into())

@@ -3,20 +3,22 @@
 //! Parts are WAL objects like any other, under names that are used once: a salt is drawn for each attempt. The index
 //! is a signed header alone; it holds the size and the digest of each part as stored, and is created when all of
 //! them are there: that is the commit. An attempt that ended before leaves parts that no index names, for the sweep.
-//! Memory holds the file and one part of it. Deliberately absent: reading a part alone.
+//! Stored from a file, memory holds one part; read back, the file and one part. Deliberately absent: reading a part alone.
 
 use bytes::Bytes;
 
-use crate::codec::{Compression, Digest, RandomExt};
+use crate::codec::{Digest, Hasher, RandomExt};
 use crate::pg::WalSegmentName;
 use crate::repo::error::Error;
 use crate::repo::header::{Header, HeaderBuilder, Section};
 use crate::repo::id::ClusterId;
 use crate::repo::layout::WalObjectName;
+use crate::repo::raw_content::{RawContent, steps};
 use crate::repo::repository::Repository;
 use crate::repo::wal_object::{
-    Target, WAL_OBJECT_BYTES_MAX, WAL_RAW_BYTES_MAX, WalHeader, WalKey, open_part, seal_file, wal_target,
+    Target, WAL_OBJECT_BYTES_MAX, WAL_RAW_BYTES_MAX, WalHeader, open_part, wal_target,
 };
+use crate::repo::wal_sealing::{Sealing, seal_range};
 use crate::repo::wire::{WireError, WireReader, WireWriter};
 use crate::storage::ErrorKind;
 
@@ -35,24 +37,37 @@ pub(super) struct Parts {
     stored: Vec<(u64, Digest)>,
 }
 
+/// The content of a file whose parts are stored.
+#[derive(Debug)]
+pub(super) struct PartedContent {
+    size: u64,
+    salt: [u8; 32],
+    digest: Digest,
+}
+
 /// Stores the parts of a file.
+///
+/// # Errors
+/// Also where the file became another one meanwhile: then no index is to name them.
 pub(super) async fn store_parts(
     repository: &Repository,
     cluster: ClusterId,
     segment: WalSegmentName,
-    raw: &[u8],
-    key: &WalKey,
-    compression: Compression,
-) -> Result<Parts, Error> {
-    let salt = repository.keyring().random().array();
+    raw: &RawContent,
+    sealing: &Sealing<'_>,
+) -> Result<(Parts, PartedContent), Error> {
+    let (salt, content_salt) = (repository.keyring().random().array(), sealing.keyring.random().array());
+    let mut whole = Hasher::salted(&content_salt);
     let mut stored = Vec::new();
-    for (number, raw) in (0..).zip(raw.chunks(PART_BYTES)) {
+    for (number, range) in (0..).zip(steps(0..raw.size(), PART_BYTES as u64)) {
         let target = wal_target(repository, cluster, WalObjectName::Part { segment, salt, number });
-        let bytes = seal_file(repository.keyring(), &target, raw, key, compression, Vec::new())?;
+        let bytes = seal_range(sealing, &target, raw, range, Some(&mut whole), Vec::new())?;
         stored.push((bytes.len() as u64, Digest::of(&bytes)));
         store_part(repository, &target, bytes).await?;
     }
-    Ok(Parts { salt, stored })
+    raw.confirm()?;
+    let content = PartedContent { size: raw.size(), salt: content_salt, digest: whole.finish() };
+    Ok((Parts { salt, stored }, content))
 }
 
 async fn store_part(repository: &Repository, target: &Target, bytes: Bytes) -> Result<(), Error> {
@@ -73,18 +88,16 @@ async fn store_part(repository: &Repository, target: &Target, bytes: Bytes) -> R
 pub(super) fn seal_index(
     repository: &Repository,
     target: &Target,
-    raw: &[u8],
+    content: &PartedContent,
     parts: &Parts,
     further: Vec<(Section, WireWriter)>,
 ) -> Bytes {
     let keyring = repository.keyring();
-    let salt: [u8; 32] = keyring.random().array();
-    let (mut salt_section, mut content) = (WireWriter::new(), WireWriter::new());
-    salt_section.raw(&salt);
-    content.u64(raw.len() as u64).raw(Digest::salted(&salt, raw).as_bytes()).raw(Digest::of(&[]).as_bytes());
-    let mut header = HeaderBuilder::new(target.identity.kind)
-        .section(Section::Salt, salt_section)
-        .section(Section::Wal, content);
+    let (mut salt, mut wal) = (WireWriter::new(), WireWriter::new());
+    salt.raw(&content.salt);
+    wal.u64(content.size).raw(content.digest.as_bytes()).raw(Digest::of(&[]).as_bytes());
+    let mut header =
+        HeaderBuilder::new(target.identity.kind).section(Section::Salt, salt).section(Section::Wal, wal);
     for (section, bytes) in further {
         header = header.section(section, bytes);
     }

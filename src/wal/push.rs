@@ -6,12 +6,11 @@
 //! under a segment's name and is something else is left, and only where a person says so the new one supersedes it.
 
 use std::path::{Path, PathBuf};
-
-use bytes::Bytes;
+use std::sync::Arc;
 
 use crate::catalog::wal_reader::partial_object;
-use crate::codec::Compression;
-use crate::disk::CloneMarker;
+use crate::codec::{Compression, Hasher};
+use crate::disk::{self, CloneMarker, SteadyFile};
 use crate::pg::{
     ArchiveFileName, ControlFile, SEGMENT_HEADER_LEN, SegmentHeader, TimelineHistory, WalSegmentName,
     check_segment_header,
@@ -20,7 +19,7 @@ use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{
     Archived, HistoryBranch, SealedFile, Stored, TakenPlace, WalKey, seal_history, seal_wal, supersede_wal,
 };
-use crate::repo::{self, ClusterId, Repository};
+use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
 use crate::wal::data_directory::{cluster_of, of_wal_file, read_at_most, read_control_file};
 
@@ -31,8 +30,8 @@ pub struct CheckedFile {
     pub name: ArchiveFileName,
     /// The cluster that wrote it.
     pub cluster: ClusterId,
-    /// What is in it.
-    pub content: Bytes,
+    /// What is in it; a segment is read when it is sealed or compared.
+    pub content: RawContent,
     branch: Option<HistoryBranch>,
 }
 
@@ -70,7 +69,7 @@ pub fn check_file(path: &Path) -> Result<CheckedFile, Error> {
             let history = TimelineHistory::parse(timeline, &content)?;
             let parent = history.parent();
             branch = Some(HistoryBranch { parent: parent.timeline, switch: parent.lsn });
-            content.into_bytes()
+            RawContent::from(content)
         }
         ArchiveFileName::BackupHistory { segment, .. } => {
             segment.number(cluster.segment_size)?;
@@ -78,10 +77,10 @@ pub fn check_file(path: &Path) -> Result<CheckedFile, Error> {
             if !content.contains(BACKUP_HISTORY_LINE) {
                 return Err(malformed(path, "it names no start of a backup"));
             }
-            content.into_bytes()
+            RawContent::from(content)
         }
     };
-    Ok(CheckedFile { name, cluster, content: content.into(), branch })
+    Ok(CheckedFile { name, cluster, content, branch })
 }
 
 /// Archives a file; returns when the archive has it durably.
@@ -148,7 +147,7 @@ pub fn seal(
         }
         (ArchiveFileName::Segment(segment), _) => WalObjectName::Segment(segment),
         // Failure 12b: two servers may leave one timeline with different partials, and both are kept.
-        (ArchiveFileName::Partial(segment), _) => partial_object(segment, content),
+        (ArchiveFileName::Partial(segment), _) => partial_object(segment, content.digest(Hasher::new())?),
         (ArchiveFileName::BackupHistory { segment, offset }, _) => {
             WalObjectName::BackupHistory { segment, offset }
         }
@@ -156,15 +155,25 @@ pub fn seal(
     Ok(seal_wal(repository, cluster, name, content, key, compression)?)
 }
 
-fn read_segment(path: &Path, segment: WalSegmentName, control: &ControlFile) -> Result<Vec<u8>, Error> {
-    let size = control.wal_segment_size;
-    segment.number(size)?;
-    let bytes = read_at_most(path, size.bytes().into())?;
-    let header = check_segment(&bytes, segment, control)?;
+/// Checks a segment by its beginning and its size; the rest is read when it is sealed, if it is still the same then.
+fn read_segment(path: &Path, segment: WalSegmentName, control: &ControlFile) -> Result<RawContent, Error> {
+    segment.number(control.wal_segment_size)?;
+    let file = SteadyFile::open(path).map_err(of_file)?;
+    let mut front = vec![0; file.size().min(SEGMENT_HEADER_LEN as u64) as usize];
+    file.read_at(&mut front, 0).map_err(of_file)?;
+    let header = check_front(&front, file.size(), segment, control)?;
     if header.timeline > segment.timeline() {
         return Err(Error::LaterTimeline { name: segment.to_string(), found: header.timeline });
     }
-    Ok(bytes)
+    Ok(RawContent::File(Arc::new(file)))
+}
+
+fn of_file(error: disk::Error) -> Error {
+    match error {
+        disk::Error::Changed { path } => Error::Changed { path },
+        disk::Error::Io { path, source, .. } => Error::Unreadable { path, source },
+        error => error.into(),
+    }
 }
 
 /// Checks that bytes are a segment of the cluster of a control file.
@@ -174,8 +183,17 @@ pub(crate) fn check_segment(
     control: &ControlFile,
 ) -> Result<SegmentHeader, Error> {
     let front = &bytes[..bytes.len().min(SEGMENT_HEADER_LEN)];
+    check_front(front, bytes.len() as u64, segment, control)
+}
+
+fn check_front(
+    front: &[u8],
+    size: u64,
+    segment: WalSegmentName,
+    control: &ControlFile,
+) -> Result<SegmentHeader, Error> {
     let expected = (control.system_identifier, control.wal_segment_size);
-    Ok(check_segment_header(front, bytes.len() as u64, segment, expected)?)
+    Ok(check_segment_header(front, size, segment, expected)?)
 }
 
 fn read_text(path: &Path) -> Result<String, Error> {

@@ -90,7 +90,8 @@ impl Scene {
         let repository = Repository::open(self.options(store, seed)).await?;
         let key = WalKey::create(repository.keyring())?;
         let WalObjectName::Segment(name) = Self::name() else { unreachable!("it is a segment") };
-        supersede_wal(&repository, Self::cluster(), name, segment, &key, Compression::zstd(1)).await?;
+        let segment = segment.to_vec().into();
+        supersede_wal(&repository, Self::cluster(), name, &segment, &key, Compression::zstd(1)).await?;
         Ok(())
     }
 

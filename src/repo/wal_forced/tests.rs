@@ -8,7 +8,7 @@ use crate::clock::ManualClock;
 use crate::codec::{SeededRandom, SigningKey, VerifyKey};
 use crate::repo::keyring::{Keyring, KeyringOptions};
 use crate::repo::repository::RepositoryOptions;
-use crate::repo::wal_object::read_wal;
+use crate::repo::wal_object::{archive_wal, read_wal};
 use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
 
 use super::*;
@@ -77,7 +77,8 @@ impl Archive {
 
     async fn force(&self, raw: &[u8]) -> Result<Archived, Error> {
         let segment = segment(SEGMENT);
-        supersede_wal(&self.repository, cluster(), segment, raw, &self.key, Compression::NONE).await
+        let raw = raw.to_vec().into();
+        supersede_wal(&self.repository, cluster(), segment, &raw, &self.key, Compression::NONE).await
     }
 
     /// What a reader gets that knows nothing yet.
@@ -267,7 +268,9 @@ async fn reading_many_segments_asks_once_and_again_after_a_minute() {
     let damaged = WalObjectName::Segment(segment(3));
     let (raw, key) = (b"mended", &archive.key);
     assert!(read_wal(&reader.repository, cluster(), damaged).await.is_err());
-    supersede_wal(&archive.repository, cluster(), segment(3), raw, key, Compression::NONE).await.unwrap();
+    supersede_wal(&archive.repository, cluster(), segment(3), &raw.to_vec().into(), key, Compression::NONE)
+        .await
+        .unwrap();
     assert_eq!(read_wal(&reader.repository, cluster(), damaged).await.unwrap(), &raw[..]);
 }
 

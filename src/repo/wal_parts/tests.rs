@@ -5,12 +5,14 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::clock::SystemClock;
-use crate::codec::{SeededRandom, SigningKey, VerifyKey};
+use crate::codec::{Compression, SeededRandom, SigningKey, VerifyKey};
 use crate::repo::error::ErrorKind;
 use crate::repo::keyring::{Keyring, KeyringOptions};
 use crate::repo::layout::ObjectName;
 use crate::repo::repository::RepositoryOptions;
-use crate::repo::wal_object::{Archived, archive_wal, read_wal, read_wal_header, supersede_wal, verify_wal};
+use crate::repo::wal_object::{
+    Archived, WalKey, archive_wal, read_wal, read_wal_header, supersede_wal, verify_wal,
+};
 use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
 
 use super::*;
@@ -121,7 +123,9 @@ async fn a_large_segment_is_stored_in_parts_under_its_own_name_and_comes_back() 
     // To and fro: each index has the same empty body, and still none is taken for another.
     for raw in [&other, &archive.raw, &other] {
         let archived =
-            supersede_wal(&archive.repository, cluster(), segment(), raw, key, zstd).await.unwrap();
+            supersede_wal(&archive.repository, cluster(), segment(), &raw.clone().into(), key, zstd)
+                .await
+                .unwrap();
         assert_eq!(archived, Archived::Created);
     }
     let fresh = archive.repository.clone();

@@ -21,7 +21,7 @@ use crate::codec::Compression;
 use crate::pg::{SEGMENT_HEADER_LEN, TimelineHistory, TimelineId, WalSegmentName, check_segment_header};
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{HistoryBranch, Stored, archive_history, seal_wal};
-use crate::repo::{self, ClusterId, Repository};
+use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
 use crate::wal::head::{self, HeadWritten};
 use crate::wal::key_rotation::KeyRotation;
@@ -378,11 +378,13 @@ impl Sender {
                     WalObjectName::Segment(segment)
                 }
             };
-            Ok::<_, Error>((seal_wal(&repository, cluster, name, &bytes, &key, compression)?, bytes))
+            let content = RawContent::from(bytes);
+            Ok::<_, Error>((seal_wal(&repository, cluster, name, &content, &key, compression)?, content))
         });
-        let (sealed, bytes) = prepared.await.map_err(|error| repo::Error::Internal(error.to_string()))??;
+        let (sealed, content) =
+            prepared.await.map_err(|error| repo::Error::Internal(error.to_string()))??;
         if let Stored::Taken(place) = sealed.store(&self.repository).await? {
-            place.compare(&self.repository, &bytes).await?;
+            place.compare(&self.repository, &content).await?;
         }
         Ok(())
     }
