@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, Metadata};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -291,12 +291,17 @@ impl Walker<'_> {
             .map(|tablespace| (tablespace.oid, tablespace.location.clone()))
             .collect();
         for (oid, location) in &linked {
-            let location = self.options.data_directory.join("pg_tblspc").join(OsStr::from_bytes(location));
-            // Dropped since the link was read: WAL replay drops it as well.
-            let Ok(real) = fs::canonicalize(&location) else {
-                self.tree.vanished += 1;
-                self.tree.tablespaces.retain(|tablespace| tablespace.oid != *oid);
-                continue;
+            let links = self.options.data_directory.join("pg_tblspc");
+            let location = links.join(OsStr::from_bytes(location));
+            let real = match fs::canonicalize(&location) {
+                Ok(real) => real,
+                // Dropped since the link was read: WAL replay drops it as well.
+                Err(_) if is_absent(&links.join(oid.to_string())) => {
+                    self.tree.vanished += 1;
+                    self.tree.tablespaces.retain(|tablespace| tablespace.oid != *oid);
+                    continue;
+                }
+                Err(source) => return Err(Error::Tablespace { oid: *oid, path: location, source }),
             };
             if !self.tree.entries.iter().any(|entry| entry.path.as_bytes() == b"tablespaces") {
                 self.push_made_directory("tablespaces")?;
@@ -388,6 +393,11 @@ pub fn mode_and_time(metadata: &Metadata) -> (u32, Timestamp) {
     // Times outside the years -9999 to 9999 are not worth a failed backup.
     let modified = Timestamp::new(metadata.mtime(), nanoseconds).unwrap_or(Timestamp::UNIX_EPOCH);
     (metadata.mode() & 0o7777, modified)
+}
+
+/// Returns whether nothing is at `path`, not even a link that leads nowhere.
+fn is_absent(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
 }
 
 /// Returns the oid where `tree` is `data/pg_tblspc/<oid>`.
@@ -534,7 +544,6 @@ mod tests {
         scratch.write("ts/PG_14_202107181/5/16400", 8192);
         scratch.write("pgdata/pg_tblspc/16398/PG_15_202209061/5/1", 1);
         scratch.link("pgdata/pg_tblspc/16399", scratch.path("ts"));
-        scratch.link("pgdata/pg_tblspc/16400", scratch.path("dropped"));
         let options = WalkOptions {
             tablespace_names: BTreeMap::from([(16_399, "fast".to_owned())]),
             ..scratch.options()
@@ -555,9 +564,32 @@ mod tests {
         assert_eq!(node(&tree, "tablespaces/16399"), Some(&Node::Directory));
         assert_eq!(node(&tree, "tablespaces"), Some(&Node::Directory));
         assert_eq!(node(&tree, "data/pg_tblspc/16399"), None);
-        assert_eq!(tree.vanished, 1);
         let file = tree.files.iter().find(|file| file.size == 8192).unwrap();
         assert_eq!(fs::read(tree.source_path(file)).unwrap().len(), 8192);
+    }
+
+    /// Failure 13: a tablespace that is left out in silence.
+    #[test]
+    fn a_tablespace_that_cannot_be_seen_is_an_error_and_one_that_was_dropped_none() {
+        let scratch = Scratch::new();
+        scratch.write("pgdata/PG_VERSION", 3);
+        scratch.link("pgdata/pg_tblspc/16400", scratch.path("unseen"));
+        let unseen = SourceTree::walk(&scratch.options()).unwrap_err();
+        assert!(matches!(unseen, Error::Tablespace { oid: 16_400, .. }), "{unseen}");
+        // Dropped after its link was read.
+        let options = scratch.options();
+        let mut walker = Walker {
+            options: &options,
+            rules: BackupRules::new(&options.version_directory),
+            tree: SourceTree::default(),
+            links: Links::default(),
+            pending: Vec::new(),
+        };
+        let location = scratch.path("unseen").into_os_string().into_vec();
+        walker.tree.tablespaces.push(Tablespace { oid: 16_400, location, name: String::new() });
+        fs::remove_file(scratch.path("pgdata/pg_tblspc/16400")).unwrap();
+        walker.tablespaces().unwrap();
+        assert_eq!((walker.tree.vanished, walker.tree.tablespaces.len()), (1, 0));
     }
 
     #[test]

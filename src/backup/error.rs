@@ -20,6 +20,9 @@ pub enum Error {
     /// A file or directory of the source cannot be read.
     #[error("could not {action} \"{}\": {source}", path.display())]
     Read { action: &'static str, path: PathBuf, source: io::Error },
+    /// A tablespace is there for the server and not for this process.
+    #[error("could not find the directory of tablespace {oid}, \"{}\": {source}", path.display())]
+    Tablespace { oid: u32, path: PathBuf, source: io::Error },
     /// `pg_control` is not one that Walden understands.
     #[error("\"{}\" cannot be used: {source}", path.display())]
     ControlFile { path: PathBuf, source: ControlFileError },
@@ -81,6 +84,7 @@ impl Error {
             Self::ControlFile { source: ControlFileError::Checksum, .. } => ErrorKind::Damaged,
             Self::ControlFile { .. }
             | Self::Name(_)
+            | Self::Tablespace { .. }
             | Self::Clone { .. }
             | Self::NoNode
             | Self::BlockSize(_)
@@ -107,6 +111,10 @@ impl Error {
         let hint = match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 "Run walden as the owner of the data directory, or as root."
+            }
+            Self::Tablespace { .. } => {
+                "A backup without it would be none. Run walden where it sees what the server sees (mind containers, \
+                 and ProtectHome in its unit); drop the tablespace if its directory is lost."
             }
             Self::Clone { .. } => "A clone is no server to back up; see \"walden clone finalize --adopt\".",
             Self::NotArchiving { .. } => {

@@ -99,8 +99,8 @@ fn parse_time(text: &str, context: &Context) -> Result<Timestamp, CommandError> 
     let local = text.parse::<DateTime>().ok().and_then(|time| {
         time.to_zoned(context.environment.time_zone.get()).ok().map(|zoned| zoned.timestamp())
     });
-    // A text with a sign or a Z at its end meant a zone; half of it must not be dropped in silence.
-    local.filter(|_| !text.ends_with(['Z', 'z'])).ok_or_else(|| {
+    // A text with a Z at its end or a name in brackets meant a zone; half of it must not be dropped in silence.
+    local.filter(|_| !text.ends_with(['Z', 'z', ']'])).ok_or_else(|| {
         CommandError::usage(format!("\"{text}\" is not a time"))
             .hint("Write it as '2026-11-20 10:15:00+01' or, in local time, as '2026-11-20 10:15:00'.")
     })
@@ -154,6 +154,8 @@ mod tests {
             "2026-13-01 10:00",
             "10:15",
             "2026-11-20 10:15 CET",
+            "2026-11-20 10:15:00[America/New_York]",
+            "2026-11-20 10:15:00[u-ca=iso8601]",
         ] {
             assert!(parse_time(text, &context).is_err(), "{text:?}");
         }

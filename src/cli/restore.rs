@@ -10,6 +10,7 @@ use clap::Args;
 use crate::catalog::{RecoveryRequest, TargetAction, plan_for_target};
 use crate::config::{KeyPurpose, SiteConfig};
 use crate::disk::Owner;
+use crate::disk::reading_rights::Reader;
 use crate::instance::programs::{self, ProgramsError, libc_version};
 use crate::repo::{Basebackup, Repository};
 use crate::restore::plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, plan_restore};
@@ -159,7 +160,31 @@ impl Restore {
         let basebackup = Basebackup::open(repository, planned.record.id).await?;
         let mut plan = plan_restore(&basebackup, planned, &options).await?;
         plan.warnings.extend(missing);
+        plan.warnings.extend(self.warnings_of_fetching(context, options.owner)?);
         Ok((basebackup, plan))
+    }
+
+    /// Says what would keep the restored server, which runs as `owner`, from its WAL.
+    fn warnings_of_fetching(&self, context: &Context, owner: Owner) -> Result<Vec<String>, CommandError> {
+        let config = context.config()?;
+        let mut warnings = Vec::new();
+        if owner != Owner::current() {
+            let reader = Reader::of(owner);
+            for file in config.files_for_fetching().filter(|file| !reader.may_read(file)) {
+                warnings.push(format!(
+                    "\"{}\" cannot be read by user {}, as whom the restored server fetches WAL",
+                    file.display(),
+                    owner.user()
+                ));
+            }
+        }
+        if self.allow_unsigned {
+            warnings.push(
+                "--allow-unsigned is for the basebackup: the restored server fetches only WAL of trusted_signers"
+                    .to_owned(),
+            );
+        }
+        Ok(warnings)
     }
 
     fn options(&self, context: &Context, site: &SiteConfig) -> Result<RestoreOptions, CommandError> {

@@ -74,6 +74,13 @@ pub struct Config {
 }
 
 impl Config {
+    /// Lists the files that a host reads to fetch: the configuration, private keys and the signers' public ones.
+    pub fn files_for_fetching(&self) -> impl Iterator<Item = &Path> {
+        let keys = self.encryption.iter().flat_map(|encryption| encryption.keys.values());
+        let of_keys = keys.flat_map(|files| [files.private.as_ref(), files.verify.as_ref()]);
+        std::iter::once(self.file.as_path()).chain(of_keys.flatten().map(|file| file.path.as_path()))
+    }
+
     /// Finds the configuration file (`explicit`, `WALDEN_CONFIG`, `./walden.toml`, `/etc/walden/walden.toml`) and
     /// reads it.
     pub fn load(explicit: Option<&Path>, environment: &Environment) -> Result<Self> {

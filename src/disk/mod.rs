@@ -11,6 +11,7 @@ pub mod durable;
 pub mod lock;
 pub mod owner;
 pub mod private_area;
+pub mod reading_rights;
 pub mod space;
 pub mod staged_file;
 pub mod state_file;

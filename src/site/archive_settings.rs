@@ -54,24 +54,25 @@ impl Setting {
     }
 }
 
-/// Returns the settings that a server needs, compared with those it has where it answered.
-pub fn wanted_settings(command: &ArchiveCommand, facts: Option<&ServerFacts>) -> Vec<Setting> {
+/// Returns the settings that a server needs, compared with those it has where it answered; without a command those of
+/// one whose WAL is received.
+pub fn wanted_settings(command: Option<&ArchiveCommand>, facts: Option<&ServerFacts>) -> Vec<Setting> {
     let current = |name: &str| facts.map(|facts| facts.setting(name).unwrap_or_default().to_owned());
     let kept = |name: &str, good: &[&str], wanted: &str| {
         let current = current(name);
         current.filter(|value| good.contains(&value.as_str())).unwrap_or_else(|| wanted.to_owned())
     };
-    [
-        ("wal_level", kept("wal_level", &["replica", "logical"], "replica"), "restart"),
-        ("archive_mode", kept("archive_mode", &["on", "always"], "on"), "restart"),
-        ("archive_command", command.value(), "reload"),
-    ]
-    .map(|(name, value, change)| {
+    let mut wanted = vec![("wal_level", kept("wal_level", &["replica", "logical"], "replica"), "restart")];
+    if let Some(command) = command {
+        wanted.push(("archive_mode", kept("archive_mode", &["on", "always"], "on"), "restart"));
+        wanted.push(("archive_command", command.value(), "reload"));
+    }
+    let compared = wanted.into_iter().map(|(name, value, change)| {
         let current = current(name);
         let takes = if current.as_ref() == Some(&value) { "nothing" } else { change };
         Setting { name, value, current, takes }
-    })
-    .to_vec()
+    });
+    compared.collect()
 }
 
 /// Quotes a word for a shell where it has to be.
@@ -94,7 +95,7 @@ mod tests {
     #[test]
     fn a_command_is_quoted_for_every_reader_on_its_way() {
         let plain = command("/usr/bin/walden", "/etc/walden/walden.toml");
-        let settings = wanted_settings(&plain, None);
+        let settings = wanted_settings(Some(&plain), None);
         let lines: Vec<String> = settings.iter().map(Setting::line).collect();
         assert_eq!(
             lines,
@@ -107,9 +108,11 @@ mod tests {
         assert!(settings.iter().all(|setting| setting.current.is_none()));
         let odd = command("/opt/it's 100%/walden", "/etc/a\\b.toml");
         assert_eq!(
-            wanted_settings(&odd, None)[2].line(),
+            wanted_settings(Some(&odd), None)[2].line(),
             "archive_command = '''/opt/it''\\\\''''s 100%%/walden'' --config ''/etc/a\\\\b.toml'' --site main \
              wal push \"%p\"'"
         );
+        let received = wanted_settings(None, None);
+        assert_eq!(received.iter().map(Setting::line).collect::<Vec<_>>(), ["wal_level = replica"]);
     }
 }

@@ -40,6 +40,10 @@ struct Scene {
 impl Scene {
     fn new(name: &str) -> Self {
         let source = Source::start(Options::default());
+        // A call to a server is tried again by itself, and would be for minutes before anything else is seen.
+        let configuration = fs::read_to_string(source.walden.configuration_file()).unwrap();
+        let impatient = configuration.replace("[storage]\n", "[storage]\nretry = \"1s\"\n");
+        fs::write(source.walden.configuration_file(), impatient).unwrap();
         source.sql("create table changed as select n from generate_series(1, 1000) n");
         // Too large to share a chunk with what is read.
         for table in ["cold", "colder"] {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::source::Source;
+use crate::source::{Source, wait_until_writable};
 use crate::support::{Need, Options, Pgbench, Run, Server, require, wait_for};
 
 /// What is done to the bytes of a pack.
@@ -152,5 +152,10 @@ fn what_belongs_elsewhere_or_comes_from_strangers_is_not_restored() {
     assert!(!directory.exists());
     let run = source.walden.run(&[&command[..], &["--allow-unsigned"]].concat());
     assert!(run.stderr.contains("no trusted signer vouches for"), "{}", run.stderr);
-    assert!(directory.join("global/pg_control").exists());
+    // What the server asks for afterwards is not taken on nobody's word.
+    assert!(run.stderr.contains("fetches only WAL of trusted_signers"), "{}", run.stderr);
+    source.scratch().file("walden/walden.toml", &configuration);
+    let mut server = source.server("strange");
+    server.start();
+    wait_until_writable(&server);
 }

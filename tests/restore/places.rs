@@ -1,6 +1,7 @@
 //! Where things go: tablespaces, Debian's configuration, standbys, and directories that hold something already.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
 
@@ -258,12 +259,24 @@ fn a_restore_by_root_belongs_to_whom_the_directory_does() {
     let source = Source::start(Options::default());
     source.backup();
     let directory = source.place("by-root");
-    source.walden.as_root().run(&["restore", "--target-dir", directory.to_str().unwrap()]);
+    let by_root = source.walden.as_root();
+    let told = by_root.run(&["restore", "--target-dir", directory.to_str().unwrap()]);
+    assert!(!told.stderr.contains("cannot be read by user"), "{}", told.stderr);
     let strangers = Run::of(Command::new("find").arg(&directory).args(["-not", "-user", "postgres"]), "");
     assert_eq!(strangers.expect_success().stdout, "");
     let mut server = source.server("by-root");
     server.start();
     wait_until_writable(&server);
+    server.stop(Stop::Fast);
+    // What root can read and the server cannot is told before it is missed.
+    let configuration = source.walden.configuration_file();
+    chown(&configuration, Some(0), Some(0)).unwrap();
+    fs::set_permissions(&configuration, Permissions::from_mode(0o600)).unwrap();
+    let place = source.place("told");
+    let told = by_root.run(&["restore", "--target-dir", place.to_str().unwrap(), "--dry-run"]);
+    let warning = format!("\"{}\" cannot be read by user postgres", configuration.display());
+    assert!(told.stderr.contains(&warning), "{}", told.stderr);
+    source.scratch().account().own(&configuration);
     // A directory of another user is refused to an ordinary one.
     let root = tempfile::Builder::new().prefix("walden-test-").tempdir_in("/tmp").unwrap();
     let words = ["restore", "--target-dir", root.path().to_str().unwrap()];

@@ -211,3 +211,23 @@ fn each_setting_that_is_wrong_on_the_server_fails_its_own_line() {
     assert!(checked.with("warning").contains(&"full_page_writes"), "{}", checked.run.stdout);
     source.cluster.stop(Stop::Fast);
 }
+
+#[test]
+fn a_site_that_receives_its_wal_is_told_of_no_archive_command() {
+    require!(Need::PostgreSQL(15));
+    let cluster = Cluster::start_with(15, Options::default().setting("archive_mode", "off"));
+    let site = Site::of(&cluster, cluster.data_directory()).key("wal = \"receive\"");
+    let walden = Walden::configure(cluster.scratch(), &site);
+    let init = walden.json(&["site", "init", "--wal-timeout", "1"]);
+    let settings = init["settings"].as_array().unwrap();
+    assert_eq!(settings.len(), 1, "{init}");
+    assert_eq!((&settings[0]["name"], &settings[0]["takes"]), (&"wal_level".into(), &"nothing".into()));
+    let failed: Vec<&str> = init["check"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|item| item["status"] == "failed")
+        .map(|item| item["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(failed, [""; 0], "{init}");
+}

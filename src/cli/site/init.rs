@@ -11,7 +11,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::backup::ServerFacts;
-use crate::config::SiteConfig;
+use crate::config::{SiteConfig, WalSource};
 use crate::replication::{ConnectOptions, Session};
 use crate::site::{ArchiveCommand, Item, Setting, Status, cluster_of, wanted_settings};
 
@@ -34,7 +34,11 @@ impl SiteInit {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let site = context.site()?;
         context.warn_of_missing_protection()?;
-        let command = archive_command(context, site)?;
+        let command = match site.wal {
+            WalSource::Push => Some(archive_command(context, site)?),
+            // It makes its slot itself, on whichever server of the site is the primary then.
+            WalSource::Receive => None,
+        };
         let nodes = connections(context, site)?;
         let patience = Duration::from_secs(self.wal_timeout.into());
         let report = context.block_on(async {
@@ -49,7 +53,7 @@ impl SiteInit {
                 storage: site.storage.location.to_string(),
                 created,
                 cluster: facts.as_ref().map(|facts| cluster_of(facts).to_string()),
-                settings: wanted_settings(&command, facts.as_ref()),
+                settings: wanted_settings(command.as_ref(), facts.as_ref()),
                 check: check_all(context, site, patience).await?,
             })
         })??;
