@@ -57,7 +57,13 @@ pub async fn check_wal_round_trip(
                 let hint = error.hint().unwrap_or("The message says what to mend.");
                 return Item::failed(NAME, describe(&error), hint);
             }
-            Err(error) if waited >= patience => return gave_up(session, segment, waited, &error).await,
+            Err(error) if waited >= patience => {
+                let why = if error.is_absent() { String::new() } else { format!(": {}", describe(&error)) };
+                let seconds = waited.as_secs();
+                let detail = format!("{segment} could not be read from the archive after {seconds} s{why}");
+                let hint = if received { RECEIVER_HINT.to_owned() } else { archiver_hint(session).await };
+                return Item::failed(NAME, detail, hint);
+            }
             Err(_) => {}
         }
         tokio::time::sleep(pause.min(patience.saturating_sub(waited))).await;
@@ -89,17 +95,18 @@ async fn read_back(
     Err(Error::Damaged { object: format!("WAL file {segment}"), detail })
 }
 
-/// Says what the server knows about why the segment did not come.
-async fn gave_up(session: &Session, segment: WalSegmentName, waited: Duration, error: &Error) -> Item {
-    let why = if error.is_absent() { String::new() } else { format!(": {}", describe(error)) };
-    let detail = format!("{segment} could not be read from the archive after {} s{why}", waited.as_secs());
+/// What to look at where the archiver has no part in it.
+const RECEIVER_HINT: &str =
+    "Start `walden daemon` or `walden wal receive`; where one runs its log says what keeps it.";
+
+/// Says what the server knows about why a segment did not come.
+async fn archiver_hint(session: &Session) -> String {
     let failing = ArchiverStatus::ask(session).await.ok().and_then(|archiver| archiver.last_failed_wal);
-    let hint = match failing {
+    match failing {
         Some(failed) => format!(
             "The server's archiver failed with {failed}; the server's log has what the archive_command said."
         ),
         None => "Look whether archive_command archives into this site, and whether it is slow or stuck."
             .to_owned(),
-    };
-    Item::failed(NAME, detail, hint)
+    }
 }

@@ -77,7 +77,17 @@ impl Rounds {
         let kills_wanted = std::env::var("WALDEN_KILL_ROUNDS").map_or(KILLS, |text| text.parse().unwrap());
         let hit = Phase::ALL.into_iter().map(|(phase, _)| (phase, 0)).collect();
         let wanted = &[Phase::Upload, Phase::Commit];
-        Self { command, undisturbed, state: 0x5eed, drawn: 0, kills_wanted, aimed: 0, hit, wanted, counted: 0 }
+        Self {
+            command,
+            undisturbed,
+            state: 0x5eed,
+            drawn: 0,
+            kills_wanted,
+            aimed: 0,
+            hit,
+            wanted,
+            counted: 0,
+        }
     }
 
     /// Counts the processes that were killed while they ran.

@@ -42,6 +42,7 @@ pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
 pub use scratch::{Account, Scratch, mounts_below};
 pub use server::{Server, Stop};
 pub use sql::Sql;
+pub use test_store::StoreKind;
 pub use walden::{Mounted, Running, Site, Walden};
 
 /// Returns from the test, loudly, when something it needs is missing; under CI the test fails instead.
