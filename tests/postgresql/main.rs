@@ -6,6 +6,7 @@ mod support;
 
 mod backup;
 mod isolation;
+mod replication;
 mod session;
 mod source;
 

@@ -8,7 +8,7 @@ use crate::support::{Need, Pgbench, Server, Site, Stop, Walden, require, wait_fo
 
 /// Writes enough WAL to end some segments, and ends the last.
 #[track_caller]
-fn write_segments(server: &Server, count: usize) {
+pub fn write_segments(server: &Server, count: usize) {
     for _ in 0..count {
         server.sql("select pg_logical_emit_message(true, 'test', repeat('some WAL ', 40000))");
         server.sql("select pg_switch_wal()");

@@ -65,6 +65,11 @@ impl Receiver {
     #[track_caller]
     pub fn stop(&mut self) {
         let mut process = self.process.take().unwrap();
+        // A process that was only just started has not said yet that it listens to it.
+        wait_for("the receiver to listen to signals", || {
+            let caught = u64::from_str_radix(&status_line(process.id(), "SigCgt:"), 16).unwrap();
+            (caught & 1 << (Signal::SIGTERM as u64 - 1) != 0).then_some(())
+        });
         kill(Pid::from_raw(process.id() as i32), Signal::SIGTERM).unwrap();
         let status = wait_for("the receiver to end", || process.try_wait().unwrap());
         assert!(status.success(), "{status}\n{}", self.log());
@@ -81,6 +86,12 @@ impl Receiver {
     /// Returns the site's spool folder.
     pub fn spool(&self) -> PathBuf {
         self.state.parent().unwrap().to_owned()
+    }
+
+    /// Returns a line of the process's memory, such as `VmHWM:`.
+    pub fn memory_mib(&self, key: &str) -> u64 {
+        let line = status_line(self.process.as_ref().unwrap().id(), key);
+        line.trim_end_matches("kB").trim().parse::<u64>().unwrap() / 1024
     }
 
     pub fn log(&self) -> String {
@@ -168,6 +179,12 @@ impl Drop for Receiver {
             let _ = process.wait();
         }
     }
+}
+
+/// Returns what the kernel says of a process.
+fn status_line(process: u32, key: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim().to_owned()
 }
 
 /// Reads an LSN.

@@ -1,0 +1,211 @@
+//! Receiving in trouble: WAL the server has removed, a store that is away, a volume that is full.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::receive::write_segments;
+use crate::receive_scene::{Receiver, cluster, lsn, site};
+use crate::scene::base_backup;
+use crate::support::{
+    Cluster, Fault, Need, Options, Pgbench, Proxy, Run, S3, Server, Site, Walden, require, s3_storage,
+    wait_for,
+};
+
+/// Makes a cluster that removes WAL as soon as no slot keeps it.
+#[track_caller]
+fn forgetful() -> Cluster {
+    let options = Options::default().initdb("--wal-segsize=1").setting("archive_mode", "off");
+    Cluster::start_with(15, options.setting("max_wal_size", "2MB").setting("min_wal_size", "2MB"))
+}
+
+/// Writes WAL and checkpoints until a segment is no longer in pg_wal.
+#[track_caller]
+fn write_until_removed(server: &Server, segment: &str) {
+    wait_for("the server to remove a segment", || {
+        write_segments(server, 2);
+        server.sql("checkpoint");
+        (!server.data_directory().join("pg_wal").join(segment).exists()).then_some(())
+    });
+}
+
+#[track_caller]
+fn received_until(receiver: &Receiver, server: &Server) -> String {
+    receiver.wait_for_state("streaming", |state| (state["streaming"] == true).then_some(()));
+    write_segments(server, 1);
+    receiver.wait_until_stored(server);
+    server.sql("select pg_walfile_name(pg_current_wal_flush_lsn())")
+}
+
+/// Failure 12: the slot keeps nothing of what is missing, whether it was lost or made anew.
+#[track_caller]
+fn loses_wal(lose: impl FnOnce(&Server)) {
+    let cluster = forgetful();
+    let mut receiver =
+        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let next = received_until(&receiver, &cluster);
+    receiver.stop();
+    let end = receiver.state()["received"].clone();
+    lose(&cluster);
+    write_until_removed(&cluster, &next);
+    receiver.start_again();
+    let gap =
+        receiver.wait_for_state("the gap", |state| state["gap"].is_object().then(|| state["gap"].clone()));
+    assert_eq!(gap["from"], end, "{gap}");
+    assert!(receiver.log().contains("take a new basebackup"), "{}", receiver.log());
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    let runs = receiver.runs(1);
+    assert_eq!(runs.len(), 2, "{runs:?}");
+    // What is behind the hole begins where the state says.
+    let start = lsn(gap["to"].as_str().unwrap());
+    assert_eq!(runs[1].0[8..], format!("{:08X}{:08X}", start >> 32, (start & 0xFFFF_FFFF) >> 20));
+    // The next start remembers, and takes nothing for missing anew.
+    receiver.stop();
+    receiver.start_again();
+    receiver.wait_for_state("streaming", |state| (state["streaming"] == true).then_some(()));
+    assert_eq!(receiver.state()["gap"], gap);
+}
+
+#[test]
+fn a_lost_slot_is_replaced_and_what_is_missing_is_named() {
+    require!(Need::PostgreSQL(15));
+    loses_wal(|server| {
+        server.sql("alter system set max_slot_wal_keep_size = '1MB'");
+        server.sql("select pg_reload_conf()");
+    });
+}
+
+#[test]
+fn a_slot_made_anew_above_what_is_needed_is_noticed() {
+    require!(Need::PostgreSQL(15));
+    loses_wal(|server| {
+        server.sql("select pg_drop_replication_slot('walden_main')");
+        write_segments(server, 3);
+        server.sql("select pg_create_physical_replication_slot('walden_main', true)");
+    });
+}
+
+#[test]
+fn what_one_server_removed_is_received_from_another_that_has_it() {
+    require!(Need::PostgreSQL(15));
+    let primary = forgetful();
+    let data = primary.scratch().path().join("standby");
+    base_backup(&primary, &data, &["-R"]);
+    let mut standby = Server::new(15, &data, &primary.scratch().folder("run2"));
+    standby.set("wal_keep_size", "1GB").start();
+    let (first, second) = (primary.connection(), standby.connection());
+    let nodes = [(first.as_str(), "primary"), (second.as_str(), "primary")];
+    let site = Site::of(&primary, primary.data_directory()).nodes(&nodes).key("wal = \"receive\"");
+    let mut receiver = Receiver::start(primary.scratch(), Walden::configure(primary.scratch(), &site));
+    let next = received_until(&receiver, &primary);
+    receiver.stop();
+    primary.sql("select pg_drop_replication_slot('walden_main')");
+    write_until_removed(&primary, &next);
+    let end = primary.sql("select pg_current_wal_flush_lsn()");
+    wait_for("the standby to have it all", || {
+        (standby.sql(&format!("select pg_last_wal_receive_lsn() >= '{end}'")) == "t").then_some(())
+    });
+    receiver.start_again();
+    receiver.wait_until_stored(&primary);
+    assert!(receiver.state()["gap"].is_null(), "{}", receiver.log());
+    receiver.assert_equals_pg_wal(&standby, 1, 3);
+    assert_eq!(standby.sql("select count(*) from pg_replication_slots"), "0", "it would keep WAL for good");
+}
+
+/// While a store is away the spool grows, not the memory; nothing is lost by kills in between.
+#[test]
+fn a_store_that_is_away_for_long_is_caught_up_with() {
+    require!(Need::PostgreSQL(15));
+    let cluster = cluster(15);
+    let folder = tempfile::tempdir().unwrap();
+    let store = S3::over(folder.path());
+    let line = Proxy::to(&store.endpoint());
+    let storage = s3_storage(&line.endpoint()) + "retry = \"1s\"\ntimeout = \"1s\"\n";
+    let walden = Walden::configure(cluster.scratch(), &site(&cluster).storage(&storage));
+    let mut receiver = Receiver::start(cluster.scratch(), walden);
+    received_until(&receiver, &cluster);
+    line.disturb(1, [Fault::CutRequest, Fault::CutAnswer]);
+    Pgbench::initialize(&cluster, 2);
+    for _ in 0..3 {
+        write_segments(&cluster, 3);
+        let end = lsn(&cluster.sql("select pg_current_wal_flush_lsn()"));
+        receiver.wait_for_state("all is spooled", |state| {
+            (state["received"].as_str().map(lsn) >= Some(end)).then_some(())
+        });
+        receiver.kill();
+        receiver.start_again();
+    }
+    receiver.wait_for_state("the trouble", |state| state["store_problem"].is_object().then_some(()));
+    let waiting = receiver.state()["spooled_bytes"].as_u64().unwrap();
+    assert!(waiting > 20 << 20, "{waiting} bytes wait");
+    let taken = receiver.memory_mib("VmHWM:");
+    assert!(taken < 150, "{taken} MiB, where {waiting} bytes wait");
+    // Told to stop it does not wait for the store.
+    receiver.stop();
+    receiver.start_again();
+    line.heal();
+    receiver.wait_until_stored(&cluster);
+    receiver.wait_for_state("no trouble", |state| state["store_problem"].is_null().then_some(()));
+    receiver.assert_equals_pg_wal(&cluster, 1, 20);
+    let taken = receiver.memory_mib("VmHWM:");
+    assert!(taken < 300, "{taken} MiB while it caught up");
+}
+
+/// A volume of its own for a spool.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn mount(folder: &Path, mebibytes: u32) -> Self {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={mebibytes}m,mode=777"), "walden-test"]).arg(folder);
+        Run::of(&mut mount, "").expect_success();
+        Self(folder.to_owned())
+    }
+
+    /// Takes room, or gives it back.
+    fn fill(&self, mebibytes: u64) {
+        let path = self.0.join("ballast");
+        if mebibytes == 0 {
+            return fs::remove_file(path).unwrap();
+        }
+        nix::fcntl::posix_fallocate(File::create(path).unwrap(), 0, (mebibytes << 20) as i64).unwrap();
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_volume_pauses_receiving_until_there_is_half_as_much_room_again() {
+    require!(Need::PostgreSQL(15), Need::Root);
+    let cluster = cluster(15);
+    let walden = Walden::configure(cluster.scratch(), &site(&cluster));
+    let spool = cluster.scratch().path().join("walden/state/spool");
+    fs::create_dir_all(&spool).unwrap();
+    for folder in [spool.parent().unwrap(), &spool] {
+        cluster.scratch().account().own(folder);
+    }
+    let volume = Volume::mount(&spool, 900);
+    cluster.scratch().account().own(&spool);
+    let receiver = Receiver::start(cluster.scratch(), walden);
+    received_until(&receiver, &cluster);
+    let paused = |receiver: &Receiver, paused: bool| {
+        receiver.wait_for_state("the pause", |state| (state["paused"] == paused).then_some(()));
+    };
+    volume.fill(500);
+    paused(&receiver, true);
+    write_segments(&cluster, 3);
+    // The slot keeps what is not received, and the connection stays.
+    let kept =
+        cluster.sql("select pg_current_wal_lsn() - restart_lsn from pg_replication_slots where active");
+    assert!(kept.parse::<u64>().unwrap() >= 2 << 20, "{kept}");
+    volume.fill(0);
+    paused(&receiver, false);
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 1, 4);
+}
