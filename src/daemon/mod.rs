@@ -29,6 +29,7 @@ use crate::clock::Clock;
 use crate::codec::{Compression, CpuPool};
 use crate::control::{self, DaemonListener, Failure};
 use crate::disk::{self, LockFile};
+use crate::memory;
 use crate::repo::Repository;
 use crate::wal;
 
@@ -115,7 +116,7 @@ impl Daemon {
             error => Error::Disk(error),
         })?;
         let listener = DaemonListener::bind(&options.socket)?;
-        idle_memory::map_large_things();
+        memory::map_large_things();
         let receivers = Receivers::new(options.clock.clone(), options.failure_of);
         let receive = |site: &mut SiteOptions| Some((site.name.clone(), site.receive.take()?));
         let to_receive = options.sites.iter_mut().filter_map(receive).collect();
