@@ -18,6 +18,8 @@ use crate::support::{Cluster, Need, Options, Pgbench, Server, Stop, Walden, prog
 const CLIENTS: usize = 4;
 /// More rows than a session ever comes to.
 const ROWS: usize = 200_000;
+/// A receiver that has had nothing to do for so long is idle.
+const UNTIL_IDLE: Duration = Duration::from_secs(30);
 
 /// A session that inserts row after row; what it printed was acknowledged.
 struct Client {
@@ -58,15 +60,15 @@ fn site_with(cluster: &Cluster, acknowledge: &str) -> crate::support::Site {
     site(cluster).lines(&format!("[sites.main.archive]\nack = \"{acknowledge}\"\n"))
 }
 
-/// Lets commits wait for the receiver, and waits until they do.
+/// Lets commits wait for a receiver by its name, and waits until they do.
 #[track_caller]
 fn commit_synchronously(server: &Server, names: &str) {
     server.sql(&format!("alter system set synchronous_standby_names = '{names}'"));
     server.sql("select pg_reload_conf()");
-    let wanted = if names.is_empty() { "0" } else { "1" };
     wait_for("the receiver to be synchronous", || {
-        let count = server.sql("select count(*) from pg_stat_replication where sync_state = 'sync'");
-        (count == wanted).then_some(())
+        let found = server
+            .sql("select application_name from pg_stat_replication where sync_state = 'sync' order by 1");
+        (found == names).then_some(())
     });
 }
 
@@ -213,6 +215,11 @@ fn a_commit_comes_into_the_store_by_itself_however_it_is_acknowledged() {
         commit_synchronously(&cluster, "walden_main");
         report(&json!({ "what": "tps", "ack": acknowledge, "tps": tps(&cluster, seconds) }));
         commit_synchronously(&cluster, "");
+        if seconds > 1 {
+            std::thread::sleep(UNTIL_IDLE);
+            let (loaded, idle) = (receiver.memory_mib("VmHWM:"), receiver.memory_mib("VmRSS:"));
+            report(&json!({ "what": "memory", "ack": acknowledge, "loaded_mib": loaded, "idle_mib": idle }));
+        }
         receiver.stop();
         if acknowledge == "spool" {
             receiver.walden.reconfigure(cluster.scratch(), &site_with(&cluster, "store"));
