@@ -16,7 +16,7 @@ use crate::config::{Config, Environment, KeyPurpose, SiteConfig, WalSource};
 use crate::replication::ConnectOptions;
 use crate::repo::{self, Repository, RepositoryOptions};
 use crate::storage::Traffic;
-use crate::wal::receive::{FREE_BYTES_MIN, OpenRepository, ReceiveOptions, run};
+use crate::wal::receive::{FREE_BYTES_MIN, OpenRepository, ReceiveOptions, run, spool_of};
 
 use super::context::Context;
 use super::error::CommandError;
@@ -28,9 +28,6 @@ use super::error::CommandError;
                   spool/SITE/receive.json in the state folder."
 )]
 pub(super) struct WalReceive {}
-
-/// The folder of spools, below the state folder.
-const SPOOL_FOLDER: &str = "spool";
 
 impl WalReceive {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
@@ -87,7 +84,7 @@ impl Receiving {
             data_directory: site.data_directory.clone(),
             slot: site.slot.clone(),
             acknowledge: site.acknowledge,
-            spool: state.path.join(SPOOL_FOLDER).join(&site.name),
+            spool: spool_of(&state.path, &site.name),
             owner: Some(state.owner),
             free_bytes_min: FREE_BYTES_MIN,
             compression: self.config.compression.wal,

@@ -3,9 +3,9 @@
 //! They are Walden's own, and still anything may be there: a log that somebody redirected into the wrong file, or what
 //! the owner of a directory made of it. What is longer than a limit is refused before memory is taken for it.
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
@@ -27,7 +27,9 @@ pub fn read(path: &Path, what: &'static str, bytes_max: u64) -> Result<Vec<u8>, 
 fn read_owned(path: &Path, what: &'static str, bytes_max: u64) -> Result<(Vec<u8>, Owner), Error> {
     let mut bytes = Vec::new();
     // By what is read, not by the length: a device or a file of /proc has none.
-    let read = File::open(path).and_then(|file| {
+    // A pipe that nobody writes into is at its end, and not waited for.
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let read = opened.and_then(|file| {
         let metadata = file.metadata()?;
         file.take(bytes_max + 1).read_to_end(&mut bytes)?;
         Ok(Owner { uid: metadata.uid(), gid: metadata.gid() })

@@ -19,6 +19,7 @@ mod prefetch;
 mod receive;
 mod receive_rounds;
 mod receive_scene;
+mod receive_servers;
 mod receive_trouble;
 mod recovery;
 mod segment_sizes;

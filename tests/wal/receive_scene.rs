@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -23,7 +23,13 @@ pub struct Receiver {
 /// Makes a cluster with small segments that keeps all its WAL, so that it can be compared.
 #[track_caller]
 pub fn cluster(major: u32) -> Cluster {
-    let options = Options::default().initdb("--wal-segsize=1").setting("wal_keep_size", "1GB");
+    cluster_with(major, Options::default())
+}
+
+/// The same with further options.
+#[track_caller]
+pub fn cluster_with(major: u32, options: Options) -> Cluster {
+    let options = options.initdb("--wal-segsize=1").setting("wal_keep_size", "1GB");
     Cluster::start_with(major, options.setting("archive_mode", "off"))
 }
 
@@ -73,6 +79,19 @@ impl Receiver {
         kill(Pid::from_raw(process.id() as i32), Signal::SIGTERM).unwrap();
         let status = wait_for("the receiver to end", || process.try_wait().unwrap());
         assert!(status.success(), "{status}\n{}", self.log());
+    }
+
+    /// Waits until it ends by itself.
+    #[track_caller]
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        let mut process = self.process.take().unwrap();
+        wait_for("the receiver to end by itself", || process.try_wait().unwrap())
+    }
+
+    /// Waits until WAL comes in.
+    #[track_caller]
+    pub fn wait_until_streaming(&self) {
+        self.wait_for_state("streaming", |state| (state["streaming"] == true).then_some(()));
     }
 
     /// Kills it where it stands.
@@ -191,6 +210,11 @@ fn status_line(process: u32, key: &str) -> String {
 pub fn lsn(text: &str) -> u64 {
     let (high, low) = text.trim().split_once('/').unwrap();
     u64::from_str_radix(high, 16).unwrap() << 32 | u64::from_str_radix(low, 16).unwrap()
+}
+
+/// Names the segment of 1 MiB on timeline 1 that holds a position, or begins with it.
+pub fn segment_at(position: u64) -> String {
+    format!("00000001{:08X}{:08X}", position >> 32, (position & 0xFFFF_FFFF) >> 20)
 }
 
 /// Names the segments of 1 MiB from one to another, both included.

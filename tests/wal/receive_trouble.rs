@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::receive::write_segments;
-use crate::receive_scene::{Receiver, cluster, lsn, site};
+use crate::receive_scene::{Receiver, cluster, cluster_with, lsn, segment_at, site};
 use crate::scene::base_backup;
 use crate::support::{
     Cluster, Fault, Need, Options, Pgbench, Proxy, Run, S3, Server, Site, Walden, require, s3_storage,
@@ -30,11 +30,20 @@ fn write_until_removed(server: &Server, segment: &str) {
 }
 
 #[track_caller]
-fn received_until(receiver: &Receiver, server: &Server) -> String {
-    receiver.wait_for_state("streaming", |state| (state["streaming"] == true).then_some(()));
+fn receive_something(receiver: &Receiver, server: &Server) {
+    receiver.wait_until_streaming();
     write_segments(server, 1);
     receiver.wait_until_stored(server);
-    server.sql("select pg_walfile_name(pg_current_wal_flush_lsn())")
+}
+
+/// Stops a receiver, and returns the segment of timeline 1 that it wants next.
+///
+/// It goes by where receiving ended: `pg_walfile_name` of a position where a segment ends names that one, whose removal
+/// says nothing.
+#[track_caller]
+fn stop_before(receiver: &mut Receiver) -> String {
+    receiver.stop();
+    segment_at(lsn(receiver.state()["received"].as_str().unwrap()))
 }
 
 /// Failure 12: the slot keeps nothing of what is missing, whether it was lost or made anew.
@@ -43,28 +52,56 @@ fn loses_wal(lose: impl FnOnce(&Server)) {
     let cluster = forgetful();
     let mut receiver =
         Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
-    let next = received_until(&receiver, &cluster);
-    receiver.stop();
+    receive_something(&receiver, &cluster);
+    let next = stop_before(&mut receiver);
     let end = receiver.state()["received"].clone();
     lose(&cluster);
     write_until_removed(&cluster, &next);
     receiver.start_again();
-    let gap =
-        receiver.wait_for_state("the gap", |state| state["gap"].is_object().then(|| state["gap"].clone()));
-    assert_eq!(gap["from"], end, "{gap}");
+    // Not before the slot holds on to what comes: this server removes what is a segment behind.
+    let gaps = receiver.wait_for_state("the gap, and WAL behind it", |state| {
+        let told = state["gaps"].as_array().is_some_and(|gaps| !gaps.is_empty());
+        (told && state["streaming"] == true).then(|| state["gaps"].clone())
+    });
+    cluster.sql("alter system reset max_slot_wal_keep_size");
+    cluster.sql("select pg_reload_conf()");
+    let gap = &gaps[0];
+    assert_eq!((gaps.as_array().map(Vec::len), &gap["from"]), (Some(1), &end), "{gaps}");
     assert!(receiver.log().contains("take a new basebackup"), "{}", receiver.log());
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);
     let runs = receiver.runs(1);
     assert_eq!(runs.len(), 2, "{runs:?}");
     // What is behind the hole begins where the state says.
-    let start = lsn(gap["to"].as_str().unwrap());
-    assert_eq!(runs[1].0[8..], format!("{:08X}{:08X}", start >> 32, (start & 0xFFFF_FFFF) >> 20));
+    assert_eq!(runs[1].0, segment_at(lsn(gap["to"].as_str().unwrap())));
     // The next start remembers, and takes nothing for missing anew.
     receiver.stop();
     receiver.start_again();
-    receiver.wait_for_state("streaming", |state| (state["streaming"] == true).then_some(()));
-    assert_eq!(receiver.state()["gap"], gap);
+    receiver.wait_until_streaming();
+    assert_eq!(receiver.state()["gaps"], gaps);
+    // Until a basebackup lies behind it.
+    let (status, detail) = checked(&receiver, "WAL missing");
+    assert!(status == "failed" && detail.contains(gap["from"].as_str().unwrap()), "{status}: {detail}");
+    assert_eq!(checked(&receiver, "receiver").0, "ok");
+    receiver.walden.run(&["backup"]);
+    assert_eq!(checked(&receiver, "WAL missing").0, "ok");
+    receiver.stop();
+    receiver.start_again();
+    receiver.wait_for_state("no gap", |state| {
+        (state["gaps"].as_array().is_some_and(Vec::is_empty) && state["streaming"] == true).then_some(())
+    });
+    assert_eq!(checked(&receiver, "WAL missing"), ("ok".to_owned(), "none".to_owned()));
+}
+
+/// Returns what `walden check` says of something: how it is, and what was seen.
+#[track_caller]
+fn checked(receiver: &Receiver, name: &str) -> (String, String) {
+    let run = receiver.walden.try_run(&["--output", "json", "check"]);
+    let items: serde_json::Value = serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("{run:?}"));
+    let item = items.as_array().unwrap().iter().find(|item| item["name"] == name);
+    let item = item.unwrap_or_else(|| panic!("no line \"{name}\" in {items:#}"));
+    let text = |key: &str| item[key].as_str().unwrap().to_owned();
+    (text("status"), text("detail"))
 }
 
 #[test]
@@ -98,8 +135,8 @@ fn what_one_server_removed_is_received_from_another_that_has_it() {
     let nodes = [(first.as_str(), "primary"), (second.as_str(), "primary")];
     let site = Site::of(&primary, primary.data_directory()).nodes(&nodes).key("wal = \"receive\"");
     let mut receiver = Receiver::start(primary.scratch(), Walden::configure(primary.scratch(), &site));
-    let next = received_until(&receiver, &primary);
-    receiver.stop();
+    receive_something(&receiver, &primary);
+    let next = stop_before(&mut receiver);
     primary.sql("select pg_drop_replication_slot('walden_main')");
     write_until_removed(&primary, &next);
     let end = primary.sql("select pg_current_wal_flush_lsn()");
@@ -108,7 +145,7 @@ fn what_one_server_removed_is_received_from_another_that_has_it() {
     });
     receiver.start_again();
     receiver.wait_until_stored(&primary);
-    assert!(receiver.state()["gap"].is_null(), "{}", receiver.log());
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
     receiver.assert_equals_pg_wal(&standby, 1, 3);
     assert_eq!(standby.sql("select count(*) from pg_replication_slots"), "0", "it would keep WAL for good");
 }
@@ -124,7 +161,7 @@ fn a_store_that_is_away_for_long_is_caught_up_with() {
     let storage = s3_storage(&line.endpoint()) + "retry = \"1s\"\ntimeout = \"1s\"\n";
     let walden = Walden::configure(cluster.scratch(), &site(&cluster).storage(&storage));
     let mut receiver = Receiver::start(cluster.scratch(), walden);
-    received_until(&receiver, &cluster);
+    receive_something(&receiver, &cluster);
     line.disturb(1, [Fault::CutRequest, Fault::CutAnswer]);
     Pgbench::initialize(&cluster, 2);
     for _ in 0..3 {
@@ -182,7 +219,8 @@ impl Drop for Volume {
 #[test]
 fn a_full_volume_pauses_receiving_until_there_is_half_as_much_room_again() {
     require!(Need::PostgreSQL(15), Need::Root);
-    let cluster = cluster(15);
+    // Shorter than the interval at which a server that can be heard is told.
+    let cluster = cluster_with(15, Options::default().setting("wal_sender_timeout", "6s"));
     let walden = Walden::configure(cluster.scratch(), &site(&cluster));
     let spool = cluster.scratch().path().join("walden/state/spool");
     fs::create_dir_all(&spool).unwrap();
@@ -192,17 +230,27 @@ fn a_full_volume_pauses_receiving_until_there_is_half_as_much_room_again() {
     let volume = Volume::mount(&spool, 900);
     cluster.scratch().account().own(&spool);
     let receiver = Receiver::start(cluster.scratch(), walden);
-    received_until(&receiver, &cluster);
+    receive_something(&receiver, &cluster);
     let paused = |receiver: &Receiver, paused: bool| {
         receiver.wait_for_state("the pause", |state| (state["paused"] == paused).then_some(()));
     };
     volume.fill(500);
     paused(&receiver, true);
     write_segments(&cluster, 3);
-    // The slot keeps what is not received, and the connection stays.
+    // The slot keeps what is not received, and the connection stays: the server hears of us, and we not of it.
+    let since = cluster.sql("select clock_timestamp()");
+    let sender =
+        format!("select pid, reply_time > '{since}'::timestamptz + interval '13s' from pg_stat_replication");
+    let process = cluster.sql("select pid from pg_stat_replication");
+    wait_for("two timeouts of the server to pass", || {
+        let found = cluster.rows(&sender);
+        assert!(found.len() == 1 && found[0][0] == process, "{found:?} is not {process}: {}", cluster.log());
+        (found[0][1] == "t").then_some(())
+    });
     let kept =
         cluster.sql("select pg_current_wal_lsn() - restart_lsn from pg_replication_slots where active");
     assert!(kept.parse::<u64>().unwrap() >= 2 << 20, "{kept}");
+    assert_eq!(checked(&receiver, "receiver").0, "failed");
     volume.fill(0);
     paused(&receiver, false);
     write_segments(&cluster, 1);

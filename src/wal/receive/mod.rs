@@ -10,6 +10,7 @@
 //! log and in `receive.json` together with the hole, and receiving goes on behind it: the next basebackup needs that
 //! WAL. Deliberately absent: removing what pieces leave in the store (the sweep), and alerts.
 
+mod gap;
 mod plan;
 mod server;
 mod state;
@@ -27,19 +28,22 @@ use crate::clock::Clock;
 use crate::codec::Compression;
 use crate::disk::durable::{Create, create_dir_all};
 use crate::disk::{CloneMarker, LockFile, Owner};
+use crate::memory;
 use crate::pg::{Lsn, WalSegmentSize};
 use crate::replication::{ConnectOptions, Error as SessionError, ReplicationConnection, Started};
 use crate::repo::ClusterId;
 use crate::wal::Error;
 use crate::wal::spool::{Position, Spool};
 
+use gap::note_gap;
 use plan::{PieceRule, SlotStep, plan_slot, plan_start, segment_start};
 use server::{Candidate, Choice, choose, slot_facts, unfit_error};
-use state::{Gap, Shared, clear, note, read_state as state_of, write_state};
+use state::{Shared, clear, keep_written, note, remembered_gaps, write_now};
 use stream::{StreamEnd, Streaming};
 use upload::{Stop, Uploader};
 
-pub use state::{Gap as ReceiveGap, Problem, ReceiveState, STATE_FILE, read_state};
+pub use gap::Gap;
+pub use state::{Problem, ReceiveState, STATE_FILE, read_state};
 pub use upload::OpenRepository;
 
 /// When the server is told that WAL is durable.
@@ -86,9 +90,16 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 const STANDBY_PERIOD: Duration = Duration::from_secs(30);
 /// How long the storing half may go on after we are told to stop; what is left waits for the next start.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often the state is written down.
-const STATE_INTERVAL: Duration = Duration::from_secs(1);
+/// Long enough that a load of single commits does not have its memory taken between them.
+const IDLE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const LOCK_FILE: &str = "lock";
+/// Where the spools of all sites are, below the state folder.
+const SPOOL_FOLDER: &str = "spool";
+
+/// Returns the spool folder of a site.
+pub fn spool_of(state: &Path, site: &str) -> PathBuf {
+    state.join(SPOOL_FOLDER).join(site)
+}
 
 /// Receives until `stop` says so.
 ///
@@ -102,15 +113,15 @@ pub async fn run(
     stop: watch::Receiver<bool>,
 ) -> Result<(), Error> {
     refuse_clone(options.data_directory.as_deref())?;
+    memory::map_large_things();
     let folder_of = Create { owner: options.owner, ..Create::PRIVATE_DIRECTORY };
     create_dir_all(&options.spool, folder_of)?;
     let _lock = LockFile::acquire(&options.spool.join(LOCK_FILE))?;
     let Some(cluster) = find_cluster(&options, &clock, stop.clone()).await? else { return Ok(()) };
     let folder = options.spool.join(cluster.to_string());
     let spool = Spool::open(&folder, cluster.segment_size, options.owner)?;
-    let gap = state_of(&options.spool).and_then(|state| state.gap);
-    let shared = Arc::new(Shared::new(spool, gap));
-    note_holes(&shared, &clock);
+    let shared = Arc::new(Shared::new(spool, remembered_gaps(&options.spool)));
+    note_holes(&shared, cluster, &clock);
     // The storing half stops after the receiving one, so that what came last is stored as well.
     let stop_storing = watch::Sender::new(Stop::No);
     let uploader = Uploader {
@@ -139,19 +150,20 @@ pub async fn run(
             received.and(uploaded.map_or(Ok(()), finished))
         }
         uploaded = &mut uploading => finished(uploaded),
-        never = keep_state_written(&options, &shared) => never,
+        never = keep_written(&options.spool, options.owner, &shared) => never,
+        never = give_memory_back(&shared) => never,
     };
     uploading.abort();
     shared.state().streaming = false;
-    write_state(&options.spool, &shared.snapshot(), options.owner)?;
+    write_now(&options.spool, &shared.snapshot(), options.owner);
     outcome
 }
 
 /// Says what is missing within the spool: a disk that lost what was synced.
-fn note_holes(shared: &Shared, clock: &Arc<dyn Clock>) {
+fn note_holes(shared: &Shared, cluster: ClusterId, clock: &Arc<dyn Clock>) {
     for (Position { timeline, lsn: from }, to) in shared.spool.holes() {
         tracing::error!("WAL from {from} to {to} is missing in the spool; take a new basebackup");
-        shared.state().gap = Some(Gap { timeline, from, to, noticed_at: clock.now() });
+        note_gap(&mut shared.state().gaps, Gap { cluster, timeline, from, to, noticed_at: clock.now() });
     }
 }
 
@@ -164,21 +176,17 @@ fn finished(uploaded: Result<Result<(), Error>, tokio::task::JoinError>) -> Resu
     uploaded.map_err(|error| crate::repo::Error::Internal(error.to_string()))?
 }
 
-async fn keep_state_written(options: &ReceiveOptions, shared: &Arc<Shared>) -> Result<(), Error> {
-    let mut known = None;
+/// Gives memory back to the machine whenever nothing has come or gone for a while; never returns.
+async fn give_memory_back(shared: &Shared) -> Result<(), Error> {
+    let (mut before, mut given) = (None, None);
     loop {
-        let state = shared.snapshot();
-        if known.as_ref() != Some(&state) {
-            let (folder, owner, written) = (options.spool.clone(), options.owner, state.clone());
-            let writing = tokio::task::spawn_blocking(move || write_state(&folder, &written, owner));
-            match writing.await {
-                Ok(Ok(())) => known = Some(state),
-                // A full volume must not end what empties it.
-                Ok(Err(error)) => tracing::warn!("{error}"),
-                Err(error) => return Err(crate::repo::Error::Internal(error.to_string()).into()),
-            }
+        tokio::time::sleep(IDLE_LOOK_INTERVAL).await;
+        let now = Some((shared.spool.end(), *shared.durable.borrow()));
+        if now == before && now != given {
+            let _ = tokio::task::spawn_blocking(memory::give_back).await;
+            given = now;
         }
-        tokio::time::sleep(STATE_INTERVAL).await;
+        before = now;
     }
 }
 
@@ -200,12 +208,11 @@ async fn find_cluster(
         return Ok(Some(cluster));
     }
     let mut pause = PAUSE_FIRST;
-    let mut state =
-        ReceiveState { gap: state_of(&options.spool).and_then(|state| state.gap), ..Default::default() };
+    let mut state = ReceiveState { gaps: remembered_gaps(&options.spool), ..Default::default() };
     while !*stop.borrow() {
-        let error = match choose(&options.nodes, None, &[]).await {
+        let error = match choose(&options.nodes, None, None, &[]).await {
             Ok(Choice::Server(candidate) | Choice::Removed(candidate)) => {
-                return Ok(Some(cluster_of(&candidate)));
+                return Ok(Some(candidate.facts.cluster()));
             }
             Err(error) => error,
         };
@@ -214,7 +221,7 @@ async fn find_cluster(
         }
         let message = format!("no server can be received from: {error}");
         note(&mut state.receive_problem, message, clock.now());
-        write_state(&options.spool, &state, options.owner)?;
+        write_now(&options.spool, &state, options.owner);
         tokio::select! {
             _ = tokio::time::sleep(pause) => {}
             _ = stop.changed() => {}
@@ -233,11 +240,6 @@ fn spooled_cluster(folder: &Path) -> Option<ClusterId> {
     };
     let clusters = entries.filter(|entry| holds_wal(&entry.path()));
     clusters.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok()).next()
-}
-
-fn cluster_of(candidate: &Candidate) -> ClusterId {
-    let facts = &candidate.facts;
-    ClusterId { system_identifier: facts.identity.system_identifier, segment_size: facts.segment_size }
 }
 
 /// A server that is about to be received from.
@@ -341,17 +343,15 @@ impl Receiver<'_> {
 
     /// Chooses a server, keeps its history files and sees to the slot; nothing where a gap has to be jumped over first.
     async fn prepare(&mut self) -> Result<Option<Prepared>, Error> {
-        let mut candidate = match (choose(&self.options.nodes, self.here, &self.removed).await?, self.here) {
+        let nodes = &self.options.nodes;
+        let choice = choose(nodes, Some(self.cluster), self.here, &self.removed).await?;
+        let mut candidate = match (choice, self.here) {
             (Choice::Removed(candidate), Some(here)) => {
                 self.jump_over_gap(&candidate, here).await?;
                 return Ok(None);
             }
             (Choice::Server(candidate) | Choice::Removed(candidate), _) => candidate,
         };
-        let found = cluster_of(&candidate);
-        if found != self.cluster {
-            return Err(Error::OtherCluster { expected: self.cluster, found });
-        }
         for (timeline, content) in &candidate.histories {
             self.shared.spool.put_history(*timeline, content)?;
         }
@@ -463,7 +463,10 @@ impl Receiver<'_> {
             "WAL from {from} to {} was removed from the server before it was received; take a new basebackup",
             next.lsn
         );
-        self.shared.state().gap = Some(Gap { timeline, from, to: next.lsn, noticed_at: self.clock.now() });
+        let gap = Gap { cluster: self.cluster, timeline, from, to: next.lsn, noticed_at: self.clock.now() };
+        note_gap(&mut self.shared.state().gaps, gap);
+        // Now: once there is WAL from behind it, nothing else tells of it.
+        write_now(&self.options.spool, &self.shared.snapshot(), self.options.owner);
         (self.here, self.removed) = (Some(next), Vec::new());
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::replication::SystemIdentity;
+use crate::repo::ClusterId;
 use crate::wal::spool::Position;
 
 /// What one server said of itself.
@@ -20,6 +21,14 @@ pub(crate) struct ServerFacts {
     pub standby: bool,
     /// Its cluster_name, by which a clone is known.
     pub cluster_name: String,
+}
+
+impl ServerFacts {
+    /// Returns whose WAL it writes.
+    pub(crate) fn cluster(&self) -> ClusterId {
+        let Self { identity, segment_size, .. } = self;
+        ClusterId { system_identifier: identity.system_identifier, segment_size: *segment_size }
+    }
 }
 
 /// Why a server is not received from.

@@ -6,6 +6,7 @@
 
 use crate::pg::{Lsn, TimelineHistory, TimelineId};
 use crate::replication::{ConnectOptions, Error as SessionError, Param, ReplicationConnection, Session};
+use crate::repo::ClusterId;
 use crate::wal::Error;
 use crate::wal::receive::plan::{ServerFacts, SlotFacts, Unfit, plan_start};
 use crate::wal::spool::Position;
@@ -28,16 +29,18 @@ pub(super) enum Choice {
 }
 
 /// Asks the servers in turn, and returns the first primary that fits, else the first standby; those in `removed` come
-/// last, by their addresses.
+/// last, by their addresses. Servers of another cluster than `cluster` are passed over.
 ///
 /// # Errors
-/// The last refusal, where none fits.
+/// `OtherCluster` where all servers are of another; else the last refusal, where none fits.
 pub(super) async fn choose(
     nodes: &[ConnectOptions],
+    cluster: Option<ClusterId>,
     here: Option<Position>,
     removed: &[String],
 ) -> Result<Choice, Error> {
     let (mut standby, mut last_resort, mut failure) = (None, None, None);
+    let (mut foreign, mut foreign_count) = (None, 0);
     for options in nodes {
         let candidate = match ask(options).await {
             Ok(candidate) => candidate,
@@ -47,6 +50,12 @@ pub(super) async fn choose(
                 continue;
             }
         };
+        let found = candidate.facts.cluster();
+        if let Some(expected) = cluster.filter(|expected| *expected != found) {
+            foreign = Some((candidate, Error::OtherCluster { expected, found }));
+            foreign_count += 1;
+            continue;
+        }
         let is_removed = removed.iter().any(|address| address == candidate.connection.address());
         match plan_start(&candidate.facts, here, None) {
             Err(unfit) => failure = Some(unfit_error(&candidate, unfit)),
@@ -57,7 +66,15 @@ pub(super) async fn choose(
     }
     let nobody = || SessionError::Settings { detail: "the site has no connection".into() }.into();
     let choice = standby.map(Choice::Server).or(last_resort.map(Choice::Removed));
-    choice.ok_or_else(|| failure.unwrap_or_else(nobody))
+    choice.ok_or_else(|| match foreign {
+        Some((_, error)) if foreign_count == nodes.len() => error,
+        // Another one, which does not answer now, may be ours.
+        Some((candidate, error)) => Error::UnfitServer {
+            address: candidate.connection.address().to_owned(),
+            detail: error.to_string(),
+        },
+        None => failure.unwrap_or_else(nobody),
+    })
 }
 
 pub(super) fn unfit_error(candidate: &Candidate, unfit: Unfit) -> Error {

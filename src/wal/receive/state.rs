@@ -4,21 +4,26 @@
 //! leave their troubles here, which `receive.json` in the site's spool folder tells until they are over.
 
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
-use crate::disk::Owner;
 use crate::disk::durable::{Create, write_file};
+use crate::disk::{self, Owner, state_file};
 use crate::pg::{Lsn, TimelineId};
-use crate::repo::Repository;
+use crate::repo::{self, Repository};
 use crate::wal::Error;
+use crate::wal::receive::gap::{Gap, keep_newest};
 use crate::wal::spool::{Position, Spool};
 
 /// Where the state is written, in the site's spool folder.
 pub const STATE_FILE: &str = "receive.json";
+
+/// How often the state is written down.
+const STATE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What receiving does at the moment, as `receive.json` tells it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -41,9 +46,10 @@ pub struct ReceiveState {
     pub receive_problem: Option<Problem>,
     /// Why nothing is stored, if so.
     pub store_problem: Option<Problem>,
-    /// WAL that no server has any more and that was never received: only a basebackup after it can be recovered
-    /// beyond it.
-    pub gap: Option<Gap>,
+    /// WAL that no server has any more and that was never received, the oldest first: only a basebackup after it can be
+    /// recovered beyond it.
+    #[serde(default)]
+    pub gaps: Vec<Gap>,
 }
 
 /// Something that is wrong until it is mended.
@@ -51,15 +57,6 @@ pub struct ReceiveState {
 pub struct Problem {
     pub message: String,
     pub since: Timestamp,
-}
-
-/// A hole in what was received.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Gap {
-    pub timeline: TimelineId,
-    pub from: Lsn,
-    pub to: Lsn,
-    pub noticed_at: Timestamp,
 }
 
 /// What both halves share.
@@ -75,14 +72,14 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// Nothing is known but what was found: the spool, and a gap noted earlier.
-    pub fn new(spool: Spool, gap: Option<Gap>) -> Self {
+    /// Nothing is known but what was found: the spool, and gaps noted earlier.
+    pub fn new(spool: Spool, gaps: Vec<Gap>) -> Self {
         Self {
             spool,
             spooled: Notify::new(),
             durable: watch::Sender::new(None),
             repository: watch::Sender::new(None),
-            state: Mutex::new(ReceiveState { gap, ..ReceiveState::default() }),
+            state: Mutex::new(ReceiveState { gaps, ..ReceiveState::default() }),
         }
     }
 
@@ -119,18 +116,104 @@ pub(super) fn clear(known: &mut Option<Problem>, what: &str) {
 }
 
 /// Reads the state that a receiver wrote, nothing where none ever ran.
-pub fn read_state(site_folder: &Path) -> Option<ReceiveState> {
-    let bytes = std::fs::read(site_folder.join(STATE_FILE)).ok()?;
-    serde_json::from_slice(&bytes).ok()
+///
+/// # Errors
+/// Where the file is none that a receiver wrote, or cannot be read.
+pub fn read_state(site_folder: &Path) -> Result<Option<ReceiveState>, Error> {
+    match state_file::read_document(&site_folder.join(STATE_FILE), "the state of a receiver") {
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(disk::Error::Malformed { path, detail, .. }) => Err(Error::Malformed { path, detail }),
+        read => Ok(Some(read?)),
+    }
 }
 
-pub(super) fn write_state(
+/// Reads the gaps that were noted earlier. Whatever has become of the file, receiving goes on.
+pub(super) fn remembered_gaps(site_folder: &Path) -> Vec<Gap> {
+    let mut gaps = match read_state(site_folder) {
+        Ok(state) => state.unwrap_or_default().gaps,
+        Err(error) => {
+            tracing::error!("whether WAL was missing before is not known any more: {error}");
+            Vec::new()
+        }
+    };
+    keep_newest(&mut gaps);
+    gaps
+}
+
+/// Writes the state down whenever it has changed; never returns but for a bug.
+///
+/// A full volume, or what has been put in the file's place, must not end what empties the spool.
+pub(super) async fn keep_written(
     site_folder: &Path,
-    state: &ReceiveState,
     owner: Option<Owner>,
+    shared: &Arc<Shared>,
 ) -> Result<(), Error> {
+    let (mut known, mut trouble) = (None, None);
+    loop {
+        let state = shared.snapshot();
+        if known.as_ref() != Some(&state) {
+            let (folder, written) = (site_folder.to_owned(), state.clone());
+            let writing = tokio::task::spawn_blocking(move || write_state(&folder, &written, owner));
+            match writing.await.map_err(|error| repo::Error::Internal(error.to_string()))? {
+                Ok(()) => (known, trouble) = (Some(state), None),
+                Err(error) => {
+                    let message = Some(error.to_string());
+                    if trouble != message {
+                        tracing::warn!("{error}");
+                    }
+                    trouble = message;
+                }
+            }
+        }
+        tokio::time::sleep(STATE_INTERVAL).await;
+    }
+}
+
+/// Writes the state for the moment; that it cannot be written is no reason to do anything else than before.
+pub(super) fn write_now(site_folder: &Path, state: &ReceiveState, owner: Option<Owner>) {
+    if let Err(error) = write_state(site_folder, state, owner) {
+        tracing::warn!("{error}");
+    }
+}
+
+fn write_state(site_folder: &Path, state: &ReceiveState, owner: Option<Owner>) -> Result<(), Error> {
     let path = site_folder.join(STATE_FILE);
     let mut text = serde_json::to_vec_pretty(state).expect("a struct of plain fields has a JSON form");
     text.push(b'\n');
     Ok(write_file(&path, &text, Create { owner, ..Create::PRIVATE_FILE })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn whatever_stands_in_the_place_of_the_state_nothing_is_remembered_and_nothing_fails() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join(STATE_FILE);
+        assert_eq!(read_state(scratch.path()).unwrap(), None);
+        let sparse = |file: &Path| fs::File::create(file).unwrap().set_len(1 << 40).unwrap();
+        let pipe = |file: &Path| nix::unistd::mkfifo(file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let put: [&dyn Fn(&Path); 6] = [
+            &|file| fs::write(file, "").unwrap(),
+            &|file| fs::write(file, "[".repeat(100_000)).unwrap(),
+            &|file| fs::write(file, r#"{"gaps": [{"from": "0/0", "to": -1}]}"#).unwrap(),
+            // Nobody ever writes into it: whoever opens it to read would wait.
+            &pipe,
+            &sparse,
+            &|file| fs::create_dir(file).unwrap(),
+        ];
+        for put in put {
+            put(&path);
+            read_state(scratch.path()).unwrap_err();
+            assert_eq!(remembered_gaps(scratch.path()), []);
+            write_now(scratch.path(), &ReceiveState::default(), None);
+            if !path.is_dir() {
+                assert_eq!(read_state(scratch.path()).unwrap(), Some(ReceiveState::default()));
+                fs::remove_file(&path).unwrap();
+            }
+        }
+    }
 }

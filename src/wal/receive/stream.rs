@@ -26,6 +26,9 @@ use crate::wal::spool::Position;
 const PENDING_BYTES_MAX: usize = 4 << 20;
 /// The server is told our position at least so often; it gives up on us after wal_sender_timeout, a minute.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
+/// While nothing is read of the stream, its questions are not heard: the server is told before it asks, however short its
+/// wal_sender_timeout may reasonably be.
+const STATUS_INTERVAL_UNHEARD: Duration = Duration::from_secs(1);
 /// A server that has said nothing for so long is asked, and given up after twice as long (failure 39).
 const SILENCE_ASKED: Duration = Duration::from_secs(30);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
@@ -61,6 +64,10 @@ struct Buffers {
     pending: Vec<u8>,
     writing: Option<JoinHandle<Result<Position, Error>>>,
     paused: bool,
+    /// Whether the stream is read at the moment: there is room for what it brings.
+    heeds: bool,
+    /// How much room the spool's volume has, while that is being asked.
+    asking: Option<JoinHandle<Result<u64, Error>>>,
     heard: Instant,
     asked: bool,
     told: Instant,
@@ -78,6 +85,8 @@ impl Streaming<'_> {
             pending: Vec::new(),
             writing: None,
             paused: self.shared.state().paused,
+            heeds: true,
+            asking: None,
             heard: now,
             asked: false,
             told: now,
@@ -100,7 +109,7 @@ impl Streaming<'_> {
         self.report(stream, buffers, true).await?;
         loop {
             self.write_pending(buffers);
-            let room = !buffers.paused && buffers.pending.len() < PENDING_BYTES_MAX;
+            buffers.heeds = !buffers.paused && buffers.pending.len() < PENDING_BYTES_MAX;
             tokio::select! {
                 biased;
                 () = told_to(&mut stop) => return Ok(StreamEnd::Stopped),
@@ -119,10 +128,16 @@ impl Streaming<'_> {
                     self.shared.spooled.notify_one();
                     self.report_progress(stream, buffers).await?;
                 }
+                free = async { buffers.asking.as_mut().expect("the branch has a guard").await },
+                    if buffers.asking.is_some() =>
+                {
+                    buffers.asking = None;
+                    self.heed_room(buffers, joined(free)?);
+                }
                 Ok(()) = durable.changed(), if self.acknowledge == Acknowledge::Store => {
                     self.report_progress(stream, buffers).await?;
                 }
-                streamed = stream.next(), if room => {
+                streamed = stream.next(), if buffers.heeds => {
                     (buffers.heard, buffers.asked) = (self.clock.monotonic(), false);
                     match streamed? {
                         Streamed::Ended(next) => return Ok(StreamEnd::Timeline(next)),
@@ -207,34 +222,48 @@ impl Streaming<'_> {
         Ok(())
     }
 
-    /// Looks at the clock and the volume once a second.
+    /// Looks at the clock once a second, and has the volume looked at.
     async fn look_around(&self, stream: &mut WalStream, buffers: &mut Buffers) -> Result<(), Error> {
         let now = self.clock.monotonic();
-        let free = Space::at(self.shared.spool.folder())?.free_bytes;
-        let paused = plan_pause(buffers.paused, free, self.free_bytes_min);
-        if paused != buffers.paused {
-            let free = free >> 20;
-            match paused {
-                true => tracing::error!("receiving pauses: {free} MiB are left on the spool's volume"),
-                false => tracing::warn!("receiving goes on: {free} MiB are left on the spool's volume"),
-            }
-            (buffers.paused, buffers.heard) = (paused, now);
-            self.shared.state().paused = paused;
+        // Not waited for here: where the volume hangs the server would give us up meanwhile.
+        let shared = self.shared.clone();
+        buffers.asking.get_or_insert_with(|| {
+            tokio::task::spawn_blocking(move || Ok(Space::at(shared.spool.folder())?.free_bytes))
+        });
+        if !buffers.heeds {
+            // It cannot be heard.
+            (buffers.heard, buffers.asked) = (now, false);
         }
         let silent = now.saturating_duration_since(buffers.heard);
-        if !buffers.paused && silent >= SILENCE_MAX {
+        if silent >= SILENCE_MAX {
             let detail = format!("the server has been silent for {} s", silent.as_secs());
             return Err(SessionError::Lost { detail }.into());
         }
-        let ask = !buffers.paused && silent >= SILENCE_ASKED && !buffers.asked;
-        if ask || now.saturating_duration_since(buffers.told) >= STATUS_INTERVAL {
+        let ask = silent >= SILENCE_ASKED && !buffers.asked;
+        let interval = if buffers.heeds { STATUS_INTERVAL } else { STATUS_INTERVAL_UNHEARD };
+        if ask || now.saturating_duration_since(buffers.told) >= interval {
             buffers.asked |= ask;
             self.report(stream, buffers, ask).await?;
         }
         Ok(())
     }
+
+    /// Pauses or goes on by the room there is.
+    fn heed_room(&self, buffers: &mut Buffers, free_bytes: u64) {
+        let paused = plan_pause(buffers.paused, free_bytes, self.free_bytes_min);
+        if paused == buffers.paused {
+            return;
+        }
+        let free = free_bytes >> 20;
+        match paused {
+            true => tracing::error!("receiving pauses: {free} MiB are left on the spool's volume"),
+            false => tracing::warn!("receiving goes on: {free} MiB are left on the spool's volume"),
+        }
+        buffers.paused = paused;
+        self.shared.state().paused = paused;
+    }
 }
 
-fn joined(written: Result<Result<Position, Error>, tokio::task::JoinError>) -> Result<Position, Error> {
-    written.map_err(|error| crate::repo::Error::Internal(error.to_string()))?
+fn joined<T>(done: Result<Result<T, Error>, tokio::task::JoinError>) -> Result<T, Error> {
+    done.map_err(|error| crate::repo::Error::Internal(error.to_string()))?
 }

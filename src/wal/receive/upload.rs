@@ -15,7 +15,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
-use crate::catalog::WalCoverage;
+use crate::catalog::{WalCoverage, basebackups};
 use crate::clock::Clock;
 use crate::codec::Compression;
 use crate::pg::{SEGMENT_HEADER_LEN, TimelineHistory, TimelineId, WalSegmentName, check_segment_header};
@@ -25,6 +25,7 @@ use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
 use crate::wal::head::{self, HeadWritten};
 use crate::wal::key_rotation::KeyRotation;
+use crate::wal::left_out::RecoveryStart;
 use crate::wal::receive::plan::{InStore, PieceRule, Upload, durable_in_store, may_leave, plan_upload};
 use crate::wal::receive::state::{Shared, clear, note};
 use crate::wal::spool::Position;
@@ -67,11 +68,15 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// How often it is noted in the store how far the archive reaches.
 const HEAD_INTERVAL: Duration = Duration::from_secs(15 * 60);
 
-/// What is on its way to the store.
+/// How often it is looked, while WAL is missing, whether there is a basebackup behind it: two small reads for each.
+const GAPS_INTERVAL: Duration = Duration::from_secs(5 * 60);
+
+/// What is on its way to the store, or asked of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Work {
     Upload(Upload),
     Head(TimelineId),
+    Gaps,
 }
 
 type Running = FuturesUnordered<BoxFuture<'static, (Work, Result<(), Error>)>>;
@@ -86,6 +91,8 @@ struct Progress {
     last_piece: Instant,
     /// When the last head was due.
     last_head: Option<Instant>,
+    /// When it was last looked whether gaps still matter.
+    last_gaps: Option<Instant>,
     /// Whether it was looked how much of the first segment received is stored already, for a spool that was empty.
     first_asked: bool,
     /// The end of the newest segment that left the spool, all before it being stored.
@@ -188,6 +195,7 @@ impl Uploader {
             in_flight: Vec::new(),
             last_piece: self.clock.monotonic(),
             last_head: None,
+            last_gaps: None,
             first_asked: !self.shared.spool.is_empty(),
             left: None,
         })
@@ -207,14 +215,27 @@ impl Uploader {
         for upload in self.plan(progress, stop) {
             self.start(progress, running, Work::Upload(upload));
         }
-        let newest = self.shared.spool.newest();
+        if stop == Stop::No {
+            self.start_looks(progress, running);
+        }
+        Ok(())
+    }
+
+    /// Begins with what is done now and then.
+    fn start_looks(&self, progress: &mut Progress, running: &mut Running) {
         let now = self.clock.monotonic();
-        let due = progress.last_head.is_none_or(|last| now.saturating_duration_since(last) >= HEAD_INTERVAL);
-        if let Some(newest) = newest.filter(|_| due && stop == Stop::No && !progress.stored.is_empty()) {
+        let due = |last: Option<Instant>, interval| {
+            last.is_none_or(|last| now.saturating_duration_since(last) >= interval)
+        };
+        let newest = self.shared.spool.newest().filter(|_| !progress.stored.is_empty());
+        if let Some(newest) = newest.filter(|_| due(progress.last_head, HEAD_INTERVAL)) {
             progress.last_head = Some(now);
             self.start(progress, running, Work::Head(newest.timeline()));
         }
-        Ok(())
+        if due(progress.last_gaps, GAPS_INTERVAL) && !self.shared.state().gaps.is_empty() {
+            progress.last_gaps = Some(now);
+            self.start(progress, running, Work::Gaps);
+        }
     }
 
     fn start(&self, progress: &mut Progress, running: &mut Running, work: Work) {
@@ -231,6 +252,7 @@ impl Uploader {
             let result = match work {
                 Work::Upload(upload) => sender.send(upload).await,
                 Work::Head(timeline) => sender.write_head(timeline).await,
+                Work::Gaps => sender.forget_gaps().await,
             };
             (work, result)
         }));
@@ -341,7 +363,7 @@ impl Work {
     fn upload(self) -> Option<Upload> {
         match self {
             Self::Upload(upload) => Some(upload),
-            Self::Head(_) => None,
+            Self::Head(_) | Self::Gaps => None,
         }
     }
 }
@@ -398,6 +420,26 @@ impl Sender {
             Ok(HeadWritten::Written(_) | HeadWritten::Unchanged) => {}
             Err(error) => tracing::warn!("how far the archive reaches could not be noted: {error}"),
         }
+        Ok(())
+    }
+
+    /// Forgets the gaps that a basebackup lies behind; a failure is for the next time.
+    async fn forget_gaps(self) -> Result<(), Error> {
+        let listed = match basebackups::list(&self.repository).await {
+            Ok(listed) => listed.complete,
+            Err(error) => {
+                tracing::warn!("whether the WAL that is missing still matters could not be seen: {error}");
+                return Ok(());
+            }
+        };
+        let starts: Vec<_> = listed.iter().map(|listed| RecoveryStart::of(&listed.record)).collect();
+        self.shared.state().gaps.retain(|gap| {
+            let told = !starts.iter().any(|start| gap.lies_before(start));
+            if !told {
+                tracing::info!("the WAL missing from {} to {} lies before a basebackup", gap.from, gap.to);
+            }
+            told
+        });
         Ok(())
     }
 }

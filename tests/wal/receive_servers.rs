@@ -1,0 +1,161 @@
+//! Receiving from servers that restart, have no room for us, want a password, write large segments or are not ours.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+
+use crate::receive::write_segments;
+use crate::receive_scene::{Receiver, cluster, cluster_with, site};
+use crate::support::{Cluster, Need, Options, Run, Running, Site, Stop, Walden, require, wait_for};
+
+#[test]
+fn a_server_of_another_cluster_is_passed_over_beside_ours_and_refused_alone() {
+    require!(Need::PostgreSQL(15));
+    let (ours, other) = (cluster(15), cluster(15));
+    let walden = Walden::configure(ours.scratch(), &site(&ours));
+    let mut receiver = Receiver::start(ours.scratch(), walden);
+    write_segments(&ours, 1);
+    receiver.wait_until_stored(&ours);
+    receiver.stop();
+    // Its WAL ends before ours, on the same timeline.
+    let (first, second) = (other.connection(), ours.connection());
+    let nodes = Site::of(&ours, ours.data_directory()).key("wal = \"receive\"");
+    let nodes = nodes.nodes(&[(first.as_str(), "primary"), (second.as_str(), "primary")]);
+    receiver.walden.reconfigure(ours.scratch(), &nodes);
+    receiver.start_again();
+    write_segments(&ours, 1);
+    receiver.wait_until_stored(&ours);
+    receiver.stop();
+    receiver.walden.reconfigure(ours.scratch(), &site(&other));
+    // At first the spool says whose WAL it is, and once it is empty the repository does.
+    for said in ["and the spool holds WAL of", "is not of this site"] {
+        wait_for(said, || {
+            receiver.start_again();
+            assert!(!receiver.wait_for_end().success());
+            receiver.log().contains(said).then_some(())
+        });
+    }
+    let clusters = receiver.walden.json(&["wal", "list"])["clusters"].as_array().unwrap().len();
+    assert_eq!(clusters, 1, "{}", receiver.log());
+    receiver.assert_equals_pg_wal(&ours, 1, 2);
+}
+
+#[test]
+fn a_server_without_a_free_sender_is_asked_until_it_has_one() {
+    require!(Need::PostgreSQL(15));
+    let cluster = cluster_with(15, Options::default().setting("max_wal_senders", "1"));
+    let mut other = Command::new(cluster.bin_directory().join("pg_receivewal"));
+    other.arg("-D").arg(cluster.scratch().folder("other")).arg("-d").arg(cluster.connection());
+    let other = Running { process: other.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap() };
+    wait_for("the only sender to be taken", || {
+        (cluster.sql("select count(*) from pg_stat_replication") == "1").then_some(())
+    });
+    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    receiver.wait_for_state("why nothing comes", |state| {
+        let message = state["receive_problem"]["message"].as_str()?;
+        message.contains("max_wal_senders").then_some(())
+    });
+    drop(other);
+    receiver.wait_until_streaming();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    assert!(receiver.state()["receive_problem"].is_null(), "{:#}", receiver.state());
+}
+
+#[test]
+fn a_server_that_restarts_or_ends_the_connection_is_received_from_again_without_a_gap() {
+    require!(Need::PostgreSQL(15));
+    let mut cluster = cluster(15);
+    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    receiver.wait_until_streaming();
+    for how in [Stop::Fast, Stop::Immediate, Stop::Kill] {
+        write_segments(&cluster, 1);
+        cluster.stop(how);
+        receiver.wait_for_state("the trouble", |state| state["receive_problem"].is_object().then_some(()));
+        cluster.start();
+        receiver.wait_until_streaming();
+    }
+    write_segments(&cluster, 1);
+    // As at the end of wal_sender_timeout.
+    cluster.sql("select pg_terminate_backend(pid) from pg_stat_replication");
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 1, 5);
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
+}
+
+/// Only the right to replicate, and no password but that for it: the slot cannot be looked at, and is used all the same.
+#[test]
+fn a_service_and_a_password_file_are_enough_for_a_role_that_may_only_replicate() {
+    require!(Need::PostgreSQL(15));
+    let mut cluster = cluster(15);
+    cluster.sql("create role walden login replication password 'secret'");
+    let hba = "local all postgres trust\n\
+               host replication walden 127.0.0.1/32 scram-sha-256\n\
+               host all walden 127.0.0.1/32 scram-sha-256\n";
+    fs::write(cluster.data_directory().join("pg_hba.conf"), hba).unwrap();
+    cluster.set("listen_addresses", "127.0.0.1");
+    cluster.restart();
+    let nodes = Site::of(&cluster, cluster.data_directory()).nodes(&[("service=walden", "primary")]);
+    let walden = Walden::configure(cluster.scratch(), &nodes.key("wal = \"receive\""));
+    let port = cluster.port;
+    // The home of the account that Walden runs as in tests.
+    let service =
+        format!("[other]\nport=1\n[walden]\nhost=127.0.0.1\nport={port}\nuser=walden\ndbname=postgres\n");
+    cluster.scratch().file("walden/.pg_service.conf", &service);
+    let password =
+        format!("127.0.0.1:{port}:postgres:walden:wrong\n127.0.0.1:{port}:replication:walden:secret\n");
+    let file = cluster.scratch().file("walden/.pgpass", &password);
+    fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut receiver = Receiver::start(cluster.scratch(), walden);
+    receiver.wait_until_streaming();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    let sender = "select usename, application_name from pg_stat_replication";
+    assert_eq!(cluster.rows(sender), [["walden", "walden_main"]]);
+    // The slot is there already.
+    receiver.stop();
+    receiver.start_again();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 1, 2);
+    assert_eq!(cluster.sql("select slot_name from pg_replication_slots where active"), "walden_main");
+}
+
+/// Above 64 MiB a segment is stored in parts, one at a time in memory.
+#[test]
+fn segments_of_128_mib_are_received_in_pieces_and_stored_in_parts() {
+    require!(Need::PostgreSQL(15));
+    const SEGMENT_BYTES: usize = 128 << 20;
+    let options = Options::default().initdb("--wal-segsize=128").setting("max_wal_size", "512MB");
+    let options = options.setting("archive_mode", "off").setting("wal_keep_size", "1GB");
+    let cluster = Cluster::start_with(15, options);
+    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    receiver.wait_until_streaming();
+    for megabytes in [100, 20] {
+        // Text that does not shrink to nothing, so that there is something to each part.
+        cluster.sql(&format!(
+            "select pg_logical_emit_message(false, 'test', string_agg(md5(n::text), '')) from generate_series(1, {}) n",
+            megabytes * (1 << 20) / 32
+        ));
+        receiver.wait_until_stored(&cluster);
+        cluster.sql("select pg_switch_wal()");
+    }
+    receiver.wait_until_stored(&cluster);
+    let (first, last) = receiver.runs(1)[0].clone();
+    assert_ne!(first, last, "{}", receiver.log());
+    for segment in [&first, &last] {
+        let own = fs::read(cluster.data_directory().join("pg_wal").join(segment)).unwrap();
+        assert_eq!(own.len(), SEGMENT_BYTES);
+        assert!(receiver.fetch(&cluster, segment).as_deref() == Some(&own[..]), "{segment} differs");
+    }
+    let mut find = Command::new("find");
+    let found =
+        Run::of(find.arg(receiver.walden.repository()).args(["-name", "*.part"]), "").expect_success();
+    assert_eq!(found.stdout.lines().count(), 8, "two segments of four parts\n{}", found.stdout);
+    // The segment, and a part of it raw and sealed.
+    let taken = receiver.memory_mib("VmHWM:");
+    assert!(taken < 300, "{taken} MiB");
+    // A release build keeps to 40 MiB, as the bench says.
+    wait_for("the memory to go back", || (receiver.memory_mib("VmRSS:") < 64).then_some(()));
+}
