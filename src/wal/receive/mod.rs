@@ -36,7 +36,7 @@ use crate::wal::Error;
 use crate::wal::spool::{Position, Spool};
 
 use gap::note_gap;
-use plan::{PieceRule, SlotStep, plan_slot, plan_start, segment_start};
+use plan::{PieceRule, SlotFacts, SlotStep, plan_slot, plan_start, segment_start};
 use server::{Candidate, Choice, choose, slot_facts, unfit_error};
 use state::{Shared, clear, keep_written, note, remembered_gaps, write_now};
 use stream::{StreamEnd, Streaming};
@@ -346,8 +346,8 @@ impl Receiver<'_> {
         let nodes = &self.options.nodes;
         let choice = choose(nodes, Some(self.cluster), self.here, &self.removed).await?;
         let mut candidate = match (choice, self.here) {
-            (Choice::Removed(candidate), Some(here)) => {
-                self.jump_over_gap(&candidate, here).await?;
+            (Choice::Removed(mut candidate), Some(here)) => {
+                self.jump_over_gap(&mut candidate, here).await?;
                 return Ok(None);
             }
             (Choice::Server(candidate) | Choice::Removed(candidate), _) => candidate,
@@ -447,12 +447,28 @@ impl Receiver<'_> {
         Ok(())
     }
 
+    /// Returns from where on the server keeps WAL for us behind what it has removed.
+    ///
+    /// A slot that was made anew may have been set back by our word of where we are, and then keeps nothing: it is made
+    /// once more.
+    async fn kept_behind(&self, candidate: &mut Candidate, removed: Lsn) -> Result<Lsn, Error> {
+        let (name, size, flushed) = (&self.options.slot, self.size(), candidate.facts.identity.flushed);
+        let kept = |slot: &SlotFacts| slot.restart.filter(|restart| segment_start(*restart, size) > removed);
+        let mut slot = slot_facts(&candidate.options, name).await.ok().flatten();
+        let is_set_back = slot.as_ref().is_some_and(|slot| slot.physical && kept(slot).is_none());
+        if is_set_back && !candidate.facts.standby {
+            candidate.connection.drop_slot(name).await?;
+            candidate.connection.create_slot(name).await?;
+            slot = slot_facts(&candidate.options, name).await?;
+        }
+        Ok(slot.as_ref().and_then(kept).unwrap_or(flushed))
+    }
+
     /// No server has what follows any more (failure 12): goes on where there is WAL, and says what is missing.
-    async fn jump_over_gap(&mut self, candidate: &Candidate, here: Position) -> Result<(), Error> {
+    async fn jump_over_gap(&mut self, candidate: &mut Candidate, here: Position) -> Result<(), Error> {
         let wanted =
             plan_start(&candidate.facts, Some(here), None).map_err(|unfit| unfit_error(candidate, unfit))?;
-        let slot = slot_facts(&candidate.options, &self.options.slot).await.ok().flatten();
-        let restart = slot.and_then(|slot| slot.restart).unwrap_or(candidate.facts.identity.flushed);
+        let restart = self.kept_behind(candidate, wanted.lsn).await?;
         let next = plan_start(&candidate.facts, None, Some(restart))
             .map_err(|unfit| unfit_error(candidate, unfit))?;
         let Position { timeline, lsn: from } = wanted;
