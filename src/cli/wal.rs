@@ -42,7 +42,7 @@ use super::wal_check::WalCheck;
 use super::wal_queue::{LeftOutFile, QueueLimit};
 use super::wal_receive::WalReceive;
 
-/// Archives WAL, fetches it back and lists it
+/// Archives and receives WAL, fetches it back, lists and checks it
 #[derive(Debug, Args)]
 pub struct Wal {
     #[command(subcommand)]

@@ -16,7 +16,7 @@ use crate::pg::TimelineId;
 use crate::replication::Session;
 use crate::repo::Repository;
 use crate::wal::check::repair::{Repaired, cluster_of_directory, repair};
-use crate::wal::check::{ClusterFindings, Depth, Findings, check};
+use crate::wal::check::{ClusterFindings, Depth, Findings, SupersededFile, check};
 
 use super::context::Context;
 use super::error::CommandError;
@@ -27,7 +27,7 @@ use super::text::{TextStyle, size};
 /// Checks that the archive has all WAL from the oldest basebackup on
 #[derive(Debug, Args)]
 pub(super) struct WalCheck {
-    /// Archive again what is missing and still in pg_wal of the server
+    /// Archive again what is missing or damaged and still in pg_wal of the server
     #[arg(long)]
     repair: bool,
     /// Read all of every file, not only its signed header
@@ -47,7 +47,7 @@ impl WalCheck {
             let repository = context.open_or_create_repository(site).await?;
             let found = check(&repository, depth).await?;
             let repaired = put_back(context, site, &repository, &found).await?;
-            let found = if repaired.archived.is_empty() { found } else { check(&repository, depth).await? };
+            let found = if found.is_good() { found } else { check(&repository, depth).await? };
             Ok((found, Some(repaired)))
         })??;
         let report = CheckReport::new(site.name.clone(), &findings, repaired);
@@ -57,10 +57,16 @@ impl WalCheck {
             (0, false) => Err(self.incomplete()),
             (damaged, _) => {
                 let message = format!("{damaged} objects of the archive are damaged or not trusted");
-                let hint =
-                    "A recovery stops where it meets one; a new basebackup needs none of the WAL before it.";
-                Err(CommandError::new(ExitKind::Damaged, message).hint(hint))
+                Err(CommandError::new(ExitKind::Damaged, message).hint(self.way_out()))
             }
+        }
+    }
+
+    fn way_out(&self) -> &'static str {
+        if self.repair {
+            "A recovery stops where it meets one; a new basebackup needs none of the WAL before it."
+        } else {
+            "\"walden wal check --repair\" replaces those segments that the server still has."
         }
     }
 
@@ -74,7 +80,7 @@ impl WalCheck {
     }
 }
 
-/// Archives again what is missing of the cluster of the site's data directory.
+/// Archives again what is missing or damaged of the cluster of the site's data directory.
 async fn put_back(
     context: &Context,
     site: &SiteConfig,
@@ -122,6 +128,8 @@ struct CheckReport {
     unreadable: Vec<Named>,
     /// The files that `--repair` archived.
     repaired: Vec<String>,
+    /// The segments that it archived in the place of damaged ones.
+    replaced: Vec<String>,
     not_repaired: Vec<Named>,
 }
 
@@ -137,7 +145,17 @@ struct ClusterReport {
     missing: Vec<SegmentRange>,
     missing_histories: Vec<TimelineId>,
     damaged: Vec<Named>,
+    /// Damaged objects that readers pass over for others.
+    superseded: Vec<SupersededReport>,
     unrecoverable: Vec<Named>,
+}
+
+/// A damaged object, the one that readers take instead, and what is wrong with the damaged one.
+#[derive(Debug, Serialize)]
+struct SupersededReport {
+    name: String,
+    by: String,
+    reason: String,
 }
 
 /// A file or basebackup, and what is wrong with it.
@@ -155,15 +173,23 @@ impl Named {
 
 impl CheckReport {
     fn new(site: String, findings: &Findings, repaired: Option<Repaired>) -> Self {
-        let Repaired { archived, refused } = repaired.unwrap_or_default();
+        let Repaired { archived, replaced, refused } = repaired.unwrap_or_default();
         Self {
             site,
             ok: findings.is_good(),
             clusters: findings.clusters.iter().map(ClusterReport::of).collect(),
             unreadable: findings.unreadable.iter().map(|(id, reason)| Named::new((id, reason))).collect(),
             repaired: archived,
+            replaced,
             not_repaired: refused.into_iter().map(Named::new).collect(),
         }
+    }
+}
+
+impl SupersededReport {
+    fn of(file: &SupersededFile) -> Self {
+        let SupersededFile { name, by, reason } = file;
+        Self { name: name.clone(), by: by.clone(), reason: reason.clone() }
     }
 }
 
@@ -184,6 +210,7 @@ impl ClusterReport {
             missing: continuity.missing.clone(),
             missing_histories: continuity.missing_histories.clone(),
             damaged: histories.chain(files).collect(),
+            superseded: found.examined.superseded.iter().map(SupersededReport::of).collect(),
             unrecoverable: basebackups.map(|(id, reason)| Named::new((id, reason))).collect(),
         }
     }
@@ -208,6 +235,9 @@ impl Report for CheckReport {
         for name in &self.repaired {
             writeln!(out, "archived again: {name}")?;
         }
+        for name in &self.replaced {
+            writeln!(out, "archived in the place of a damaged one: {name}")?;
+        }
         for Named { name, reason } in &self.not_repaired {
             writeln!(out, "not archived again: {name}: {reason}")?;
         }
@@ -227,6 +257,9 @@ impl ClusterReport {
         }
         for Named { name, reason } in &self.damaged {
             writeln!(out, "  damaged        {name}: {reason}")?;
+        }
+        for SupersededReport { name, by, reason } in &self.superseded {
+            writeln!(out, "  superseded     {name}, by {by}: {reason}")?;
         }
         for Named { name, reason } in &self.unrecoverable {
             writeln!(out, "  unrecoverable  basebackup {name}: {reason}")?;

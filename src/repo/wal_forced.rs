@@ -47,6 +47,15 @@ struct Superseded {
     name: [u8; 4],
 }
 
+/// What may be superseded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Replace {
+    /// Whatever is not the same.
+    Anything,
+    /// What cannot be verified.
+    Damaged,
+}
+
 /// Archives a segment in the place of whatever stands under its name; what stood there stays.
 ///
 /// # Errors
@@ -59,31 +68,71 @@ pub async fn supersede_wal(
     key: &WalKey,
     compression: Compression,
 ) -> Result<Archived, Error> {
+    supersede(repository, (cluster, segment), raw, key, compression, Replace::Anything).await
+}
+
+/// Archives a segment in the place of one that is damaged or not trusted, and of no other.
+///
+/// # Errors
+/// `Different` where readers get another segment that is sound; as [`supersede_wal`] besides.
+pub async fn mend_wal(
+    repository: &Repository,
+    cluster: ClusterId,
+    segment: WalSegmentName,
+    raw: &RawContent,
+    key: &WalKey,
+    compression: Compression,
+) -> Result<Archived, Error> {
+    supersede(repository, (cluster, segment), raw, key, compression, Replace::Damaged).await
+}
+
+async fn supersede(
+    repository: &Repository,
+    (cluster, segment): (ClusterId, WalSegmentName),
+    raw: &RawContent,
+    key: &WalKey,
+    compression: Compression,
+    replace: Replace,
+) -> Result<Archived, Error> {
     let sealing = Sealing { keyring: repository.keyring(), key, compression };
-    let newest = newest_claims(read_claims(repository, cluster, segment).await?);
-    if let Some(name) = pick(&newest)
-        && let Some(archived) = compare_unless_replaceable(repository, cluster, name, raw).await?
-    {
-        return Ok(archived);
-    }
-    let mut superseded: Vec<Superseded> = newest.iter().map(Superseded::of).collect();
-    if superseded.is_empty() {
-        let name = WalObjectName::Segment(segment);
-        match compare_unless_replaceable(repository, cluster, name, raw).await {
-            Ok(Some(archived)) => return Ok(archived),
-            Ok(None) => {
-                superseded.push(Superseded::of(&read_claim(repository, cluster, name).await?));
-            }
-            Err(error) if error.is_absent() => {
+    let claims = read_claims(repository, cluster, segment).await?;
+    let newest = newest_claims(claims.clone());
+    let taken = if claims.is_empty() { Ok(WalObjectName::Segment(segment)) } else { decide(&newest) };
+    // Where readers get none, nothing is compared: what some object holds is no help to them.
+    if let Ok(name) = taken {
+        match compare(repository, &wal_target(repository, cluster, name), raw).await {
+            Err(error) if error.is_absent() && claims.is_empty() => {
                 let target = wal_target(repository, cluster, name);
                 return archive(repository, target, raw, &sealing, Vec::new()).await;
             }
-            Err(error) => return Err(error),
+            Err(error) if replace.allows(&error) => {}
+            compared => return compared,
         }
+    }
+    // Of those that supersede each other none is the newest, and all are replaced.
+    let replaced = if newest.is_empty() { &claims } else { &newest };
+    let mut superseded: Vec<Superseded> = replaced.iter().map(Superseded::of).collect();
+    if superseded.is_empty() {
+        let standing = read_claim(repository, cluster, WalObjectName::Segment(segment)).await?;
+        superseded.push(Superseded::of(&standing));
     }
     let name = forced_name(segment, &superseded, raw)?;
     let target = wal_target(repository, cluster, name);
     archive(repository, target, raw, &sealing, vec![encode(&superseded)]).await
+}
+
+/// Returns the object that a reader of a segment takes, by what the archive lists now: its own, or the one that
+/// supersedes it. Whether that one can be read is told when it is.
+///
+/// # Errors
+/// `Damaged` where it cannot be decided between several.
+pub async fn newest_wal(
+    repository: &Repository,
+    cluster: ClusterId,
+    segment: WalSegmentName,
+) -> Result<WalObjectName, Error> {
+    let forced = newest_forced(repository, cluster, segment).await?;
+    Ok(forced.unwrap_or(WalObjectName::Segment(segment)))
 }
 
 /// Decides about a segment that something else stands in the place of, or seems to: what is newest counts.
@@ -271,20 +320,6 @@ fn pick(newest: &[Claim]) -> Option<WalObjectName> {
     newest.iter().map(|claim| claim.name).max()
 }
 
-/// Compares a file with an object; nothing where that is another or damaged, so that it can be superseded.
-async fn compare_unless_replaceable(
-    repository: &Repository,
-    cluster: ClusterId,
-    name: WalObjectName,
-    raw: &RawContent,
-) -> Result<Option<Archived>, Error> {
-    match compare(repository, &wal_target(repository, cluster, name), raw).await {
-        Ok(archived) => Ok(Some(archived)),
-        Err(error) if is_replaceable(&error) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 fn is_replaceable(error: &Error) -> bool {
     matches!(error, Error::Different { .. }) || error.kind() == ErrorKind::Damaged
 }
@@ -302,6 +337,15 @@ fn forced_name(
     });
     let Digest([a, b, c, d, ..]) = raw.digest(hasher)?;
     Ok(WalObjectName::Forced { segment, digest: [a, b, c, d] })
+}
+
+impl Replace {
+    fn allows(self, error: &Error) -> bool {
+        match self {
+            Self::Anything => is_replaceable(error),
+            Self::Damaged => error.kind() == ErrorKind::Damaged,
+        }
+    }
 }
 
 impl Superseded {

@@ -17,7 +17,7 @@ use crate::pg::{
 };
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{
-    Archived, HistoryBranch, SealedFile, Stored, TakenPlace, WalKey, seal_history, seal_wal, supersede_wal,
+    Archived, HistoryBranch, SealedFile, Stored, TakenPlace, WalKey, mend_wal, seal_history, seal_wal, supersede_wal,
 };
 use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
@@ -40,6 +40,8 @@ pub struct CheckedFile {
 pub enum OnConflict {
     /// The segment is not archived.
     Refuse,
+    /// The segment is archived beside it where that is damaged or not trusted, and readers take the segment.
+    Mend,
     /// The segment is archived beside it, and readers take the segment.
     Supersede,
 }
@@ -108,8 +110,15 @@ pub async fn push_admitted(
     compression: Compression,
     on_conflict: OnConflict,
 ) -> Result<Archived, Error> {
-    if let (OnConflict::Supersede, ArchiveFileName::Segment(segment)) = (on_conflict, file.name) {
-        return Ok(supersede_wal(repository, file.cluster, segment, &file.content, key, compression).await?);
+    if let ArchiveFileName::Segment(segment) = file.name {
+        let (cluster, raw) = (file.cluster, &file.content);
+        match on_conflict {
+            OnConflict::Refuse => {}
+            OnConflict::Mend => return Ok(mend_wal(repository, cluster, segment, raw, key, compression).await?),
+            OnConflict::Supersede => {
+                return Ok(supersede_wal(repository, cluster, segment, raw, key, compression).await?);
+            }
+        }
     }
     match seal(repository, file, key, compression)?.store(repository).await? {
         Stored::Created => Ok(Archived::Created),

@@ -1,9 +1,12 @@
 //! `walden wal check` on the archive of a real server: what is missing is named and put back from pg_wal.
 
 use std::fs;
+use std::path::Path;
+
+use serde_json::json;
 
 use crate::scene::Scene;
-use crate::support::{Need, require};
+use crate::support::{Need, Run, Stop, require};
 
 /// Failures 9 and 10 from the side of the archive: a segment and a history that are gone are found, and put back while
 /// the server has them.
@@ -57,6 +60,96 @@ fn what_is_missing_is_named_and_put_back_from_pg_wal() {
     fs::remove_file(mark).unwrap();
     let unmarked = scene.walden.try_run(&["wal", "check", "--repair"]).expect_code(3);
     assert!(!unmarked.stdout.contains("archived again"), "{}", unmarked.stdout);
+}
+
+/// Where a bit of an object is another one.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Header,
+    Signature,
+    Body,
+}
+
+fn flip(object: &Path, place: Place) {
+    let mut bytes = fs::read(object).unwrap();
+    let sections = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
+    let at = match place {
+        Place::Header => 40,
+        // The section of the signature is the last one.
+        Place::Signature => 16 + sections - 1,
+        Place::Body => bytes.len() - 1,
+    };
+    bytes[at] ^= 1;
+    fs::remove_file(object).unwrap();
+    fs::write(object, bytes).unwrap();
+}
+
+fn names(of: &serde_json::Value) -> Vec<&str> {
+    of.as_array().unwrap().iter().map(|file| file["name"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn what_is_damaged_is_archived_again_beside_it_and_is_no_finding_any_more() {
+    require!(Need::PostgreSQL(15), Need::Folder);
+    let mut scene = Scene::new(15, 0);
+    scene.cluster.sql("alter system set wal_keep_size = '64MB'");
+    scene.cluster.sql("select pg_reload_conf()");
+    (0..6).for_each(|_| scene.archive_row());
+    let damaged = &scene.segments[1..4];
+    for (segment, place) in damaged.iter().zip([Place::Header, Place::Signature, Place::Body]) {
+        flip(&scene.object(segment), place);
+    }
+    let standing: Vec<Vec<u8>> = damaged.iter().map(|segment| fs::read(scene.object(segment)).unwrap()).collect();
+    let check = |options: &[&str]| scene.walden.try_run(&[&["wal", "check"], options].concat());
+    let headers = check(&[]).expect_code(3);
+    assert!(headers.stderr.contains("2 objects") && headers.stderr.contains("--repair"), "{}", headers.stderr);
+    assert!(check(&["--bodies"]).expect_code(3).stderr.contains("3 objects"));
+
+    let repaired = scene.walden.json(&["wal", "check", "--repair", "--bodies"]);
+    assert_eq!((&repaired["replaced"], &repaired["repaired"]), (&json!(damaged), &json!([])), "{repaired:#}");
+    let superseded = &repaired["clusters"][0]["superseded"];
+    assert_eq!((&repaired["ok"], names(superseded)), (&true.into(), damaged.iter().map(String::as_str).collect()));
+    assert!(superseded[0]["by"].as_str().unwrap().starts_with(&format!("{}.forced.", damaged[0])));
+    let text = check(&["--bodies"]).expect_code(0).stdout;
+    assert!(text.contains(&format!("superseded     {}, by ", damaged[2])), "{text}");
+    for (segment, standing) in damaged.iter().zip(&standing) {
+        assert!(fs::read(scene.object(segment)).unwrap() == *standing, "{segment} was written over");
+        assert_fetched(&scene, segment);
+    }
+    scene.assert_recovers(scene.recovering("mended", &scene.walden.restore_command())).stop(Stop::Fast);
+
+    // Nothing is passed over for the sake of what it replaced.
+    flip(&forced(&scene, &damaged[0]), Place::Body);
+    let both = scene.walden.try_run(&["wal", "check", "--bodies", "--json"]).expect_code(3);
+    let both: serde_json::Value = serde_json::from_str(&both.stdout).unwrap();
+    assert_eq!(names(&both["clusters"][0]["damaged"]).len(), 2, "{both:#}");
+    fs::remove_file(scene.cluster.data_directory().join("pg_wal").join(&damaged[0])).unwrap();
+    let lost = check(&["--repair", "--bodies"]).expect_code(3);
+    assert!(!lost.stdout.contains("in the place of") && lost.stderr.contains("new basebackup"), "{}", lost.stderr);
+}
+
+fn forced(scene: &Scene, segment: &str) -> std::path::PathBuf {
+    let folder = scene.object(segment).with_file_name("");
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let start = format!("{segment}.forced.");
+    let mut forced = paths.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&start));
+    forced.next().unwrap()
+}
+
+/// Fetches as a standby without a plan, and compares with what the server has.
+fn assert_fetched(scene: &Scene, segment: &str) {
+    let own = scene.cluster.data_directory();
+    let data = scene.cluster.scratch().folder(&format!("standby-{segment}"));
+    let data = data.as_path();
+    let mut copy = std::process::Command::new("cp");
+    copy.arg("-a").arg(own.join("global")).arg(data);
+    Run::of(&mut copy, "").expect_success();
+    scene.cluster.scratch().file(&format!("standby-{segment}/standby.signal"), "");
+    let mut fetch = scene.walden.command();
+    fetch.args(["wal", "fetch", segment, "fetched"]).current_dir(data);
+    Run::of(&mut fetch, "").expect_success();
+    let fetched = fs::read(data.join("fetched")).unwrap();
+    assert!(fetched == fs::read(own.join("pg_wal").join(segment)).unwrap(), "{segment}");
 }
 
 #[test]

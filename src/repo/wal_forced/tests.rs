@@ -81,6 +81,12 @@ impl Archive {
         supersede_wal(&self.repository, cluster(), segment, &raw, &self.key, Compression::NONE).await
     }
 
+    async fn mend(&self, raw: &[u8]) -> Result<Archived, Error> {
+        let segment = segment(SEGMENT);
+        let raw = raw.to_vec().into();
+        mend_wal(&self.repository, cluster(), segment, &raw, &self.key, Compression::NONE).await
+    }
+
     /// What a reader gets that knows nothing yet.
     async fn read(&self) -> Result<Bytes, Error> {
         let fresh = self.another(77).await;
@@ -173,6 +179,44 @@ async fn of_two_made_at_once_all_readers_take_one_and_a_third_ends_that() {
     assert_eq!(archive.read().await.unwrap_err().kind(), ErrorKind::Damaged);
     assert_eq!(archive.force(b"d").await.unwrap(), Archived::Created);
     assert_eq!(archive.read().await.unwrap(), &b"d"[..]);
+}
+
+#[tokio::test]
+async fn mending_replaces_what_is_damaged_and_nothing_that_differs() {
+    let archive = Archive::new().await;
+    assert_eq!(archive.mend(b"a").await.unwrap(), Archived::Created);
+    for _ in 0..2 {
+        assert_eq!(archive.mend(b"a").await.unwrap(), Archived::Identical);
+        assert!(matches!(archive.mend(b"b").await, Err(Error::Different { .. })));
+        for at_end in [false, true] {
+            archive.flip(archive.newest_for_test().await, at_end).await;
+            assert_eq!(archive.mend(b"a").await.unwrap(), Archived::Created);
+            assert_eq!(archive.read().await.unwrap(), &b"a"[..]);
+        }
+    }
+    assert_eq!(archive.forced().await.len(), 4);
+}
+
+/// One of two that were made at once is damaged: the other holds what is pushed, and readers do not get it for that.
+#[tokio::test]
+async fn the_same_beside_one_that_nobody_can_verify_is_not_yet_in_the_archive() {
+    for damaged in [0, 1] {
+        let archive = Archive::new().await;
+        archive.push(b"a").await.unwrap();
+        archive.force(b"b").await.unwrap();
+        let first = archive.key_of(archive.forced().await[0]);
+        let bytes = archive.memory.get(&first, 1 << 20).await.unwrap();
+        archive.memory.delete(&first).await.unwrap();
+        archive.force(b"c").await.unwrap();
+        archive.memory.create(&first, bytes).await.unwrap();
+        let both = archive.forced().await;
+        archive.flip(both[damaged], false).await;
+        let target = wal_target(&archive.repository, cluster(), both[1 - damaged]);
+        let sound = read(&archive.repository, &target).await.unwrap();
+        assert_eq!(archive.read().await.unwrap_err().kind(), ErrorKind::Damaged);
+        assert_eq!(archive.force(&sound).await.unwrap(), Archived::Created);
+        assert_eq!(archive.read().await.unwrap(), sound);
+    }
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use crate::pg::TimelineId;
 use crate::repo::{BasebackupId, ClusterId, Error, Repository};
 
 pub use continuity::{Continuity, Names};
-pub use objects::{DamagedFile, Depth, Examined};
+pub use objects::{DamagedFile, Depth, Examined, SupersededFile};
 
 /// What was found in a site.
 #[derive(Debug)]

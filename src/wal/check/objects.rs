@@ -1,13 +1,14 @@
 //! Whether the objects of an archive are what their names say, by their signed headers or by all of their bytes.
 //!
 //! Needs no private key: signature, identity, size and the digest of what is stored are outside of the encryption.
+//! What is damaged and was superseded by something sound is in nobody's way, and no finding.
 
 use futures::StreamExt;
 
 use crate::catalog::{TimelineCoverage, WalCoverage};
 use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::repo::layout::{ObjectName, WalObjectName};
-use crate::repo::wal_object::{WalHeader, read_wal_header, verify_wal};
+use crate::repo::wal_object::{WalHeader, newest_wal, read_wal_header, verify_wal};
 use crate::repo::{ClusterId, Error, ErrorKind, Repository};
 
 /// How much of each object is read.
@@ -26,6 +27,19 @@ pub struct DamagedFile {
     pub name: String,
     /// What is wrong.
     pub reason: String,
+    /// The segment that readers cannot have as long as nothing supersedes it.
+    pub segment: Option<WalSegmentName>,
+}
+
+/// An object that is damaged, and that readers pass over for another one.
+#[derive(Debug)]
+pub struct SupersededFile {
+    /// Its name in the archive.
+    pub name: String,
+    /// The name of the one that they take.
+    pub by: String,
+    /// What is wrong.
+    pub reason: String,
 }
 
 /// Objects that were looked at.
@@ -35,6 +49,15 @@ pub struct Examined {
     pub objects: u64,
     /// Those that are not what their names say, by name.
     pub damaged: Vec<DamagedFile>,
+    /// Those of which that does not matter any more.
+    pub superseded: Vec<SupersededFile>,
+}
+
+impl Examined {
+    /// Tells whether readers cannot have a segment that is there.
+    pub fn is_damaged(&self, segment: WalSegmentName) -> bool {
+        self.damaged.iter().any(|file| file.segment == Some(segment))
+    }
 }
 
 /// Keys asked for at a time, as many as S3 gives.
@@ -60,6 +83,7 @@ pub async fn examine(
         examine_timeline(repository, cluster, (*timeline, held), oldest, depth, &mut examined).await?;
     }
     examined.damaged.sort_by(|a, b| a.name.cmp(&b.name));
+    examined.superseded.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(examined)
 }
 
@@ -95,17 +119,83 @@ async fn examine_timeline(
         let mut looks = futures::stream::iter(looks).buffered(at_once);
         while let Some((name, found)) = looks.next().await {
             examined.objects += 1;
-            if let Some(reason) = judge(cluster, name, found)? {
-                let key = layout.wal_object(cluster, name);
-                let leaf = key.as_str().rsplit('/').next().unwrap_or_default().to_owned();
-                examined.damaged.push(DamagedFile { name: leaf, reason });
+            let Some(reason) = judge(cluster, name, found)? else { continue };
+            match superseded_by(repository, cluster, name, depth).await? {
+                Some(by) => {
+                    let (name, by) = (leaf(repository, cluster, name), leaf(repository, cluster, by));
+                    examined.superseded.push(SupersededFile { name, by, reason });
+                }
+                None => {
+                    let segment = is_form_of_segment(name).then(|| name.segment());
+                    let name = leaf(repository, cluster, name);
+                    examined.damaged.push(DamagedFile { name, reason, segment });
+                }
             }
         }
         if page.len() < PAGE {
-            return Ok(());
+            break;
         }
         after = page.last().map(|object| object.key.clone());
     }
+    for segment in &held.forced {
+        examine_forced(repository, cluster, *segment, oldest, examined).await?;
+    }
+    Ok(())
+}
+
+/// Looks for what no object shows by itself: several that supersede a segment, and none of them the newest.
+async fn examine_forced(
+    repository: &Repository,
+    cluster: ClusterId,
+    segment: WalSegmentName,
+    oldest: WalSegmentNumber,
+    examined: &mut Examined,
+) -> Result<(), Error> {
+    let is_needed = segment.number(cluster.segment_size).is_ok_and(|number| number >= oldest);
+    if !is_needed || examined.is_damaged(segment) {
+        return Ok(());
+    }
+    match newest_wal(repository, cluster, segment).await {
+        Err(error) if error.kind() == ErrorKind::Damaged => {
+            let (name, reason) = (segment.to_string(), error.to_string());
+            examined.damaged.push(DamagedFile { name, reason, segment: Some(segment) });
+            Ok(())
+        }
+        newest => newest.map(drop),
+    }
+}
+
+/// Returns the object that readers take instead of one that is damaged, if there is one and it is sound.
+async fn superseded_by(
+    repository: &Repository,
+    cluster: ClusterId,
+    name: WalObjectName,
+    depth: Depth,
+) -> Result<Option<WalObjectName>, Error> {
+    if !is_form_of_segment(name) {
+        return Ok(None);
+    }
+    let newest = match newest_wal(repository, cluster, name.segment()).await {
+        Err(error) if error.kind() == ErrorKind::Damaged => return Ok(None),
+        newest => newest?,
+    };
+    if newest == name {
+        return Ok(None);
+    }
+    match look(repository, cluster, newest, depth).await {
+        Err(error) if error.is_absent() => Ok(None),
+        found => Ok(judge(cluster, newest, found)?.is_none().then_some(newest)),
+    }
+}
+
+/// Tells whether an object is all of a segment: its own, or one that supersedes another.
+fn is_form_of_segment(name: WalObjectName) -> bool {
+    matches!(name, WalObjectName::Segment(_) | WalObjectName::Forced { .. })
+}
+
+fn leaf(repository: &Repository, cluster: ClusterId, name: WalObjectName) -> String {
+    let key = repository.layout().wal_object(cluster, name);
+    key.as_str().rsplit('/').next().unwrap_or_default().to_owned()
 }
 
 fn is_superseded_piece(name: WalObjectName, held: &TimelineCoverage, cluster: ClusterId) -> bool {

@@ -13,7 +13,7 @@ use crate::clock::SystemClock;
 use crate::codec::{Compression, RecipientKey, SigningKey, SystemRandom, VerifyKey};
 use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::layout::WalObjectName;
-use crate::repo::wal_object::{HistoryBranch, WalKey, archive_wal};
+use crate::repo::wal_object::{HistoryBranch, WalKey, archive_wal, newest_wal, supersede_wal};
 use crate::repo::{BasebackupId, ClusterId, Keyring, KeyringOptions, Repository, RepositoryOptions};
 use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, Rule, Store};
 
@@ -193,6 +193,38 @@ async fn damaged_files_are_named_with_what_is_wrong() {
     store.delete(&key(5)).await.unwrap();
     let found = check(&repository, Depth::Headers).await.unwrap();
     assert_eq!(texts(&found.clusters[0].continuity), ["000000010000000000000005"]);
+}
+
+#[tokio::test]
+async fn what_is_damaged_is_no_finding_where_something_sound_supersedes_it() {
+    let store = Arc::new(MemoryStore::new());
+    let repository = repository(store.clone()).await;
+    archive(&repository, 3..6, SIZE as usize).await;
+    let key = WalKey::create(repository.keyring()).unwrap();
+    let raw = vec![8; SIZE as usize].into();
+    let segment = name(4).segment();
+    let flip_last = |name: WalObjectName| {
+        store.tamper(&repository.layout().wal_object(cluster(), name), |bytes| {
+            let mut bytes = bytes.unwrap().to_vec();
+            *bytes.last_mut().unwrap() ^= 1;
+            Some(bytes.into())
+        });
+    };
+    let look = async |depth| {
+        let found = check(&repository, depth).await.unwrap();
+        let examined = &found.clusters[0].examined;
+        (found.is_good(), examined.damaged.len(), examined.superseded.len())
+    };
+    flip_last(name(4));
+    assert_eq!(look(Depth::Bodies).await, (false, 1, 0));
+    for round in 1..=2 {
+        supersede_wal(&repository, cluster(), segment, &raw, &key, Compression::NONE).await.unwrap();
+        assert_eq!(look(Depth::Headers).await, (true, 0, 0));
+        assert_eq!(look(Depth::Bodies).await, (true, 0, round));
+        // In its turn it is damaged, and what it replaced counts again as it is.
+        flip_last(newest_wal(&repository, cluster(), segment).await.unwrap());
+        assert_eq!(look(Depth::Bodies).await, (false, 1 + round, 0));
+    }
 }
 
 /// A store that cannot tell is never a good answer, wherever it fails.
