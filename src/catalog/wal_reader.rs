@@ -5,7 +5,8 @@
 //! cache, because a copy arrives as many small reads; one read of a file is under way at a time.
 //!
 //! Who knows what is asked for next has it read ahead, into the same cache: a recovery asks for one file after the
-//! other, and waits for each.
+//! other, and waits for each. What was read ahead is handed out only while nothing supersedes it; what was handed out
+//! once stays what it was, for as long as it is kept.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -18,6 +19,7 @@ use crate::catalog::ending_segment::{self, list_partials};
 use crate::clock::Clock;
 use crate::codec::Digest;
 use crate::pg::{ArchiveFileName, Lsn, WalSegmentName};
+use crate::repo::forced_index::LISTING_AGE_MAX;
 use crate::repo::layout::WalObjectName;
 use crate::repo::{ClusterId, Error, ErrorKind, Repository, wal_object};
 use crate::storage;
@@ -76,6 +78,8 @@ struct CachedFile {
     bytes: Bytes,
     /// Whether somebody has been given it: it was not only read ahead.
     served: bool,
+    /// When its read began, and so how old is what was known of it then.
+    read_at: Instant,
 }
 
 /// The pause after the first failure; it doubles up to [`PAUSE_MAX`].
@@ -117,14 +121,32 @@ impl WalReader {
     /// # Errors
     /// The store's last answer, when patience ends before there is one that says something.
     pub async fn read(&self, name: ArchiveFileName, patience: Patience) -> Result<Found<Bytes>, Error> {
+        self.give_up_superseded(name, patience).await?;
         if let Some(bytes) = self.cache().get(name) {
             return Ok(Found::Present(bytes));
         }
+        let read_at = self.clock.monotonic();
         let found = self.read_stored(name, patience).await;
         if let Ok(Found::Present(bytes)) = &found {
-            self.cache().put(name, bytes.clone(), true);
+            self.cache().put(name, bytes.clone(), true, read_at);
         }
         found
+    }
+
+    /// Forgets a segment that was read ahead a while ago if anything supersedes it: nobody has been given it, and who
+    /// asks now is to have what they would get from the store.
+    async fn give_up_superseded(&self, name: ArchiveFileName, patience: Patience) -> Result<(), Error> {
+        let ArchiveFileName::Segment(segment) = name else { return Ok(()) };
+        let now = self.clock.monotonic();
+        let is_old = |file: &CachedFile| now.saturating_duration_since(file.read_at) >= LISTING_AGE_MAX;
+        if !self.cache().find(name).is_some_and(|file| !file.served && is_old(file)) {
+            return Ok(());
+        }
+        let look = || wal_object::is_superseded(&self.repository, self.cluster, segment);
+        if !matches!(self.patiently(patience, &name.to_string(), look).await?, Found::Present(false)) {
+            self.cache().files.retain(|file| file.name != name);
+        }
+        Ok(())
     }
 
     /// Starts reading files that are about to be asked for, the next one first. No more than the cache holds beside
@@ -144,10 +166,11 @@ impl WalReader {
             self.cache().make_room(under_way * self.cluster.segment_size.bytes() as usize);
             let reader = self.clone();
             tokio::spawn(async move {
+                let read_at = reader.clock.monotonic();
                 // One attempt: there is time to wait when it is asked for.
                 let patience = Patience::Until(reader.clock.monotonic());
                 match reader.read_stored(name, patience).await {
-                    Ok(Found::Present(bytes)) => reader.cache().put(name, bytes, false),
+                    Ok(Found::Present(bytes)) => reader.cache().put(name, bytes, false, read_at),
                     Ok(Found::Absent) => {}
                     Ok(Found::Unreadable(error)) | Err(error) => {
                         tracing::debug!("{name} could not be read ahead: {error}");
@@ -202,8 +225,9 @@ impl WalReader {
 
     /// Returns how large a file is, from its signed header.
     pub async fn size(&self, name: ArchiveFileName, patience: Patience) -> Result<Found<u64>, Error> {
-        if let Some(bytes) = self.cache().get(name) {
-            return Ok(Found::Present(bytes.len() as u64));
+        // To be asked for its size is not to be handed out.
+        if let Some(file) = self.cache().find(name) {
+            return Ok(Found::Present(file.bytes.len() as u64));
         }
         if self.lock_flights().contains_key(&name) {
             let found = self.read(name, patience).await;
@@ -371,7 +395,11 @@ impl Default for Pauses {
 
 impl Cache {
     fn contains(&self, name: ArchiveFileName) -> bool {
-        self.files.iter().any(|file| file.name == name)
+        self.find(name).is_some()
+    }
+
+    fn find(&self, name: ArchiveFileName) -> Option<&CachedFile> {
+        self.files.iter().find(|file| file.name == name)
     }
 
     fn get(&mut self, name: ArchiveFileName) -> Option<Bytes> {
@@ -382,14 +410,14 @@ impl Cache {
         Some(bytes)
     }
 
-    fn put(&mut self, name: ArchiveFileName, bytes: Bytes, served: bool) {
+    fn put(&mut self, name: ArchiveFileName, bytes: Bytes, served: bool, read_at: Instant) {
         // Another partial may become the longest; everything else never changes.
         if matches!(name, ArchiveFileName::Partial(_)) {
             return;
         }
         let served = served || self.files.iter().any(|file| file.name == name && file.served);
         self.files.retain(|file| file.name != name);
-        self.files.push(CachedFile { name, bytes, served });
+        self.files.push(CachedFile { name, bytes, served, read_at });
         // The newest stays even where it alone is larger: it is about to be read.
         while self.files.len() > 1 && self.bytes() > self.bytes_max {
             let newest = self.files.len() - 1;
@@ -411,3 +439,6 @@ impl Cache {
         self.files.iter().map(|file| file.bytes.len()).sum()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,9 +2,10 @@
 //!
 //! PostgreSQL runs `wal fetch` once a segment; opening keys and repository takes each of them longer than the segment.
 //! So a fetch that has restored a segment by itself leaves this process behind, and later ones ask it first. It decides
-//! by the same code, and it is never relied on: whatever it does but answer, the fetch does the work itself. It ends
-//! after a minute without requests, when the data directory goes, and always with status 0: where PostgreSQL is the
-//! first process of a container it would take another one for a crash of its own.
+//! by the same code, and it is never relied on: whatever it does but answer, the fetch does the work itself. It serves one
+//! run of a server: who starts it again, or makes the data directory anew, gets nothing that was read before. It ends
+//! after a minute without requests, with its server, when the data directory goes, and always with status 0: where
+//! PostgreSQL is the first process of a container it would take another one for a crash of its own.
 
 use std::cell::RefCell;
 use std::fs;
@@ -27,7 +28,7 @@ use crate::config::SiteConfig;
 use crate::control::{self, FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files};
 use crate::disk::durable::{Create, create_dir_all};
 use crate::disk::{self, LockFile};
-use crate::pg::ArchiveFileName;
+use crate::pg::{ArchiveFileName, PostmasterPid};
 use crate::repo::{self, Repository};
 use crate::storage::Location;
 use crate::wal::archive::Archive;
@@ -54,8 +55,18 @@ pub(super) struct Place {
     data_directory: PathBuf,
     /// Device and inode of the data directory: another one may be made at its path.
     identity: (u64, u64),
+    run: Run,
     folder: PathBuf,
     key: String,
+}
+
+/// What tells one run of a server in a data directory from the next, and from another one made in its place.
+#[derive(Debug, PartialEq, Eq)]
+enum Run {
+    /// The server's lock file, which each start makes anew, its process and its start.
+    Server { file: (u64, u64), pid: i32, start_time: Option<i64> },
+    /// No server runs, as under `pg_rewind`: then nobody writes its control file.
+    Idle { control_file: Stamp },
 }
 
 /// What came of asking.
@@ -89,13 +100,14 @@ impl Place {
     pub(super) fn of(context: &Context, site: &SiteConfig, data_directory: &Path) -> Option<Self> {
         let data_directory = data_directory.canonicalize().ok()?;
         let identity = identity_of(&data_directory)?;
+        let run = Run::of(&data_directory)?;
         let config = context.config().ok()?;
         let file = detached::absolute(&config.file).ok()?;
         let mut hasher = Hasher::new();
         let mut add = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
         };
-        add(format!("{data_directory:?} {identity:?} {:?} {file:?}", site.name).as_bytes());
+        add(format!("{data_directory:?} {identity:?} {run:?} {:?} {file:?}", site.name).as_bytes());
         // Whatever decides how a fetch goes: the binary, the configuration, the files that it names, the environment.
         let binary = std::env::current_exe().ok()?;
         for file in [binary.as_path()].into_iter().chain(config.files(site)) {
@@ -113,7 +125,7 @@ impl Place {
             add(format!("{name:?}={value:?}").as_bytes());
         }
         let key = hasher.finish().to_string()[..16].to_owned();
-        Some(Self { data_directory, identity, folder: config.paths.run.join(FOLDER), key })
+        Some(Self { data_directory, identity, run, folder: config.paths.run.join(FOLDER), key })
     }
 
     fn socket(&self) -> PathBuf {
@@ -171,9 +183,10 @@ impl Place {
             .map_err(|error| CommandError::failed(format!("could not start a background process: {error}")))
     }
 
-    /// Tells whether the data directory and the socket are still those it was started for.
+    /// Tells whether the data directory, its server and the socket are still those it was started for.
     fn is_there(&self, socket: (u64, u64)) -> bool {
         identity_of(&self.data_directory) == Some(self.identity)
+            && Run::of(&self.data_directory).as_ref() == Some(&self.run)
             && identity_of(&self.socket()) == Some(socket)
     }
 }
@@ -304,8 +317,25 @@ fn identity_of(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
+impl Run {
+    /// Looks who runs in a data directory; tells nothing where there is no server and none can have been.
+    fn of(data_directory: &Path) -> Option<Self> {
+        let lock_file = data_directory.join("postmaster.pid");
+        let Some(file) = identity_of(&lock_file) else {
+            let control_file = stamp_of(&data_directory.join("global/pg_control"))?;
+            return Some(Self::Idle { control_file });
+        };
+        let PostmasterPid { pid, start_time, .. } =
+            PostmasterPid::parse(&fs::read_to_string(&lock_file).ok()?).ok()?;
+        Some(Self::Server { file, pid, start_time })
+    }
+}
+
+/// Device, inode, size and time of the last change of a file.
+type Stamp = (u64, u64, u64, i64, i64);
+
 /// Returns what changes whenever a file's content or what stands at its name does.
-fn stamp_of(file: &Path) -> Option<(u64, u64, u64, i64, i64)> {
+fn stamp_of(file: &Path) -> Option<Stamp> {
     let found = fs::metadata(file).ok()?;
     Some((found.dev(), found.ino(), found.size(), found.ctime(), found.ctime_nsec()))
 }
@@ -334,9 +364,11 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let data_directory = scratch.path().canonicalize().unwrap();
         let identity = identity_of(&data_directory).unwrap();
+        let run = Run::Server { file: (1, 2), pid: 3, start_time: None };
         let place = Place {
             data_directory: data_directory.clone(),
             identity,
+            run,
             folder: data_directory.clone(),
             key: "x".into(),
         };
@@ -378,5 +410,37 @@ mod tests {
             assert!(matches!(asked, Asked::Nobody), "{asked:?}");
             assert_eq!(target, None);
         }
+    }
+
+    /// The same path, the same inode, and in a container the same process number.
+    #[test]
+    fn a_run_ends_with_its_server_and_with_the_control_file_that_nobody_wrote() {
+        let scratch = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = scratch.path().join(name);
+            let _ = fs::remove_file(&path);
+            fs::write(path, text).unwrap();
+        };
+        let run = || Run::of(scratch.path());
+        fs::create_dir(scratch.path().join("global")).unwrap();
+        assert_eq!(run(), None);
+        write("global/pg_control", "one");
+        let idle = run().unwrap();
+        assert_eq!(run().as_ref(), Some(&idle));
+        let lock_file = |start: u32| format!("1\n/srv/data\n{start}\n5432\n\n\n\n");
+        write("postmaster.pid", &(lock_file(1_763_633_700) + "starting\n"));
+        let server = run().unwrap();
+        assert_ne!(server, idle);
+        // A server writes both as it goes on.
+        fs::write(scratch.path().join("postmaster.pid"), lock_file(1_763_633_700) + "standby \n").unwrap();
+        write("global/pg_control", "two");
+        assert_eq!(run().as_ref(), Some(&server));
+        // The next one in the same place, whichever inode its lock file gets.
+        fs::write(scratch.path().join("postmaster.pid"), lock_file(1_763_633_701)).unwrap();
+        assert_ne!(run().unwrap(), server);
+        fs::remove_file(scratch.path().join("postmaster.pid")).unwrap();
+        assert_ne!(run().unwrap(), idle);
+        write("postmaster.pid", "");
+        assert_eq!(run(), None);
     }
 }

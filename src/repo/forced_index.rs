@@ -1,7 +1,7 @@
 //! What is known of superseding segments without asking: listings that were made anyway, and a recovery's plan.
 //!
 //! Nearly no segment is ever superseded, and to ask before each read would double the requests of a recovery. So what
-//! a listing showed is remembered: for a minute where it was a listing, for good where a recovery goes by its plan.
+//! a listing showed is remembered: for moments where it was a listing, for good where a recovery goes by its plan.
 //! *Not known* means that the store is asked.
 
 use std::collections::VecDeque;
@@ -35,8 +35,9 @@ pub struct ForcedIndex {
     listings: Mutex<VecDeque<ForcedListing>>,
 }
 
-/// How long a listing is believed: a superseding segment is met by every reader that is running within this time.
-const LISTING_AGE_MAX: Duration = Duration::from_secs(60);
+/// How long a listing is believed. A reader that goes on for long asks so often, beside a read that is under way anyway;
+/// whoever forces a segment and then starts something again is not faster.
+pub const LISTING_AGE_MAX: Duration = Duration::from_secs(2);
 /// Listings kept: the plan of a recovery has one for each timeline, a scan reads some places side by side.
 const LISTINGS_MAX: usize = 64;
 
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listing_tells_of_its_stretch_for_a_minute_and_a_plan_for_good() {
+    fn a_listing_tells_of_its_stretch_for_moments_and_a_plan_for_good() {
         let cluster: ClusterId = "7301234567890123456-16".parse().unwrap();
         let other: ClusterId = "7301234567890123457-16".parse().unwrap();
         let index = ForcedIndex::default();

@@ -186,6 +186,19 @@ pub(super) async fn read_segment(
     }
 }
 
+/// Tells whether anything supersedes a segment, by what is known of the last moments or else by a listing.
+pub async fn is_superseded(
+    repository: &Repository,
+    cluster: ClusterId,
+    segment: WalSegmentName,
+) -> Result<bool, Error> {
+    let now = repository.clock().monotonic();
+    match repository.forced_index().is_forced(cluster, segment, now) {
+        Some(known) => Ok(known),
+        None => look(repository, cluster, segment).await,
+    }
+}
+
 /// Lists what supersedes a segment and those behind it, remembers that, and says whether anything supersedes this one.
 async fn look(repository: &Repository, cluster: ClusterId, segment: WalSegmentName) -> Result<bool, Error> {
     let layout = repository.layout();

@@ -28,7 +28,7 @@ use crate::repo::wire::{WireError, WireWriter};
 use crate::storage::{self, ErrorKind, ObjectKey};
 
 pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
-pub use crate::repo::wal_forced::{mend_wal, newest_wal, supersede_wal};
+pub use crate::repo::wal_forced::{is_superseded, mend_wal, newest_wal, supersede_wal};
 pub use crate::repo::wal_parts::PART_BYTES;
 pub use crate::repo::wal_piece::{archive_piece, read_pieces};
 

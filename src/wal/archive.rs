@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::catalog::{WalAhead, WalReader};
+use crate::catalog::{RecoveryPlan, WalAhead, WalReader};
 use crate::clock::Clock;
 use crate::repo::{self, ClusterId, Repository};
 
@@ -25,6 +25,8 @@ pub struct Archive<O> {
 pub(crate) struct Held {
     pub(crate) repository: Repository,
     ahead: Mutex<Option<Arc<WalAhead>>>,
+    /// The plan of the recovery that it was opened for.
+    plan: Mutex<Option<RecoveryPlan>>,
     clock: Arc<dyn Clock>,
     cache_bytes_max: usize,
 }
@@ -60,9 +62,22 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Archive<O> {
         }
         let repository = (self.open)().await?;
         let (clock, cache_bytes_max) = (self.clock.clone(), self.cache_bytes_max);
-        let opened = Arc::new(Held { repository, ahead: Mutex::default(), clock, cache_bytes_max });
+        let (ahead, plan) = (Mutex::default(), Mutex::default());
+        let opened = Arc::new(Held { repository, ahead, plan, clock, cache_bytes_max });
         *held = Some(opened.clone());
         Ok((opened, true))
+    }
+
+    /// Returns the open archive to go by a plan, and whether it was opened just now. What was read for another plan is
+    /// let go: that recovery took segments for the newest that this one may not.
+    pub(crate) async fn hold_for(&self, plan: &RecoveryPlan) -> Result<(Arc<Held>, bool), repo::Error> {
+        let (mut held, mut fresh) = self.hold().await?;
+        if !held.is_for(plan) {
+            self.release().await;
+            (held, fresh) = self.hold().await?;
+        }
+        held.go_by(plan);
+        Ok((held, fresh))
     }
 
     /// Lets go of what was opened: the next question opens it again. What is on its way into memory is let go as well,
@@ -85,6 +100,19 @@ impl Held {
         let reader =
             WalReader::new(self.repository.clone(), cluster, self.clock.clone(), self.cache_bytes_max);
         ahead.insert(Arc::new(WalAhead::new(Arc::new(reader)))).clone()
+    }
+
+    fn is_for(&self, plan: &RecoveryPlan) -> bool {
+        self.lock_plan().as_ref().is_none_or(|known| known == plan)
+    }
+
+    fn go_by(&self, plan: &RecoveryPlan) {
+        self.lock_plan().get_or_insert_with(|| plan.clone());
+        plan.tell(&self.repository);
+    }
+
+    fn lock_plan(&self) -> std::sync::MutexGuard<'_, Option<RecoveryPlan>> {
+        self.plan.lock().expect("no holder of this lock panics")
     }
 
     fn lock_ahead(&self) -> std::sync::MutexGuard<'_, Option<Arc<WalAhead>>> {

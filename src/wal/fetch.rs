@@ -109,8 +109,7 @@ where
 {
     let ArchiveFileName::Segment(segment) = options.name else { return Ok(()) };
     if let Some(plan) = known_plan(options, &read_control_file(&options.data_directory)?)? {
-        let held = archive.hold().await?.0;
-        plan.tell(&held.repository);
+        let held = archive.hold_for(&plan).await?.0;
         held.ahead(plan.cluster).follow(segment, Some(&plan));
     }
     Ok(())
@@ -152,8 +151,8 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
     }
 
     async fn attempt(&mut self) -> Result<Option<Bytes>, Error> {
-        let (held, fresh) = self.archive.hold().await?;
         if self.plan.is_none() {
+            let (held, _) = self.archive.hold().await?;
             let folder = &self.options.data_directory;
             self.plan = Some(plan_file::create(&held.repository, folder, &self.control).await?);
         }
@@ -162,7 +161,7 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
         if is_outside(plan, name) {
             return Ok(None);
         }
-        plan.tell(&held.repository);
+        let (held, fresh) = self.archive.hold_for(plan).await?;
         let ending = match name {
             ArchiveFileName::Segment(segment) => plan.ending_of(segment).map(|end| (segment, end)),
             _ => None,

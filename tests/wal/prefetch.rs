@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::scene::{Scene, base_backup, recover};
+use crate::scene::{Scene, base_backup, copy_all, recover, shell};
 use crate::support::{Cluster, Fault, Need, Options, Proxy, Run, S3, Server, Site, Stop, Walden, require};
 use crate::support::{s3_storage, wait_for};
 
@@ -105,6 +106,39 @@ fn a_prefetcher_ends_with_its_data_directory() {
     fs::rename(&data, data.with_extension("moved")).unwrap();
     fs::create_dir(&data).unwrap();
     wait_for("the prefetcher to end", || prefetchers(&data).is_empty().then_some(()));
+}
+
+/// Everything in a data directory is made anew, and the directory stays: nothing that was read for the recovery before
+/// is handed to the next one.
+#[test]
+fn a_data_directory_that_is_made_anew_in_its_place_gets_what_is_archived_now() {
+    require!(Need::PostgreSQL(15));
+    let scene = Scene::new(15, 4);
+    let data = scene.recovering("again", "").data_directory().to_owned();
+    let keep = data.with_extension("keep");
+    copy_all(&data, &keep);
+    let fetch = |segment: &str| {
+        let mut command = scene.walden.command();
+        command.args(["wal", "fetch", segment, "pg_wal/RECOVERYXLOG"]).current_dir(&data);
+        Run::of(&mut command, "").expect_code(0);
+        fs::read(data.join("pg_wal/RECOVERYXLOG")).unwrap()
+    };
+    fetch(&scene.segments[0]);
+    let first = wait_for_prefetcher(&scene.walden, &data);
+    // It reads ahead behind this one.
+    fetch(&scene.segments[1]);
+    let own = scene.cluster.data_directory().join("pg_wal").join(&scene.segments[2]);
+    let mut other = fs::read(&own).unwrap();
+    let last = other.len() - 1;
+    other[last] ^= 1;
+    fs::write(&own, &other).unwrap();
+    scene.walden.run(&["wal", "push", own.to_str().unwrap(), "--force"]);
+    let inode = fs::metadata(&data).unwrap().ino();
+    shell(&data, "find . -mindepth 1 -delete");
+    shell(&keep, &format!("cp -a . '{}'", data.display()));
+    assert_eq!(fs::metadata(&data).unwrap().ino(), inode);
+    assert!(fetch(&scene.segments[2]) == other, "it was read for the recovery before");
+    wait_for("the prefetcher of the recovery before to end", || (!prefetchers(&data).contains(&first)).then_some(()));
 }
 
 /// Failure 1a, the other way round: a standby follows an archive that is written in any order, through a store that
