@@ -29,7 +29,7 @@ use crate::storage::{self, ErrorKind, ObjectKey};
 
 pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
 pub use crate::repo::wal_forced::{is_superseded, mend_wal, newest_wal, supersede_wal};
-pub use crate::repo::wal_parts::PART_BYTES;
+pub use crate::repo::wal_parts::{PART_BYTES, archive_in_parts};
 pub use crate::repo::wal_piece::{archive_piece, read_pieces};
 
 /// What became of a file that was to be archived.
@@ -202,7 +202,7 @@ impl SealedFile {
             Body::Whole(bytes) => create(repository, target, bytes).await,
             Body::InParts { raw, key, compression } => {
                 let sealing = Sealing { keyring: repository.keyring(), key: &key, compression };
-                create_in_parts(repository, target, &raw, &sealing, Vec::new()).await
+                create_in_parts(repository, target, &raw, PART_BYTES, &sealing, Vec::new()).await
             }
         }
     }
@@ -344,7 +344,7 @@ pub(super) async fn archive(
     further: Vec<(Section, WireWriter)>,
 ) -> Result<Archived, Error> {
     let stored = if target.is_stored_in_parts(raw) {
-        create_in_parts(repository, target, raw, sealing, further).await?
+        create_in_parts(repository, target, raw, PART_BYTES, sealing, further).await?
     } else {
         let bytes = seal_file(sealing, &target, raw, further)?;
         create(repository, target, bytes).await?
@@ -370,10 +370,11 @@ async fn create(repository: &Repository, target: Target, bytes: Bytes) -> Result
     }
 }
 
-async fn create_in_parts(
+pub(super) async fn create_in_parts(
     repository: &Repository,
     target: Target,
     raw: &RawContent,
+    part_bytes: usize,
     sealing: &Sealing<'_>,
     further: Vec<(Section, WireWriter)>,
 ) -> Result<Stored, Error> {
@@ -387,7 +388,8 @@ async fn create_in_parts(
     let Some(segment) = target.segment() else {
         return Err(Error::Internal(format!("{} is no WAL", target.object)));
     };
-    let (parts, content) = store_parts(repository, target.identity.cluster, segment, raw, sealing).await?;
+    let place = (target.identity.cluster, segment);
+    let (parts, content) = store_parts(repository, place, raw, part_bytes, sealing).await?;
     let index = seal_index(repository, &target, &content, &parts, further);
     create(repository, target, index).await
 }

@@ -3,11 +3,12 @@
 //! Parts are WAL objects like any other, under names that are used once: a salt is drawn for each attempt. The index
 //! is a signed header alone; it holds the size and the digest of each part as stored, and is created when all of
 //! them are there: that is the commit. An attempt that ended before leaves parts that no index names, for the sweep.
-//! Stored from a file, memory holds one part; read back, the file and one part. Deliberately absent: reading a part alone.
+//! Stored from a file, memory holds one part; read back, the file and one part, and it grows by parts that were
+//! verified, whatever size an index names. Deliberately absent: reading a part alone.
 
 use bytes::Bytes;
 
-use crate::codec::{Digest, Hasher, RandomExt};
+use crate::codec::{Compression, Digest, Hasher, RandomExt};
 use crate::pg::WalSegmentName;
 use crate::repo::error::Error;
 use crate::repo::header::{Header, HeaderBuilder, Section};
@@ -16,7 +17,8 @@ use crate::repo::layout::WalObjectName;
 use crate::repo::raw_content::{RawContent, steps};
 use crate::repo::repository::Repository;
 use crate::repo::wal_object::{
-    Target, WAL_OBJECT_BYTES_MAX, WAL_RAW_BYTES_MAX, WalHeader, open_part, wal_target,
+    Archived, Stored, Target, WAL_OBJECT_BYTES_MAX, WAL_RAW_BYTES_MAX, WalHeader, WalKey, create_in_parts,
+    open_part, wal_target,
 };
 use crate::repo::wal_sealing::{Sealing, seal_range};
 use crate::repo::wire::{WireError, WireReader, WireWriter};
@@ -45,21 +47,41 @@ pub(super) struct PartedContent {
     digest: Digest,
 }
 
+/// Archives a segment in parts of any size, as the format lets a writer do: for small examples and tests of it.
+///
+/// # Errors
+/// As those of [`crate::repo::wal_object::archive_wal`].
+pub async fn archive_in_parts(
+    repository: &Repository,
+    (cluster, segment): (ClusterId, WalSegmentName),
+    raw: &RawContent,
+    part_bytes: usize,
+    key: &WalKey,
+    compression: Compression,
+) -> Result<Archived, Error> {
+    let target = wal_target(repository, cluster, WalObjectName::Segment(segment));
+    let sealing = Sealing { keyring: repository.keyring(), key, compression };
+    match create_in_parts(repository, target, raw, part_bytes, &sealing, Vec::new()).await? {
+        Stored::Created => Ok(Archived::Created),
+        Stored::Taken(place) => place.compare(repository, raw).await,
+    }
+}
+
 /// Stores the parts of a file.
 ///
 /// # Errors
 /// Also where the file became another one meanwhile: then no index is to name them.
 pub(super) async fn store_parts(
     repository: &Repository,
-    cluster: ClusterId,
-    segment: WalSegmentName,
+    (cluster, segment): (ClusterId, WalSegmentName),
     raw: &RawContent,
+    part_bytes: usize,
     sealing: &Sealing<'_>,
 ) -> Result<(Parts, PartedContent), Error> {
     let (salt, content_salt) = (repository.keyring().random().array(), sealing.keyring.random().array());
     let mut whole = Hasher::salted(&content_salt);
     let mut stored = Vec::new();
-    for (number, range) in (0..).zip(steps(0..raw.size(), PART_BYTES as u64)) {
+    for (number, range) in (0..).zip(steps(0..raw.size(), part_bytes as u64)) {
         let target = wal_target(repository, cluster, WalObjectName::Part { segment, salt, number });
         let bytes = seal_range(sealing, &target, raw, range, Some(&mut whole), Vec::new())?;
         stored.push((bytes.len() as u64, Digest::of(&bytes)));
@@ -125,7 +147,7 @@ pub(super) async fn read_parts(
     parts: &Parts,
     raw_size: u64,
 ) -> Result<Vec<u8>, Error> {
-    let mut raw = Vec::new();
+    let mut raw: Vec<u8> = Vec::new();
     for number in 0..parts.stored.len() {
         let (target, bytes) = read_part(repository, cluster, segment, parts, number).await?;
         let (here, opened) = (repository.clone(), target.clone());
@@ -133,7 +155,6 @@ pub(super) async fn read_parts(
         if (raw.len() + content.len()) as u64 > raw_size {
             return Err(Error::damaged(&target.object, "its file is shorter than its parts"));
         }
-        raw.reserve_exact((raw_size as usize).saturating_sub(raw.len()));
         raw.extend_from_slice(&content);
     }
     Ok(raw)

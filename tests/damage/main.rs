@@ -11,6 +11,7 @@ mod damage;
 mod source;
 
 mod clones;
+mod forms;
 mod keys;
 mod matrix;
 mod mounted;

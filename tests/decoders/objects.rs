@@ -19,8 +19,8 @@ use walden::pg::{Lsn, TimelineId};
 use walden::repo::entry::Node;
 use walden::repo::layout::{ObjectName, WalObjectName};
 use walden::repo::wal_object::{
-    ArchiveHead, WalKey, archive_head, archive_piece, newest_head, read_history, read_history_branch,
-    read_pieces, read_wal, read_wal_header, verify_wal,
+    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head, newest_wal,
+    read_history, read_history_branch, read_pieces, read_wal, read_wal_header, supersede_wal, verify_wal,
 };
 use walden::repo::{Basebackup, BasebackupId, FileReader, Keyring, Repository, RepositoryOptions};
 use walden::storage::{MemoryStore, ObjectKey, Store};
@@ -62,7 +62,7 @@ fn golden() -> Objects {
         }
     }
     objects.sort();
-    futures::executor::block_on(with_pieces(objects))
+    futures::executor::block_on(with_later_forms(objects))
 }
 
 async fn open(objects: &Objects) -> (Arc<MemoryStore>, Result<Repository, walden::repo::Error>) {
@@ -79,8 +79,9 @@ async fn open(objects: &Objects) -> (Arc<MemoryStore>, Result<Repository, walden
     (store, Repository::open(options).await)
 }
 
-/// Adds what came into the format after the golden repository was written: pieces of a segment, and a head.
-async fn with_pieces(objects: Objects) -> Objects {
+/// Adds what came into the format after the golden repository was written: pieces of a segment, a head, segments in
+/// the place of others, and one in parts.
+async fn with_later_forms(objects: Objects) -> Objects {
     let (store, repository) = open(&objects).await;
     let repository = repository.unwrap();
     let cluster = repository.clusters().await.unwrap()[0];
@@ -94,6 +95,14 @@ async fn with_pieces(objects: Objects) -> Objects {
     let written_at = repository.clock().now();
     let head = ArchiveHead { timeline: TimelineId::FIRST, end: Lsn(0xF00_2EE0), written_at };
     archive_head(&repository, cluster, &head).await.unwrap();
+    let segment = "000000010000000000000010".parse().unwrap();
+    let name = WalObjectName::Segment(segment);
+    archive_wal(&repository, cluster, name, &[1; 9000], &key, zstd).await.unwrap();
+    for byte in [2, 3] {
+        supersede_wal(&repository, cluster, segment, &vec![byte; 9000].into(), &key, zstd).await.unwrap();
+    }
+    let place = (cluster, "000000010000000000000011".parse().unwrap());
+    archive_in_parts(&repository, place, &vec![4; 9000].into(), 4000, &key, zstd).await.unwrap();
     let mut all = Objects::new();
     for object in store.list("", None, 10_000).await.unwrap() {
         all.push((object.key.clone(), store.get(&object.key, u64::MAX).await.unwrap().to_vec()));
@@ -150,6 +159,10 @@ fn repair(objects: &mut Objects, damaged: usize, before: &[u8]) {
         "refs"
     } else {
         repair_body(&mut objects[damaged].1, before);
+        if key.as_str().ends_with(".part") {
+            let part = objects[damaged].1.clone();
+            objects.iter_mut().for_each(|(_, bytes)| repair_index(bytes, before, &part));
+        }
         return;
     };
     let outcome = format!("{folder}/backup.json");
@@ -180,6 +193,26 @@ fn repair_body(bytes: &mut [u8], before: &[u8]) {
     }
 }
 
+/// Puts size and digest of a part where an index has those of the part before, if the size is as long as it was.
+fn repair_index(bytes: &mut [u8], before: &[u8], after: &[u8]) {
+    let varint = |mut number: usize| {
+        let mut bytes = Vec::new();
+        while number >= 0x80 {
+            bytes.push(number as u8 | 0x80);
+            number >>= 7;
+        }
+        bytes.push(number as u8);
+        bytes
+    };
+    let entry = |part: &[u8]| [&varint(part.len())[..], Digest::of(part).as_bytes()].concat();
+    let (old, new) = (entry(before), entry(after));
+    if old.len() == new.len()
+        && let Some(at) = bytes.windows(old.len()).position(|window| window == old)
+    {
+        bytes[at..at + old.len()].copy_from_slice(&new);
+    }
+}
+
 /// Reads all of a site and returns how many reads went well and how many were refused.
 async fn read_all(objects: &Objects) -> (usize, usize) {
     let (_, Ok(repository)) = open(objects).await else { return (0, 1) };
@@ -194,6 +227,9 @@ async fn read_all(objects: &Objects) -> (usize, usize) {
                 count(verify_wal(&repository, cluster, name).await.is_ok());
                 if matches!(name, WalObjectName::Piece { .. }) {
                     count(read_pieces(&repository, cluster, name.segment()).await.is_ok());
+                }
+                if matches!(name, WalObjectName::Forced { .. }) {
+                    count(newest_wal(&repository, cluster, name.segment()).await.is_ok());
                 }
             }
             Some(ObjectName::History(cluster, timeline)) => {

@@ -14,6 +14,7 @@ mod clone_start;
 mod engines;
 mod full_disk;
 mod killed;
+mod parts;
 mod positions;
 mod primary_and_standby;
 mod refused;

@@ -25,32 +25,32 @@ use walden::storage::{
 };
 
 /// Keys of the site, and a file and a segment of it.
-struct Scene {
+pub struct Scene {
     keys: NewKeys,
     file: Vec<u8>,
-    segment: Vec<u8>,
+    pub segment: Vec<u8>,
 }
 
-type TestStore = Arc<Faulty<Arc<MemoryStore>>>;
+pub type TestStore = Arc<Faulty<Arc<MemoryStore>>>;
 
 const FILE: &str = "data/base/5/1259";
 
 impl Scene {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let noise =
             |len: u64| (0..len).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8).collect();
         Self { keys: create_keys(3072).unwrap(), file: noise(200_000), segment: noise(300_000) }
     }
 
-    fn cluster() -> ClusterId {
+    pub fn cluster() -> ClusterId {
         "7301234567890123456-16".parse().unwrap()
     }
 
-    fn name() -> WalObjectName {
+    pub fn name() -> WalObjectName {
         WalObjectName::Segment("000000010000000000000002".parse().unwrap())
     }
 
-    fn options(&self, store: Arc<dyn Store>, seed: u64) -> RepositoryOptions {
+    pub fn options(&self, store: Arc<dyn Store>, seed: u64) -> RepositoryOptions {
         let keys = &self.keys;
         let keyring = Keyring::new(KeyringOptions {
             recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
@@ -95,7 +95,7 @@ impl Scene {
         Ok(())
     }
 
-    async fn read_segment(&self, store: Arc<dyn Store>) -> Result<Vec<u8>, Error> {
+    pub async fn read_segment(&self, store: Arc<dyn Store>) -> Result<Vec<u8>, Error> {
         let repository = Repository::open(self.options(store, 99)).await?;
         Ok(read_wal(&repository, Self::cluster(), Self::name()).await?.to_vec())
     }
@@ -132,12 +132,12 @@ impl Scene {
     }
 }
 
-fn faulty() -> TestStore {
+pub fn faulty() -> TestStore {
     Arc::new(Faulty::new(Arc::default()))
 }
 
 /// The faults that a call may meet: no effect, an effect without an answer, a body cut or changed on its way.
-fn faults(call: &Call) -> Vec<Fault> {
+pub fn faults(call: &Call) -> Vec<Fault> {
     let lost = if call.verb == Verb::Create { ErrorKind::OutcomeUnknown } else { ErrorKind::Unreachable };
     let mut faults = vec![Fault::Before(ErrorKind::Unreachable), Fault::Before(lost), Fault::After(lost)];
     if matches!(call.verb, Verb::Get | Verb::GetRange) {
@@ -147,18 +147,18 @@ fn faults(call: &Call) -> Vec<Fault> {
     faults
 }
 
-fn lies(fault: &Fault) -> bool {
+pub fn lies(fault: &Fault) -> bool {
     matches!(fault, Fault::TruncateBody(_) | Fault::FlipByte(_))
 }
 
-fn retrying(store: TestStore) -> Arc<dyn Store> {
+pub fn retrying(store: TestStore) -> Arc<dyn Store> {
     let pause = Duration::from_millis(1);
     let options = RetryOptions { pause_first: pause, pause_max: pause, ..RetryOptions::default() };
     Arc::new(Retrying::new(store, options, Arc::new(SystemClock), 1))
 }
 
 /// Says whether an error tells which object or folder it is about, or what the store was found to lack.
-fn names_what(error: &Error) -> bool {
+pub fn names_what(error: &Error) -> bool {
     let text = error.to_string();
     let named = ["main/", "of basebackup ", "WAL file "].iter().any(|name| text.contains(name));
     named || matches!(error, Error::UnsuitableStore { .. })

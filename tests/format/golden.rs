@@ -16,7 +16,9 @@ use walden::codec::{
 };
 use walden::repo::entry::{Entry, Node};
 use walden::repo::layout::ObjectName;
-use walden::repo::wal_object::{read_history, read_history_branch, read_wal, read_wal_header};
+use walden::repo::wal_object::{
+    newest_head, read_history, read_history_branch, read_wal, read_wal_header,
+};
 use walden::repo::{
     Basebackup, BasebackupId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
 };
@@ -85,7 +87,8 @@ fn other(algorithm: &str) -> Compression {
     serde_json::from_value(serde_json::json!({ "algorithm": algorithm })).unwrap()
 }
 
-fn golden() -> PathBuf {
+/// The folder of the golden repository and its keys.
+pub fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden-1")
 }
 
@@ -141,6 +144,10 @@ pub async fn describe(folder: &Path, repository: &Path) -> String {
                 Some(ObjectName::Outcome(id)) => describe_basebackup(&mut out, &repository, id).await,
                 Some(name @ (ObjectName::Wal(..) | ObjectName::History(..))) => {
                     describe_wal(&mut out, &repository, name).await;
+                }
+                Some(ObjectName::Head(cluster, timeline, _)) => {
+                    let head = newest_head(&repository, cluster, timeline).await.unwrap().unwrap();
+                    writeln!(out, "head {cluster} {timeline} {} {}", head.end, head.written_at).unwrap();
                 }
                 Some(_) => {}
                 // Leases and pins are nothing that anybody reads by its name.
@@ -237,19 +244,28 @@ async fn the_golden_repository_reads_as_it_was_written() {
     }
     let expected = fs::read_to_string(golden().join("expected.txt")).unwrap();
     let read = describe(&golden(), &golden().join("repository")).await;
+    assert_same_lines(&read, &expected);
+}
+
+#[track_caller]
+pub fn assert_same_lines(read: &str, expected: &str) {
     for (n, (read, expected)) in read.lines().zip(expected.lines()).enumerate() {
         assert_eq!(read, expected, "line {}", n + 1);
     }
     assert_eq!(read.lines().count(), expected.lines().count());
 }
 
-/// Walden with a copy of the golden repository, which commands may write leases into.
 fn walden(scratch: &Scratch, site: GoldenSite) -> Walden {
+    walden_of(scratch, &golden().join("repository"), site)
+}
+
+/// Walden with a copy of a golden repository, which commands may write leases into.
+pub fn walden_of(scratch: &Scratch, repository: &Path, site: GoldenSite) -> Walden {
     let walden = Walden::new(scratch);
     for folder in ["state", "run", "clones"] {
         scratch.folder(&format!("walden/{folder}"));
     }
-    copy(scratch, &golden().join("repository"), "walden/repository");
+    copy(scratch, repository, "walden/repository");
     for key in ["test.pem", "test.pub.pem", "test.sign.pem", "test.verify.pem"] {
         scratch.file(&format!("walden/{key}"), &fs::read_to_string(golden().join("keys").join(key)).unwrap());
     }
@@ -317,7 +333,7 @@ fn the_commands_read_the_golden_repository() {
 }
 
 /// Fetches as a standby of the cluster would.
-fn assert_fetched(scratch: &Scratch, walden: &Walden, name: &str, content: &[u8]) {
+pub fn assert_fetched(scratch: &Scratch, walden: &Walden, name: &str, content: &[u8]) {
     let data = scratch.folder("data");
     for folder in ["data/global", "data/pg_wal"] {
         scratch.folder(folder);

@@ -4,6 +4,7 @@
 //! memory and reads both basebackups back; then it checks, at the places the page names, the fields it names.
 
 mod golden;
+mod golden_forms;
 mod golden_writer;
 #[path = "../support/mod.rs"]
 mod support;
@@ -22,10 +23,11 @@ use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{
-    ArchiveHead, WalKey, archive_head, archive_piece, archive_wal, newest_head, read_pieces, read_wal,
+    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head, read_pieces,
+    read_wal, supersede_wal,
 };
 use walden::repo::{
-    Basebackup, BasebackupId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
+    Basebackup, BasebackupId, ClusterId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
 };
 use walden::storage::{MemoryStore, ObjectKey, Store};
 
@@ -75,6 +77,19 @@ fn growing() -> WalSegmentName {
     "000000010000000000000003".parse().unwrap()
 }
 
+/// The segment that another one has taken the place of.
+fn superseded() -> WalSegmentName {
+    "000000010000000000000004".parse().unwrap()
+}
+
+/// The segment that is stored in parts, smaller than any archiver makes them.
+fn in_parts() -> WalSegmentName {
+    "000000010000000000000005".parse().unwrap()
+}
+
+const FORMS: [&[u8]; 2] = [b"a segment as it was archived first", b"the segment that counts"];
+const PART_BYTES: usize = 16;
+const PARTS: &[u8] = b"the first part, and the second";
 const PIECES: [&[u8]; 2] = [b"the beginning of a segment, ", b"as far as it was received"];
 
 fn head() -> ArchiveHead {
@@ -105,8 +120,18 @@ async fn build() -> (Arc<MemoryStore>, NewKeys) {
         at = range.end;
         archive_piece(&repository, cluster, growing(), range, piece, &key, Compression::NONE).await.unwrap();
     }
+    archive_forms(&repository, cluster, &key).await;
     archive_head(&repository, cluster, &head()).await.unwrap();
     (store, keys)
+}
+
+async fn archive_forms(repository: &Repository, cluster: ClusterId, key: &WalKey) {
+    let [first, second] = FORMS;
+    let name = WalObjectName::Segment(superseded());
+    archive_wal(repository, cluster, name, first, key, Compression::NONE).await.unwrap();
+    supersede_wal(repository, cluster, superseded(), &second.into(), key, Compression::NONE).await.unwrap();
+    let place = (cluster, in_parts());
+    archive_in_parts(repository, place, &PARTS.into(), PART_BYTES, key, Compression::NONE).await.unwrap();
 }
 
 async fn write_example() {
@@ -224,6 +249,11 @@ async fn the_example_of_the_page_decodes() {
     assert_eq!(named, [first, second], "the second basebackup names a pack of each");
     assert_eq!(read_wal(&repository, builder_options().cluster, wal_name()).await.unwrap(), BACKUP_LABEL);
     let cluster = builder_options().cluster;
+    let read = async |segment| read_wal(&repository, cluster, WalObjectName::Segment(segment)).await.unwrap();
+    assert_eq!(read(superseded()).await, FORMS[1]);
+    assert_eq!(read(in_parts()).await, PARTS);
+    let parts = blocks.iter().filter(|(title, _)| title.ends_with(".part")).count();
+    assert_eq!(parts, PARTS.len().div_ceil(PART_BYTES));
     assert_eq!(read_pieces(&repository, cluster, growing()).await.unwrap(), PIECES.concat());
     assert_eq!(newest_head(&repository, cluster, TimelineId::FIRST).await.unwrap(), Some(head()));
     check_refs(&from_hex_dump(find(&blocks, &format!("object main/basebackups/{second}/refs"))), &packs);
@@ -242,15 +272,21 @@ fn check_header(key: &str, bytes: &[u8]) {
     let kind = kind.iter().find(|(part, _)| key.contains(part)).unwrap().1;
     assert_eq!(&bytes[..6], b"WALDEN", "{key}");
     assert_eq!(bytes[6..8], [kind, 1], "{key}");
-    assert_eq!(bytes[8..12], [0; 4], "{key}");
     let length = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
-    let (mut at, mut last) = (16, 0);
+    let (mut at, mut last, mut features) = (16, 0, 0);
     while at < 16 + length {
         let (tag, len) = (bytes[at], u32::from_le_bytes(bytes[at + 1..at + 5].try_into().unwrap()) as usize);
         assert!(tag > last, "{key}");
+        // Sections that came later are announced.
+        features |= match tag {
+            6 => 1,
+            7 => 2,
+            _ => 0,
+        };
         (at, last) = (at + 5 + len, tag);
     }
     assert_eq!(at, 16 + length, "{key}");
+    assert_eq!(u32::from_le_bytes(bytes[8..12].try_into().unwrap()), features, "{key}");
 }
 
 /// Records of 90 bytes, with the size, the salt and the digest of the packs on the page.

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::scene::Scene;
-use crate::support::{Need, Run, Stop, require};
+use crate::support::{Need, Stop, require};
 
 /// Failures 9 and 10 from the side of the archive: a segment and a history that are gone are found, and put back while
 /// the server has them.
@@ -114,13 +114,13 @@ fn what_is_damaged_is_archived_again_beside_it_and_is_no_finding_any_more() {
     assert!(text.contains(&format!("superseded     {}, by ", damaged[2])), "{text}");
     for (segment, standing) in damaged.iter().zip(&standing) {
         assert!(fs::read(scene.object(segment)).unwrap() == *standing, "{segment} was written over");
-        assert_fetched(&scene, segment);
+        scene.assert_fetched(segment);
     }
     scene.assert_recovers(scene.recovering("mended", &scene.walden.restore_command())).stop(Stop::Fast);
 
     // Nothing is passed over for the sake of what it replaced.
     flip(&forced(&scene, &damaged[0]), Place::Body);
-    let both = scene.walden.try_run(&["wal", "check", "--bodies", "--json"]).expect_code(3);
+    let both = scene.walden.try_run(&["--output", "json", "wal", "check", "--bodies"]).expect_code(3);
     let both: serde_json::Value = serde_json::from_str(&both.stdout).unwrap();
     assert_eq!(names(&both["clusters"][0]["damaged"]).len(), 2, "{both:#}");
     fs::remove_file(scene.cluster.data_directory().join("pg_wal").join(&damaged[0])).unwrap();
@@ -134,22 +134,6 @@ fn forced(scene: &Scene, segment: &str) -> std::path::PathBuf {
     let start = format!("{segment}.forced.");
     let mut forced = paths.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&start));
     forced.next().unwrap()
-}
-
-/// Fetches as a standby without a plan, and compares with what the server has.
-fn assert_fetched(scene: &Scene, segment: &str) {
-    let own = scene.cluster.data_directory();
-    let data = scene.cluster.scratch().folder(&format!("standby-{segment}"));
-    let data = data.as_path();
-    let mut copy = std::process::Command::new("cp");
-    copy.arg("-a").arg(own.join("global")).arg(data);
-    Run::of(&mut copy, "").expect_success();
-    scene.cluster.scratch().file(&format!("standby-{segment}/standby.signal"), "");
-    let mut fetch = scene.walden.command();
-    fetch.args(["wal", "fetch", segment, "fetched"]).current_dir(data);
-    Run::of(&mut fetch, "").expect_success();
-    let fetched = fs::read(data.join("fetched")).unwrap();
-    assert!(fetched == fs::read(own.join("pg_wal").join(segment)).unwrap(), "{segment}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::support::{Account, Cluster, Mounted, Options, Run, Server, Site, Stop, Walden, wait_for};
 
@@ -130,6 +131,21 @@ impl Scene {
     pub fn object(&self, segment: &str) -> PathBuf {
         find(&self.walden.repository(), segment)
             .unwrap_or_else(|| panic!("{segment} is not in the repository"))
+    }
+
+    /// Fetches a segment as a standby does that nobody has asked for before, and compares it with what the server has.
+    #[track_caller]
+    pub fn assert_fetched(&self, segment: &str) {
+        static STANDBYS: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("fetching-{}", STANDBYS.fetch_add(1, Ordering::Relaxed));
+        let (own, scratch) = (self.cluster.data_directory(), self.cluster.scratch());
+        let data = scratch.folder(&name);
+        shell(&data, &format!("cp -a '{}/global' . && touch standby.signal", own.display()));
+        let mut fetch = self.walden.command();
+        fetch.args(["wal", "fetch", segment, "fetched"]).current_dir(&data);
+        Run::of(&mut fetch, "").expect_success();
+        let fetched = fs::read(data.join("fetched")).unwrap();
+        assert!(fetched == fs::read(own.join("pg_wal").join(segment)).unwrap(), "{segment}: other bytes");
     }
 
     /// Says how many rows a server has that are those archived here.

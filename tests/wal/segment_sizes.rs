@@ -6,10 +6,12 @@
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Instant;
 
 use crate::scene::Scene;
-use crate::support::{Need, Stop, require};
+use crate::support::{Need, Stop, require, wait_for};
 
 /// Segments that are archived, of two logs.
 const SEGMENTS: usize = 3;
@@ -39,6 +41,43 @@ fn segments_of_the_sizes_that_the_script_asks_for_come_back() {
     for mib in sizes.split(' ').filter(|size| !size.is_empty()) {
         come_back(mib.parse().unwrap());
     }
+}
+
+/// Failure 17 for a push: between any two parts of a segment, and between the last one and the index.
+#[test]
+fn failure_17_a_push_that_is_killed_among_its_parts_leaves_no_segment_and_the_next_one_stores_it() {
+    require!(Need::PostgreSQL(15), Need::Folder);
+    let mut scene = Scene::with_segments_of(128, 15, 0, None);
+    scene.archive_row();
+    let segment = scene.segments[0].clone();
+    let (index, own) = (scene.object(&segment), scene.cluster.data_directory().join("pg_wal").join(&segment));
+    let folder = index.with_file_name("");
+    let objects = || {
+        let paths = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+        let of_segment = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with(&segment);
+        paths.filter(of_segment).collect::<Vec<_>>()
+    };
+    let push = || {
+        let mut command = scene.walden.command();
+        command.args(["wal", "push"]).arg(&own).stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap()
+    };
+    let mut among_parts = 0;
+    for parts in 1..=4 {
+        objects().iter().for_each(|object| fs::remove_file(object).unwrap());
+        let mut pushing = push();
+        wait_for("so many parts", || {
+            (objects().len() >= parts || pushing.try_wait().unwrap().is_some()).then_some(())
+        });
+        pushing.kill().unwrap();
+        pushing.wait().unwrap();
+        among_parts += usize::from(!index.exists());
+        assert!(index.exists() || !objects().is_empty(), "it was killed before it stored anything");
+        assert!(push().wait().unwrap().success(), "{parts}");
+        assert!(index.exists(), "{parts}");
+        scene.assert_fetched(&segment);
+    }
+    assert!(among_parts > 0, "no kill fell among the parts");
 }
 
 fn come_back(mib: u32) {
