@@ -17,7 +17,8 @@ use crate::pg::{
 };
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{
-    Archived, HistoryBranch, SealedFile, Stored, TakenPlace, WalKey, mend_wal, seal_history, seal_wal, supersede_wal,
+    Archived, HistoryBranch, SealedFile, Stored, TakenPlace, WalKey, mend_wal, seal_history, seal_wal,
+    supersede_wal,
 };
 use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
@@ -114,7 +115,9 @@ pub async fn push_admitted(
         let (cluster, raw) = (file.cluster, &file.content);
         match on_conflict {
             OnConflict::Refuse => {}
-            OnConflict::Mend => return Ok(mend_wal(repository, cluster, segment, raw, key, compression).await?),
+            OnConflict::Mend => {
+                return Ok(mend_wal(repository, cluster, segment, raw, key, compression).await?);
+            }
             OnConflict::Supersede => {
                 return Ok(supersede_wal(repository, cluster, segment, raw, key, compression).await?);
             }

@@ -93,10 +93,19 @@ impl Archive {
         for number in [8, 9] {
             let (repository, key) = (&archive.repository, &archive.key);
             let name = WalObjectName::Segment(segment(number));
-            archive_wal(repository, cluster(), name, b"something else", key, Compression::NONE).await.unwrap();
-            supersede_wal(repository, cluster(), segment(number), &content(number).into(), key, Compression::NONE)
+            archive_wal(repository, cluster(), name, b"something else", key, Compression::NONE)
                 .await
                 .unwrap();
+            supersede_wal(
+                repository,
+                cluster(),
+                segment(number),
+                &content(number).into(),
+                key,
+                Compression::NONE,
+            )
+            .await
+            .unwrap();
         }
         archive
     }
@@ -277,7 +286,9 @@ async fn a_check_of_all_bytes_finds_what_a_reader_meets() {
             *flipped.last_mut().unwrap() ^= 1;
             archive.put(key, Some(flipped.into()));
             let name = match archive.repository.layout().parse(key) {
-                Some(ObjectName::Wal(_, WalObjectName::Part { segment, .. })) => WalObjectName::Segment(segment),
+                Some(ObjectName::Wal(_, WalObjectName::Part { segment, .. })) => {
+                    WalObjectName::Segment(segment)
+                }
                 Some(ObjectName::Wal(_, name)) => name,
                 other => panic!("{other:?}"),
             };

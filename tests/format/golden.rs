@@ -16,9 +16,7 @@ use walden::codec::{
 };
 use walden::repo::entry::{Entry, Node};
 use walden::repo::layout::ObjectName;
-use walden::repo::wal_object::{
-    newest_head, read_history, read_history_branch, read_wal, read_wal_header,
-};
+use walden::repo::wal_object::{newest_head, read_history, read_history_branch, read_wal, read_wal_header};
 use walden::repo::{
     Basebackup, BasebackupId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
 };

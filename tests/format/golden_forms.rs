@@ -13,7 +13,8 @@ use walden::codec::{Compression, Digest};
 use walden::pg::{Lsn, TimelineId, WalSegmentName};
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{
-    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_wal, supersede_wal,
+    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_wal,
+    supersede_wal,
 };
 use walden::repo::{ClusterId, Repository, RepositoryOptions};
 use walden::storage::{LocalStore, ObjectKey};
@@ -168,7 +169,11 @@ fn the_commands_read_the_golden_repository_of_later_forms() {
         }
         let checked = walden.json(&["wal", "check", "--bodies"]);
         let cluster = &checked["clusters"][0];
-        assert_eq!((&checked["ok"], &cluster["damaged"]), (&true.into(), &serde_json::json!([])), "{checked:#}");
+        assert_eq!(
+            (&checked["ok"], &cluster["damaged"]),
+            (&true.into(), &serde_json::json!([])),
+            "{checked:#}"
+        );
         let superseded = cluster["superseded"].as_array().unwrap();
         assert_eq!(superseded.len(), 1, "{checked:#}");
         assert_eq!(superseded[0]["name"], named(0xB).to_string());

@@ -23,8 +23,8 @@ use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{
-    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head, read_pieces,
-    read_wal, supersede_wal,
+    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head,
+    read_pieces, read_wal, supersede_wal,
 };
 use walden::repo::{
     Basebackup, BasebackupId, ClusterId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,

@@ -138,7 +138,9 @@ fn a_data_directory_that_is_made_anew_in_its_place_gets_what_is_archived_now() {
     shell(&keep, &format!("cp -a . '{}'", data.display()));
     assert_eq!(fs::metadata(&data).unwrap().ino(), inode);
     assert!(fetch(&scene.segments[2]) == other, "it was read for the recovery before");
-    wait_for("the prefetcher of the recovery before to end", || (!prefetchers(&data).contains(&first)).then_some(()));
+    wait_for("the prefetcher of the recovery before to end", || {
+        (!prefetchers(&data).contains(&first)).then_some(())
+    });
 }
 
 /// Failure 1a, the other way round: a standby follows an archive that is written in any order, through a store that

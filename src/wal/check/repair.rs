@@ -98,8 +98,7 @@ fn wanted(findings: &ClusterFindings, data_directory: &Path) -> Result<Vec<Wante
             wanted.push(Wanted { name, is_damaged });
         }
     }
-    wanted.sort_by_key(|wanted| {
-        (!matches!(wanted.name, ArchiveFileName::History(_)), wanted.name.to_string())
-    });
+    wanted
+        .sort_by_key(|wanted| (!matches!(wanted.name, ArchiveFileName::History(_)), wanted.name.to_string()));
     Ok(wanted)
 }
