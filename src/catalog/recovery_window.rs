@@ -162,7 +162,9 @@ impl RecoveryWindow {
         };
         let mut window = Self { timeline, start, reached, end, holes, ending: None, missing_start: None };
         let next = WalSegmentNumber::containing(end, size);
-        if let Some(ending) = Ending::find(&way, coverage, next, size) {
+        // One that ends where recovery begins holds nothing to replay.
+        let ending = Ending::find(&way, coverage, next, size).filter(|ending| ending.end > start.start_lsn);
+        if let Some(ending) = ending {
             window.end_in(ending, next, size);
         }
         // Nothing on the last timeline lies behind the ending, and before it every switch point is passed.
@@ -495,6 +497,11 @@ mod tests {
         // A basebackup of the child itself begins behind that.
         let own = RecoveryStart { timeline: timeline(2), start_lsn: within(6) + 1, stop_lsn: within(6) + 2 };
         assert!(window(own, &inside, "1: 3-5", 2).holes.is_empty());
+        // One that begins with its timeline finds nothing in what its parent has up to there.
+        let at_switch =
+            RecoveryStart { timeline: timeline(2), start_lsn: within(6), stop_lsn: within(6) + 2 };
+        let found = window(at_switch, &inside, "1: 6", 2);
+        assert_eq!((found.reached.len(), found.ending), (0, None));
     }
 
     #[test]

@@ -251,13 +251,18 @@ impl Restore<'_> {
         let journal = Journal::open(&area.directory().join(JOURNAL_FILE))?;
         let mut checkpoints =
             Checkpoints::new(journal, roots(destinations), files.clone(), *checkpoint_bytes);
-        let mut count = 0;
-        while let Some(batch) = batches.next().await? {
-            count += batch.files.len() as u64;
-            writer.write(batch, || checkpoints.take_if_due()).await?;
-        }
-        checkpoints.end().await?;
-        Ok(count)
+        let mut write_all = async || {
+            let mut count = 0;
+            while let Some(batch) = batches.next().await? {
+                count += batch.files.len() as u64;
+                writer.write(batch, || checkpoints.take_if_due()).await?;
+            }
+            Ok(count)
+        };
+        let written = write_all().await;
+        // Also where writing failed: what is being synced is what --resume need not fetch again.
+        let synced = checkpoints.end().await;
+        written.and_then(|count| synced.map(|()| count))
     }
 
     /// Writes what makes the restored server recover, and what says where it came from.
