@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::catalog::wal_reader::{Found, Patience, WalReader};
+use crate::codec::Digest;
 use crate::mount::fs::IoMode;
 use crate::mount::lower::LowerError;
 use crate::mount::repo_lower::lower_error;
@@ -48,8 +49,11 @@ pub(crate) struct PartialFile {
 struct WalFileReader {
     reader: Arc<WalReader>,
     name: ArchiveFileName,
+    size: u64,
     /// The content until it was read to its end, so that what is read ahead meanwhile does not push it out.
     held: Mutex<Option<(Bytes, OwnedSemaphorePermit)>>,
+    /// What was opened, where there was no place to hold it.
+    opened: Option<Digest>,
 }
 
 /// `cp` gives a copy the mode of the original, and PostgreSQL opens its copy for writing.
@@ -80,6 +84,20 @@ impl WalFileReader {
             Err(error) => Err(lower_error(&error)),
         }
     }
+
+    /// Returns what was opened, or nothing where the segment has been superseded since: one copy is of one form, and
+    /// PostgreSQL refuses one that is too short.
+    async fn content_as_opened(&self) -> Result<Bytes, LowerError> {
+        let content = self.content().await?;
+        if self.opened.is_none_or(|opened| opened == Digest::of(&content)) {
+            return Ok(content);
+        }
+        tracing::error!(
+            "WAL file {} was superseded while it was copied, and the copy is cut short",
+            self.name
+        );
+        Ok(Bytes::new())
+    }
 }
 
 #[async_trait::async_trait]
@@ -102,14 +120,16 @@ impl VirtualFile for WalFile {
 
     async fn open(&self) -> Result<(Arc<dyn VirtualReader>, IoMode), LowerError> {
         self.opened.opened(self.name);
-        let reader = WalFileReader { reader: self.reader.clone(), name: self.name, held: Mutex::default() };
+        let (reader, name, size) = (self.reader.clone(), self.name, self.size);
+        let mut reader = WalFileReader { reader, name, size, held: Mutex::default(), opened: None };
         // The whole of it is verified before the first byte is given out.
         let content = reader.content().await?;
         if content.len() as u64 != self.size {
             return EmptyFile.open().await;
         }
-        if let Ok(place) = self.held.clone().try_acquire_owned() {
-            *reader.lock_held() = Some((content, place));
+        match self.held.clone().try_acquire_owned() {
+            Ok(place) => *reader.lock_held() = Some((content, place)),
+            Err(_) => reader.opened = Some(Digest::of(&content)),
         }
         // A copy reads each byte once: pages of the kernel's cache would cost more than all else.
         Ok((Arc::new(reader), IoMode::Direct))
@@ -119,10 +139,14 @@ impl VirtualFile for WalFile {
 #[async_trait::async_trait]
 impl VirtualReader for WalFileReader {
     async fn read(&self, offset: u64, length: u32) -> Result<Bytes, LowerError> {
+        // How a copy learns that it has everything, when nothing is held any more.
+        if offset >= self.size {
+            return Ok(Bytes::new());
+        }
         let held = self.lock_held().as_ref().map(|(content, _)| content.clone());
         let content = match held {
             Some(content) => content,
-            None => self.content().await?,
+            None => self.content_as_opened().await?,
         };
         if offset.saturating_add(length.into()) >= content.len() as u64 {
             *self.lock_held() = None;
@@ -186,4 +210,64 @@ impl VirtualReader for PartialFile {
 fn part(content: &Bytes, offset: u64, length: u32) -> Bytes {
     let start = usize::try_from(offset).unwrap_or(usize::MAX).min(content.len());
     content.slice(start..start.saturating_add(length as usize).min(content.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::clock::ManualClock;
+    use crate::codec::{Compression, SeededRandom};
+    use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber};
+    use crate::repo::forced_index::LISTING_AGE_MAX;
+    use crate::repo::layout::WalObjectName;
+    use crate::repo::wal_object::{WalKey, archive_wal, supersede_wal};
+    use crate::repo::{ClusterId, Keyring, Repository, RepositoryOptions};
+    use crate::storage::{MemoryStore, ObjectKey};
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl Opened for Nobody {
+        fn opened(&self, _name: ArchiveFileName) {}
+    }
+
+    /// Opens a segment, reads half of it, has it superseded and forgotten, and returns all that a copy gets.
+    async fn copy_over_a_force(places: usize) -> Bytes {
+        let clock = ManualClock::new("2026-11-21T10:00:00Z".parse().unwrap());
+        let options = RepositoryOptions {
+            store: Arc::new(MemoryStore::new()),
+            site: ObjectKey::parse("main").unwrap(),
+            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
+            clock: Arc::new(clock.clone()),
+        };
+        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let cluster: ClusterId = "7301234567890123456-1".parse().unwrap();
+        let segment = WalSegmentName::new(TimelineId::FIRST, WalSegmentNumber(3), cluster.segment_size);
+        let key = WalKey::create(repository.keyring()).unwrap();
+        let (object, none) = (WalObjectName::Segment(segment), Compression::NONE);
+        archive_wal(&repository, cluster, object, b"before", &key, none).await.unwrap();
+        let reader = Arc::new(WalReader::new(repository.clone(), cluster, Arc::new(clock.clone()), 1 << 20));
+        let file = WalFile {
+            reader: reader.clone(),
+            name: ArchiveFileName::Segment(segment),
+            size: 6,
+            held: Arc::new(Semaphore::new(places)),
+            opened: Arc::new(Nobody),
+        };
+        let (copied, _) = file.open().await.unwrap();
+        let first = copied.read(0, 3).await.unwrap();
+        supersede_wal(&repository, cluster, segment, &b"behind".to_vec().into(), &key, none).await.unwrap();
+        clock.advance(LISTING_AGE_MAX);
+        reader.forget_served();
+        let rest = copied.read(3, 3).await.unwrap();
+        assert_eq!(copied.read(6, 3).await.unwrap(), Bytes::new());
+        [first, rest].concat().into()
+    }
+
+    #[tokio::test]
+    async fn a_copy_is_of_one_form_or_too_short() {
+        assert_eq!(copy_over_a_force(1).await, &b"before"[..]);
+        assert_eq!(copy_over_a_force(0).await, &b"bef"[..]);
+    }
 }
