@@ -9,7 +9,20 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The names of the keys it gives, one after the other, and then from the first again.
-pub const SESSION_KEYS: [&str; 3] = ["session-1", "session-2", "session-3"];
+pub const SESSION_KEYS: [&str; 12] = [
+    "session-1",
+    "session-2",
+    "session-3",
+    "session-4",
+    "session-5",
+    "session-6",
+    "session-7",
+    "session-8",
+    "session-9",
+    "session-10",
+    "session-11",
+    "session-12",
+];
 
 /// What the metadata service wants to see once a session has begun.
 const METADATA_SESSION: &str = "metadata-session";

@@ -32,7 +32,20 @@ pub const ACCESS_KEY_ID: &str = "walden-test";
 pub const SECRET_ACCESS_KEY: &str = "not much of a secret";
 
 /// Keys of temporary credentials, with the same secret; whatever token comes with them is taken.
-pub const TEMPORARY_KEY_IDS: [&str; 3] = ["session-1", "session-2", "session-3"];
+pub const TEMPORARY_KEY_IDS: [&str; 12] = [
+    "session-1",
+    "session-2",
+    "session-3",
+    "session-4",
+    "session-5",
+    "session-6",
+    "session-7",
+    "session-8",
+    "session-9",
+    "session-10",
+    "session-11",
+    "session-12",
+];
 
 /// The bucket there is.
 pub const BUCKET: &str = "bucket";
