@@ -104,6 +104,6 @@ fn receive(scene: &Scene, daemon: &mut Receiver, primary: &Server) -> usize {
     }
     let runs = daemon.runs(2);
     assert_eq!(runs.len(), 1, "{runs:?}\n{}", daemon.log());
-    assert!(daemon.state()["gap"].is_null(), "{:#}", daemon.state());
+    assert_eq!(daemon.state()["gaps"], json!([]), "{:#}", daemon.state());
     segments.len()
 }
