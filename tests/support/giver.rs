@@ -8,7 +8,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// The names of the keys it gives, one after the other, and then from the first again.
+/// The names of the keys it gives, one after the other, and then from the first again: more than a test uses up, or one that
+/// has expired would be given again.
 pub const SESSION_KEYS: [&str; 12] = [
     "session-1",
     "session-2",

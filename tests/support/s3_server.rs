@@ -25,27 +25,13 @@ use tokio::net::TcpListener;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
+use super::giver::SESSION_KEYS;
+
 /// The server's access key.
 pub const ACCESS_KEY_ID: &str = "walden-test";
 
 /// The secret to [`ACCESS_KEY_ID`].
 pub const SECRET_ACCESS_KEY: &str = "not much of a secret";
-
-/// Keys of temporary credentials, with the same secret; whatever token comes with them is taken.
-pub const TEMPORARY_KEY_IDS: [&str; 12] = [
-    "session-1",
-    "session-2",
-    "session-3",
-    "session-4",
-    "session-5",
-    "session-6",
-    "session-7",
-    "session-8",
-    "session-9",
-    "session-10",
-    "session-11",
-    "session-12",
-];
 
 /// The bucket there is.
 pub const BUCKET: &str = "bucket";
@@ -66,7 +52,8 @@ impl S3Server {
         let objects = folder.path().join(BUCKET);
         let mut builder = S3ServiceBuilder::new(Strict { files, objects, creating: Mutex::default() });
         let mut auth = SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY);
-        for key in TEMPORARY_KEY_IDS {
+        // Temporary credentials have the same secret; whatever token comes with them is taken.
+        for key in SESSION_KEYS {
             auth.register(key.to_owned(), SECRET_ACCESS_KEY.into());
         }
         builder.set_auth(auth);

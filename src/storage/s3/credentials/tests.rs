@@ -14,7 +14,7 @@ use super::super::super::retry::{RetryOptions, Retrying};
 use super::super::super::store::Store;
 use super::super::giver::{Giver, Mood, SESSION_KEYS};
 use super::super::http::Connector;
-use super::super::server::{BUCKET, S3Server, SECRET_ACCESS_KEY, TEMPORARY_KEY_IDS};
+use super::super::server::{BUCKET, S3Server, SECRET_ACCESS_KEY};
 use super::super::{S3Options, S3Store};
 use super::*;
 use crate::clock::{ManualClock, SystemClock};
@@ -74,11 +74,6 @@ fn store(endpoint: String, source: CredentialSource) -> S3Store {
 
 fn key(text: &str) -> ObjectKey {
     ObjectKey::parse(text).unwrap()
-}
-
-#[test]
-fn the_server_knows_the_keys_that_are_given() {
-    assert_eq!(SESSION_KEYS, TEMPORARY_KEY_IDS);
 }
 
 #[tokio::test]
