@@ -112,8 +112,9 @@ pub(super) async fn staying_by_content(
 
 /// Removes everything in the destinations that is neither a directory of the basebackup nor a file that stays.
 ///
-/// The configuration's directory is the host's, and only files of the basebackup's names are removed in it. A tablespace's directory is shared with
-/// clusters of other major versions, as pg_upgrade leaves it: only the folder that the basebackup has there is its own.
+/// The configuration's directory is the host's, and only files of the basebackup's names are removed in it. A tablespace's
+/// directory is shared with clusters of other major versions, as pg_upgrade leaves it: only the folder that the basebackup
+/// has there is its own.
 pub(super) fn clear(destinations: &Destinations, shape: &Shape, staying: &Staying) -> Result<(), Error> {
     let directories = shape.directory_set();
     let stays = |path: &Path| {

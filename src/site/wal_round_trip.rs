@@ -18,6 +18,9 @@ use crate::site::server::cluster_of;
 const NAME: &str = "WAL round trip";
 /// Between two looks at the archive, growing from the first to the last.
 const POLL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// What to look at where the archiver has no part in it.
+const RECEIVER_HINT: &str =
+    "Start `walden daemon` or `walden wal receive`; where one runs its log says what keeps it.";
 
 /// Ends a segment on a primary and waits until it can be read from the archive, for as long as `patience`; `received` says
 /// that its WAL comes by streaming.
@@ -94,10 +97,6 @@ async fn read_back(
     let detail = format!("it holds {size} bytes and no whole segment");
     Err(Error::Damaged { object: format!("WAL file {segment}"), detail })
 }
-
-/// What to look at where the archiver has no part in it.
-const RECEIVER_HINT: &str =
-    "Start `walden daemon` or `walden wal receive`; where one runs its log says what keeps it.";
 
 /// Says what the server knows about why a segment did not come.
 async fn archiver_hint(session: &Session) -> String {

@@ -1,6 +1,6 @@
 //! Segments that take the place of others, and segments in parts: every byte of every object another one, every length,
-//! and every object in the place of every other. A reader gets the right segment or an error, `wal check` finds what
-//! the reader meets, and mending brings the segment back.
+//! and every object in the place of every other. A reader gets the right segment or an error, what `wal check`
+//! looks at finds what the reader meets, and mending brings the segment back.
 
 use std::fs;
 use std::path::Path;
