@@ -134,15 +134,27 @@ pub async fn list_partials(
 
 /// Returns the position behind the last whole record of a segment that begins at `start`.
 pub fn end_of_records(start: Lsn, bytes: &Bytes, size: WalSegmentSize) -> Lsn {
+    follow(start, bytes, size).0
+}
+
+/// Tells whether the log goes on behind a segment that begins at `start`: its records reach its end, or the server
+/// switched to the next one in it. The record that crosses into that is checked by who reads both.
+pub fn is_filled(start: Lsn, bytes: &Bytes, size: WalSegmentSize) -> bool {
+    follow(start, bytes, size).1
+}
+
+/// Reads the records of a segment; returns the position behind the last whole one, and whether the log goes on behind it all.
+fn follow(start: Lsn, bytes: &Bytes, size: WalSegmentSize) -> (Lsn, bool) {
     let mut records = WalRecordStream::new(start, size, WAL_PAGE_BYTES);
     let mut end = start;
     if records.push(start, bytes.clone()).is_err() {
-        return end;
+        return (end, false);
     }
     loop {
         match records.next_record() {
             Ok(WalStep::Record(record)) => end = record.end,
-            Ok(WalStep::NeedBytes | WalStep::End(_)) => return end,
+            Ok(WalStep::NeedBytes) => return (end, bytes.len() as u64 >= u64::from(size.bytes())),
+            Ok(WalStep::End(_)) => return (end, false),
             Err(_) => {}
         }
     }

@@ -142,6 +142,13 @@ impl RecoveryPlan {
         span.filter(|_| !self.standby).and_then(|span| span.end)
     }
 
+    /// Returns whether a segment is all that the plan has of a timeline, as of one whose history alone was archived.
+    pub fn is_bare(&self, segment: WalSegmentName) -> bool {
+        self.span(segment.timeline()).is_some_and(|span| {
+            span.history && span.first == segment && span.last == Some(segment) && span.end.is_none()
+        })
+    }
+
     /// Returns the span of a timeline.
     pub fn span(&self, timeline: TimelineId) -> Option<&TimelineSpan> {
         self.spans.iter().find(|span| span.timeline == timeline)
@@ -273,8 +280,8 @@ fn ending_of(
 
 /// Decides what is answered to one name.
 ///
-/// `valid_in_pg_wal` says that the server has the segment itself, in which case it is told *absent* and reads its
-/// own copy.
+/// `valid_in_pg_wal` says that the server has the segment itself, with all that the plan goes by, in which case it is
+/// told *absent* and reads its own copy.
 pub fn answer(
     plan: &RecoveryPlan,
     name: ArchiveFileName,

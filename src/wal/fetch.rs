@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::catalog::ending_segment::end_of_records;
+use crate::catalog::ending_segment::{end_of_records, is_filled};
 use crate::catalog::wal_reader::{Found, Patience, Pauses, may_heal};
 use crate::catalog::{Answer, InArchive, RecoveryPlan, answer};
 use crate::disk::StagedFile;
@@ -185,7 +185,7 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
         {
             return Ok(None);
         }
-        let own_copy = archive == InArchive::Absent && self.has_valid_copy();
+        let own_copy = archive == InArchive::Absent && self.has_all_that_is_planned(plan);
         match (answer(plan, name, archive, own_copy), found) {
             (Answer::Absent, _) => Ok(None),
             (Answer::Serve, Ok(bytes)) => Ok(Some(bytes)),
@@ -205,9 +205,25 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
         Ok(found)
     }
 
-    /// Tells whether the server has the segment itself, as a whole file that is what its name says.
-    fn has_valid_copy(&self) -> bool {
-        self.valid_copy().is_some()
+    /// Tells whether the server has the segment itself, with as much WAL in it as the plan goes by.
+    ///
+    /// In a copy of a running server its last segment is filled to some point: recovery that reads it ends there, and
+    /// what is archived behind it is lost. Where nothing of a timeline was archived but its history, the
+    /// server's own segment is all there is, however far it is filled.
+    fn has_all_that_is_planned(&self, plan: &RecoveryPlan) -> bool {
+        let (size, ArchiveFileName::Segment(segment)) = (self.control.wal_segment_size, self.options.name)
+        else {
+            return false;
+        };
+        let (Some(own), Ok(start)) = (self.valid_copy(), segment.start_lsn(size)) else { return false };
+        let has_all = match plan.ending_of(segment) {
+            Some(end) => end_of_records(start, &own, size) >= end,
+            None => plan.is_bare(segment) || is_filled(start, &own, size),
+        };
+        if !has_all {
+            tracing::warn!("the server's own {segment} ends before the WAL that was archived");
+        }
+        has_all
     }
 
     /// Tells whether the server's own segment holds more WAL than the archive's beginning of it: what it wrote last was

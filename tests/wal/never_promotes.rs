@@ -8,7 +8,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use crate::scene::{Scene, kill_mount};
+use crate::scene::{Scene, kill_mount, shell};
 use crate::support::{Need, Server, Stop, require, wait_for};
 
 #[test]
@@ -48,6 +48,43 @@ fn a_damaged_segment_stops_recovery(major: u32) {
     fs::write(&object, whole).unwrap();
     scene.assert_recovers(scene.recovering("repaired", &scene.cp())).stop(Stop::Fast);
     drop(mount);
+}
+
+#[test]
+fn a_segment_of_its_own_that_ends_early_is_not_the_end_on_13() {
+    a_segment_of_its_own_that_ends_early_is_not_the_end(13);
+}
+
+#[test]
+fn a_segment_of_its_own_that_ends_early_is_not_the_end_on_15() {
+    a_segment_of_its_own_that_ends_early_is_not_the_end(15);
+}
+
+#[test]
+fn a_segment_of_its_own_that_ends_early_is_not_the_end_on_18() {
+    a_segment_of_its_own_that_ends_early_is_not_the_end(18);
+}
+
+/// As in a copy that the storage made of a running server: the segment that was being written then is there up to some
+/// point, and it is the one that the archive lacks, while it has those behind it.
+fn a_segment_of_its_own_that_ends_early_is_not_the_end(major: u32) {
+    require!(Need::PostgreSQL(major));
+    let mut scene = Scene::new(major, 4);
+    let hole = scene.segments[2].clone();
+    let kept = scene.cluster.scratch().path().join("kept");
+    shell(scene.cluster.data_directory(), &format!("cp pg_wal/{hole} {}", kept.display()));
+    scene.cluster.stop(Stop::Fast);
+    fs::remove_file(scene.object(&hole)).unwrap();
+    let with_its_own = |name: &str, bytes: usize| {
+        let server = scene.recovering(name, &scene.walden.restore_command());
+        let script =
+            format!("head -c {bytes} {} >pg_wal/{hole}; truncate -s 1M pg_wal/{hole}", kept.display());
+        shell(server.data_directory(), &script);
+        server
+    };
+    // No more than the header of the first page and the beginning of a record.
+    scene.assert_stops(with_its_own("early", 100), "is missing");
+    scene.assert_recovers(with_its_own("whole", 1 << 20)).stop(Stop::Fast);
 }
 
 #[test]
