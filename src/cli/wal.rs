@@ -113,7 +113,13 @@ impl WalPush {
             false => QueueLimit::of(context, site, &self.path)?,
         };
         let pushed = match self.push_unless_over(context, site, &limit)? {
-            Ok(pushed) => pushed,
+            Ok(pushed) => {
+                limit.make_up(|path| {
+                    let history = Self { path, force: false };
+                    Ok(history.push_unless_over(context, site, &limit)?.is_ok())
+                });
+                pushed
+            }
             Err(overflow) => Pushed::left_out(limit.leave_out(overflow)?),
         };
         context.output.print(&pushed)

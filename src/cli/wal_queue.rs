@@ -2,9 +2,10 @@
 //!
 //! The command decides, not the daemon: it is there whether or not a daemon is, also one that hangs. It looks before it
 //! begins and every second while it waits, because a store that does not answer is how it comes to this. First the
-//! gap is noted, then the file is reported as archived; what cannot be noted is not left out.
+//! gap is noted, then the file is reported as archived; what cannot be noted is not left out. Of timeline histories that
+//! were left out, which the server keeps, nothing is lost: they come once the archive takes files again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::config::SiteConfig;
@@ -91,6 +92,30 @@ impl<'a> QueueLimit<'a> {
             size(max_bytes)
         );
         Ok(LeftOutFile { name: name.to_string(), cluster: queue.cluster().to_string() })
+    }
+
+    /// Archives the timeline histories that were left out, by `push`, which says whether the archive has one: without
+    /// them nobody finds the way onto their timelines (failure 9). What fails is for the next time.
+    pub(super) fn make_up(&self, push: impl Fn(PathBuf) -> Result<bool, CommandError>) {
+        let Some(queue) = &self.queue else { return };
+        let make_up = || -> Result<(), CommandError> {
+            let paths = &self.context.config()?.paths;
+            let (path, cluster) = (file_of(&paths.state, &self.site.name), queue.cluster());
+            for history in LeftOut::load(&path)?.histories(cluster) {
+                if push(self.path.with_file_name(history.to_string()))? {
+                    let owner = paths.open_state()?.owner;
+                    LeftOut::change(&path, owner, |left_out| left_out.forget_history(cluster, history))?;
+                    tracing::warn!("{history}, which was left out, is archived now");
+                }
+            }
+            Ok(())
+        };
+        if let Err(error) = make_up() {
+            tracing::error!(
+                "a timeline history that was left out is still not archived: {}",
+                error.message()
+            );
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! What was left out of the archive because too much WAL waited: one JSON file a site, below the state folder.
 //!
 //! Written before PostgreSQL is told that the file is archived, which removes the file. `walden check` fails while
-//! anything stands in it that no basebackup has been taken behind; a basebackup from this host takes those out.
+//! anything stands in it that no basebackup has been taken behind; a basebackup from this host takes those out. Timeline
+//! histories stay in `pg_wal` whatever PostgreSQL is told, so that they are archived later, and go then.
 
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -119,11 +120,26 @@ impl LeftOut {
         let (first, last) = (text.clone(), text);
         self.gaps.push(Gap { cluster: cluster_text, first, last, files: 1, since: now, until: now });
         if self.gaps.len() > GAPS_MAX {
-            let oldest = self.gaps.remove(0);
-            let next = &mut self.gaps[0];
+            // A history is still to be archived, and has to be known by its name.
+            let mergeable = |two: &[Gap]| two.iter().all(|gap| gap.history().is_none());
+            let at = self.gaps.windows(2).position(mergeable).unwrap_or(0);
+            let oldest = self.gaps.remove(at);
+            let next = &mut self.gaps[at];
             (next.first, next.since) = (oldest.first, oldest.since);
             next.files += oldest.files;
         }
+    }
+
+    /// Lists the timeline histories of a cluster that were left out.
+    pub fn histories(&self, cluster: ClusterId) -> Vec<ArchiveFileName> {
+        let cluster = cluster.to_string();
+        self.gaps.iter().filter(|gap| gap.cluster == cluster).filter_map(Gap::history).collect()
+    }
+
+    /// Forgets a timeline history that is archived now.
+    pub fn forget_history(&mut self, cluster: ClusterId, name: ArchiveFileName) {
+        let cluster = cluster.to_string();
+        self.gaps.retain(|gap| gap.cluster != cluster || gap.history() != Some(name));
     }
 
     /// Forgets the gaps that a basebackup lies behind.
@@ -133,6 +149,12 @@ impl LeftOut {
 }
 
 impl Gap {
+    /// Returns the timeline history that it is, if it is one.
+    fn history(&self) -> Option<ArchiveFileName> {
+        let name = self.last.parse().ok().filter(|name| matches!(name, ArchiveFileName::History(_)));
+        name.filter(|_| self.first == self.last)
+    }
+
     /// Returns whether a recovery that begins there needs nothing of the gap.
     pub fn lies_before(&self, start: &RecoveryStart) -> bool {
         let Ok(last) = self.last.parse::<ArchiveFileName>() else { return false };
@@ -204,6 +226,30 @@ mod tests {
         let expected = [(a, c, 3), ("00000002.history", "00000002.history", 1), (next, next, 1)];
         assert_eq!(ends(&left_out), expected);
         assert_eq!(left_out.gaps[0].until.duration_since(left_out.gaps[0].since).as_secs(), 3);
+    }
+
+    #[test]
+    fn histories_are_known_until_they_are_archived_however_many_gaps_there_are() {
+        let history: ArchiveFileName = "00000002.history".parse().unwrap();
+        let mut left_out = noted(&["000000010000000000000005", "00000002.history"]);
+        let now = left_out.gaps[0].since;
+        for n in 0..2 * GAPS_MAX as u32 {
+            left_out.note(
+                cluster(16),
+                format!("0000000200000001{:08X}", 2 * (n % 128)).parse().unwrap(),
+                now,
+            );
+        }
+        assert_eq!(left_out.gaps.len(), GAPS_MAX);
+        assert_eq!(left_out.gaps.iter().map(|gap| gap.files).sum::<u64>(), 2 + 2 * GAPS_MAX as u64);
+        assert_eq!(left_out.histories(cluster(16)), [history]);
+        assert!(left_out.histories(cluster(64)).is_empty(), "another cluster");
+        left_out.forget_history(cluster(64), history);
+        left_out.forget_history(cluster(16), "00000003.history".parse().unwrap());
+        assert_eq!(left_out.histories(cluster(16)), [history]);
+        left_out.forget_history(cluster(16), history);
+        assert!(left_out.histories(cluster(16)).is_empty());
+        assert_eq!(left_out.gaps.len(), GAPS_MAX - 1, "segments are gone for good");
     }
 
     #[test]

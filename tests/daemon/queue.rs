@@ -87,6 +87,46 @@ fn a_gap_that_cannot_be_noted_is_not_made_and_without_a_limit_there_is_none() {
     assert!(!failed.stderr.contains("NOT ARCHIVED"), "{}", failed.stderr);
 }
 
+/// Failure 9: PostgreSQL asks for a history before all else and would get no further, so that it is left out as well.
+#[test]
+fn a_history_that_was_left_out_is_archived_once_the_archive_takes_files_again() {
+    require!(Need::PostgreSQL(15));
+    let folder = tempfile::tempdir().unwrap();
+    let store = S3::over(folder.path());
+    let line = Proxy::to(&store.endpoint());
+    let storage = s3_storage(&line.endpoint()) + "retry = \"1s\"\ntimeout = \"1s\"\n";
+    let scene = Scene::start(15, |site| site.storage(&storage).lines(LIMIT));
+    scene.end_segments(2 * WAITING_MAX);
+    line.inject("", "", usize::MAX, Fault::Silence);
+    let history = "00000002.history";
+    fs::write(scene.segment(history), "1\t0/3000000\tno recovery target specified\n").unwrap();
+    scene.scratch().account().own(&scene.segment(history));
+    let left_out = scene.pushed(history);
+    assert!(left_out.stderr.contains(&format!("{history} is NOT ARCHIVED")), "{}", left_out.stderr);
+    assert!(fs::read_to_string(state_file(&scene)).unwrap().contains(history));
+    line.heal();
+    scene.archive();
+    wait_for("the history to be archived", || {
+        let listed = scene.walden.try_run(&["--json", "wal", "list"]);
+        let listed: Value = serde_json::from_str(&listed.stdout).ok()?;
+        let timelines = listed["clusters"][0]["timelines"].as_array()?.clone();
+        timelines
+            .iter()
+            .any(|timeline| timeline["timeline"] == 2 && timeline["history"] == true)
+            .then_some(())
+    });
+    wait_for("the note to go", || {
+        (!fs::read_to_string(state_file(&scene)).unwrap().contains(history)).then_some(())
+    });
+    // What is lost is still told.
+    assert_eq!(self::left_out(&scene)["status"], "failed");
+    assert!(
+        scene.log().contains(&format!("{history}, which was left out, is archived now")),
+        "{}",
+        scene.log()
+    );
+}
+
 /// Returns what `walden check` says of WAL that was left out.
 fn left_out(scene: &Scene) -> Value {
     let run = scene.walden.try_run(&["--json", "check"]);
