@@ -18,7 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::clock::{Clock, SystemClock};
 use crate::codec::SystemRandom;
 use crate::config::{Config, Environment, KeyPurpose, SiteConfig, WalSource};
-use crate::control::Failure;
+use crate::control::{Destination, Failure};
 use crate::daemon::{self, DaemonOptions, OpenRepository, PrepareReceiving, SiteOptions};
 use crate::repo::{Repository, RepositoryOptions};
 use crate::storage::Traffic;
@@ -59,6 +59,14 @@ struct DaemonReport {
 /// Returns where a daemon listens.
 pub(super) fn socket(config: &Config) -> PathBuf {
     config.paths.run.join(SOCKET)
+}
+
+/// Says where the WAL of a site goes by a configuration.
+pub(super) fn destination(config: &Config, site: &SiteConfig) -> Destination {
+    Destination {
+        repository: format!("{} in {}", site.prefix, site.storage.address()),
+        recipients: config.encryption.as_ref().map(|encryption| encryption.wal_recipients.clone()),
+    }
 }
 
 impl Daemon {
@@ -149,6 +157,7 @@ fn site_options(
     Ok(SiteOptions {
         name: site.name.clone(),
         data_directory: site.data_directory.clone(),
+        destination: destination(config, site),
         compression: config.compression.wal,
         open,
         receive,

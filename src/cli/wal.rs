@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::codec::SystemRandom;
 use crate::config::{self, KeyPurpose, SiteConfig};
-use crate::control::{self, ArchivedFile, DaemonAnswer, DaemonRequest, ask_daemon};
+use crate::control::{self, ArchivedFile, DaemonAnswer, DaemonRequest, PushRequest, ask_daemon};
 use crate::pg::{ArchiveFileName, WalSegmentName};
 use crate::repo::wal_object::Archived;
 use crate::repo::{self, Repository, RepositoryOptions};
@@ -153,13 +153,26 @@ impl WalPush {
         site: &SiteConfig,
         waits: impl FnMut() -> bool,
     ) -> Result<Option<Pushed>, CommandError> {
-        let socket = daemon::socket(context.config()?);
-        let path = detached::absolute(&self.path)?;
-        let request = DaemonRequest::Push { site: site.name.clone(), path, force: self.force };
+        let config = context.config()?;
+        let socket = daemon::socket(config);
+        let request = DaemonRequest::Push(PushRequest {
+            site: site.name.clone(),
+            path: detached::absolute(&self.path)?,
+            force: self.force,
+            destination: daemon::destination(config, site),
+        });
         match ask_daemon(&socket, &request, waits) {
             Ok(DaemonAnswer::Archived(file)) => Ok(Some(file.into())),
             Ok(DaemonAnswer::Failed(failure)) => Err(failure.into()),
             Ok(DaemonAnswer::Working) => Ok(None),
+            Ok(DaemonAnswer::Elsewhere) => {
+                tracing::warn!(
+                    "archiving without the daemon, which was started with another storage or other recipients of site \
+                     \"{}\": start it again",
+                    site.name
+                );
+                Ok(None)
+            }
             Err(control::Error::NotRunning { source, .. }) if is_absence(&source) => Ok(None),
             Err(error) => {
                 // What is archived twice is compared, so that it may be done here whatever the daemon did.

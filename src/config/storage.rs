@@ -90,6 +90,14 @@ impl StorageConfig {
         Ok(storage::open(&self.location, &Options { s3, traffic, clock, retry, ..Options::default() })?)
     }
 
+    /// Says which store it is, as far as the configuration does.
+    pub fn address(&self) -> String {
+        match &self.s3.endpoint {
+            Some(endpoint) => format!("{} at {endpoint}", self.location),
+            None => self.location.to_string(),
+        }
+    }
+
     /// Lists the files that are read when the store is opened.
     pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
         let secret = self.s3.secret_access_key_file.as_ref().map(|file| file.path.as_path());

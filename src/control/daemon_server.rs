@@ -104,12 +104,14 @@ impl Caller {
 
 #[cfg(test)]
 mod tests {
-    use crate::control::{ArchivedFile, ask_daemon};
+    use crate::control::{ArchivedFile, Destination, PushRequest, ask_daemon};
 
     use super::*;
 
     fn request() -> DaemonRequest {
-        DaemonRequest::Push { site: "main".to_owned(), path: "/data/pg_wal/1".into(), force: false }
+        let destination = Destination { repository: "main in memory://".to_owned(), recipients: None };
+        let (site, path) = ("main".to_owned(), "/data/pg_wal/1".into());
+        DaemonRequest::Push(PushRequest { site, path, force: false, destination })
     }
 
     fn archived() -> DaemonAnswer {

@@ -27,7 +27,7 @@ use futures::future::BoxFuture;
 
 use crate::clock::Clock;
 use crate::codec::{Compression, CpuPool};
-use crate::control::{self, DaemonListener, Failure};
+use crate::control::{self, DaemonListener, Destination, Failure};
 use crate::disk::{self, LockFile};
 use crate::memory;
 use crate::repo::Repository;
@@ -67,6 +67,8 @@ pub struct SiteOptions {
     pub name: String,
     /// The server's data directory, whose owner may have WAL archived.
     pub data_directory: Option<PathBuf>,
+    /// Where its WAL goes, for callers to compare with what they were told.
+    pub destination: Destination,
     /// How WAL is compressed.
     pub compression: Compression,
     /// Opens the repository for writing; called again after failures.

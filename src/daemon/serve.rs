@@ -3,16 +3,14 @@
 //! Deliberately absent: a queue. A caller waits for its file and for nothing else, and more callers than
 //! [`CALLERS_MAX`] are turned away, which makes them do the work themselves.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-use crate::control::{Caller, DaemonAnswer, DaemonListener, DaemonRequest, Failure};
+use crate::control::{Caller, DaemonAnswer, DaemonListener, DaemonRequest, Failure, PushRequest};
 use crate::disk::Owner;
 
 use super::access::{self, Request};
-use super::outcomes::Outcome;
 use super::shutdown::Shutdown;
 use super::site_push::SitePush;
 
@@ -60,39 +58,45 @@ impl Callers {
         };
         let uid = caller.uid;
         match request {
-            Ok(DaemonRequest::Push { site, path, force }) => {
-                let answer = async {
-                    match self.push(uid, &site, &path, force).await {
-                        Ok(archived) => DaemonAnswer::Archived(archived),
-                        Err(failure) => DaemonAnswer::Failed(failure),
-                    }
-                };
-                caller.answer(answer).await;
-            }
+            Ok(DaemonRequest::Push(request)) => caller.answer(self.push(uid, &request)).await,
             Err(error) => tracing::debug!("user {uid} asked something that is not understood: {error}"),
         }
     }
 
-    async fn push(&self, uid: u32, site: &str, path: &Path, force: bool) -> Outcome {
+    async fn push(&self, uid: u32, asked: &PushRequest) -> DaemonAnswer {
+        let PushRequest { site, path, force, destination } = asked;
+        let (site, path) = (site.as_str(), path.as_path());
         let Some(service) = self.sites.iter().find(|service| service.name() == site) else {
-            return Err(self.unknown_site(site));
+            return DaemonAnswer::Failed(self.unknown_site(site));
         };
         let (configured, named) = (service.data_directory(), path.to_owned());
         let owner = tokio::task::spawn_blocking(move || access::owner_of_site(configured.as_deref(), &named));
         let owner = owner.await.ok().flatten();
-        let request = Request { caller: uid, own: Owner::current().uid, owner, force };
+        let request = Request { caller: uid, own: Owner::current().uid, owner, force: *force };
         if !request.is_allowed() {
             tracing::warn!(site, "user {uid} asked to archive \"{}\" and may not", path.display());
-            return Err(access::denied(request, site));
+            return DaemonAnswer::Failed(access::denied(request, site));
         }
-        tokio::select! {
+        if !service.destination().serves(destination) {
+            let ours = service.destination();
+            tracing::error!(
+                site,
+                "WAL is to go to {destination:?}, and this daemon was started for {ours:?}: start it again"
+            );
+            return DaemonAnswer::Elsewhere;
+        }
+        let outcome = tokio::select! {
             outcome = service.push(path), if !force => outcome,
-            outcome = service.push_by_force(path), if force => outcome,
+            outcome = service.push_by_force(path), if *force => outcome,
             () = self.shutdown.expired() => Err(Failure {
                 kind: "failed".to_owned(),
                 message: "the daemon was ended before the file was in the archive".to_owned(),
                 hint: Some("PostgreSQL asks again; a file that is half on its way is no obstacle.".to_owned()),
             }),
+        };
+        match outcome {
+            Ok(archived) => DaemonAnswer::Archived(archived),
+            Err(failure) => DaemonAnswer::Failed(failure),
         }
     }
 

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use crate::clock::Clock;
 use crate::codec::CpuPool;
-use crate::control::{ArchivedFile, Failure};
+use crate::control::{ArchivedFile, Destination, Failure};
 use crate::repo::wal_object::{Archived, Stored};
 use crate::repo::{self, ClusterId, Repository};
 use crate::wal;
@@ -94,6 +94,10 @@ impl SitePush {
 
     pub(super) fn data_directory(&self) -> Option<PathBuf> {
         self.options.data_directory.clone()
+    }
+
+    pub(super) fn destination(&self) -> &Destination {
+        &self.options.destination
     }
 
     /// Opens the repository, so that what is wrong with it stands in the log before PostgreSQL asks.

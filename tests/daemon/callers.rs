@@ -76,6 +76,37 @@ fn what_the_daemon_cannot_do_is_the_commands_failure() {
     scene.pushed(&segments[0]);
 }
 
+/// The configuration was changed and the daemon not started again: what it archived would lie where nobody looks.
+#[test]
+fn a_daemon_that_was_started_with_another_configuration_acknowledges_nothing() {
+    require!(Need::PostgreSQL(15), Need::Folder);
+    let scene = Scene::start(15, |site| site);
+    let segments = scene.end_segments(3);
+    let elsewhere = scene.scratch().folder("elsewhere");
+    let daemon = scene.daemon();
+    let configuration = scene.walden.configuration_file();
+    let text = fs::read_to_string(&configuration).unwrap();
+    let moved = text.replace(&scene.walden.storage(), &format!("url = \"file://{}\"", elsewhere.display()));
+    assert_ne!(moved, text);
+    fs::write(&configuration, &moved).unwrap();
+    let alone = scene.pushed(&segments[0]);
+    assert!(alone.stderr.contains("started with another storage"), "{}", alone.stderr);
+    assert!(!daemon.log().contains(&format!("archived {}", segments[0])), "{}", daemon.log());
+    scene.assert_archived(&segments[0]);
+    // Who could read it is another question than where it is.
+    fs::write(&configuration, text.replace("recipients = [\"test\"]", "recipients = []")).unwrap();
+    let alone = scene.pushed(&segments[1]);
+    assert!(alone.stderr.contains("other recipients"), "{}", alone.stderr);
+    assert!(!daemon.log().contains(&format!("archived {}", segments[1])), "{}", daemon.log());
+    drop(daemon);
+    fs::write(&configuration, &moved).unwrap();
+    let daemon = scene.daemon();
+    let through = scene.pushed(&segments[2]);
+    assert_eq!(through.stderr.matches("daemon").count(), 0, "{}", through.stderr);
+    assert!(daemon.log().contains(&format!("archived {}", segments[2])), "{}", daemon.log());
+    scene.assert_archived(&segments[2]);
+}
+
 #[test]
 fn the_owner_of_the_site_has_its_wal_archived_and_a_stranger_nothing() {
     require!(Need::PostgreSQL(15), Need::Root, Need::Folder);
@@ -94,12 +125,11 @@ fn the_owner_of_the_site_has_its_wal_archived_and_a_stranger_nothing() {
     let mut chown_all = Command::new("chown");
     Run::of(chown_all.args(["-R", "nobody"]).arg(&own), "").expect_success();
     let configuration = scene.scratch().path().join("strangers.toml");
-    let repository = scene.scratch().path().join("strangers-repository");
     let lines = format!(
-        "[paths]\nrun = \"{}\"\nstate = \"{}\"\n[storage]\nurl = \"file://{}\"\n[sites.main]\n",
+        "[paths]\nrun = \"{}\"\nstate = \"{}\"\n[storage]\n{}\n[sites.main]\n",
         run.display(),
         own.join("state").display(),
-        repository.display()
+        scene.walden.storage()
     );
     fs::write(&configuration, lines).unwrap();
     fs::set_permissions(&configuration, fs::Permissions::from_mode(0o644)).unwrap();

@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use walden::catalog::{RecoveryPlan, RecoveryTarget, TargetAction};
 use walden::control::{
-    ArchivedFile, CloneSetting, CloneState, DaemonAnswer, DaemonRequest, Failure, FileReply, FileRequest,
-    Reply, Request,
+    ArchivedFile, CloneSetting, CloneState, DaemonAnswer, DaemonRequest, Destination, Failure, FileReply,
+    FileRequest, PushRequest, Reply, Request,
 };
 use walden::disk::state_file::DOCUMENT_BYTES_MAX;
 use walden::disk::{Binding, PrivateArea};
@@ -45,11 +45,24 @@ pub fn decoders() -> Vec<Decoder> {
         json("reply of a clone", &[Reply::Done, Reply::Failed { message: "x".into() }]),
         json(
             "request to a daemon",
-            &[DaemonRequest::Push { site: "main".into(), path: "/d/pg_wal/1".into(), force: true }],
+            &[DaemonRequest::Push(PushRequest {
+                site: "main".into(),
+                path: "/d/pg_wal/1".into(),
+                force: true,
+                destination: Destination {
+                    repository: "main in s3://bucket".into(),
+                    recipients: Some(vec!["2026".into()]),
+                },
+            })],
         ),
         json(
             "answer of a daemon",
-            &[DaemonAnswer::Working, DaemonAnswer::Archived(archived), DaemonAnswer::Failed(failure)],
+            &[
+                DaemonAnswer::Working,
+                DaemonAnswer::Archived(archived),
+                DaemonAnswer::Failed(failure),
+                DaemonAnswer::Elsewhere,
+            ],
         ),
         json("request for a file", &[FileRequest { name: "00000002.history".into() }]),
         json("reply about a file", &[FileReply::Written { bytes: 9 }, FileReply::Absent]),
