@@ -23,6 +23,7 @@ use crate::daemon::{self, DaemonOptions, OpenRepository, PrepareReceiving, SiteO
 use crate::repo::{Repository, RepositoryOptions};
 use crate::storage::Traffic;
 use crate::wal;
+use crate::wal::head_notes::HeadNotes;
 
 use super::context::Context;
 use super::error::CommandError;
@@ -158,10 +159,22 @@ fn site_options(
         name: site.name.clone(),
         data_directory: site.data_directory.clone(),
         destination: destination(config, site),
+        head_notes: head_notes(config, site),
         compression: config.compression.wal,
         open,
         receive,
     })
+}
+
+/// Returns where it is remembered when heads of a site's archive were written; archiving goes on without them.
+fn head_notes(config: &Config, site: &SiteConfig) -> Option<HeadNotes> {
+    match config.paths.open_state() {
+        Ok(state) => Some(HeadNotes::of(&state.path, state.owner, &site.name)),
+        Err(error) => {
+            tracing::warn!("how far archives reach is not noted in their stores: {error}");
+            None
+        }
+    }
 }
 
 /// What it takes to open the repository of a site, again and again.

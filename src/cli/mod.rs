@@ -43,6 +43,7 @@ mod text;
 mod unmount;
 mod wal;
 mod wal_check;
+mod wal_head;
 mod wal_queue;
 mod wal_receive;
 

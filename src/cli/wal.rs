@@ -39,6 +39,7 @@ use super::output::Report;
 use super::prefetch::{Asked, Place};
 use super::text::{Align, TextStyle, TextTable, size};
 use super::wal_check::WalCheck;
+use super::wal_head::keep_head;
 use super::wal_queue::{LeftOutFile, QueueLimit};
 use super::wal_receive::WalReceive;
 
@@ -193,13 +194,16 @@ impl WalPush {
         let on_conflict = if self.force { OnConflict::Supersede } else { OnConflict::Refuse };
         let archive = async {
             let repository = context.open_or_create_repository(site).await?;
-            Ok::<_, CommandError>(push(&repository, &file, compression, on_conflict).await?)
+            let archived = push(&repository, &file, compression, on_conflict).await?;
+            Ok::<_, CommandError>((repository, archived))
         };
         let archived = context.block_on_one_thread(async {
-            tokio::select! {
-                archived = archive => Ok(Ok(archived?)),
-                overflow = limit.overflowed() => Ok::<_, CommandError>(Err(overflow)),
-            }
+            let (repository, archived) = tokio::select! {
+                archived = archive => archived?,
+                overflow = limit.overflowed() => return Ok::<_, CommandError>(Err(overflow)),
+            };
+            keep_head(context, site, &repository, &file).await;
+            Ok(Ok(archived))
         })??;
         Ok(archived.map(|archived| Pushed {
             name: file.name.to_string(),

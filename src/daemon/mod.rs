@@ -1,14 +1,16 @@
 //! The process that archives for the servers of this host: a socket, a push service for each site, and jobs.
 //!
 //! callers (`serve`) → who may (`access`) → the site's `SitePush`, which knows what it has archived (`outcomes`), reads
-//! what comes next (`look_ahead`), and keeps within its share of memory and transfers (`budget`). What goes on without
-//! being asked is a task of `jobs`, or WAL by streaming (`receiving`); all of it ends by one `Shutdown`. A site stands by itself: nothing that
-//! is shared waits for a store, so that one that is dead or has no key stops no other.
+//! what comes next (`look_ahead`), keeps within its share of memory and transfers (`budget`), and notes how far the
+//! archive reaches (`heads`). What goes on without being asked is a task of `jobs`, or WAL by streaming (`receiving`);
+//! all of it ends by one `Shutdown`. A site stands by itself: nothing that is shared waits for a store, so that one that is
+//! dead or has no key stops no other.
 //! Deliberately absent: the configuration and the opening of repositories, which come in as options; schedules.
 
 mod access;
 mod budget;
 mod file_identity;
+mod heads;
 mod idle_memory;
 mod jobs;
 mod look_ahead;
@@ -32,6 +34,7 @@ use crate::disk::{self, LockFile};
 use crate::memory;
 use crate::repo::Repository;
 use crate::wal;
+use crate::wal::head_notes::HeadNotes;
 
 use jobs::Jobs;
 use receiving::Receivers;
@@ -69,6 +72,8 @@ pub struct SiteOptions {
     pub data_directory: Option<PathBuf>,
     /// Where its WAL goes, for callers to compare with what they were told.
     pub destination: Destination,
+    /// When heads of its archive were written; `None`: none is written.
+    pub head_notes: Option<HeadNotes>,
     /// How WAL is compressed.
     pub compression: Compression,
     /// Opens the repository for writing; called again after failures.
@@ -146,6 +151,7 @@ impl Daemon {
             let opening = site.clone();
             jobs.spawn(site.name(), "first opening", async move { opening.open_once().await });
             jobs.spawn(site.name(), "look-ahead", site.clone().look_ahead());
+            jobs.spawn(site.name(), "heads", site.clone().keep_heads());
             jobs.spawn(site.name(), "idle memory", idle_memory::give_back(site.clone()));
         }
         for (site, prepare) in self.to_receive {

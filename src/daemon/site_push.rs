@@ -18,12 +18,14 @@ use crate::control::{ArchivedFile, Destination, Failure};
 use crate::repo::wal_object::{Archived, Stored};
 use crate::repo::{self, ClusterId, Repository};
 use crate::wal;
+use crate::wal::head;
 use crate::wal::key_rotation::KeyRotation;
 use crate::wal::push::{CheckedFile, OnConflict, check_file, compare, push_admitted, seal};
 
 use super::SiteOptions;
 use super::budget::Budget;
 use super::file_identity::{FileIdentity, SETTLING};
+use super::heads::Heads;
 use super::look_ahead::{Next, Upcoming, is_ready, look};
 use super::outcomes::{Awaited, Known, Outcome, Outcomes};
 
@@ -44,6 +46,7 @@ pub(super) struct SitePush {
     outcomes: Mutex<Outcomes>,
     slots: Semaphore,
     budget: Budget,
+    heads: Heads,
     ahead: Mutex<Ahead>,
     wake: Notify,
 }
@@ -74,8 +77,9 @@ const OPEN_AGE_MAX: Duration = Duration::from_secs(60);
 const SHARE_BYTES_MIN: u64 = 32 << 20;
 
 impl SitePush {
-    pub(super) fn new(options: SiteOptions, workers: Workers, transfers: usize, share: u64) -> Self {
+    pub(super) fn new(mut options: SiteOptions, workers: Workers, transfers: usize, share: u64) -> Self {
         Self {
+            heads: Heads::new(options.head_notes.take()),
             options,
             workers,
             keys: KeyRotation::default(),
@@ -142,6 +146,7 @@ impl SitePush {
             let compression = self.options.compression;
             let archived =
                 push_admitted(&repository, &file, &key, compression, OnConflict::Supersede).await?;
+            self.heads.archived(file.cluster, file.name);
             let (name, cluster) = (file.name.to_string(), file.cluster.to_string());
             tracing::info!(site = self.name(), created = archived == Archived::Created, "forced {name}");
             Ok::<_, PushError>(ArchivedFile { name, cluster, created: archived == Archived::Created })
@@ -162,6 +167,28 @@ impl SitePush {
         match error {
             PushError::Opening(failure) => failure,
             PushError::Wal(error) => (self.workers.failure_of)(error),
+        }
+    }
+
+    /// Notes in the store how far the archive reaches, when that is due; never returns.
+    pub(super) async fn keep_heads(self: Arc<Self>) {
+        loop {
+            let (cluster, timeline) = self.heads.due(&*self.workers.clock).await;
+            let kept = match self.repository(Some(cluster)).await {
+                Ok(repository) => head::keep(&repository, cluster, timeline).await,
+                Err(error) => {
+                    let (site, failure) = (self.name(), self.failure(error));
+                    tracing::warn!(
+                        site,
+                        "how far the archive reaches could not be noted: {}",
+                        failure.message
+                    );
+                    false
+                }
+            };
+            if !kept {
+                self.heads.wait_for_next(cluster, timeline);
+            }
         }
     }
 
@@ -280,7 +307,7 @@ impl SitePush {
     async fn archive_in_slot(&self, path: &Path, identity: &FileIdentity) -> Result<ArchivedFile, PushError> {
         let mut charge = self.budget.charge_for_sealing(identity.size).await;
         let file = self.check(path, *identity).await?;
-        let (name, cluster) = (file.name.to_string(), file.cluster);
+        let (name, cluster) = (file.name, file.cluster);
         let repository = self.repository(Some(cluster)).await?;
         let key = self.keys.next(repository.keyring(), &*self.workers.clock).map_err(wal::Error::from)?;
         let (compression, sealer) = (self.options.compression, repository.clone());
@@ -296,7 +323,9 @@ impl SitePush {
                 compare(&repository, &file, place).await?
             }
         };
-        Ok(ArchivedFile { name, cluster: cluster.to_string(), created: archived == Archived::Created })
+        self.heads.archived(cluster, name);
+        let (name, cluster) = (name.to_string(), cluster.to_string());
+        Ok(ArchivedFile { name, cluster, created: archived == Archived::Created })
     }
 
     /// Opens and checks a file, and makes sure that it is the one that was meant.

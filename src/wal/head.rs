@@ -1,8 +1,8 @@
 //! Notes how far the archive of a timeline reaches: the proof against a tail that is cut off later.
 //!
-//! For who archives for long, every quarter of an hour; no push waits for it. What is noted is what a listing shows to
-//! be stored, whoever stored it. A head never goes back: where the archive has become shorter than its newest head, that
-//! is said and nothing is written.
+//! For who archives: a receiver, the daemon, and a `wal push` without one, every quarter of an hour (`head_notes`). What is
+//! noted is what a listing shows to be stored, whoever stored it. A head never goes back: where the archive has become
+//! shorter than its newest head, that is said and nothing is written.
 
 use crate::catalog::WalCoverage;
 use crate::pg::{Lsn, TimelineId, WalSegmentNumber};
@@ -36,6 +36,21 @@ pub async fn write(
         archive_head(repository, cluster, &head).await?;
     }
     Ok(decided)
+}
+
+/// Writes a head, and says what is wrong; returns whether the head says how far the archive reaches now.
+pub async fn keep(repository: &Repository, cluster: ClusterId, timeline: TimelineId) -> bool {
+    match write(repository, cluster, timeline).await {
+        Ok(HeadWritten::CutOff { head, archived }) => tracing::error!(
+            "timeline {timeline} ends at {archived} in the archive, which reached {head}: WAL was removed from its end"
+        ),
+        Ok(HeadWritten::Written(_) | HeadWritten::Unchanged) => {}
+        Err(error) => {
+            tracing::warn!("how far the archive reaches could not be noted: {error}");
+            return false;
+        }
+    }
+    true
 }
 
 /// Decides what to write, from the newest head and the position behind all that is listed from its segment on.

@@ -3,7 +3,8 @@
 //! `push` is the archive_command and `fetch` the restore_command; both are run by the server for every single file,
 //! so they start quickly and do one thing. `plan_file` is the recovery plan as it lies in a data directory,
 //! `key_rotation` the key of a process that archives for long, `queue` the limit of what may wait for the archive, and
-//! `left_out` what was left out of it for that. `receive` runs for long and keeps what is on its way in the `spool`.
+//! `left_out` what was left out of it for that. `head` writes down how far the archive reaches, when `head_notes` says
+//! so. `receive` runs for long and keeps what is on its way in the `spool`.
 //! `check` looks whether all is there that a recovery may ask for, and puts back what the server still has.
 //! Deliberately absent: exit statuses (`cli`), the decision what a name is answered (`catalog`) and any deletion.
 
@@ -13,6 +14,7 @@ mod data_directory;
 mod error;
 pub mod fetch;
 pub mod head;
+pub mod head_notes;
 pub mod key_rotation;
 pub mod left_out;
 pub mod list;

@@ -8,6 +8,7 @@ mod scene;
 mod archiving;
 mod callers;
 mod ending;
+mod heads;
 mod killed;
 mod memory;
 mod queue;

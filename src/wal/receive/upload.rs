@@ -23,7 +23,8 @@ use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{HistoryBranch, Stored, archive_history, seal_wal};
 use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
-use crate::wal::head::{self, HeadWritten};
+use crate::wal::head;
+use crate::wal::head_notes::HEAD_INTERVAL;
 use crate::wal::key_rotation::KeyRotation;
 use crate::wal::left_out::RecoveryStart;
 use crate::wal::receive::plan::{InStore, PieceRule, Upload, durable_in_store, may_leave, plan_upload};
@@ -65,8 +66,6 @@ const PAUSE_FIRST: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How often it is looked whether a piece is due.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// How often it is noted in the store how far the archive reaches.
-const HEAD_INTERVAL: Duration = Duration::from_secs(15 * 60);
 
 /// How often it is looked, while WAL is missing, whether there is a basebackup behind it: two small reads for each.
 const GAPS_INTERVAL: Duration = Duration::from_secs(5 * 60);
@@ -413,13 +412,7 @@ impl Sender {
 
     /// Notes in the store how far the archive reaches; a failure is for the next time.
     async fn write_head(self, timeline: TimelineId) -> Result<(), Error> {
-        match head::write(&self.repository, self.cluster, timeline).await {
-            Ok(HeadWritten::CutOff { head, archived }) => tracing::error!(
-                "timeline {timeline} ends at {archived} in the archive, which reached {head}: WAL was removed from its end"
-            ),
-            Ok(HeadWritten::Written(_) | HeadWritten::Unchanged) => {}
-            Err(error) => tracing::warn!("how far the archive reaches could not be noted: {error}"),
-        }
+        head::keep(&self.repository, self.cluster, timeline).await;
         Ok(())
     }
 
