@@ -19,6 +19,7 @@ mod receiving;
 mod serve;
 mod shutdown;
 mod site_push;
+mod threads;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -28,7 +29,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use crate::clock::Clock;
-use crate::codec::{Compression, CpuPool};
+use crate::codec::Compression;
 use crate::control::{self, DaemonListener, Destination, Failure};
 use crate::disk::{self, LockFile};
 use crate::memory;
@@ -41,6 +42,7 @@ use receiving::Receivers;
 use serve::Callers;
 use shutdown::ShutdownSource;
 use site_push::{SitePush, Workers};
+use threads::Threads;
 
 pub use receiving::PrepareReceiving;
 
@@ -128,7 +130,7 @@ impl Daemon {
         let receive = |site: &mut SiteOptions| Some((site.name.clone(), site.receive.take()?));
         let to_receive = options.sites.iter_mut().filter_map(receive).collect();
         let workers = Workers {
-            pool: CpuPool::new(options.threads, options.threads),
+            threads: Threads::new(options.threads),
             clock: options.clock,
             failure_of: options.failure_of,
         };

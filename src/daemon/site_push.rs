@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, Semaphore};
 
 use crate::clock::Clock;
-use crate::codec::CpuPool;
 use crate::control::{ArchivedFile, Destination, Failure};
 use crate::repo::wal_object::{Archived, Stored};
 use crate::repo::{self, ClusterId, Repository};
@@ -28,11 +27,12 @@ use super::file_identity::{FileIdentity, SETTLING};
 use super::heads::Heads;
 use super::look_ahead::{Next, Upcoming, is_ready, look};
 use super::outcomes::{Awaited, Known, Outcome, Outcomes};
+use super::threads::Threads;
 
-/// What all sites share: nothing of it waits for a store.
+/// What all sites share: nothing of it waits for a store, or for long for a volume.
 #[derive(Debug, Clone)]
 pub(super) struct Workers {
-    pub(super) pool: CpuPool,
+    pub(super) threads: Threads,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) failure_of: fn(wal::Error) -> Failure,
 }
@@ -311,8 +311,10 @@ impl SitePush {
         let repository = self.repository(Some(cluster)).await?;
         let key = self.keys.next(repository.keyring(), &*self.workers.clock).map_err(wal::Error::from)?;
         let (compression, sealer) = (self.options.compression, repository.clone());
-        let sealed = self.workers.pool.run(move || seal(&sealer, &file, &key, compression)).await;
-        let sealed = sealed.map_err(|error| wal::Error::from(repo::Error::from(error)))??;
+        let sealed = self.workers.threads.run(move || seal(&sealer, &file, &key, compression)).await;
+        let sealed = sealed.map_err(|error| {
+            wal::Error::from(repo::Error::Internal(format!("could not seal {name}: {error}")))
+        })??;
         charge.shrink_to(sealed.held_len());
         let archived = match sealed.store(&repository).await.map_err(wal::Error::from)? {
             Stored::Created => Archived::Created,

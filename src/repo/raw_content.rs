@@ -54,6 +54,21 @@ impl RawContent {
         }
     }
 
+    /// Does what reads it: of a file on a thread that may wait for the file's volume for ever, and holds up nobody else.
+    pub(crate) async fn apart<T, E>(
+        &self,
+        job: impl FnOnce(&Self) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<Error> + Send + 'static,
+    {
+        let Self::File(_) = self else { return job(self) };
+        let content = self.clone();
+        let done = tokio::task::spawn_blocking(move || job(&content)).await;
+        done.unwrap_or_else(|error| Err(Error::Internal(error.to_string()).into()))
+    }
+
     /// Computes a digest of all of it.
     pub fn digest(&self, mut hasher: Hasher) -> Result<Digest, Error> {
         let mut buffer = Vec::new();
@@ -82,7 +97,32 @@ pub(crate) fn steps(range: Range<u64>, step: u64) -> impl ExactSizeIterator<Item
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
+
+    /// Before a test that waits for a thread fails.
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn a_file_that_hangs_holds_up_nobody_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("1");
+        std::fs::write(&path, "WAL").unwrap();
+        let file = RawContent::File(Arc::new(SteadyFile::open(&path).unwrap()));
+        let (volume_is_back, waits) = mpsc::channel();
+        let read = file.apart(move |file| {
+            waits.recv_timeout(DEADLINE).map_err(|error| Error::Internal(error.to_string()))?;
+            file.digest(Hasher::new())
+        });
+        // On the one thread that both have.
+        let (read, sent) = tokio::join!(read, async { volume_is_back.send(()) });
+        sent.unwrap();
+        assert_eq!(read.unwrap(), Digest::of(b"WAL"));
+        let failed: Result<(), Error> = file.apart(|_| panic!("it fails")).await;
+        assert!(matches!(failed, Err(Error::Internal(_))), "{failed:?}");
+    }
 
     #[test]
     fn a_file_and_its_bytes_are_the_same_content() {

@@ -116,7 +116,7 @@ async fn supersede(
         let standing = read_claim(repository, cluster, WalObjectName::Segment(segment)).await?;
         superseded.push(Superseded::of(&standing));
     }
-    let name = forced_name(segment, &superseded, raw)?;
+    let name = forced_name(segment, &superseded, raw).await?;
     let target = wal_target(repository, cluster, name);
     archive(repository, target, raw, &sealing, vec![encode(&superseded)]).await
 }
@@ -339,7 +339,7 @@ fn is_replaceable(error: &Error) -> bool {
 
 /// Names a superseding object after what it replaces and what it holds: the same content may come back later, and is
 /// another object then.
-fn forced_name(
+async fn forced_name(
     segment: WalSegmentName,
     superseded: &[Superseded],
     raw: &RawContent,
@@ -348,7 +348,7 @@ fn forced_name(
     superseded.iter().for_each(|superseded| {
         hasher.update(superseded.digest.as_bytes());
     });
-    let Digest([a, b, c, d, ..]) = raw.digest(hasher)?;
+    let Digest([a, b, c, d, ..]) = raw.apart(move |raw| raw.digest(hasher)).await?;
     Ok(WalObjectName::Forced { segment, digest: [a, b, c, d] })
 }
 

@@ -346,8 +346,9 @@ pub(super) async fn archive(
     let stored = if target.is_stored_in_parts(raw) {
         create_in_parts(repository, target, raw, PART_BYTES, sealing, further).await?
     } else {
-        let bytes = seal_file(sealing, &target, raw, further)?;
-        create(repository, target, bytes).await?
+        let at = target.clone();
+        let sealed = sealing.apart(repository, raw, move |with, raw| seal_file(with, &at, raw, further));
+        create(repository, target, sealed.await?).await?
     };
     match stored {
         Stored::Created => Ok(Archived::Created),
@@ -401,8 +402,8 @@ pub(super) async fn compare(
 ) -> Result<Archived, Error> {
     let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
     let (header, wal) = read_verified(repository, target, &bytes)?;
-    let same = wal.raw_size == raw.size() && wal.content_digest == raw.digest(Hasher::salted(&wal.salt))?;
-    if !same {
+    let salted = Hasher::salted(&wal.salt);
+    if wal.raw_size != raw.size() || wal.content_digest != raw.apart(move |raw| raw.digest(salted)).await? {
         return Err(Error::Different { object: target.object.clone() });
     }
     verify_content(repository, target, &header, &wal).await?;

@@ -83,11 +83,17 @@ pub(super) async fn store_parts(
     let mut stored = Vec::new();
     for (number, range) in (0..).zip(steps(0..raw.size(), part_bytes as u64)) {
         let target = wal_target(repository, cluster, WalObjectName::Part { segment, salt, number });
-        let bytes = seal_range(sealing, &target, raw, range, Some(&mut whole), Vec::new())?;
-        stored.push((bytes.len() as u64, Digest::of(&bytes)));
+        let (at, mut so_far) = (target.clone(), whole);
+        let sealed = sealing.apart(repository, raw, move |with, raw| {
+            let bytes = seal_range(with, &at, raw, range, Some(&mut so_far), Vec::new())?;
+            Ok(((bytes.len() as u64, Digest::of(&bytes)), bytes, so_far))
+        });
+        let (part, bytes, so_far) = sealed.await?;
+        whole = so_far;
+        stored.push(part);
         store_part(repository, &target, bytes).await?;
     }
-    raw.confirm()?;
+    raw.apart(RawContent::confirm).await?;
     let content = PartedContent { size: raw.size(), salt: content_salt, digest: whole.finish() };
     Ok((Parts { salt, stored }, content))
 }

@@ -12,6 +12,7 @@ use crate::repo::error::Error;
 use crate::repo::header::Section;
 use crate::repo::keyring::Keyring;
 use crate::repo::raw_content::{RawContent, steps};
+use crate::repo::repository::Repository;
 use crate::repo::sealed::{CompressedFrame, SealSpec, SealedBody};
 use crate::repo::wal_object::{Target, WAL_RAW_BYTES_MAX, WalKey};
 use crate::repo::wire::WireWriter;
@@ -26,6 +27,19 @@ pub(super) struct Sealing<'a> {
 
 /// Frames of a WAL object: larger than a page-map chunk because WAL is read in order.
 const FRAME_BYTES: u64 = 128 << 10;
+
+impl Sealing<'_> {
+    /// Does what reads `raw` to seal it, as [`RawContent::apart`] does; `repository` is the one whose keys these are.
+    pub(super) async fn apart<T: Send + 'static>(
+        &self,
+        repository: &Repository,
+        raw: &RawContent,
+        job: impl FnOnce(&Sealing<'_>, &RawContent) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (here, key, compression) = (repository.clone(), self.key.clone(), self.compression);
+        raw.apart(move |raw| job(&Sealing { keyring: here.keyring(), key: &key, compression }, raw)).await
+    }
+}
 
 /// Seals a file that is one object.
 pub(super) fn seal_file(

@@ -123,7 +123,9 @@ pub async fn push_admitted(
             }
         }
     }
-    match seal(repository, file, key, compression)?.store(repository).await? {
+    let (here, checked, with) = (repository.clone(), file.clone(), key.clone());
+    let sealed = file.content.apart(move |_| seal(&here, &checked, &with, compression)).await?;
+    match sealed.store(repository).await? {
         Stored::Created => Ok(Archived::Created),
         Stored::Taken(place) => compare(repository, file, place).await,
     }
