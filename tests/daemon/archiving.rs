@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::scene::Scene;
-use crate::support::{Fault, Need, Pgbench, Proxy, S3, Stop, require, s3_storage, wait_for};
+use crate::support::{Account, Fault, Need, Pgbench, Proxy, Run, S3, Stop, require, s3_storage, wait_for};
 
 #[test]
 fn every_segment_of_a_load_is_in_the_archive_on_13() {
@@ -78,6 +78,32 @@ fn what_comes_next_is_archived_before_it_is_asked_for_and_each_once() {
         let times = daemon.log().matches(&format!("archived {segment}")).count();
         assert_eq!(times, 1, "{segment} was archived again:\n{}", daemon.log());
     }
+}
+
+/// As Debian's servers often have it: `pg_wal` is a link to a volume of its own.
+#[test]
+fn what_comes_next_is_found_where_pg_wal_leads() {
+    require!(Need::PostgreSQL(15));
+    let mut scene = Scene::start(15, |site| site);
+    scene.cluster.stop(Stop::Fast);
+    let volume = scene.scratch().path().join("volume");
+    let script = format!("mv pg_wal {0}; ln -s {0} pg_wal", volume.display());
+    let mut link = Account::of_postgresql().command("bash");
+    link.args(["-euc", &script]).current_dir(scene.data_directory());
+    Run::of(&mut link, "").expect_success();
+    scene.cluster.start();
+    let segments = scene.end_segments(6);
+    assert!(volume.join(&segments[0]).is_file());
+    scene.settle(&segments);
+    let daemon = scene.daemon();
+    scene.pushed(&segments[0]);
+    wait_for("the segments behind it to be in the archive", || {
+        segments.iter().all(|segment| daemon.log().contains(&format!("archived {segment}"))).then_some(())
+    });
+    scene.archive();
+    let last = scene.archive_wal();
+    assert!(daemon.log().contains(&format!("archived {last}")), "{}", daemon.log());
+    segments.iter().chain([&last]).for_each(|segment| scene.assert_archived(segment));
 }
 
 /// The memory is for PostgreSQL, which asks once. Who asks again may do so because the object is damaged.

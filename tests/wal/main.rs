@@ -10,6 +10,7 @@ mod arrival;
 mod check;
 mod forced;
 mod leaving;
+mod linked;
 mod majors;
 mod mount;
 mod never_promotes;
