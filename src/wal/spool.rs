@@ -32,8 +32,8 @@ pub(crate) struct Spool {
     folder: PathBuf,
     size: WalSegmentSize,
     owner: Option<Owner>,
-    /// The bytes of each segment, from its beginning on.
-    segments: Mutex<BTreeMap<WalSegmentName, u32>>,
+    /// What is durable of each segment, from its beginning on, and of its file.
+    segments: Mutex<BTreeMap<WalSegmentName, Whole>>,
     /// The segment that is being filled; taken by one writer at a time.
     open: Mutex<Option<OpenSegment>>,
     /// Where the last reading of a segment ended, as pieces follow each other.
@@ -46,8 +46,6 @@ pub(crate) struct Spool {
 struct OpenSegment {
     name: WalSegmentName,
     file: File,
-    /// The file's length behind the last frame that is durable.
-    file_bytes: u64,
 }
 
 const SUFFIX: &str = ".spool";
@@ -82,7 +80,7 @@ impl Spool {
             }
             // Whoever wrote it may have died before the fsync; from here on it is counted as durable.
             file.sync_all().map_err(DiskError::at("fsync", &path))?;
-            segments.insert(segment, whole.bytes);
+            segments.insert(segment, whole);
         }
         fsync_dir(folder)?;
         Ok(Self {
@@ -112,9 +110,9 @@ impl Spool {
     }
 
     fn append_frame(&self, segment: WalSegmentName, offset: u32, bytes: &[u8]) -> Result<(), Error> {
-        let known = self.length(segment).unwrap_or(0);
-        if known != offset {
-            return Err(Error::SpoolGap { segment, known, offset });
+        let known = self.durable(segment).unwrap_or_default();
+        if known.bytes != offset {
+            return Err(Error::SpoolGap { segment, known: known.bytes, offset });
         }
         let mut open = self.open.lock().expect("no holder of this lock panics");
         let path = self.path(segment);
@@ -126,52 +124,58 @@ impl Spool {
         let written = current.file.write_all(&frame).and_then(|()| current.file.sync_data());
         if let Err(error) = written {
             // What a failed fsync left in memory is no proof of what is on the disk: it is cut off and comes again.
-            let cut = current.file.set_len(current.file_bytes);
+            // Where that fails too, nothing is appended before it has succeeded.
+            let _ = current.file.set_len(known.file_bytes);
             *open = None;
-            cut.map_err(DiskError::at("truncate", &path))?;
             return Err(DiskError::at("write", &path)(error).into());
         }
-        current.file_bytes += frame.len() as u64;
-        self.index().insert(segment, offset + bytes.len() as u32);
+        let whole =
+            Whole { bytes: offset + bytes.len() as u32, file_bytes: known.file_bytes + frame.len() as u64 };
+        self.index().insert(segment, whole);
         Ok(())
     }
 
+    /// Opens the file of a segment to append to what is durable of it: nothing is behind that.
     fn open_segment(&self, name: WalSegmentName, path: &Path) -> Result<OpenSegment, Error> {
-        let new = !path.exists();
         let file = OpenOptions::new()
             .append(true)
             .create(true)
             .mode(0o600)
             .open(path)
             .map_err(DiskError::at("open", path))?;
-        if new {
+        let known = self.durable(name);
+        // By what is durable, not by what is there: an attempt that failed before the sync leaves a file as well.
+        if known.is_none() {
             self.owner.map_or(Ok(()), |owner| owner.give(path))?;
             fsync_dir(&self.folder)?;
         }
-        let file_bytes = file.metadata().map_err(DiskError::at("stat", path))?.len();
-        Ok(OpenSegment { name, file, file_bytes })
+        let file_bytes = known.unwrap_or_default().file_bytes;
+        let found = file.metadata().map_err(DiskError::at("stat", path))?.len();
+        if found > file_bytes {
+            file.set_len(file_bytes).map_err(DiskError::at("truncate", path))?;
+        }
+        if found < file_bytes {
+            let detail = format!("{found} bytes are left of {file_bytes}");
+            return Err(DiskError::Malformed { path: path.to_owned(), what: "spooled WAL", detail }.into());
+        }
+        Ok(OpenSegment { name, file })
     }
 
     /// Returns where the newest WAL of the spool ends.
     pub fn end(&self) -> Option<Position> {
-        let (segment, bytes) = self.index().last_key_value().map(|(name, bytes)| (*name, *bytes))?;
+        let (segment, whole) = self.index().last_key_value().map(|(name, whole)| (*name, *whole))?;
         let start = segment.start_lsn(self.size).ok()?;
-        Some(Position { timeline: segment.timeline(), lsn: start + u64::from(bytes) })
+        Some(Position { timeline: segment.timeline(), lsn: start + u64::from(whole.bytes) })
     }
 
     /// Returns the oldest segments, at most `count`, with the bytes there are of each.
     pub fn oldest(&self, count: usize) -> Vec<(WalSegmentName, u32)> {
-        self.index().iter().take(count).map(|(name, bytes)| (*name, *bytes)).collect()
+        self.index().iter().take(count).map(|(name, whole)| (*name, whole.bytes)).collect()
     }
 
     /// Returns the newest segment.
     pub fn newest(&self) -> Option<WalSegmentName> {
         self.index().last_key_value().map(|(name, _)| *name)
-    }
-
-    /// Returns how many bytes there are of a segment.
-    pub fn length(&self, segment: WalSegmentName) -> Option<u32> {
-        self.index().get(&segment).copied()
     }
 
     /// Returns whether there is no WAL in it.
@@ -181,7 +185,7 @@ impl Spool {
 
     /// Returns how many bytes of WAL are in it.
     pub fn bytes(&self) -> u64 {
-        self.index().values().map(|bytes| u64::from(*bytes)).sum()
+        self.index().values().map(|whole| u64::from(whole.bytes)).sum()
     }
 
     /// Reads bytes of a segment, each frame checked again.
@@ -248,11 +252,11 @@ impl Spool {
     pub fn holes(&self) -> Vec<(Position, Lsn)> {
         let index = self.index();
         let mut holes = Vec::new();
-        for ((segment, bytes), (next, _)) in index.iter().zip(index.iter().skip(1)) {
+        for ((segment, whole), (next, _)) in index.iter().zip(index.iter().skip(1)) {
             let (Ok(start), Ok(to)) = (segment.start_lsn(self.size), next.start_lsn(self.size)) else {
                 continue;
             };
-            let end = Position { timeline: segment.timeline(), lsn: start + u64::from(*bytes) };
+            let end = Position { timeline: segment.timeline(), lsn: start + u64::from(whole.bytes) };
             if segment.timeline() == next.timeline() && end.lsn < to {
                 holes.push((end, to));
             }
@@ -269,8 +273,13 @@ impl Spool {
         self.histories.lock().expect("no holder of this lock panics")
     }
 
-    fn index(&self) -> MutexGuard<'_, BTreeMap<WalSegmentName, u32>> {
+    fn index(&self) -> MutexGuard<'_, BTreeMap<WalSegmentName, Whole>> {
         self.segments.lock().expect("no holder of this lock panics")
+    }
+
+    /// Returns what there is of a segment.
+    fn durable(&self, segment: WalSegmentName) -> Option<Whole> {
+        self.index().get(&segment).copied()
     }
 
     fn path(&self, segment: WalSegmentName) -> PathBuf {
@@ -446,6 +455,74 @@ mod tests {
     }
 
     #[test]
+    fn what_a_failed_write_left_is_cut_off_before_anything_is_appended() {
+        let scratch = tempfile::tempdir().unwrap();
+        let spool = open(scratch.path());
+        let mib = u64::from(SIZE.bytes());
+        let end = spool.append(at(mib), b"first, ").unwrap();
+        let segment = spool.newest().unwrap();
+        let path = spool.path(segment);
+        // A frame of which it is not known whether it is on the disk, and a file that takes neither bytes nor a cut.
+        let doubtful = frame_of(segment, 7, b"doubtful");
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(&doubtful).unwrap();
+        spool.open.lock().unwrap().as_mut().unwrap().file = File::open(&path).unwrap();
+        spool.append(end, b"never written").unwrap_err();
+        assert_eq!(spool.end(), Some(end));
+        let end = spool.append(end, b"longer than what was doubtful").unwrap();
+        assert_eq!(spool.end(), Some(end));
+        drop(spool);
+        let spool = open(scratch.path());
+        assert_eq!(spool.end(), Some(end), "what was acknowledged");
+        let content = spool.read(segment, 0..spool.durable(segment).unwrap().bytes).unwrap();
+        assert_eq!(content, b"first, longer than what was doubtful");
+        // Nothing follows what is no longer there.
+        let (end, shorter) = (spool.end().unwrap(), OpenOptions::new().write(true).open(&path).unwrap());
+        shorter.set_len(FRAME_HEADER_BYTES as u64 + 7).unwrap();
+        spool.append(end, b"behind a hole").unwrap_err();
+        assert_eq!(spool.end(), Some(end));
+    }
+
+    /// The folder is synced for it, too, which only the owner that it is given shows.
+    #[test]
+    fn a_file_left_by_an_attempt_that_failed_is_treated_as_a_new_one() {
+        if !Owner::current().is_root() {
+            eprintln!("SKIPPED: only root gives files away");
+            return;
+        }
+        let scratch = tempfile::tempdir().unwrap();
+        let owner = Owner { uid: 1234, gid: 1235 };
+        let folder = scratch.path().join("main/7-1");
+        let spool = Spool::open(&folder, SIZE, Some(owner)).unwrap();
+        let mib = u64::from(SIZE.bytes());
+        let path = spool.path(WalSegmentName::containing(TimelineId::FIRST, Lsn(mib), SIZE));
+        fs::write(&path, b"half a frame").unwrap();
+        spool.append(at(mib), b"abc").unwrap();
+        spool.put_history(TimelineId::new(2).unwrap(), b"1\t0/3000000\tx\n").unwrap();
+        assert_eq!(spool.read(spool.newest().unwrap(), 0..3).unwrap(), b"abc");
+        let history = spool.history_path(TimelineId::new(2).unwrap());
+        for path in [&path, &history, &folder, &folder.parent().unwrap().to_owned()] {
+            assert_eq!(Owner::of(path).unwrap(), owner, "{}", path.display());
+        }
+        assert_ne!(Owner::of(scratch.path()).unwrap(), owner, "which was there before");
+    }
+
+    #[test]
+    fn nobody_else_reads_what_is_spooled() {
+        use std::os::unix::fs::PermissionsExt;
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path().join("main/7-1");
+        let spool = Spool::open(&folder, SIZE, None).unwrap();
+        let two = TimelineId::new(2).unwrap();
+        spool.append(at(u64::from(SIZE.bytes())), b"abc").unwrap();
+        spool.put_history(two, b"1\t0/3000000\tx\n").unwrap();
+        let file = spool.path(spool.newest().unwrap());
+        let folders = [(folder.parent().unwrap(), 0o700), (&*folder, 0o700)];
+        for (path, mode) in folders.into_iter().chain([(&*file, 0o600), (&*spool.history_path(two), 0o600)]) {
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, mode, "{}", path.display());
+        }
+    }
+
+    #[test]
     fn history_files_wait_beside_the_segments() {
         let scratch = tempfile::tempdir().unwrap();
         let spool = open(scratch.path());
@@ -495,7 +572,7 @@ mod tests {
                 sure += if file_bytes <= untouched { *length } else { 0 };
             }
             let spool = open(scratch.path());
-            let found = spool.length(segment).unwrap() as usize;
+            let found = spool.durable(segment).unwrap().bytes as usize;
             prop_assert!(found >= sure);
             prop_assert_eq!(spool.read(segment, 0..found as u32).unwrap(), wal(start, found));
             let more = wal(start + found as u64, 100);
