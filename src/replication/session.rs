@@ -6,6 +6,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_postgres::error::DbError;
@@ -15,6 +16,9 @@ use super::connection::{self, Connected, Driver, MARKER, Statements};
 use super::settings::SessionAttributes;
 use crate::pg::MajorVersion;
 use crate::replication::{ConnectOptions, Error, Param, Row};
+
+/// The first statements of a session are answered from memory: a server that takes longer hangs, though it let us log in.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a server is at the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,11 +73,22 @@ impl Session {
                             break;
                         }
                     };
-                let session = Self::begin(connected, &marker).await?;
-                if session.is(*wanted).await? {
-                    return Ok(session);
-                }
-                failure = Some(Error::WrongServer { address: session.address, wanted: wanted.to_string() });
+                let address = connected.address.clone();
+                let begun = tokio::time::timeout(BEGIN_TIMEOUT, async {
+                    let session = Self::begin(connected, &marker).await?;
+                    let fits = session.is(*wanted).await?;
+                    Ok::<_, Error>((session, fits))
+                });
+                failure = Some(match begun.await {
+                    Ok(begun) => match begun? {
+                        (session, true) => return Ok(session),
+                        (_, false) => Error::WrongServer { address, wanted: wanted.to_string() },
+                    },
+                    Err(_) => Error::Unreachable {
+                        address,
+                        detail: format!("no answer within {} s of the login", BEGIN_TIMEOUT.as_secs()),
+                    },
+                });
                 next = number + 1;
             }
         }

@@ -21,6 +21,7 @@ mod pgbench;
 mod walden;
 
 mod giver;
+mod line;
 mod moto;
 mod proxy;
 mod s3;
@@ -32,6 +33,7 @@ pub use checksum::Checksums;
 pub use cluster::{Cluster, Options};
 pub use debian::DebianCluster;
 pub use giver::{Giver, Mood, SESSION_KEYS};
+pub use line::Line;
 pub use moto::Moto;
 pub use needs::{Need, bin_directory, missing, program, unmet};
 pub use pgbench::Pgbench;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, cluster_with, site};
-use crate::support::{Cluster, Need, Options, Run, Running, Site, Stop, Walden, require, wait_for};
+use crate::support::{Cluster, Line, Need, Options, Run, Running, Site, Stop, Walden, require, wait_for};
 
 #[test]
 fn a_server_of_another_cluster_is_passed_over_beside_ours_and_refused_alone() {
@@ -81,6 +81,69 @@ fn a_server_that_restarts_or_ends_the_connection_is_received_from_again_without_
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);
     receiver.assert_equals_pg_wal(&cluster, 1, 5);
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
+}
+
+/// Failure 39: it lets a session log in, and answers no statement; whether the slot is there is not known then.
+#[test]
+fn a_server_that_answers_no_statement_is_received_from_all_the_same() {
+    require!(Need::PostgreSQL(15));
+    let cluster = cluster(15);
+    let line = Line::to(&cluster);
+    line.silence_sessions();
+    let connection = line.connection();
+    let nodes = Site::of(&cluster, cluster.data_directory()).nodes(&[(connection.as_str(), "primary")]);
+    let walden = Walden::configure(cluster.scratch(), &nodes.key("wal = \"receive\""));
+    let receiver = Receiver::start(cluster.scratch(), walden);
+    receiver.wait_until_streaming();
+    assert!(line.held() > 0, "{}", receiver.log());
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 1, 1);
+    assert_eq!(cluster.sql("select slot_name from pg_replication_slots where active"), "walden_main");
+}
+
+/// Version 13 has to be asked by SQL whether it is a primary: one that does not answer is none.
+#[test]
+fn a_server_that_answers_no_statement_is_passed_over_where_only_that_tells_what_it_is() {
+    require!(Need::PostgreSQL(13));
+    let cluster = cluster(13);
+    let line = Line::to(&cluster);
+    line.silence_sessions();
+    let (first, second) = (line.connection(), cluster.connection());
+    let nodes = [(first.as_str(), "primary"), (second.as_str(), "primary")];
+    let site = Site::of(&cluster, cluster.data_directory()).nodes(&nodes).key("wal = \"receive\"");
+    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site));
+    receiver.wait_until_streaming();
+    assert!(line.held() > 0, "{}", receiver.log());
+    let server = receiver.state()["server"].clone();
+    assert!(!server.as_str().unwrap().contains("127.0.0.1"), "{server}");
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 1, 1);
+}
+
+/// Failure 39, in mid stream: nobody closes the connection.
+#[test]
+fn a_stream_that_falls_silent_is_given_up_and_begun_again_without_a_gap() {
+    require!(Need::PostgreSQL(15));
+    let cluster = cluster(15);
+    let line = Line::to(&cluster);
+    let connection = line.connection();
+    let nodes = Site::of(&cluster, cluster.data_directory()).nodes(&[(connection.as_str(), "primary")]);
+    let walden = Walden::configure(cluster.scratch(), &nodes.key("wal = \"receive\""));
+    let receiver = Receiver::start(cluster.scratch(), walden);
+    receiver.wait_until_streaming();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    line.freeze();
+    write_segments(&cluster, 1);
+    wait_for("what is written to be held back", || (line.held() > 0).then_some(()));
+    // In the log: the state shows it for a moment only, because the server can be reached.
+    wait_for("the stream to be given up", || receiver.log().contains("has been silent for").then_some(()));
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 1, 3);
     assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
 }
 

@@ -4,6 +4,8 @@
 //! nobody, and in a failover it is the one that will be promoted. The slot's facts come by SQL; a role that may only
 //! replicate goes without them, and then START_REPLICATION says what is wrong.
 
+use std::time::Duration;
+
 use crate::pg::{Lsn, TimelineHistory, TimelineId};
 use crate::replication::{ConnectOptions, Error as SessionError, Param, ReplicationConnection, Session};
 use crate::repo::ClusterId;
@@ -27,6 +29,10 @@ pub(super) enum Choice {
     /// Those that fit have removed it; this is the first of them.
     Removed(Candidate),
 }
+
+/// What is asked by SQL is answered from memory. A server that hangs must not keep us from the others (failure 39);
+/// replication commands have a limit of their own.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Asks the servers in turn, and returns the first primary that fits, else the first standby; those in `removed` come
 /// last, by their addresses. Servers of another cluster than `cluster` are passed over.
@@ -89,7 +95,7 @@ async fn ask(options: &ConnectOptions) -> Result<Candidate, SessionError> {
     let standby = match connection.setting("in_hot_standby").await {
         Ok(value) => value == "on",
         // PostgreSQL 13 has no such setting.
-        Err(SessionError::Sql { .. }) => is_in_recovery(options).await,
+        Err(SessionError::Sql { .. }) => is_in_recovery(options).await?,
         Err(error) => return Err(error),
     };
     let (histories, history) = histories(&mut connection, identity.timeline).await?;
@@ -97,13 +103,31 @@ async fn ask(options: &ConnectOptions) -> Result<Candidate, SessionError> {
     Ok(Candidate { connection, options: options.clone(), facts, histories })
 }
 
-async fn is_in_recovery(options: &ConnectOptions) -> bool {
+/// Asks by SQL; a role that may only replicate is taken at the connection's word.
+///
+/// # Errors
+/// Where the server does not answer: one that hangs is no primary.
+async fn is_in_recovery(options: &ConnectOptions) -> Result<bool, SessionError> {
     let asked = async {
         let session = Session::connect(options).await?;
-        session.query_one("SELECT pg_is_in_recovery() AS standby", &[]).await?.bool("standby")
+        let row = in_time(session.query_one("SELECT pg_is_in_recovery() AS standby", &[])).await?;
+        row.bool("standby")
     };
-    // A role that may only replicate is taken at the connection's word.
-    asked.await.unwrap_or(false)
+    match asked.await {
+        Err(
+            error @ (SessionError::Lost { .. }
+            | SessionError::Unreachable { .. }
+            | SessionError::NotAccepting { .. }),
+        ) => Err(error),
+        answer => Ok(answer.unwrap_or(false)),
+    }
+}
+
+/// Waits for the answer to a statement for as long as a server takes that works.
+async fn in_time<T>(asked: impl Future<Output = Result<T, SessionError>>) -> Result<T, SessionError> {
+    let answer = tokio::time::timeout(STATEMENT_TIMEOUT, asked).await;
+    let silent = || format!("the server did not answer within {} s", STATEMENT_TIMEOUT.as_secs());
+    answer.unwrap_or_else(|_| Err(SessionError::Lost { detail: silent() }))
 }
 
 type Histories = (Vec<(TimelineId, Vec<u8>)>, Option<TimelineHistory>);
@@ -158,7 +182,7 @@ pub(super) async fn slot_facts(
                (SELECT a.application_name FROM pg_stat_replication a WHERE a.pid = s.active_pid) AS who \
                FROM pg_replication_slots s WHERE slot_name = $1";
     let session = Session::connect(options).await?;
-    let mut rows = session.query(sql, &[Param::Text(slot)]).await?;
+    let mut rows = in_time(session.query(sql, &[Param::Text(slot)])).await?;
     let Some(row) = rows.pop() else { return Ok(None) };
     let who = row.text_opt("who")?.unwrap_or_else(|| "another process".to_owned());
     let active = row.bool("active")?.then(|| match row.int_opt("pid") {
