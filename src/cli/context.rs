@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{ArgAction, Args};
 
@@ -144,7 +145,20 @@ impl Context {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         Ok(runtime.map_err(|error| no_runtime(&error))?.block_on(future))
     }
+
+    /// Runs the future of a process that lives long, and ends soon when it is told to: a thread that still waits then,
+    /// for a store or a disk that hangs, would otherwise keep the process.
+    pub fn block_on_service<T>(&self, future: impl Future<Output = T>) -> Result<T, CommandError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| no_runtime(&error))?;
+        let outcome = runtime.block_on(future);
+        runtime.shutdown_timeout(THREADS_WAIT);
+        Ok(outcome)
+    }
 }
+
+/// How long threads are waited for at the end of a service, which has waited for what counts before.
+const THREADS_WAIT: Duration = Duration::from_millis(500);
 
 fn no_runtime(error: &std::io::Error) -> CommandError {
     CommandError::new(ExitKind::Failed, format!("could not start the async runtime: {error}"))

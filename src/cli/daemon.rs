@@ -1,8 +1,7 @@
 //! `walden daemon`: one process in the foreground that archives for every site of the configuration.
 //!
 //! Here its options are made from the configuration, and its failures into those of commands; what it does is
-//! `daemon`'s. It ends with its runtime dropped in the background: a thread that waits for a store that hangs would
-//! otherwise keep the process.
+//! `daemon`'s.
 
 use std::fmt::{self, Write};
 use std::path::PathBuf;
@@ -12,7 +11,6 @@ use std::time::Duration;
 use clap::Args;
 use futures::FutureExt;
 use serde::Serialize;
-use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::clock::{Clock, SystemClock};
@@ -46,8 +44,6 @@ const SOCKET: &str = "daemon.sock";
 const LOCK: &str = "daemon.lock";
 /// The share of `[limits] memory` that WAL on its way may take; the rest is for what sealing takes for moments.
 const WAL_SHARE: u64 = 2;
-/// How long the runtime's threads are waited for at the end; the daemon has waited for what counts before.
-const THREADS_WAIT: Duration = Duration::from_millis(500);
 
 /// What `daemon` prints once it listens.
 #[derive(Debug, Serialize)]
@@ -92,10 +88,7 @@ impl Daemon {
             failure_of,
         };
         context.warn_of_missing_protection()?;
-        let runtime = runtime::Builder::new_multi_thread().enable_all().build();
-        let runtime = runtime
-            .map_err(|error| CommandError::failed(format!("could not start the async runtime: {error}")))?;
-        let outcome = runtime.block_on(async {
+        context.block_on_service(async {
             let stop = stop_signals()?;
             let daemon = daemon::Daemon::start(options)?;
             context.output.print(&DaemonReport {
@@ -105,9 +98,7 @@ impl Daemon {
             })?;
             daemon.run(stop).await;
             Ok(())
-        });
-        runtime.shutdown_timeout(THREADS_WAIT);
-        outcome
+        })?
     }
 }
 

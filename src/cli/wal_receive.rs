@@ -21,6 +21,9 @@ use crate::wal::receive::{FREE_BYTES_MIN, OpenRepository, ReceiveOptions, run, s
 use super::context::Context;
 use super::error::CommandError;
 
+/// How long receiving may take to end: with what the runtime's threads are given it is five seconds.
+const GRACE: Duration = Duration::from_secs(4);
+
 /// Receives WAL by streaming until it is told to stop: wal = "receive"
 #[derive(Debug, Args)]
 #[command(
@@ -40,11 +43,28 @@ impl WalReceive {
         }
         let (options, open) = Receiving::of(context, site)?.prepare()?;
         context.warn_of_missing_protection()?;
-        context.block_on(async {
+        let clock = context.clock();
+        context.block_on_service(async {
             let stop = stop_on_signal()?;
-            Ok(run(options, open, context.clock(), stop).await?)
+            // A task of its own: where a disk hangs, what hangs with it is its thread and not this one.
+            let receiving = tokio::spawn(run(options, open, clock, stop.clone()));
+            tokio::select! {
+                ended = receiving => {
+                    Ok(ended.map_err(|error| repo::Error::Internal(error.to_string()))??)
+                }
+                () = overdue(stop) => {
+                    tracing::warn!("ending at once, with something that hangs: what is not stored stays in the spool");
+                    Ok(())
+                }
+            }
         })?
     }
+}
+
+/// Resolves when it was time to stop a while ago.
+async fn overdue(mut stop: watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+    tokio::time::sleep(GRACE).await;
 }
 
 /// What it takes to turn the configuration of a site into what the engine takes, more than once.

@@ -19,6 +19,8 @@ use super::Sql;
 struct Silence {
     /// Of sessions for statements, once they have logged in.
     sessions: bool,
+    /// Of replication connections, once a stream was asked for.
+    streams: bool,
     /// Of all that have logged in.
     everybody: bool,
     /// Of those that were made before so many others.
@@ -68,6 +70,11 @@ impl Line {
         self.silence.lock().unwrap().sessions = true;
     }
 
+    /// Holds back what comes of START_REPLICATION from now on.
+    pub fn silence_streams(&self) {
+        self.silence.lock().unwrap().streams = true;
+    }
+
     /// Holds back all answers from now on, except to logins.
     pub fn silence_everybody(&self) {
         self.silence.lock().unwrap().everybody = true;
@@ -93,13 +100,14 @@ fn carry(client: TcpStream, socket: PathBuf, silence: &Arc<Mutex<Silence>>) -> i
         silence.made
     };
     let server = UnixStream::connect(socket)?;
-    let replicates = Arc::new(AtomicBool::new(false));
-    let (mut from, mut to, known) = (client.try_clone()?, server.try_clone()?, replicates.clone());
+    let (replicates, streams) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let asked = [(replicates.clone(), &b"replication\0"[..]), (streams.clone(), &b"START_REPLICATION"[..])];
+    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
     thread::spawn(move || {
         let mut buffer = [0; 16 * 1024];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
-            if holds(&buffer[..count], b"replication\0") {
-                known.store(true, Ordering::Relaxed);
+            for (known, words) in &asked {
+                known.fetch_or(holds(&buffer[..count], words), Ordering::Relaxed);
             }
             if to.write_all(&buffer[..count]).is_err() {
                 break;
@@ -114,7 +122,9 @@ fn carry(client: TcpStream, socket: PathBuf, silence: &Arc<Mutex<Silence>>) -> i
         |logged_in| {
             let silence = silence.lock().unwrap();
             let of_all = silence.everybody || number <= silence.made_before;
-            logged_in && (of_all || (silence.sessions && !replicates.load(Ordering::Relaxed)))
+            let of_sessions = silence.sessions && !replicates.load(Ordering::Relaxed);
+            let of_streams = silence.streams && streams.load(Ordering::Relaxed);
+            logged_in && (of_all || of_sessions || of_streams)
         },
         || silence.lock().unwrap().held += 1,
     );

@@ -18,6 +18,7 @@ mod outage;
 mod outage_report;
 mod prefetch;
 mod receive;
+mod receive_ending;
 mod receive_rounds;
 mod receive_scene;
 mod receive_servers;

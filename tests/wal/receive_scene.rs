@@ -3,12 +3,13 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::scene::shell;
+use crate::scene::{find, shell};
 use crate::support::{Cluster, Options, Run, Scratch, Server, Site, Walden, wait_for};
 
 /// Walden that receives, with its log.
@@ -19,6 +20,9 @@ pub struct Receiver {
     command: Vec<String>,
     process: Option<Child>,
 }
+
+/// Documented are five seconds for a receiver to end. What would hold it up does so for a minute, or for good.
+const ENDING: Duration = Duration::from_secs(25);
 
 /// Makes a cluster with small segments that keeps all its WAL, so that it can be compared.
 #[track_caller]
@@ -70,6 +74,17 @@ impl Receiver {
     /// Asks it to end and waits until it has.
     #[track_caller]
     pub fn stop(&mut self) {
+        self.stop_within(crate::support::PATIENCE);
+    }
+
+    /// The same where something hangs that nobody is to wait for.
+    #[track_caller]
+    pub fn stop_soon(&mut self) {
+        self.stop_within(ENDING);
+    }
+
+    #[track_caller]
+    fn stop_within(&mut self, patience: Duration) {
         let mut process = self.process.take().unwrap();
         // A process that was only just started has not said yet that it listens to it.
         wait_for("the receiver to listen to signals", || {
@@ -77,7 +92,17 @@ impl Receiver {
             (caught & 1 << (Signal::SIGTERM as u64 - 1) != 0).then_some(())
         });
         kill(Pid::from_raw(process.id() as i32), Signal::SIGTERM).unwrap();
-        let status = wait_for("the receiver to end", || process.try_wait().unwrap());
+        let deadline = Instant::now() + patience;
+        let status = loop {
+            match process.try_wait().unwrap() {
+                Some(status) => break status,
+                None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+                None => {
+                    let _ = process.kill();
+                    panic!("it has not ended within {patience:?}\n{}", self.log());
+                }
+            }
+        };
         assert!(status.success(), "{status}\n{}", self.log());
     }
 
@@ -136,10 +161,10 @@ impl Receiver {
     pub fn wait_until_stored(&self, server: &Server) {
         let end = lsn(&server.sql("select pg_current_wal_flush_lsn()"));
         let log = |state: &Value| format!("{state:#}\n{}", self.log());
-        let deadline = std::time::Instant::now() + crate::support::PATIENCE;
+        let deadline = Instant::now() + crate::support::PATIENCE;
         while self.state()["stored"].as_str().map(lsn) < Some(end) {
-            assert!(std::time::Instant::now() < deadline, "{}", log(&self.state()));
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            assert!(Instant::now() < deadline, "{}", log(&self.state()));
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 
@@ -167,6 +192,12 @@ impl Receiver {
             let own = own.unwrap_or_else(|error| panic!("{segment}: {error}"));
             assert!(self.fetch(server, &segment).as_deref() == Some(&own[..]), "{segment} differs");
         }
+    }
+
+    /// Returns the object of a file of the archive, as a file of the repository.
+    #[track_caller]
+    pub fn object(&self, name: &str) -> PathBuf {
+        find(&self.walden.repository(), name).unwrap_or_else(|| panic!("{name} is not in the repository"))
     }
 
     /// Fetches a file of the archive as a standby would; nothing where it is absent.

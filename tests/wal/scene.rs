@@ -222,7 +222,8 @@ fn is_mounted(folder: &Path) -> bool {
     mounts.lines().any(|line| line.split(' ').nth(1) == folder.to_str())
 }
 
-fn find(folder: &Path, name: &str) -> Option<PathBuf> {
+/// Finds a file in a folder and those below it.
+pub fn find(folder: &Path, name: &str) -> Option<PathBuf> {
     for entry in fs::read_dir(folder).ok()?.flatten() {
         let path = entry.path();
         if path.is_dir() {

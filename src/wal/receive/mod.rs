@@ -210,7 +210,11 @@ async fn find_cluster(
     let mut pause = PAUSE_FIRST;
     let mut state = ReceiveState { gaps: remembered_gaps(&options.spool), ..Default::default() };
     while !*stop.borrow() {
-        let error = match choose(&options.nodes, None, None, &[]).await {
+        let chosen = tokio::select! {
+            chosen = choose(&options.nodes, None, None, &[]) => chosen,
+            () = told_to(&mut stop) => return Ok(None),
+        };
+        let error = match chosen {
             Ok(Choice::Server(candidate) | Choice::Removed(candidate)) => {
                 return Ok(Some(candidate.facts.cluster()));
             }
@@ -305,7 +309,10 @@ impl Receiver<'_> {
         let standby = candidate.facts.standby && self.options.nodes.len() > 1;
         let address = candidate.connection.address().to_owned();
         let slot = slot.then_some(self.options.slot.as_str());
-        let started = candidate.connection.start_streaming(slot, start.lsn, start.timeline).await;
+        let started = tokio::select! {
+            started = candidate.connection.start_streaming(slot, start.lsn, start.timeline) => started,
+            () = told_to(&mut stop) => return Ok(()),
+        };
         let stream = match started {
             Ok(Started::Streaming(stream)) => stream,
             Ok(Started::Ended(_, next)) => return self.end_timeline(start, next.switch),

@@ -32,6 +32,8 @@ const STATUS_INTERVAL_UNHEARD: Duration = Duration::from_secs(1);
 /// A server that has said nothing for so long is asked, and given up after twice as long (failure 39).
 const SILENCE_ASKED: Duration = Duration::from_secs(30);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// A server that hangs may not even take a report any more.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// How often free space and silence are looked at.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -97,7 +99,8 @@ impl Streaming<'_> {
         self.drain(&mut buffers).await?;
         if matches!(result, Ok(StreamEnd::Stopped | StreamEnd::LookAgain)) {
             // The server waits for this before it shuts down, and a slot for what it may remove.
-            let _ = self.report(&mut stream, &mut buffers, false).await;
+            let farewell = self.report(&mut stream, &mut buffers, false);
+            let _ = tokio::time::timeout(FAREWELL, farewell).await;
         }
         result
     }
