@@ -8,7 +8,7 @@ use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, cluster_with, lsn, segment_at, site};
 use crate::scene::base_backup;
 use crate::support::{
-    Cluster, Fault, Need, Options, Pgbench, Proxy, Run, S3, Server, Site, Walden, require, s3_storage,
+    Cluster, Fault, Need, Options, Pgbench, Proxy, Run, S3, Server, Site, Stop, Walden, require, s3_storage,
     wait_for,
 };
 
@@ -148,6 +148,43 @@ fn what_one_server_removed_is_received_from_another_that_has_it() {
     assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
     receiver.assert_equals_pg_wal(&standby, 1, 3);
     assert_eq!(standby.sql("select count(*) from pg_replication_slots"), "0", "it would keep WAL for good");
+}
+
+/// The one that has it is down when the other one is found to have removed it.
+#[test]
+fn what_one_server_removed_is_waited_for_while_another_does_not_answer() {
+    require!(Need::PostgreSQL(15));
+    let primary = forgetful();
+    let data = primary.scratch().path().join("standby");
+    base_backup(&primary, &data, &["-R"]);
+    let mut standby = Server::new(15, &data, &primary.scratch().folder("run2"));
+    standby.set("wal_keep_size", "1GB").start();
+    let (first, second) = (primary.connection(), standby.connection());
+    let nodes = [(first.as_str(), "primary"), (second.as_str(), "primary")];
+    let site = Site::of(&primary, primary.data_directory()).nodes(&nodes).key("wal = \"receive\"");
+    let mut receiver = Receiver::start(primary.scratch(), Walden::configure(primary.scratch(), &site));
+    receive_something(&receiver, &primary);
+    let next = stop_before(&mut receiver);
+    primary.sql("select pg_drop_replication_slot('walden_main')");
+    write_until_removed(&primary, &next);
+    let end = primary.sql("select pg_current_wal_flush_lsn()");
+    wait_for("the standby to have it all", || {
+        (standby.sql(&format!("select pg_last_wal_receive_lsn() >= '{end}'")) == "t").then_some(())
+    });
+    standby.stop(Stop::Fast);
+    receiver.start_again();
+    receiver.wait_for_state("what is waited for", |state| {
+        let message = state["receive_problem"]["message"].as_str()?;
+        message.contains("which another server may have").then_some(())
+    });
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
+    // Nothing more is lost while it waits.
+    let kept = "select slot_name, restart_lsn is not null from pg_replication_slots";
+    assert_eq!(primary.rows(kept), [["walden_main", "t"]]);
+    standby.start();
+    receiver.wait_until_stored(&primary);
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
+    receiver.assert_equals_pg_wal(&standby, 1, 3);
 }
 
 /// While a store is away the spool grows, not the memory; nothing is lost by kills in between.

@@ -12,6 +12,8 @@
 
 mod gap;
 mod plan;
+mod removed;
+mod resume;
 mod server;
 mod state;
 mod stream;
@@ -19,11 +21,10 @@ mod upload;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::catalog::WalCoverage;
 use crate::clock::Clock;
 use crate::codec::Compression;
 use crate::disk::durable::{Create, create_dir_all};
@@ -36,7 +37,7 @@ use crate::wal::Error;
 use crate::wal::spool::{Position, Spool};
 
 use gap::note_gap;
-use plan::{PieceRule, SlotFacts, SlotStep, plan_slot, plan_start, segment_start};
+use plan::{PieceRule, SlotStep, plan_slot, plan_start, segment_start};
 use server::{Candidate, Choice, choose, slot_facts, unfit_error};
 use state::{Shared, clear, keep_written, note, remembered_gaps, write_now};
 use stream::{StreamEnd, Streaming};
@@ -138,10 +139,16 @@ pub async fn run(
         stop: stop_storing.subscribe(),
     };
     let mut uploading = tokio::spawn(uploader.run());
-    let here = shared.spool.end();
-    let (shared_by, removed) = (&shared, Vec::new());
-    let receiver =
-        Receiver { options: &options, cluster, shared: shared_by, clock: &clock, stop, here, removed };
+    let receiver = Receiver {
+        options: &options,
+        cluster,
+        shared: &shared,
+        clock: &clock,
+        stop,
+        here: shared.spool.end(),
+        removed: Vec::new(),
+        waiting_since: None,
+    };
     let outcome = tokio::select! {
         received = receiver.run() => {
             let foreign = matches!(received, Err(Error::OtherCluster { .. }));
@@ -215,7 +222,7 @@ async fn find_cluster(
             () = told_to(&mut stop) => return Ok(None),
         };
         let error = match chosen {
-            Ok(Choice::Server(candidate) | Choice::Removed(candidate)) => {
+            Ok(Choice::Server(candidate) | Choice::Removed { candidate, .. }) => {
                 return Ok(Some(candidate.facts.cluster()));
             }
             Err(error) => error,
@@ -264,6 +271,8 @@ struct Receiver<'a> {
     here: Option<Position>,
     /// The servers, by address, that have removed what follows.
     removed: Vec<String>,
+    /// Since when one is waited for that may have kept what the others have removed.
+    waiting_since: Option<Instant>,
 }
 
 impl Receiver<'_> {
@@ -277,6 +286,7 @@ impl Receiver<'_> {
             if self.here != before {
                 pause = PAUSE_FIRST;
                 self.removed.clear();
+                self.waiting_since = None;
             }
             self.shared.state().streaming = false;
             let error = match attempt {
@@ -353,11 +363,11 @@ impl Receiver<'_> {
         let nodes = &self.options.nodes;
         let choice = choose(nodes, Some(self.cluster), self.here, &self.removed).await?;
         let mut candidate = match (choice, self.here) {
-            (Choice::Removed(mut candidate), Some(here)) => {
-                self.jump_over_gap(&mut candidate, here).await?;
+            (Choice::Removed { candidate, unheard }, Some(here)) => {
+                self.meet_removal(candidate, here, unheard).await?;
                 return Ok(None);
             }
-            (Choice::Server(candidate) | Choice::Removed(candidate), _) => candidate,
+            (Choice::Server(candidate) | Choice::Removed { candidate, .. }, _) => candidate,
         };
         for (timeline, content) in &candidate.histories {
             self.shared.spool.put_history(*timeline, content)?;
@@ -378,33 +388,6 @@ impl Receiver<'_> {
 
     fn size(&self) -> WalSegmentSize {
         self.cluster.segment_size
-    }
-
-    /// Returns where the archive ends on the server's way, for a spool that holds nothing; waits for the store.
-    async fn archive_end(&self, candidate: &Candidate) -> Result<Option<Position>, Error> {
-        let mut known = self.shared.repository.subscribe();
-        let repository = match known.wait_for(Option::is_some).await {
-            Ok(repository) => repository.clone(),
-            Err(_) => None,
-        };
-        let Some(repository) = repository else { return Ok(None) };
-        let facts = &candidate.facts;
-        let ancestors = facts.history.iter().flat_map(|history| history.ancestors().rev());
-        for timeline in std::iter::once(facts.identity.timeline).chain(ancestors) {
-            let from = crate::pg::WalSegmentNumber(0);
-            let coverage = WalCoverage::load_timeline(&repository, self.cluster, timeline, from).await?;
-            let ahead = coverage.last().map(|last| last.next().start_lsn(self.size()));
-            let pieces = coverage.pieces.last_key_value();
-            let pieces =
-                pieces.map(|(number, reach)| number.start_lsn(self.size()) + u64::from(reach.contiguous));
-            if let Some(lsn) = ahead.max(pieces) {
-                let end = Position { timeline, lsn };
-                // A commit that was not told before we were ended waits for no other WAL than this.
-                self.shared.durable.send_if_modified(|known| known.is_none() && known.insert(end) == &end);
-                return Ok(Some(end));
-            }
-        }
-        Ok(None)
     }
 
     /// Creates the slot, replaces one that was lost, or checks it; returns whether it is there, and what it keeps.
@@ -451,46 +434,6 @@ impl Receiver<'_> {
         tracing::info!("timeline {} ended at {switch}", end.timeline);
         self.here = Some(end);
         self.shared.spooled.notify_one();
-        Ok(())
-    }
-
-    /// Returns from where on the server keeps WAL for us behind what it has removed.
-    ///
-    /// A slot that was made anew may have been set back by our word of where we are, and then keeps nothing: it is made
-    /// once more.
-    async fn kept_behind(&self, candidate: &mut Candidate, removed: Lsn) -> Result<Lsn, Error> {
-        let (name, size, flushed) = (&self.options.slot, self.size(), candidate.facts.identity.flushed);
-        let kept = |slot: &SlotFacts| slot.restart.filter(|restart| segment_start(*restart, size) > removed);
-        let mut slot = slot_facts(&candidate.options, name).await.ok().flatten();
-        let is_set_back = slot.as_ref().is_some_and(|slot| slot.physical && kept(slot).is_none());
-        if is_set_back && !candidate.facts.standby {
-            candidate.connection.drop_slot(name).await?;
-            candidate.connection.create_slot(name).await?;
-            slot = slot_facts(&candidate.options, name).await?;
-        }
-        Ok(slot.as_ref().and_then(kept).unwrap_or(flushed))
-    }
-
-    /// No server has what follows any more (failure 12): goes on where there is WAL, and says what is missing.
-    async fn jump_over_gap(&mut self, candidate: &mut Candidate, here: Position) -> Result<(), Error> {
-        let wanted =
-            plan_start(&candidate.facts, Some(here), None).map_err(|unfit| unfit_error(candidate, unfit))?;
-        let restart = self.kept_behind(candidate, wanted.lsn).await?;
-        let next = plan_start(&candidate.facts, None, Some(restart))
-            .map_err(|unfit| unfit_error(candidate, unfit))?;
-        let Position { timeline, lsn: from } = wanted;
-        if next.lsn <= from {
-            return Err(Error::Missing { name: format!("WAL from {from} on") });
-        }
-        tracing::error!(
-            "WAL from {from} to {} was removed from the server before it was received; take a new basebackup",
-            next.lsn
-        );
-        let gap = Gap { cluster: self.cluster, timeline, from, to: next.lsn, noticed_at: self.clock.now() };
-        note_gap(&mut self.shared.state().gaps, gap);
-        // Now: once there is WAL from behind it, nothing else tells of it.
-        write_now(&self.options.spool, &self.shared.snapshot(), self.options.owner);
-        (self.here, self.removed) = (Some(next), Vec::new());
         Ok(())
     }
 }

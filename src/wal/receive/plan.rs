@@ -65,6 +65,15 @@ pub(crate) enum SlotStep {
     Refuse(String),
 }
 
+/// What to do where every server that answers and fits has removed what follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RemovedStep {
+    /// One that may have kept it may come back: this is why it cannot be asked.
+    WaitFor(String),
+    /// No server has it: go on behind it.
+    JumpOver,
+}
+
 /// When the beginning of a segment that is still being written is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PieceRule {
@@ -108,6 +117,9 @@ impl Upload {
 
 /// What one piece may hold: what is in memory for it, and lost time where it fails.
 const PIECE_BYTES_MAX: u32 = 16 << 20;
+/// A server that may have kept what the others have removed is waited for so long: a restart takes minutes, and a failover.
+/// Commits that wait for us wait meanwhile.
+const UNHEARD_WAIT: Duration = Duration::from_secs(10 * 60);
 /// What a clone's server is called; `instance` gives it that name.
 const CLONE_NAME_PREFIX: &str = "walden:";
 /// The spool is filled again when there is half as much room again as made it pause.
@@ -164,6 +176,14 @@ pub(crate) fn plan_slot(slot: Option<&SlotFacts>) -> SlotStep {
         Some(SlotFacts { active: Some(who), .. }) => SlotStep::Refuse(format!("it is in use by {who}")),
         Some(slot) if slot.lost => SlotStep::Replace,
         Some(_) => SlotStep::Use,
+    }
+}
+
+/// Decides whether to wait for a server that cannot be asked, which was begun so long ago.
+pub(crate) fn plan_removed(unheard: Option<String>, waited: Duration) -> RemovedStep {
+    match unheard.filter(|_| waited < UNHEARD_WAIT) {
+        Some(unheard) => RemovedStep::WaitFor(unheard),
+        None => RemovedStep::JumpOver,
     }
 }
 
@@ -308,6 +328,17 @@ mod tests {
         assert_eq!(plan_slot(Some(&used)), SlotStep::Refuse("it is in use by standby2".into()));
         let logical = SlotFacts { physical: false, ..slot };
         assert!(matches!(plan_slot(Some(&logical)), SlotStep::Refuse(_)));
+    }
+
+    #[test]
+    fn wal_is_given_up_when_no_server_can_have_it_or_one_does_not_come_back() {
+        let minutes = |minutes| Duration::from_secs(60 * minutes);
+        let unheard = || Some("it does not answer".to_owned());
+        let wait = RemovedStep::WaitFor("it does not answer".into());
+        assert_eq!(plan_removed(None, Duration::ZERO), RemovedStep::JumpOver);
+        assert_eq!(plan_removed(unheard(), Duration::ZERO), wait);
+        assert_eq!(plan_removed(unheard(), minutes(9)), wait);
+        assert_eq!(plan_removed(unheard(), minutes(10)), RemovedStep::JumpOver);
     }
 
     #[test]

@@ -26,8 +26,12 @@ pub(super) struct Candidate {
 pub(super) enum Choice {
     /// This one has what comes next.
     Server(Candidate),
-    /// Those that fit have removed it; this is the first of them.
-    Removed(Candidate),
+    /// Those that fit have removed it; this is the first of them, or the first primary.
+    Removed {
+        candidate: Candidate,
+        /// Why another one, which may have kept it, cannot be asked, if so.
+        unheard: Option<String>,
+    },
 }
 
 /// What is asked by SQL is answered from memory. A server that hangs must not keep us from the others (failure 39);
@@ -45,13 +49,14 @@ pub(super) async fn choose(
     here: Option<Position>,
     removed: &[String],
 ) -> Result<Choice, Error> {
-    let (mut standby, mut last_resort, mut failure) = (None, None, None);
-    let (mut foreign, mut foreign_count) = (None, 0);
+    let (mut standby, mut last_resort, mut failure) = (None, None::<Candidate>, None);
+    let (mut foreign, mut foreign_count, mut unheard) = (None, 0, None);
     for options in nodes {
         let candidate = match ask(options).await {
             Ok(candidate) => candidate,
             Err(error) => {
                 tracing::debug!("server passed over: {error}");
+                unheard = Some(error.to_string());
                 failure = Some(error.into());
                 continue;
             }
@@ -64,14 +69,27 @@ pub(super) async fn choose(
         }
         let is_removed = removed.iter().any(|address| address == candidate.connection.address());
         match plan_start(&candidate.facts, here, None) {
-            Err(unfit) => failure = Some(unfit_error(&candidate, unfit)),
-            Ok(_) if is_removed => last_resort = last_resort.or(Some(candidate)),
+            Err(unfit) => {
+                // One that was started again does not know what it has before it has replayed it.
+                let may_have_it = candidate.facts.standby && matches!(unfit, Unfit::Behind { .. });
+                let error = unfit_error(&candidate, unfit);
+                if may_have_it {
+                    unheard = Some(error.to_string());
+                }
+                failure = Some(error);
+            }
+            Ok(_) if is_removed => match &last_resort {
+                // A primary keeps a slot for us.
+                Some(known) if candidate.facts.standby || !known.facts.standby => {}
+                _ => last_resort = Some(candidate),
+            },
             Ok(_) if !candidate.facts.standby => return Ok(Choice::Server(candidate)),
             Ok(_) => standby = standby.or(Some(candidate)),
         }
     }
     let nobody = || SessionError::Settings { detail: "the site has no connection".into() }.into();
-    let choice = standby.map(Choice::Server).or(last_resort.map(Choice::Removed));
+    let removed = last_resort.map(|candidate| Choice::Removed { candidate, unheard });
+    let choice = standby.map(Choice::Server).or(removed);
     choice.ok_or_else(|| match foreign {
         Some((_, error)) if foreign_count == nodes.len() => error,
         // Another one, which does not answer now, may be ours.

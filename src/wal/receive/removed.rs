@@ -1,0 +1,85 @@
+//! WAL that servers have removed before it was received (failure 12): another one may have kept it. Where none has,
+//! receiving goes on behind the gap, which is told: the next basebackup needs that WAL.
+//!
+//! A server that does not answer may be the one that kept it, as in a failover in which a standby is being started again.
+//! It is waited for, and meanwhile the slot holds on to what the others still have.
+
+use crate::pg::Lsn;
+use crate::wal::Error;
+use crate::wal::receive::Receiver;
+use crate::wal::receive::gap::{Gap, note_gap};
+use crate::wal::receive::plan::{RemovedStep, SlotFacts, plan_removed, plan_start, segment_start};
+use crate::wal::receive::server::{Candidate, slot_facts, unfit_error};
+use crate::wal::receive::state::write_now;
+use crate::wal::spool::Position;
+
+impl Receiver<'_> {
+    /// Decides what becomes of WAL that all those have removed that answer and fit; `candidate` is one of them, and
+    /// `unheard` says why another one cannot tell.
+    ///
+    /// # Errors
+    /// While that one is waited for.
+    pub(super) async fn meet_removal(
+        &mut self,
+        mut candidate: Candidate,
+        here: Position,
+        unheard: Option<String>,
+    ) -> Result<(), Error> {
+        let now = self.clock.monotonic();
+        let since = *self.waiting_since.get_or_insert(now);
+        match plan_removed(unheard, now.saturating_duration_since(since)) {
+            RemovedStep::JumpOver => self.jump_over_gap(&mut candidate, here).await,
+            RemovedStep::WaitFor(unheard) => {
+                // From now on nothing more is lost.
+                self.see_to_slot(&mut candidate).await?;
+                let detail = format!(
+                    "it has removed WAL from {} on, which another server may have: {unheard}",
+                    here.lsn
+                );
+                Err(Error::UnfitServer { address: candidate.connection.address().to_owned(), detail })
+            }
+        }
+    }
+
+    /// Goes on where there is WAL, and says what is missing.
+    async fn jump_over_gap(&mut self, candidate: &mut Candidate, here: Position) -> Result<(), Error> {
+        let wanted =
+            plan_start(&candidate.facts, Some(here), None).map_err(|unfit| unfit_error(candidate, unfit))?;
+        let restart = self.kept_behind(candidate, wanted.lsn).await?;
+        let next = plan_start(&candidate.facts, None, Some(restart))
+            .map_err(|unfit| unfit_error(candidate, unfit))?;
+        if next.lsn <= wanted.lsn {
+            return Err(Error::Missing { name: format!("WAL from {} on", wanted.lsn) });
+        }
+        self.tell_gap(wanted, next.lsn);
+        (self.here, self.removed) = (Some(next), Vec::new());
+        Ok(())
+    }
+
+    fn tell_gap(&self, Position { timeline, lsn: from }: Position, to: Lsn) {
+        tracing::error!(
+            "WAL from {from} to {to} was removed from the server before it was received; take a new basebackup"
+        );
+        let gap = Gap { cluster: self.cluster, timeline, from, to, noticed_at: self.clock.now() };
+        note_gap(&mut self.shared.state().gaps, gap);
+        // Now: once there is WAL from behind it, nothing else tells of it.
+        write_now(&self.options.spool, &self.shared.snapshot(), self.options.owner);
+    }
+
+    /// Returns from where on the server keeps WAL for us behind what it has removed.
+    ///
+    /// A slot that was made anew may have been set back by our word of where we are, and then keeps nothing: it is made
+    /// once more.
+    async fn kept_behind(&self, candidate: &mut Candidate, removed: Lsn) -> Result<Lsn, Error> {
+        let (name, size, flushed) = (&self.options.slot, self.size(), candidate.facts.identity.flushed);
+        let kept = |slot: &SlotFacts| slot.restart.filter(|restart| segment_start(*restart, size) > removed);
+        let mut slot = slot_facts(&candidate.options, name).await.ok().flatten();
+        let is_set_back = slot.as_ref().is_some_and(|slot| slot.physical && kept(slot).is_none());
+        if is_set_back && !candidate.facts.standby {
+            candidate.connection.drop_slot(name).await?;
+            candidate.connection.create_slot(name).await?;
+            slot = slot_facts(&candidate.options, name).await?;
+        }
+        Ok(slot.as_ref().and_then(kept).unwrap_or(flushed))
+    }
+}
