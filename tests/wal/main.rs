@@ -19,6 +19,7 @@ mod outage_report;
 mod prefetch;
 mod receive;
 mod receive_ending;
+mod receive_resume;
 mod receive_rounds;
 mod receive_scene;
 mod receive_servers;

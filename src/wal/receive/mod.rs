@@ -37,7 +37,8 @@ use crate::wal::Error;
 use crate::wal::spool::{Position, Spool};
 
 use gap::note_gap;
-use plan::{PieceRule, SlotStep, plan_slot, plan_start, segment_start};
+use plan::{PieceRule, SlotStep, plan_least_report, plan_slot, plan_start, segment_start};
+use resume::Resume;
 use server::{Candidate, Choice, choose, slot_facts, unfit_error};
 use state::{Shared, clear, keep_written, note, remembered_gaps, write_now};
 use stream::{StreamEnd, Streaming};
@@ -146,6 +147,7 @@ pub async fn run(
         clock: &clock,
         stop,
         here: shared.spool.end(),
+        resume: None,
         removed: Vec::new(),
         waiting_since: None,
     };
@@ -259,6 +261,8 @@ struct Prepared {
     start: Position,
     /// Whether our slot is there.
     slot: bool,
+    /// The server hears of nothing before this.
+    kept_from: Lsn,
 }
 
 struct Receiver<'a> {
@@ -269,6 +273,8 @@ struct Receiver<'a> {
     stop: watch::Receiver<bool>,
     /// Where what was received ends.
     here: Option<Position>,
+    /// What the archive lacks, where the spool held nothing.
+    resume: Option<Resume>,
     /// The servers, by address, that have removed what follows.
     removed: Vec<String>,
     /// Since when one is waited for that may have kept what the others have removed.
@@ -286,7 +292,7 @@ impl Receiver<'_> {
             if self.here != before {
                 pause = PAUSE_FIRST;
                 self.removed.clear();
-                self.waiting_since = None;
+                (self.resume, self.waiting_since) = (None, None);
             }
             self.shared.state().streaming = false;
             let error = match attempt {
@@ -315,7 +321,7 @@ impl Receiver<'_> {
             prepared = self.prepare() => prepared?,
             () = told_to(&mut stop) => return Ok(()),
         };
-        let Some(Prepared { candidate, start, slot }) = prepared else { return Ok(()) };
+        let Some(Prepared { candidate, start, slot, kept_from }) = prepared else { return Ok(()) };
         let standby = candidate.facts.standby && self.options.nodes.len() > 1;
         let address = candidate.connection.address().to_owned();
         let slot = slot.then_some(self.options.slot.as_str());
@@ -339,6 +345,7 @@ impl Receiver<'_> {
             shared: self.shared,
             clock: self.clock,
             acknowledge: self.options.acknowledge,
+            kept_from,
             free_bytes_min: self.options.free_bytes_min,
             stop: self.stop.clone(),
             look_again: standby.then(|| self.clock.monotonic() + STANDBY_PERIOD),
@@ -374,7 +381,7 @@ impl Receiver<'_> {
         }
         self.shared.spooled.notify_one();
         if self.here.is_none() {
-            self.here = self.archive_end(&candidate).await?;
+            self.look_into_archive(&candidate).await?;
         }
         let (slot, restart) = self.see_to_slot(&mut candidate).await?;
         let start = plan_start(&candidate.facts, self.here, restart)
@@ -383,7 +390,8 @@ impl Receiver<'_> {
         let continued = self.shared.spool.end() == Some(start);
         let lsn = if continued { start.lsn } else { segment_start(start.lsn, self.size()) };
         let start = Position { lsn, ..start };
-        Ok(Some(Prepared { candidate, start, slot }))
+        let kept_from = plan_least_report(restart.filter(|_| slot), candidate.facts.identity.flushed);
+        Ok(Some(Prepared { candidate, start, slot, kept_from }))
     }
 
     fn size(&self) -> WalSegmentSize {

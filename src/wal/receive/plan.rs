@@ -179,6 +179,13 @@ pub(crate) fn plan_slot(slot: Option<&SlotFacts>) -> SlotStep {
     }
 }
 
+/// Decides from where on the server hears how far we are: not before `slot`, the position of the slot that is used, for that
+/// would set it back to what may be gone. One ahead of the server's own WAL remained from before a rewind, and commits
+/// would wait until the server has come as far.
+pub(crate) fn plan_least_report(slot: Option<Lsn>, flushed: Lsn) -> Lsn {
+    slot.filter(|slot| *slot <= flushed).unwrap_or(Lsn::ZERO)
+}
+
 /// Decides whether to wait for a server that cannot be asked, which was begun so long ago.
 pub(crate) fn plan_removed(unheard: Option<String>, waited: Duration) -> RemovedStep {
     match unheard.filter(|_| waited < UNHEARD_WAIT) {
@@ -339,6 +346,14 @@ mod tests {
         assert_eq!(plan_removed(unheard(), Duration::ZERO), wait);
         assert_eq!(plan_removed(unheard(), minutes(9)), wait);
         assert_eq!(plan_removed(unheard(), minutes(10)), RemovedStep::JumpOver);
+    }
+
+    #[test]
+    fn the_server_hears_of_nothing_before_the_slot_unless_that_is_ahead_of_it() {
+        assert_eq!(plan_least_report(None, Lsn(500)), Lsn::ZERO);
+        assert_eq!(plan_least_report(Some(Lsn(300)), Lsn(500)), Lsn(300));
+        assert_eq!(plan_least_report(Some(Lsn(500)), Lsn(500)), Lsn(500));
+        assert_eq!(plan_least_report(Some(Lsn(501)), Lsn(500)), Lsn::ZERO);
     }
 
     #[test]

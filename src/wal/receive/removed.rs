@@ -9,6 +9,7 @@ use crate::wal::Error;
 use crate::wal::receive::Receiver;
 use crate::wal::receive::gap::{Gap, note_gap};
 use crate::wal::receive::plan::{RemovedStep, SlotFacts, plan_removed, plan_start, segment_start};
+use crate::wal::receive::resume::Hole;
 use crate::wal::receive::server::{Candidate, slot_facts, unfit_error};
 use crate::wal::receive::state::write_now;
 use crate::wal::spool::Position;
@@ -43,6 +44,10 @@ impl Receiver<'_> {
 
     /// Goes on where there is WAL, and says what is missing.
     async fn jump_over_gap(&mut self, candidate: &mut Candidate, here: Position) -> Result<(), Error> {
+        if let Some(Hole { from, to }) = self.give_up_hole(here) {
+            self.tell_gap(from, to);
+            return Ok(());
+        }
         let wanted =
             plan_start(&candidate.facts, Some(here), None).map_err(|unfit| unfit_error(candidate, unfit))?;
         let restart = self.kept_behind(candidate, wanted.lsn).await?;
@@ -58,7 +63,7 @@ impl Receiver<'_> {
 
     fn tell_gap(&self, Position { timeline, lsn: from }: Position, to: Lsn) {
         tracing::error!(
-            "WAL from {from} to {to} was removed from the server before it was received; take a new basebackup"
+            "WAL from {from} to {to} is not in the archive, and no server has it any more; take a new basebackup"
         );
         let gap = Gap { cluster: self.cluster, timeline, from, to, noticed_at: self.clock.now() };
         note_gap(&mut self.shared.state().gaps, gap);

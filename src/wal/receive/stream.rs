@@ -53,6 +53,8 @@ pub(super) struct Streaming<'a> {
     pub shared: &'a Arc<Shared>,
     pub clock: &'a Arc<dyn Clock>,
     pub acknowledge: Acknowledge,
+    /// The server hears of nothing before this: what the slot keeps begins there.
+    pub kept_from: Lsn,
     pub free_bytes_min: u64,
     pub stop: watch::Receiver<bool>,
     /// When to end to look for a better server.
@@ -200,13 +202,16 @@ impl Streaming<'_> {
 
     /// Returns what may be called flushed; zero where nothing of this timeline may.
     fn flushed(&self, buffers: &Buffers) -> Lsn {
-        match self.acknowledge {
+        let flushed = match self.acknowledge {
             Acknowledge::Spool => buffers.spooled,
             Acknowledge::Store => {
                 let durable = self.shared.durable.borrow().filter(|at| at.timeline == buffers.timeline);
                 durable.map_or(Lsn::ZERO, |at| at.lsn.min(buffers.spooled))
             }
-        }
+        };
+        // Where WAL is received again, our word of where we are would set the slot back to what may be gone soon: it would
+        // be lost then, with what it keeps.
+        if flushed < self.kept_from { Lsn::ZERO } else { flushed }
     }
 
     async fn report_progress(&self, stream: &mut WalStream, buffers: &mut Buffers) -> Result<(), Error> {
