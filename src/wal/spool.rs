@@ -40,6 +40,8 @@ pub(crate) struct Spool {
     read: Mutex<Option<(WalSegmentName, Whole)>>,
     /// Timelines' history files that are not in the store yet.
     histories: Mutex<BTreeMap<TimelineId, Vec<u8>>>,
+    /// Those that are, since this start; servers tell them at each connection.
+    stored_histories: Mutex<BTreeMap<TimelineId, Vec<u8>>>,
 }
 
 #[derive(Debug)]
@@ -85,6 +87,7 @@ impl Spool {
         fsync_dir(folder)?;
         Ok(Self {
             histories: Mutex::new(histories(folder)?),
+            stored_histories: Mutex::default(),
             folder: folder.to_owned(),
             size,
             owner,
@@ -227,8 +230,14 @@ impl Spool {
         Ok(())
     }
 
-    /// Keeps a timeline's history file until it is in the store.
+    /// Keeps a timeline's history file until it is in the store; nothing to do for one of which it is known that it waits
+    /// or is there.
     pub fn put_history(&self, timeline: TimelineId, content: &[u8]) -> Result<(), Error> {
+        let is_content = |known: Option<&Vec<u8>>| known.is_some_and(|known| known == content);
+        let is_stored = is_content(self.lock_stored_histories().get(&timeline));
+        if is_stored || is_content(self.waiting_histories().get(&timeline)) {
+            return Ok(());
+        }
         let path = self.history_path(timeline);
         write_file(&path, content, Create { owner: self.owner, ..Create::PRIVATE_FILE })?;
         self.waiting_histories().insert(timeline, content.to_owned());
@@ -240,10 +249,16 @@ impl Spool {
         self.waiting_histories().clone()
     }
 
-    /// Forgets a history file that is in the store.
+    /// Tells whether a timeline's history file waits.
+    pub fn has_history(&self, timeline: TimelineId) -> bool {
+        self.waiting_histories().contains_key(&timeline)
+    }
+
+    /// Lets a history file go that is in the store.
     pub fn remove_history(&self, timeline: TimelineId) -> Result<(), Error> {
         crate::disk::durable::remove_file(&self.history_path(timeline))?;
-        self.waiting_histories().remove(&timeline);
+        let stored = self.waiting_histories().remove(&timeline);
+        self.lock_stored_histories().extend(stored.map(|content| (timeline, content)));
         Ok(())
     }
 
@@ -271,6 +286,10 @@ impl Spool {
 
     fn waiting_histories(&self) -> MutexGuard<'_, BTreeMap<TimelineId, Vec<u8>>> {
         self.histories.lock().expect("no holder of this lock panics")
+    }
+
+    fn lock_stored_histories(&self) -> MutexGuard<'_, BTreeMap<TimelineId, Vec<u8>>> {
+        self.stored_histories.lock().expect("no holder of this lock panics")
     }
 
     fn index(&self) -> MutexGuard<'_, BTreeMap<WalSegmentName, Whole>> {
@@ -527,12 +546,18 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let spool = open(scratch.path());
         let two = TimelineId::new(2).unwrap();
-        spool.put_history(two, b"1\t0/3000000\tx\n").unwrap();
-        assert_eq!(open(scratch.path()).histories()[&two], b"1\t0/3000000\tx\n");
+        let content = b"1\t0/3000000\tx\n";
+        spool.put_history(two, content).unwrap();
+        assert_eq!(open(scratch.path()).histories()[&two], content);
+        assert!(spool.has_history(two) && !spool.has_history(TimelineId::FIRST));
         spool.remove_history(two).unwrap();
-        assert!(
-            spool.histories().is_empty() && open(scratch.path()).histories().is_empty() && spool.is_empty()
-        );
+        let nothing_waits = |spool: &Spool| spool.histories().is_empty() && !spool.has_history(two);
+        assert!(nothing_waits(&spool) && nothing_waits(&open(scratch.path())) && spool.is_empty());
+        // It is told again at each connection, and by another server perhaps another one.
+        spool.put_history(two, content).unwrap();
+        assert!(nothing_waits(&spool) && nothing_waits(&open(scratch.path())));
+        spool.put_history(two, b"1\t0/4000000\tx\n").unwrap();
+        assert_eq!(open(scratch.path()).histories()[&two], b"1\t0/4000000\tx\n");
     }
 
     proptest! {

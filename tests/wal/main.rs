@@ -18,6 +18,7 @@ mod outage;
 mod outage_report;
 mod prefetch;
 mod receive;
+mod receive_damage;
 mod receive_ending;
 mod receive_resume;
 mod receive_rounds;

@@ -5,6 +5,8 @@
 //! A store that is away is asked again for ever, and the spool grows meanwhile, not the memory. Only what contradicts
 //! the archive ends it: the site is another cluster's, or something else stands under the name.
 
+mod histories;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,9 +20,9 @@ use tokio::sync::watch;
 use crate::catalog::{WalCoverage, basebackups};
 use crate::clock::Clock;
 use crate::codec::Compression;
-use crate::pg::{SEGMENT_HEADER_LEN, TimelineHistory, TimelineId, WalSegmentName, check_segment_header};
+use crate::pg::{SEGMENT_HEADER_LEN, TimelineId, WalSegmentName, check_segment_header};
 use crate::repo::layout::WalObjectName;
-use crate::repo::wal_object::{HistoryBranch, Stored, archive_history, seal_wal};
+use crate::repo::wal_object::{Stored, mend_wal, seal_wal};
 use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
 use crate::wal::head;
@@ -28,8 +30,10 @@ use crate::wal::head_notes::HEAD_INTERVAL;
 use crate::wal::key_rotation::KeyRotation;
 use crate::wal::left_out::RecoveryStart;
 use crate::wal::receive::plan::{InStore, PieceRule, Upload, durable_in_store, may_leave, plan_upload};
-use crate::wal::receive::state::{Shared, clear, note};
+use crate::wal::receive::state::{Shared, note};
 use crate::wal::spool::Position;
+
+use histories::WaitingHistories;
 
 /// Opens the repository for writing, as often as it takes.
 pub type OpenRepository = Arc<dyn Fn() -> BoxFuture<'static, Result<Repository, repo::Error>> + Send + Sync>;
@@ -85,6 +89,8 @@ struct Progress {
     repository: Repository,
     keys: Arc<KeyRotation>,
     stored: BTreeMap<WalSegmentName, InStore>,
+    /// The history files that could not be stored.
+    histories: WaitingHistories,
     in_flight: Vec<Work>,
     /// When the last piece was stored.
     last_piece: Instant,
@@ -121,7 +127,7 @@ impl Uploader {
                     let accounted = result.and_then(|()| self.account(&mut progress, work));
                     if let (Ok(()), Work::Upload(_)) = (&accounted, work) {
                         pause = PAUSE_FIRST;
-                        clear(&mut self.shared.state().store_problem, "WAL is stored again");
+                        self.tell_stored(&progress);
                     }
                     wait_until = self.judge(accounted, &mut pause)?;
                 }
@@ -147,8 +153,7 @@ impl Uploader {
     }
 
     fn trouble(&self, error: &Error) {
-        let message = format!("WAL cannot be stored and stays in the spool: {error}");
-        note(&mut self.shared.state().store_problem, message, self.clock.now());
+        note(&mut self.shared.state().store_problem, trouble_of(error), self.clock.now());
     }
 
     /// Opens the repository and finds out what of the spool is stored already; nothing if told to stop before.
@@ -191,6 +196,7 @@ impl Uploader {
             repository,
             keys: Arc::new(KeyRotation::default()),
             stored,
+            histories: WaitingHistories::new(),
             in_flight: Vec::new(),
             last_piece: self.clock.monotonic(),
             last_head: None,
@@ -207,7 +213,11 @@ impl Uploader {
         running: &mut Running,
         stop: Stop,
     ) -> Result<(), Error> {
-        self.store_histories(progress).await?;
+        // What it fails with holds back nothing but its timeline.
+        let histories = self.store_histories(progress).await;
+        if histories.as_ref().is_err_and(contradicts) {
+            return histories;
+        }
         self.ask_for_first(progress).await?;
         self.let_leave(progress, stop)?;
         self.publish(progress);
@@ -217,7 +227,7 @@ impl Uploader {
         if stop == Stop::No {
             self.start_looks(progress, running);
         }
-        Ok(())
+        histories
     }
 
     /// Begins with what is done now and then.
@@ -279,6 +289,9 @@ impl Uploader {
         let mut begun: Vec<Upload> = progress.in_flight.iter().filter_map(|work| work.upload()).collect();
         let running = begun.len();
         for (segment, length) in self.shared.spool.oldest(LOOKED_AT_MAX) {
+            if self.is_held_back(progress, segment.timeline()) {
+                continue;
+            }
             let stored = progress.stored.get(&segment).copied().unwrap_or_default();
             let open = newest == Some(segment);
             let Some(upload) = plan_upload((segment, length), stored, age, open, size, rule) else {
@@ -342,20 +355,6 @@ impl Uploader {
             changed
         });
     }
-
-    /// Archives the history files that wait.
-    async fn store_histories(&self, progress: &Progress) -> Result<(), Error> {
-        for (timeline, content) in self.shared.spool.histories() {
-            let history = TimelineHistory::parse(timeline, &String::from_utf8_lossy(&content))?;
-            let parent = history.parent();
-            let branch = HistoryBranch { parent: parent.timeline, switch: parent.lsn };
-            let repository = &progress.repository;
-            let key = progress.keys.next(repository.keyring(), &*self.clock)?;
-            archive_history(repository, self.cluster, timeline, branch, &content, &key).await?;
-            self.shared.spool.remove_history(timeline)?;
-        }
-        Ok(())
-    }
 }
 
 impl Work {
@@ -378,7 +377,8 @@ struct Sender {
 }
 
 impl Sender {
-    /// Stores a segment or a piece; one that is there already is compared.
+    /// Stores a segment or a piece; one that is there already is compared. A segment goes beside one that is damaged or that
+    /// nobody trusted has signed, as by `wal check --repair`: nothing behind it leaves the spool before.
     async fn send(self, upload: Upload) -> Result<(), Error> {
         let (cluster, compression) = (self.cluster, self.compression);
         let (segment, range) = match upload {
@@ -386,7 +386,7 @@ impl Sender {
             Upload::Piece { segment, from, to } => (segment, from..to),
         };
         let key = self.keys.next(self.repository.keyring(), &*self.clock)?;
-        let (shared, repository) = (self.shared.clone(), self.repository.clone());
+        let (shared, repository, sealing) = (self.shared.clone(), self.repository.clone(), key.clone());
         // Not on the threads that tell the server where it may go on.
         let prepared = tokio::task::spawn_blocking(move || {
             let bytes = Bytes::from(shared.spool.read(segment, range.clone())?);
@@ -400,12 +400,19 @@ impl Sender {
                 }
             };
             let content = RawContent::from(bytes);
-            Ok::<_, Error>((seal_wal(&repository, cluster, name, &content, &key, compression)?, content))
+            Ok::<_, Error>((seal_wal(&repository, cluster, name, &content, &sealing, compression)?, content))
         });
         let (sealed, content) =
             prepared.await.map_err(|error| repo::Error::Internal(error.to_string()))??;
-        if let Stored::Taken(place) = sealed.store(&self.repository).await? {
-            place.compare(&self.repository, &content).await?;
+        let Stored::Taken(place) = sealed.store(&self.repository).await? else { return Ok(()) };
+        match (place.compare(&self.repository, &content).await, upload) {
+            (Err(error), Upload::Segment(segment)) if error.kind() == repo::ErrorKind::Damaged => {
+                tracing::error!("{error}; segment {segment} is archived beside it");
+                mend_wal(&self.repository, cluster, segment, &content, &key, compression).await?;
+            }
+            (compared, _) => {
+                compared?;
+            }
         }
         Ok(())
     }
@@ -452,6 +459,10 @@ async fn stored_of(
     }
     let bytes = coverage.pieces.get(&number).map_or(0, |reach| reach.contiguous);
     Ok(InStore { bytes, whole: false })
+}
+
+fn trouble_of(error: &Error) -> String {
+    format!("WAL cannot be stored and stays in the spool: {error}")
 }
 
 /// Tells what no later attempt mends: the archive holds something else, or is somebody else's.
