@@ -3,10 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::receive::write_segments;
+use crate::receive_scene::{Receiver, cluster, segments_between, site};
 use crate::scene::Scene;
-use crate::support::{Need, Stop, require};
+use crate::support::{Need, Stop, Walden, require};
 
 /// Failures 9 and 10 from the side of the archive: a segment and a history that are gone are found, and put back while
 /// the server has them.
@@ -147,6 +149,57 @@ fn forced(scene: &Scene, segment: &str) -> std::path::PathBuf {
     let start = format!("{segment}.forced.");
     let mut forced = paths.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&start));
     forced.next().unwrap()
+}
+
+/// A server that is received from marks no segment for the archive.
+#[test]
+fn what_a_receiver_left_out_is_put_back_once_a_checkpoint_has_passed_it() {
+    require!(Need::PostgreSQL(15));
+    let mut cluster = cluster(15);
+    let mut receiver =
+        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    receiver.wait_until_streaming();
+    receiver.walden.run(&["backup"]);
+    write_segments(&cluster, 3);
+    receiver.wait_until_stored(&cluster);
+    let (first, last) = receiver.runs(1).pop().unwrap();
+    let missing = segments_between(&first, &last).into_iter().nth_back(1).unwrap();
+    receiver.stop();
+    fs::remove_file(receiver.object(&missing)).unwrap();
+    let check = |receiver: &Receiver, options: &[&str]| {
+        let arguments = [&["--output", "json", "wal", "check"], options].concat();
+        let run = receiver.walden.try_run(&arguments);
+        serde_json::from_str::<Value>(&run.stdout).unwrap_or_else(|_| panic!("{run:?}"))
+    };
+    // It could still be being written, by all that the files say.
+    let early = check(&receiver, &["--repair"]);
+    assert_eq!((&early["ok"], &early["repaired"]), (&json!(false), &json!([])), "{early:#}");
+    cluster.sql("checkpoint");
+    let repaired = check(&receiver, &["--repair"]);
+    assert_eq!((&repaired["ok"], &repaired["repaired"]), (&json!(true), &json!([missing])), "{repaired:#}");
+
+    // On a timeline that was left, and on the one after it.
+    cluster.stop(Stop::Fast);
+    cluster.scratch().file("data/standby.signal", "");
+    cluster.start();
+    cluster.sql("select pg_promote()");
+    receiver.start_again();
+    write_segments(&cluster, 3);
+    receiver.wait_until_stored(&cluster);
+    let (_, newest) = receiver.runs(2).pop().unwrap();
+    let (begun, _) = receiver.runs(2).swap_remove(0);
+    let second = segments_between(&begun, &newest).into_iter().nth_back(1).unwrap();
+    receiver.stop();
+    cluster.sql("checkpoint");
+    for segment in [&missing, &second] {
+        fs::remove_file(receiver.object(segment)).unwrap();
+    }
+    let repaired = check(&receiver, &["--repair", "--bodies"]);
+    assert_eq!(
+        (&repaired["ok"], &repaired["repaired"]),
+        (&json!(true), &json!([missing, second])),
+        "{repaired:#}"
+    );
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod objects;
 pub mod repair;
 #[cfg(test)]
 mod tests;
+mod written;
 
 use std::collections::BTreeMap;
 

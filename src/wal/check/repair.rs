@@ -2,9 +2,9 @@
 //!
 //! What is damaged stays where it is; the server's segment is archived in its place, as `wal push --force` does, and
 //! only while the one that readers get cannot be verified: what is sound and merely differs is somebody's decision.
-//! Only files that PostgreSQL itself has marked for the archive, done or not: what bears the name of a segment without
-//! such a mark is still being written, or waits to be reused. Each goes through the same checks as in the
-//! archive_command.
+//! Only files that PostgreSQL itself has marked for the archive, done or not, or has completed by its control file
+//! (`written`): anything else that bears the name of a segment is still being written, or waits to be reused. Each goes
+//! through the same checks as in the archive_command.
 
 use std::fs;
 use std::path::Path;
@@ -18,6 +18,7 @@ use crate::wal::data_directory::{cluster_of, read_control_file};
 use crate::wal::push::{OnConflict, check_file, push};
 
 use super::ClusterFindings;
+use super::written::Written;
 
 /// What a repair has done.
 #[derive(Debug, Default)]
@@ -77,6 +78,7 @@ pub async fn repair(
 fn wanted(findings: &ClusterFindings, data_directory: &Path) -> Result<Vec<Wanted>, Error> {
     let pg_wal = data_directory.join("pg_wal");
     let io = |source| Error::Unreadable { path: pg_wal.clone(), source };
+    let written = Written::of(data_directory)?;
     let mut wanted = Vec::new();
     for entry in fs::read_dir(&pg_wal).map_err(io)? {
         let name = entry.map_err(io)?.file_name();
@@ -93,8 +95,13 @@ fn wanted(findings: &ClusterFindings, data_directory: &Path) -> Result<Vec<Wante
         let marked = ["ready", "done"]
             .iter()
             .any(|mark| pg_wal.join("archive_status").join(format!("{name}.{mark}")).exists());
-        // A history file is complete from the moment it has its name.
-        if (is_missing || is_damaged) && (marked || matches!(name, ArchiveFileName::History(_))) {
+        let complete = match name {
+            ArchiveFileName::Segment(segment) => marked || written.covers(segment),
+            // From the moment it has its name.
+            ArchiveFileName::History(_) => true,
+            _ => false,
+        };
+        if (is_missing || is_damaged) && complete {
             wanted.push(Wanted { name, is_damaged });
         }
     }
