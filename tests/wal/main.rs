@@ -20,6 +20,7 @@ mod prefetch;
 mod receive;
 mod receive_damage;
 mod receive_ending;
+mod receive_hosts;
 mod receive_resume;
 mod receive_rounds;
 mod receive_scene;

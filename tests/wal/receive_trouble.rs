@@ -14,14 +14,14 @@ use crate::support::{
 
 /// Makes a cluster that removes WAL as soon as no slot keeps it.
 #[track_caller]
-fn forgetful() -> Cluster {
+pub fn forgetful() -> Cluster {
     let options = Options::default().initdb("--wal-segsize=1").setting("archive_mode", "off");
     Cluster::start_with(15, options.setting("max_wal_size", "2MB").setting("min_wal_size", "2MB"))
 }
 
 /// Writes WAL and checkpoints until a segment is no longer in pg_wal.
 #[track_caller]
-fn write_until_removed(server: &Server, segment: &str) {
+pub fn write_until_removed(server: &Server, segment: &str) {
     wait_for("the server to remove a segment", || {
         write_segments(server, 2);
         server.sql("checkpoint");

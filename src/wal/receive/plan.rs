@@ -117,8 +117,8 @@ impl Upload {
 
 /// What one piece may hold: what is in memory for it, and lost time where it fails.
 const PIECE_BYTES_MAX: u32 = 16 << 20;
-/// A server that may have kept what the others have removed is waited for so long: a restart takes minutes, and a failover.
-/// Commits that wait for us wait meanwhile.
+/// A server that may have kept what the others have removed is waited for so long: a restart takes minutes, and so does a
+/// failover. Commits that wait for us wait meanwhile.
 const UNHEARD_WAIT: Duration = Duration::from_secs(10 * 60);
 /// What a clone's server is called; `instance` gives it that name.
 const CLONE_NAME_PREFIX: &str = "walden:";

@@ -27,8 +27,13 @@ impl Receiver<'_> {
         unheard: Option<String>,
     ) -> Result<(), Error> {
         let now = self.clock.monotonic();
+        let is_news = self.waiting_since.is_none();
         let since = *self.waiting_since.get_or_insert(now);
-        match plan_removed(unheard, now.saturating_duration_since(since)) {
+        let step = plan_removed(unheard, now.saturating_duration_since(since));
+        if (is_news || step == RemovedStep::JumpOver) && self.look_again(&candidate, here).await? {
+            return Ok(());
+        }
+        match step {
             RemovedStep::JumpOver => self.jump_over_gap(&mut candidate, here).await,
             RemovedStep::WaitFor(unheard) => {
                 // From now on nothing more is lost.

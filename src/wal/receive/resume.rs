@@ -75,17 +75,7 @@ impl Receiver<'_> {
         let slot = slot_facts(&candidate.options, &self.options.slot).await.ok().flatten();
         let kept = slot.filter(|slot| slot.physical && !slot.lost).and_then(|slot| slot.restart);
         let wanted = kept.into_iter().chain(newest_basebackup(&repository, facts).await?).min();
-        let mut archived = BTreeMap::new();
-        let mut is_found = false;
-        for Stretch { timeline, from, .. } in way_of(facts).into_iter().rev() {
-            let all = WalSegmentNumber(0);
-            let held = WalCoverage::load_timeline(&repository, self.cluster, timeline, all).await?;
-            is_found |= end_of(&held, self.size()).is_some();
-            archived.insert(timeline, held);
-            if is_found && wanted.is_none_or(|wanted| from <= wanted) {
-                break;
-            }
-        }
+        let archived = load(&repository, facts, wanted).await?;
         let Some(resume) = plan_resume(facts, &archived, wanted) else { return Ok(()) };
         let start = resume.start();
         if let Some(Hole { from, to }) = resume.holes.front() {
@@ -97,11 +87,31 @@ impl Receiver<'_> {
         Ok(())
     }
 
-    /// Takes the hole of the archive that begins at `here` for lost, and returns it; goes on at what the archive lacks next.
+    /// Looks whether the archive has come to have what was found to be missing at `here`, and goes on behind that, if so:
+    /// another host may have received until now.
+    pub(super) async fn look_again(&mut self, candidate: &Candidate, here: Position) -> Result<bool, Error> {
+        let repository = self.shared.repository.borrow().clone();
+        let Some(repository) = repository.filter(|_| self.shared.spool.is_empty()) else { return Ok(false) };
+        let wanted = Some(here.lsn);
+        let archived = load(&repository, &candidate.facts, wanted).await?;
+        let resume = plan_resume(&candidate.facts, &archived, wanted);
+        let Some(resume) = resume.filter(|resume| resume.start() > here) else { return Ok(false) };
+        self.go_on_at(here, resume.start());
+        self.resume = Some(resume);
+        Ok(true)
+    }
+
+    /// Takes the hole of the archive that begins at `here` for lost, and returns it; goes on at what is missing next.
     pub(super) fn give_up_hole(&mut self, here: Position) -> Option<Hole> {
         let resume = self.resume.as_mut()?;
         let hole = resume.give_up(here)?;
         let next = resume.start();
+        self.go_on_at(here, next);
+        Some(hole)
+    }
+
+    /// Goes on at another place of the archive, which is what is known to be stored as well: commits may wait for that.
+    fn go_on_at(&mut self, here: Position, next: Position) {
         self.shared.durable.send_if_modified(|known| {
             let ends_here = *known == Some(here);
             if ends_here {
@@ -110,8 +120,27 @@ impl Receiver<'_> {
             ends_here
         });
         (self.here, self.removed) = (Some(next), Vec::new());
-        Some(hole)
     }
+}
+
+/// Lists what is archived on the way of a server, as far back as is wanted, or else to the newest timeline of which
+/// there is anything.
+async fn load(
+    repository: &Repository,
+    facts: &ServerFacts,
+    wanted: Option<Lsn>,
+) -> Result<BTreeMap<TimelineId, TimelineCoverage>, Error> {
+    let (mut archived, mut is_found) = (BTreeMap::new(), false);
+    for Stretch { timeline, from, .. } in way_of(facts).into_iter().rev() {
+        let all = WalSegmentNumber(0);
+        let held = WalCoverage::load_timeline(repository, facts.cluster(), timeline, all).await?;
+        is_found |= end_of(&held, facts.segment_size).is_some();
+        archived.insert(timeline, held);
+        if is_found && wanted.is_none_or(|wanted| from <= wanted) {
+            break;
+        }
+    }
+    Ok(archived)
 }
 
 /// Returns where the recovery from the newest basebackup begins, among those on the way of a server.
@@ -257,7 +286,7 @@ mod tests {
         assert_eq!(plan(&[1, 2, 3, 4, 5], &[], Some(SEGMENT)), (vec![], six));
         // The receiver was ended with 3 on its way and 4 and 5 stored; the server was told of nothing behind 2.
         assert_eq!(plan(&[1, 2, 4, 5], &[], Some(3 * SEGMENT + 28)), (vec![hole(3, 4)], six));
-        // It was told of what was in a spool that is lost: nothing that is wanted is missing, unless a basebackup needs it.
+        // It was told of what was in a spool that is lost: that is not wanted, unless a basebackup needs it.
         assert_eq!(plan(&[1, 2, 4, 5], &[], Some(4 * SEGMENT)), (vec![], six));
         assert_eq!(plan(&[1, 2, 4, 5], &[], Some(9 * SEGMENT)), (vec![], six));
         assert_eq!(plan(&[1, 2, 4, 5], &[], None), (vec![], six));

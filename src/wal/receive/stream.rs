@@ -209,8 +209,8 @@ impl Streaming<'_> {
                 durable.map_or(Lsn::ZERO, |at| at.lsn.min(buffers.spooled))
             }
         };
-        // Where WAL is received again, our word of where we are would set the slot back to what may be gone soon: it would
-        // be lost then, with what it keeps.
+        // Where WAL is received again, our word of where we are would set the slot back to what may be gone already: it
+        // would be lost then, with what it keeps.
         if flushed < self.kept_from { Lsn::ZERO } else { flushed }
     }
 

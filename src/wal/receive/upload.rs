@@ -377,8 +377,8 @@ struct Sender {
 }
 
 impl Sender {
-    /// Stores a segment or a piece; one that is there already is compared. A segment goes beside one that is damaged or that
-    /// nobody trusted has signed, as by `wal check --repair`: nothing behind it leaves the spool before.
+    /// Stores a segment or a piece; one that is there already is compared. A segment goes beside one that is damaged or
+    /// that nobody trusted has signed, as by `wal check --repair`: nothing behind it leaves the spool before.
     async fn send(self, upload: Upload) -> Result<(), Error> {
         let (cluster, compression) = (self.cluster, self.compression);
         let (segment, range) = match upload {

@@ -1,8 +1,8 @@
 //! Timelines' history files on their way to the store: each goes before any segment of its timeline.
 //!
 //! One that cannot be stored holds back its own timeline. Where something stands in its place that is damaged, or that
-//! nobody signed who is trusted, not even that: no waiting mends it, and without the WAL more would be lost than one small
-//! file. It is told, and tried again now and then, so that it is stored once the other one is gone.
+//! nobody signed who is trusted, not even that: no waiting mends it, and without the WAL more would be lost than one
+//! small file. It is told, and tried again now and then, so that it is stored once the other one is gone.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
