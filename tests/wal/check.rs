@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::receive::write_segments;
+use crate::receive_damage::begin_timeline;
 use crate::receive_scene::{Receiver, cluster, segments_between, site};
 use crate::scene::Scene;
 use crate::support::{Need, Stop, Walden, require};
@@ -179,10 +180,7 @@ fn what_a_receiver_left_out_is_put_back_once_a_checkpoint_has_passed_it() {
     assert_eq!((&repaired["ok"], &repaired["repaired"]), (&json!(true), &json!([missing])), "{repaired:#}");
 
     // On a timeline that was left, and on the one after it.
-    cluster.stop(Stop::Fast);
-    cluster.scratch().file("data/standby.signal", "");
-    cluster.start();
-    cluster.sql("select pg_promote()");
+    begin_timeline(&mut cluster);
     receiver.start_again();
     write_segments(&cluster, 3);
     receiver.wait_until_stored(&cluster);

@@ -18,7 +18,7 @@ fn flip(receiver: &Receiver, name: &str) {
 
 /// Ends the timeline of a server that nobody follows, and begins the next one.
 #[track_caller]
-fn begin_timeline(cluster: &mut Cluster) {
+pub fn begin_timeline(cluster: &mut Cluster) {
     cluster.stop(Stop::Fast);
     cluster.scratch().file("data/standby.signal", "");
     cluster.start();
