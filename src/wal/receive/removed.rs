@@ -9,7 +9,7 @@ use crate::wal::Error;
 use crate::wal::receive::Receiver;
 use crate::wal::receive::gap::{Gap, note_gap};
 use crate::wal::receive::plan::{RemovedStep, SlotFacts, plan_removed, plan_start, segment_start};
-use crate::wal::receive::resume::Hole;
+use crate::wal::receive::resume::{Hole, Place, Resume};
 use crate::wal::receive::server::{Candidate, slot_facts, unfit_error};
 use crate::wal::receive::state::write_now;
 use crate::wal::spool::Position;
@@ -49,8 +49,8 @@ impl Receiver<'_> {
 
     /// Goes on where there is WAL, and says what is missing.
     async fn jump_over_gap(&mut self, candidate: &mut Candidate, here: Position) -> Result<(), Error> {
-        if let Some(Hole { from, to }) = self.give_up_hole(here) {
-            self.tell_gap(from, to);
+        if let Some(Hole { at, to }) = self.give_up_hole(here) {
+            self.tell_gap(at.end(), to);
             return Ok(());
         }
         let wanted =
@@ -61,7 +61,9 @@ impl Receiver<'_> {
         if next.lsn <= wanted.lsn {
             return Err(Error::Missing { name: format!("WAL from {} on", wanted.lsn) });
         }
-        self.tell_gap(wanted, next.lsn);
+        // Of the segment that the archive ends in there may be pieces.
+        let archived = self.resume.as_ref().map(Resume::next_place).filter(|place| place.start == wanted);
+        self.tell_gap(archived.map_or(wanted, Place::end), next.lsn);
         (self.here, self.removed) = (Some(next), Vec::new());
         Ok(())
     }

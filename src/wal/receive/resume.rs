@@ -13,7 +13,7 @@ use crate::repo::Repository;
 use crate::wal::Error;
 use crate::wal::left_out::RecoveryStart;
 use crate::wal::receive::Receiver;
-use crate::wal::receive::plan::ServerFacts;
+use crate::wal::receive::plan::{ServerFacts, segment_start};
 use crate::wal::receive::server::{Candidate, slot_facts};
 use crate::wal::spool::Position;
 
@@ -23,14 +23,23 @@ pub(super) struct Resume {
     /// What it lacks of what is wanted, the oldest first.
     holes: VecDeque<Hole>,
     /// Behind all that it has.
-    end: Position,
+    end: Place,
 }
 
 /// WAL that is not in the archive, with some behind it that is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Hole {
-    pub from: Position,
+    pub at: Place,
     pub to: Lsn,
+}
+
+/// A segment to go on with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Where it begins: the spool gets all of it, and may end anywhere in it when the connection does.
+    pub start: Position,
+    /// Up to where its beginning is archived in pieces.
+    pub stored: Lsn,
 }
 
 /// A timeline on the way of a server.
@@ -44,14 +53,21 @@ struct Stretch {
 
 impl Resume {
     /// Returns where to go on.
-    pub(super) fn start(&self) -> Position {
-        self.holes.front().map_or(self.end, |hole| hole.from)
+    pub(super) fn next_place(&self) -> Place {
+        self.holes.front().map_or(self.end, |hole| hole.at)
     }
 
-    /// Gives up the hole that begins at a position; nothing where none does.
+    /// Gives up the hole that begins in the segment at a position; nothing where none does.
     pub(super) fn give_up(&mut self, at: Position) -> Option<Hole> {
-        self.holes.front().filter(|hole| hole.from == at)?;
+        self.holes.front().filter(|hole| hole.at.start == at)?;
         self.holes.pop_front()
+    }
+}
+
+impl Place {
+    /// Returns up to where everything is archived.
+    pub(super) fn end(self) -> Position {
+        Position { lsn: self.stored, ..self.start }
     }
 }
 
@@ -77,13 +93,14 @@ impl Receiver<'_> {
         let wanted = kept.into_iter().chain(newest_basebackup(&repository, facts).await?).min();
         let archived = load(&repository, facts, wanted).await?;
         let Some(resume) = plan_resume(facts, &archived, wanted) else { return Ok(()) };
-        let start = resume.start();
-        if let Some(Hole { from, to }) = resume.holes.front() {
-            tracing::warn!("the archive lacks WAL from {} to {to}: it is asked for again", from.lsn);
+        let next = resume.next_place();
+        if let Some(Hole { at, to }) = resume.holes.front() {
+            tracing::warn!("the archive lacks WAL from {} to {to}: it is asked for again", at.stored);
         }
         // A commit that was not told before we were ended may wait for no other WAL than this.
-        self.shared.durable.send_if_modified(|known| known.is_none() && known.insert(start) == &start);
-        (self.here, self.resume) = (Some(start), Some(resume));
+        let end = next.end();
+        self.shared.durable.send_if_modified(|known| known.is_none() && known.insert(end) == &end);
+        (self.here, self.resume) = (Some(next.start), Some(resume));
         Ok(())
     }
 
@@ -95,9 +112,9 @@ impl Receiver<'_> {
         let wanted = Some(here.lsn);
         let archived = load(&repository, &candidate.facts, wanted).await?;
         let resume = plan_resume(&candidate.facts, &archived, wanted);
-        let Some(resume) = resume.filter(|resume| resume.start() > here) else { return Ok(false) };
-        self.go_on_at(here, resume.start());
-        self.resume = Some(resume);
+        let Some(resume) = resume.filter(|resume| resume.next_place().start > here) else { return Ok(false) };
+        let before = self.resume.replace(resume.clone());
+        self.go_on_at(before.map(|before| before.next_place()), resume.next_place());
         Ok(true)
     }
 
@@ -105,21 +122,21 @@ impl Receiver<'_> {
     pub(super) fn give_up_hole(&mut self, here: Position) -> Option<Hole> {
         let resume = self.resume.as_mut()?;
         let hole = resume.give_up(here)?;
-        let next = resume.start();
-        self.go_on_at(here, next);
+        let next = resume.next_place();
+        self.go_on_at(Some(hole.at), next);
         Some(hole)
     }
 
     /// Goes on at another place of the archive, which is what is known to be stored as well: commits may wait for that.
-    fn go_on_at(&mut self, here: Position, next: Position) {
+    fn go_on_at(&mut self, before: Option<Place>, next: Place) {
         self.shared.durable.send_if_modified(|known| {
-            let ends_here = *known == Some(here);
-            if ends_here {
-                *known = Some(next);
+            let ends_there = known.is_some() && *known == before.map(Place::end);
+            if ends_there {
+                *known = Some(next.end());
             }
-            ends_here
+            ends_there
         });
-        (self.here, self.removed) = (Some(next), Vec::new());
+        (self.here, self.removed) = (Some(next.start), Vec::new());
     }
 }
 
@@ -182,15 +199,15 @@ fn plan_resume(
     let ends = |stretch: &Stretch| archived.get(&stretch.timeline).and_then(|held| end_of(held, size));
     let way = way_of(facts);
     let newest = way.iter().rposition(|stretch| ends(stretch).is_some())?;
-    let end = Position { timeline: way[newest].timeline, lsn: ends(&way[newest])? };
+    let end = place_of(way[newest].timeline, ends(&way[newest])?, size);
     let nothing = TimelineCoverage::default();
     let mut holes = VecDeque::new();
-    for (place, stretch) in way[..=newest].iter().enumerate() {
+    for (index, stretch) in way[..=newest].iter().enumerate() {
         let Some(wanted) = wanted.filter(|wanted| stretch.to.is_none_or(|to| *wanted < to)) else { continue };
         let first = WalSegmentNumber::containing(wanted.max(stretch.from), size);
         // The segment of the switch point is archived under the next timeline's name; what is behind the end is to come.
         let switch = stretch.to.map(|to| WalSegmentNumber::containing(to, size));
-        let last = (place == newest).then(|| WalSegmentNumber::containing(end.lsn, size));
+        let last = (index == newest).then(|| WalSegmentNumber::containing(end.stored, size));
         let Some(until) = switch.into_iter().chain(last).min() else { continue };
         let held = archived.get(&stretch.timeline).unwrap_or(&nothing);
         holes.extend(holes_of(stretch.timeline, held, first, until, size));
@@ -212,10 +229,14 @@ fn holes_of(
         let behind = held.runs().iter().map(|(first, _)| *first).find(|first| *first > missing);
         next = behind.map_or(until, |behind| behind.min(until));
         let stored = held.pieces.get(&missing).map_or(0, |reach| reach.contiguous);
-        let lsn = missing.start_lsn(size) + u64::from(stored);
-        holes.push(Hole { from: Position { timeline, lsn }, to: next.start_lsn(size) });
+        let stored = missing.start_lsn(size) + u64::from(stored);
+        holes.push(Hole { at: place_of(timeline, stored, size), to: next.start_lsn(size) });
     }
     holes
+}
+
+fn place_of(timeline: TimelineId, stored: Lsn, size: WalSegmentSize) -> Place {
+    Place { start: Position { timeline, lsn: segment_start(stored, size) }, stored }
 }
 
 /// Returns the position behind the newest WAL of a timeline; nothing where there is none.
@@ -270,7 +291,7 @@ mod tests {
     ) -> Option<(Vec<(Position, u64)>, Position)> {
         let archived = archived.iter().map(|(timeline, held)| (tli(*timeline), held.clone())).collect();
         let resume = plan_resume(server, &archived, wanted.map(Lsn))?;
-        Some((resume.holes.iter().map(|hole| (hole.from, hole.to.0)).collect(), resume.end))
+        Some((resume.holes.iter().map(|hole| (hole.at.end(), hole.to.0)).collect(), resume.end.end()))
     }
 
     #[test]
@@ -336,10 +357,21 @@ mod tests {
         let archived = [(tli(1), held(&[1, 3, 5], &[]))].into_iter().collect();
         let mut resume = plan_resume(&server(1, ""), &archived, Some(Lsn(SEGMENT))).unwrap();
         let [second, fourth, sixth] = [2, 4, 6].map(|number| at(1, number * SEGMENT));
-        assert_eq!((resume.start(), resume.give_up(fourth)), (second, None));
-        assert_eq!(resume.give_up(second), Some(Hole { from: second, to: Lsn(3 * SEGMENT) }));
-        assert_eq!((resume.start(), resume.give_up(second)), (fourth, None));
+        assert_eq!((resume.next_place().start, resume.give_up(fourth)), (second, None));
+        assert_eq!(resume.give_up(second).unwrap().to, Lsn(3 * SEGMENT));
+        assert_eq!((resume.next_place().start, resume.give_up(second)), (fourth, None));
         assert!(resume.give_up(fourth).is_some());
-        assert_eq!((resume.start(), resume.give_up(sixth)), (sixth, None));
+        assert_eq!((resume.next_place().start, resume.give_up(sixth)), (sixth, None));
+    }
+
+    #[test]
+    fn a_segment_that_is_there_in_part_is_received_from_its_beginning() {
+        let archived = [(tli(1), held(&[1, 3], &[(2, 700), (4, 500)]))].into_iter().collect();
+        let mut resume = plan_resume(&server(1, ""), &archived, Some(Lsn(SEGMENT))).unwrap();
+        let second = Place { start: at(1, 2 * SEGMENT), stored: Lsn(2 * SEGMENT + 700) };
+        assert_eq!(resume.next_place(), second);
+        assert_eq!(resume.give_up(second.end()), None);
+        assert_eq!(resume.give_up(second.start), Some(Hole { at: second, to: Lsn(3 * SEGMENT) }));
+        assert_eq!(resume.next_place(), Place { start: at(1, 4 * SEGMENT), stored: Lsn(4 * SEGMENT + 500) });
     }
 }
