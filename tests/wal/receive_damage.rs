@@ -51,7 +51,7 @@ fn goes_on_behind_a_spoiled_history(
     assert_eq!(receiver.runs(2).len(), 1, "{:?}", receiver.runs(2));
     receiver.wait_for_state("what is wrong", |state| {
         let message = state["store_problem"]["message"].as_str()?;
-        message.contains("the history of timeline 2 cannot be stored").then_some(())
+        message.contains("timeline 2 is stored without its history").then_some(())
     });
 }
 

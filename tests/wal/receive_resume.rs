@@ -4,7 +4,8 @@ use std::fs;
 
 use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, lsn, segment_at, segments_between, site};
-use crate::support::{Cluster, Need, Options, Server, Walden, require, wait_for};
+use crate::receive_trouble::forgetful;
+use crate::support::{Need, Server, Walden, require, wait_for};
 
 /// Receives some segments, and returns the last one and the two before.
 #[track_caller]
@@ -73,9 +74,7 @@ fn what_a_basebackup_needs_and_the_archive_lacks_is_received_again() {
 #[test]
 fn what_no_server_has_any_more_is_told_and_what_is_behind_it_is_received() {
     require!(Need::PostgreSQL(15));
-    let options = Options::default().initdb("--wal-segsize=1").setting("archive_mode", "off");
-    let cluster =
-        Cluster::start_with(15, options.setting("max_wal_size", "2MB").setting("min_wal_size", "2MB"));
+    let cluster = forgetful();
     let mut receiver =
         Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
     receiver.wait_until_streaming();

@@ -59,7 +59,9 @@ impl Uploader {
             };
             let is_blocked = is_unusable(&error);
             let message = if is_blocked {
-                format!("the history of timeline {timeline} cannot be stored, and its WAL is: {error}")
+                format!(
+                    "timeline {timeline} is stored without its history, in whose place nothing can be used: {error}"
+                )
             } else {
                 trouble_of(&error)
             };
