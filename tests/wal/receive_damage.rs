@@ -62,7 +62,7 @@ fn a_damaged_history_in_the_store_holds_back_nothing_and_is_replaced_once_it_is_
     let mut receiver =
         Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
     goes_on_behind_a_spoiled_history(&mut cluster, &mut receiver, |receiver, _| {
-        flip(receiver, "00000002.history")
+        flip(receiver, "00000002.history");
     });
     receiver.stop();
     fs::remove_file(receiver.object("00000002.history")).unwrap();

@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn wal_is_given_up_when_no_server_can_have_it_or_one_does_not_come_back() {
-        let minutes = |minutes| Duration::from_secs(60 * minutes);
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
         let unheard = || Some("it does not answer".to_owned());
         let wait = RemovedStep::WaitFor("it does not answer".into());
         assert_eq!(plan_removed(None, Duration::ZERO), RemovedStep::JumpOver);
