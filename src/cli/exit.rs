@@ -7,6 +7,8 @@
 
 use std::path::Path;
 
+use crate::pg::STANDBY_SIGNAL;
+
 /// What a failure means to the caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ExitKind {
@@ -39,8 +41,6 @@ pub enum ExitPolicy {
 const STOP_RECOVERY: u8 = 200;
 /// The status that PostgreSQL takes as the end of the archive, and a standby as "not yet".
 const NOT_THERE: u8 = 1;
-/// PostgreSQL runs a restore_command in its data directory, where a standby has this file.
-const STANDBY_SIGNAL: &str = "standby.signal";
 
 impl ExitKind {
     /// Every kind.
@@ -76,6 +76,7 @@ impl ExitKind {
 impl ExitPolicy {
     /// Returns the status for an outcome; `Ok` is always 0.
     pub fn status(self, outcome: Result<(), ExitKind>) -> u8 {
+        // PostgreSQL runs a restore_command in its data directory.
         let standby = self == Self::RestoreCommand && Path::new(STANDBY_SIGNAL).exists();
         self.status_where(outcome, standby)
     }

@@ -44,6 +44,7 @@ mod unmount;
 mod wal;
 mod wal_check;
 mod wal_head;
+mod wal_list;
 mod wal_queue;
 mod wal_receive;
 

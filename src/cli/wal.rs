@@ -1,5 +1,4 @@
-//! `walden wal push|fetch|list`: PostgreSQL's archive_command and restore_command, and what the archive holds;
-//! `check` has a file of its own.
+//! `walden wal push|fetch`: PostgreSQL's archive_command and restore_command; what people ask for has files of its own.
 //!
 //! The server runs push and fetch once for every file, so they work on one thread and open nothing they do not need;
 //! push has a daemon do it where there is one, and begins with asking it.
@@ -7,26 +6,24 @@
 //! place or a proven absence is an error.
 
 use std::cell::RefCell;
-use std::fmt::{self, Write};
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::codec::SystemRandom;
 use crate::config::{self, KeyPurpose, SiteConfig};
 use crate::control::{self, ArchivedFile, DaemonAnswer, DaemonRequest, PushRequest, ask_daemon};
-use crate::pg::{ArchiveFileName, WalSegmentName};
+use crate::pg::ArchiveFileName;
 use crate::repo::wal_object::Archived;
 use crate::repo::{self, Repository, RepositoryOptions};
 use crate::wal;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
-use crate::wal::list::{ListedCluster, ListedTimeline, list};
 use crate::wal::push::{OnConflict, check_file, push};
 use crate::wal::queue::Overflow;
 
@@ -37,9 +34,10 @@ use super::error::CommandError;
 use super::exit::{ExitKind, ExitPolicy};
 use super::output::Report;
 use super::prefetch::{Asked, Place};
-use super::text::{Align, TextStyle, TextTable, size};
+use super::text::TextStyle;
 use super::wal_check::WalCheck;
 use super::wal_head::keep_head;
+use super::wal_list::WalList;
 use super::wal_queue::{LeftOutFile, QueueLimit};
 use super::wal_receive::WalReceive;
 
@@ -80,10 +78,6 @@ struct WalFetch {
     /// Where to put it, PostgreSQL's %p
     path: PathBuf,
 }
-
-/// Shows which WAL is in the archive, by cluster and timeline
-#[derive(Debug, Args)]
-struct WalList {}
 
 impl Wal {
     /// Returns how the outcome becomes a status: for fetch by what PostgreSQL makes of it.
@@ -335,144 +329,6 @@ struct FetchedFile {
 impl Report for FetchedFile {
     fn write_text(&self, _out: &mut String, _style: &TextStyle) -> fmt::Result {
         Ok(())
-    }
-}
-
-impl WalList {
-    fn run(&self, context: &Context) -> Result<(), CommandError> {
-        let site = context.site()?;
-        let clusters = context.block_on_one_thread(async {
-            let repository = context.open_repository(site, KeyPurpose::Inspect).await?;
-            Ok::<_, CommandError>(list(&repository).await?)
-        })??;
-        let clusters = clusters.iter().map(ClusterReport::of).collect();
-        context.output.print(&WalReport { site: site.name.clone(), clusters })
-    }
-}
-
-/// What `wal list` found.
-#[derive(Debug, Serialize)]
-struct WalReport {
-    site: String,
-    clusters: Vec<ClusterReport>,
-}
-
-#[derive(Debug, Serialize)]
-struct ClusterReport {
-    cluster: String,
-    system_identifier: String,
-    segment_bytes: u32,
-    timelines: Vec<TimelineReport>,
-}
-
-#[derive(Debug, Serialize)]
-struct TimelineReport {
-    timeline: u32,
-    /// Whether the timeline's history file is there; timeline 1 never has one.
-    history: bool,
-    parent: Option<u32>,
-    switch_lsn: Option<String>,
-    segments: u64,
-    bytes: u64,
-    stored_bytes: u64,
-    newest_at: Option<Timestamp>,
-    runs: Vec<Run>,
-    partials: Vec<WalSegmentName>,
-}
-
-#[derive(Debug, Serialize)]
-struct Run {
-    first: WalSegmentName,
-    last: WalSegmentName,
-}
-
-impl ClusterReport {
-    fn of(listed: &ListedCluster) -> Self {
-        let cluster = listed.cluster;
-        Self {
-            cluster: cluster.to_string(),
-            system_identifier: cluster.system_identifier.to_string(),
-            segment_bytes: cluster.segment_size.bytes(),
-            timelines: listed
-                .timelines
-                .iter()
-                .map(|timeline| TimelineReport::of(timeline, cluster))
-                .collect(),
-        }
-    }
-}
-
-impl TimelineReport {
-    fn of(listed: &ListedTimeline, cluster: repo::ClusterId) -> Self {
-        Self {
-            timeline: listed.timeline.get(),
-            history: listed.branch.is_some(),
-            parent: listed.branch.map(|branch| branch.parent.get()),
-            switch_lsn: listed.branch.map(|branch| branch.switch.to_string()),
-            segments: listed.coverage.segments(),
-            bytes: listed.coverage.segments() * u64::from(cluster.segment_size.bytes()),
-            stored_bytes: listed.coverage.stored_bytes,
-            newest_at: listed.coverage.newest_at,
-            runs: listed.runs(cluster).into_iter().map(|(first, last)| Run { first, last }).collect(),
-            partials: listed.coverage.partials.clone(),
-        }
-    }
-}
-
-impl Report for WalReport {
-    fn write_text(&self, out: &mut String, style: &TextStyle) -> fmt::Result {
-        if self.clusters.is_empty() {
-            return writeln!(out, "There is no WAL in site {}.", self.site);
-        }
-        for cluster in &self.clusters {
-            let segment = size(cluster.segment_bytes.into());
-            writeln!(out, "Cluster {}, segments of {segment}", cluster.system_identifier)?;
-            let mut table = TextTable::new(&[
-                ("TIMELINE", Align::Right),
-                ("FROM", Align::Left),
-                ("FIRST", Align::Left),
-                ("LAST", Align::Left),
-                ("SEGMENTS", Align::Right),
-                ("STORED", Align::Right),
-                ("NEWEST", Align::Left),
-                ("", Align::Left),
-            ]);
-            for timeline in &cluster.timelines {
-                timeline.write_rows(&mut table, style);
-            }
-            table.write(out);
-            out.push('\n');
-        }
-        Ok(())
-    }
-}
-
-impl TimelineReport {
-    /// Writes a row for the timeline, and one for each further run behind a hole.
-    fn write_rows(&self, table: &mut TextTable, style: &TextStyle) {
-        let branch = self.parent.zip(self.switch_lsn.as_ref());
-        let from = branch.map_or(String::new(), |(parent, lsn)| format!("{parent} at {lsn}"));
-        let mut notes = Vec::new();
-        if self.runs.len() > 1 {
-            notes.push(format!("{} holes", self.runs.len() - 1));
-        }
-        if !self.partials.is_empty() {
-            notes.push(format!("{} partial", self.partials.len()));
-        }
-        let first = self.runs.first();
-        table.row([
-            self.timeline.to_string(),
-            from,
-            first.map_or_else(String::new, |run| run.first.to_string()),
-            first.map_or_else(String::new, |run| run.last.to_string()),
-            self.segments.to_string(),
-            size(self.stored_bytes),
-            self.newest_at.map_or_else(String::new, |time| style.time(time)),
-            notes.join(", "),
-        ]);
-        for run in self.runs.iter().skip(1) {
-            table.row([String::new(), String::new(), run.first.to_string(), run.last.to_string()]);
-        }
     }
 }
 

@@ -30,7 +30,7 @@ use crate::instance::orphans;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
 use crate::instance::store_wait::{self, Waited};
 use crate::mount::patience::Patience;
-use crate::pg::{ControlFile, ControlFileError};
+use crate::pg::{ControlFile, ControlFileError, RECOVERY_SIGNAL, STANDBY_SIGNAL};
 use crate::replication::Session;
 use crate::repo::{self, Repository};
 use crate::storage::Traffic;
@@ -213,7 +213,7 @@ async fn run_servers<T: Future<Output = ()>>(
 
 /// PostgreSQL removes the file when recovery has ended, before it lets anybody write.
 fn is_recovering(folder: &CloneFolder) -> bool {
-    folder.beneath_mount("recovery.signal").exists()
+    folder.beneath_mount(RECOVERY_SIGNAL).exists()
 }
 
 /// A server that is starting or runs.
@@ -399,10 +399,10 @@ fn prepare(folder: &CloneFolder, spec: &CloneSpec) -> Result<ControlFile, Superv
         let wal = data.join("pg_wal");
         std::fs::remove_dir_all(&wal).map_err(step("remove", &wal))?;
         symlink(folder.pg_wal(), &wal).map_err(step("link", &wal))?;
-        for name in ["standby.signal", "tablespace_map"] {
+        for name in [STANDBY_SIGNAL, "tablespace_map"] {
             remove_if_there(&data.join(name)).map_err(step("remove", &data.join(name)))?;
         }
-        durable::write_file(&data.join("recovery.signal"), b"", Create::PRIVATE_FILE.owned_by(owner))?;
+        durable::write_file(&data.join(RECOVERY_SIGNAL), b"", Create::PRIVATE_FILE.owned_by(owner))?;
         // Last: it says that everything above has been done.
         let marker = CloneMarker {
             name: spec.name.clone(),

@@ -12,6 +12,7 @@ use crate::catalog::ListedBasebackup;
 use crate::catalog::wal_reader::{Found, Patience, patiently};
 use crate::clock::Clock;
 use crate::disk::Owner;
+use crate::mount::caller::Caller;
 use crate::mount::fs::{FileKind, Lifetime, Volume};
 use crate::mount::inventory::Inventory;
 use crate::mount::lower::LowerError;
@@ -112,7 +113,7 @@ impl BasebackupDir {
 
 #[async_trait::async_trait]
 impl DynamicDir for BasebackupsDir {
-    async fn lookup(&self, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
+    async fn lookup(&self, _: &Caller, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
         let Ok(name) = std::str::from_utf8(name) else { return Ok(None) };
         if name == LATEST {
             let newest = waiting(&*self.clock, name, || self.inventory.newest()).await?.flatten();
@@ -143,7 +144,7 @@ impl DynamicDir for BasebackupsDir {
 
 #[async_trait::async_trait]
 impl DynamicDir for BasebackupDir {
-    async fn lookup(&self, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
+    async fn lookup(&self, _: &Caller, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
         let name = std::str::from_utf8(name).unwrap_or_default();
         let item = match name {
             RECORD => self.record()?,

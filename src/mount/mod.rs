@@ -28,6 +28,7 @@ mod open_basebackups;
 pub mod repo_lower;
 pub mod site_tree;
 pub mod wal_dir;
+mod wal_evidence;
 mod wal_file;
 
 pub mod lower_volume;

@@ -18,6 +18,7 @@ use crate::catalog::wal_reader::{Found, Patience, WalReader, patiently};
 use crate::clock::Clock;
 use crate::disk::Owner;
 use crate::mount::basebackup_dir::{BasebackupsDir, behind, waiting};
+use crate::mount::caller::Caller;
 use crate::mount::fs::{FileKind, Lifetime};
 use crate::mount::inventory::Inventory;
 use crate::mount::lower::LowerError;
@@ -172,7 +173,7 @@ impl ClustersDir {
 
 #[async_trait::async_trait]
 impl DynamicDir for Root {
-    async fn lookup(&self, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
+    async fn lookup(&self, _: &Caller, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
         let (item, lifetime) = match std::str::from_utf8(name).unwrap_or_default() {
             BASEBACKUPS => (Item::Directory(self.basebackups.clone()), Lifetime::Forever),
             CLUSTERS => (Item::Directory(self.clusters.clone()), Lifetime::Forever),
@@ -197,7 +198,7 @@ impl DynamicDir for Root {
 
 #[async_trait::async_trait]
 impl DynamicDir for ClustersDir {
-    async fn lookup(&self, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
+    async fn lookup(&self, _: &Caller, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
         let Some(cluster) = std::str::from_utf8(name).ok().and_then(|name| name.parse().ok()) else {
             return Ok(None);
         };

@@ -107,7 +107,7 @@ impl Tree {
         match self.place(parent)? {
             Place::Volume { slot, volume, id } => Ok(globally(slot, volume.lookup(caller, id, name).await?)),
             Place::Virtual(Item::Directory(directory), _) => {
-                let found = caller.killable(async { errno_of(directory.lookup(name).await) }).await?;
+                let found = caller.killable(async { errno_of(directory.lookup(caller, name).await) }).await?;
                 self.enter(caller, parent, name, found.ok_or(Errno::ENOENT)?).await
             }
             Place::Virtual(..) => Err(Errno::ENOTDIR),
@@ -573,7 +573,7 @@ mod tests {
 
         #[async_trait::async_trait]
         impl crate::mount::virtual_dir::DynamicDir for Changing {
-            async fn lookup(&self, _: &[u8]) -> Result<Option<Found>, LowerError> {
+            async fn lookup(&self, _: &Caller, _: &[u8]) -> Result<Option<Found>, LowerError> {
                 let version = Version(self.0.load(Ordering::Relaxed));
                 Ok(Some(Found { item: Item::File(Arc::new(version)), lifetime: Lifetime::Once }))
             }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use crate::mount::caller::Caller;
 use crate::mount::fs::{FileKind, IO_BYTES_USUAL, IoMode, Lifetime, Volume};
 use crate::mount::lower::LowerError;
 
@@ -51,7 +52,7 @@ pub struct Found {
 #[async_trait::async_trait]
 pub trait DynamicDir: Send + Sync + Debug {
     /// Finds a name; `None` is proof of absence, and the only answer that ends a recovery.
-    async fn lookup(&self, name: &[u8]) -> Result<Option<Found>, LowerError>;
+    async fn lookup(&self, caller: &Caller, name: &[u8]) -> Result<Option<Found>, LowerError>;
 
     /// Lists up to `limit` names that sort after `after`; fewer than `limit` means the end.
     async fn list(&self, after: Option<&[u8]>, limit: usize) -> Result<Vec<(Vec<u8>, FileKind)>, LowerError>;
@@ -120,7 +121,7 @@ impl StaticDir {
 
 #[async_trait::async_trait]
 impl DynamicDir for StaticDir {
-    async fn lookup(&self, name: &[u8]) -> Result<Option<Found>, LowerError> {
+    async fn lookup(&self, _: &Caller, name: &[u8]) -> Result<Option<Found>, LowerError> {
         Ok(self.names.get(name).map(|item| Found { item: item.clone(), lifetime: Lifetime::Forever }))
     }
 

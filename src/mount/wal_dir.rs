@@ -5,7 +5,7 @@
 //! refuses. A history file that cannot be read, and everything while the store does not answer: no answer, until
 //! there is one. With a plan, a recovery's own, the plan decides what is missing and where the archive ends.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,17 +15,18 @@ use tokio::sync::Semaphore;
 
 use crate::catalog::timeline_tree::list_histories;
 use crate::catalog::wal_reader::{Found, Patience, Pauses, WalReader};
-use crate::catalog::{Answer, InArchive, RecoveryPlan, TimelineTree, WalAhead, answer};
+use crate::catalog::{Answer, InArchive, RecoveryPlan, WalAhead, answer};
 use crate::codec::Digest;
+use crate::mount::caller::Caller;
 use crate::mount::fs::{FileKind, Lifetime};
 use crate::mount::lower::LowerError;
 use crate::mount::repo_lower::lower_error;
 use crate::mount::virtual_dir::{DynamicDir, Found as FoundItem, Item, StaticFile};
+use crate::mount::wal_evidence::{Absence, Evidence};
 use crate::mount::wal_file::{EmptyFile, Opened, PartialFile, WalFile};
 use crate::pg::{ArchiveFileName, TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::repo;
 use crate::repo::layout::{ObjectName, WalObjectName};
-use crate::repo::wal_object::{HistoryBranch, newest_head, read_history_branch};
 
 /// The WAL archive of one cluster as a directory.
 #[derive(Debug)]
@@ -35,8 +36,7 @@ pub struct WalDir {
     copies: Arc<Copies>,
     held: Arc<Semaphore>,
     plan: Option<RecoveryPlan>,
-    /// Branch points read so far; they never change.
-    branches: Mutex<HashMap<TimelineId, HistoryBranch>>,
+    evidence: Evidence,
 }
 
 /// Which segments are copied, as far as a mount without a plan can tell what is wanted next.
@@ -46,15 +46,6 @@ struct Copies {
     /// Whether a plan tells instead, as soon as a name is looked up.
     planned: bool,
     last: Mutex<Option<WalSegmentNumber>>,
-}
-
-/// Whether a segment that is not in the archive was ever written.
-#[derive(Debug, PartialEq, Eq)]
-enum Absence {
-    /// Nothing shows that it was.
-    Proven,
-    /// Something does.
-    Hole { evidence: String },
 }
 
 /// The suffix of the file whose presence proves absence.
@@ -81,16 +72,16 @@ impl WalDir {
             copies,
             held: Arc::new(Semaphore::new(HELD_MAX)),
             plan,
-            branches: Mutex::default(),
+            evidence: Evidence::default(),
         }
     }
 
-    async fn find(&self, name: ArchiveFileName) -> Result<Option<Item>, LowerError> {
+    async fn find(&self, caller: &Caller, name: ArchiveFileName) -> Result<Option<Item>, LowerError> {
         if self.is_outside_plan(name) {
             return Ok(None);
         }
         match name {
-            ArchiveFileName::Segment(segment) => self.find_segment(segment).await,
+            ArchiveFileName::Segment(segment) => self.find_segment(caller, segment).await,
             ArchiveFileName::Partial(_) => self.find_partial(name).await,
             ArchiveFileName::History(_) | ArchiveFileName::BackupHistory { .. } => {
                 self.find_history(name).await
@@ -98,7 +89,11 @@ impl WalDir {
         }
     }
 
-    async fn find_segment(&self, segment: WalSegmentName) -> Result<Option<Item>, LowerError> {
+    async fn find_segment(
+        &self,
+        caller: &Caller,
+        segment: WalSegmentName,
+    ) -> Result<Option<Item>, LowerError> {
         if let Some(end) = self.plan.as_ref().and_then(|plan| plan.ending_of(segment)) {
             let found = self.reader.read_ending(segment, end, Patience::Forever).await;
             return self.find_part(segment, found.map_err(|error| lower_error(&error))?);
@@ -111,6 +106,21 @@ impl WalDir {
             }
             Found::Absent => match self.absence(segment).await? {
                 Absence::Proven => Ok(None),
+                // A standby may have more of it by streaming, confirmed, and would write over that.
+                Absence::EndsIn(end) if caller.is_recovery_that_ends().await => {
+                    tracing::info!(
+                        "a recovery is served WAL segment {segment} up to {end}, where the archive ends"
+                    );
+                    let found = self.reader.read_ending(segment, end, Patience::Forever).await;
+                    self.find_part(segment, found.map_err(|error| lower_error(&error))?)
+                }
+                Absence::EndsIn(end) => {
+                    tracing::warn!(
+                        "WAL segment {segment} is there up to {end}, in pieces, and served with length 0: whoever asks \
+                         is not seen to run in the data directory of a server that recovers and is no standby"
+                    );
+                    Ok(Some(Item::File(Arc::new(EmptyFile))))
+                }
                 Absence::Hole { evidence } => {
                     tracing::error!("WAL segment {segment} is missing and served with length 0: {evidence}");
                     Ok(Some(Item::File(Arc::new(EmptyFile))))
@@ -194,7 +204,8 @@ impl WalDir {
             let absent = self.says_absent(name);
             return Ok(if absent { Absence::Proven } else { Absence::Hole { evidence: evidence() } });
         }
-        let look = || self.look_for_evidence(segment);
+        let (repository, cluster) = (self.reader.repository(), self.reader.cluster());
+        let look = || self.evidence.look(repository, cluster, segment);
         let found = self.reader.patiently(Patience::Forever, &name.to_string(), look).await;
         match found.map_err(|error| lower_error(&error))? {
             Found::Present(absence) => Ok(absence),
@@ -204,74 +215,6 @@ impl WalDir {
             }
             Found::Unreadable(error) => Ok(Absence::Hole { evidence: error.to_string() }),
         }
-    }
-
-    /// Looks for anything that shows that a segment was written: pieces of it, a later one on its timeline, a head, or a
-    /// timeline that left this one behind it.
-    async fn look_for_evidence(&self, segment: WalSegmentName) -> Result<Absence, repo::Error> {
-        let (repository, cluster) = (self.reader.repository(), self.reader.cluster());
-        // In a site that is gone everything is absent, and nothing proven.
-        repository.store().head(&repository.layout().site()).await?;
-        if let Some(later) = self.later_segment(segment).await? {
-            return Ok(Absence::Hole { evidence: later });
-        }
-        let Ok(end) = segment.end_lsn(cluster.segment_size) else { return Ok(Absence::Proven) };
-        let head = newest_head(repository, cluster, segment.timeline()).await?;
-        if let Some(head) =
-            head.filter(|head| segment.start_lsn(cluster.segment_size).is_ok_and(|at| at < head.end))
-        {
-            let evidence = format!("the archive reached {} on {}", head.end, head.written_at);
-            return Ok(Absence::Hole { evidence });
-        }
-        let tree = self.timelines().await?;
-        for timeline in tree.timelines() {
-            let way = tree.way_to(timeline);
-            let left = way.iter().find(|stretch| stretch.timeline == segment.timeline());
-            if let Some(switch) = left.and_then(|stretch| stretch.end).filter(|switch| end <= *switch) {
-                let evidence = format!("timeline {timeline} goes through it and left it at {switch}");
-                return Ok(Absence::Hole { evidence });
-            }
-        }
-        Ok(Absence::Proven)
-    }
-
-    async fn later_segment(&self, segment: WalSegmentName) -> Result<Option<String>, repo::Error> {
-        let (repository, cluster) = (self.reader.repository(), self.reader.cluster());
-        let layout = repository.layout();
-        let folder = layout.wal_timeline(cluster, segment.timeline());
-        let mut after = layout.wal_object(cluster, WalObjectName::Segment(segment));
-        loop {
-            let page = repository.store().list(&folder, Some(&after), PAGE).await?;
-            let later = page.iter().find_map(|object| match layout.parse(&object.key) {
-                Some(ObjectName::Wal(_, WalObjectName::Segment(later))) if later > segment => {
-                    Some(format!("{later} is there"))
-                }
-                Some(ObjectName::Wal(_, WalObjectName::Piece { segment: later, .. })) if later >= segment => {
-                    Some(format!("pieces of {later} are there"))
-                }
-                _ => None,
-            });
-            match page.last() {
-                Some(last) if later.is_none() && page.len() == PAGE => after = last.key.clone(),
-                _ => return Ok(later),
-            }
-        }
-    }
-
-    /// Returns the timelines as the archive has them now, reading only the histories that are new.
-    async fn timelines(&self) -> Result<TimelineTree, repo::Error> {
-        let (repository, cluster) = (self.reader.repository(), self.reader.cluster());
-        let mut branches = Vec::new();
-        for timeline in list_histories(repository, cluster).await? {
-            let known = self.branches.lock().expect("no holder of this lock panics").get(&timeline).copied();
-            let branch = match known {
-                Some(branch) => branch,
-                None => read_history_branch(repository, cluster, timeline).await?,
-            };
-            self.branches.lock().expect("no holder of this lock panics").insert(timeline, branch);
-            branches.push((timeline, branch));
-        }
-        Ok(TimelineTree::new(branches))
     }
 
     fn is_outside_plan(&self, name: ArchiveFileName) -> bool {
@@ -384,7 +327,7 @@ impl WalDir {
 
 #[async_trait::async_trait]
 impl DynamicDir for WalDir {
-    async fn lookup(&self, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
+    async fn lookup(&self, caller: &Caller, name: &[u8]) -> Result<Option<FoundItem>, LowerError> {
         let Ok(name) = std::str::from_utf8(name) else { return Ok(None) };
         if let Some(name) = name.strip_suffix(ABSENT) {
             let Ok(name) = name.parse() else { return Ok(None) };
@@ -394,7 +337,7 @@ impl DynamicDir for WalDir {
             return Ok(proof.then(|| FoundItem { item: file(), lifetime: Lifetime::Once }));
         }
         let Ok(name) = name.parse::<ArchiveFileName>() else { return Ok(None) };
-        let item = self.find(name).await?;
+        let item = self.find(caller, name).await?;
         Ok(item.map(|item| FoundItem { lifetime: lifetime_of(name, &item), item }))
     }
 
@@ -451,7 +394,7 @@ mod tests {
     use crate::mount::fs::IoMode;
     use crate::pg::Lsn;
     use crate::repo::wal_object::{
-        ArchiveHead, WalKey, archive_head, archive_history, archive_piece, archive_wal,
+        ArchiveHead, HistoryBranch, WalKey, archive_head, archive_history, archive_piece, archive_wal,
     };
     use crate::repo::{ClusterId, Keyring, Repository, RepositoryOptions};
     use crate::storage::{self, Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
@@ -530,8 +473,8 @@ mod tests {
     }
 
     async fn see(dir: &WalDir, name: &str) -> Seen {
-        let found = dir.lookup(name.as_bytes()).await.unwrap();
-        let proof = dir.lookup(format!("{name}{ABSENT}").as_bytes()).await.unwrap();
+        let found = dir.lookup(&Caller::internal(), name.as_bytes()).await.unwrap();
+        let proof = dir.lookup(&Caller::internal(), format!("{name}{ABSENT}").as_bytes()).await.unwrap();
         // Never both, and never neither: either would let a recovery end that must not.
         assert_eq!(found.is_none(), proof.is_some(), "{name}");
         let Some(FoundItem { item: Item::File(file), .. }) = found else { return Seen::ProvenAbsent };
@@ -569,7 +512,10 @@ mod tests {
         assert_eq!(see(&dir, "00000002.history").await, Seen::Bytes(13));
         assert_eq!(see(&dir, "00000004.history").await, Seen::ProvenAbsent);
         for stranger in ["", "x", "RECOVERYXLOG", ".absent", "000000010000000000000002.tmp"] {
-            assert!(dir.lookup(stranger.as_bytes()).await.unwrap().is_none(), "{stranger}");
+            assert!(
+                dir.lookup(&Caller::internal(), stranger.as_bytes()).await.unwrap().is_none(),
+                "{stranger}"
+            );
         }
     }
 
@@ -621,7 +567,9 @@ mod tests {
                 .iter()
                 .map(|(name, _)| {
                     let (dir, name) = (dir.clone(), name.clone());
-                    tokio::spawn(async move { dir.lookup(name.as_bytes()).await.unwrap().is_some() })
+                    tokio::spawn(async move {
+                        dir.lookup(&Caller::internal(), name.as_bytes()).await.unwrap().is_some()
+                    })
                 })
                 .collect();
             asked(&archive, 3 * names.len()).await;
@@ -751,7 +699,11 @@ mod tests {
 
     /// Shows the content of a segment, and whether the kernel may keep it.
     async fn content_of(dir: &WalDir, number: u64) -> (Vec<u8>, u64, bool) {
-        let found = dir.lookup(segment(1, number).to_string().as_bytes()).await.unwrap().unwrap();
+        let found = dir
+            .lookup(&Caller::internal(), segment(1, number).to_string().as_bytes())
+            .await
+            .unwrap()
+            .unwrap();
         let keeps = matches!(found.lifetime, Lifetime::Forever);
         let Item::File(file) = found.item else { panic!("it is no file") };
         let (reader, mode) = file.open().await.unwrap();
@@ -785,6 +737,86 @@ mod tests {
         // A standby waits for the whole segment.
         let standby = RecoveryPlan { standby: true, ..planned(700) };
         assert_eq!(see_segment(&archive.dir(Some(standby)), 1, 4).await, Seen::ProvenAbsent);
+    }
+
+    /// A process that looks like a server's restore_command.
+    struct Restoring(std::process::Child, tempfile::TempDir);
+
+    impl Restoring {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("recovery.signal"), "").unwrap();
+            let child = std::process::Command::new("sleep").arg("60").current_dir(&folder).spawn().unwrap();
+            Self(child, folder)
+        }
+
+        fn caller(&self) -> Caller {
+            Caller { pid: Some(self.0.id()), ..Caller::internal() }
+        }
+    }
+
+    impl Drop for Restoring {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
+    /// What a recovery that ends is shown of a segment, and a standby at the same moment.
+    async fn without_a_plan(archive: &Archive, number: u64) -> (Vec<u8>, usize) {
+        let restoring = Restoring::new();
+        let (dir, name) = (archive.dir(None), segment(1, number).to_string());
+        let content = async |dir: &WalDir| {
+            let found = dir.lookup(&restoring.caller(), name.as_bytes()).await.unwrap().unwrap();
+            assert!(matches!(found.lifetime, Lifetime::Once));
+            let Item::File(file) = found.item else { panic!("it is no file") };
+            file.open().await.unwrap().0.read(0, u32::MAX).await.unwrap().to_vec()
+        };
+        let shown = content(&dir).await;
+        let proof = dir.lookup(&restoring.caller(), format!("{name}{ABSENT}").as_bytes()).await.unwrap();
+        assert!(proof.is_none(), "both are there");
+        std::fs::write(restoring.1.path().join("standby.signal"), "").unwrap();
+        (shown, content(&dir).await.len())
+    }
+
+    #[tokio::test]
+    async fn without_a_plan_a_recovery_that_ends_is_shown_the_pieces_in_which_the_archive_ends() {
+        let archive = Archive::of(&[(1, 2), (1, 3)], &[]).await;
+        archive.piece(4, 0, 500).await;
+        archive.piece(4, 500, 900).await;
+        let padded = |length: usize| [vec![7; length], vec![0; MIB as usize - length]].concat();
+        assert_eq!(without_a_plan(&archive, 4).await, (padded(900), 0));
+        let head = async |end| {
+            let written_at = archive.repository.clock().now();
+            let head = ArchiveHead { timeline: tli(1), end: Lsn(end), written_at };
+            archive_head(&archive.repository, cluster(), &head).await.unwrap();
+        };
+        head(4 * MIB + 900).await;
+        assert_eq!(without_a_plan(&archive, 4).await, (padded(900), 0));
+        // The archive had more of it.
+        head(4 * MIB + 901).await;
+        assert_eq!(without_a_plan(&archive, 4).await, (vec![], 0));
+        // A gap in the pieces, and a later segment's.
+        let archive = Archive::of(&[(1, 2), (1, 3)], &[]).await;
+        archive.piece(4, 0, 500).await;
+        assert_eq!(without_a_plan(&archive, 4).await, (padded(500), 0));
+        archive.piece(4, 501, 900).await;
+        assert_eq!(without_a_plan(&archive, 4).await, (vec![], 0));
+        archive.piece(4, 500, 501).await;
+        assert_eq!(without_a_plan(&archive, 4).await, (padded(900), 0));
+        archive.piece(5, 0, 10).await;
+        assert_eq!(without_a_plan(&archive, 4).await, (vec![], 0));
+    }
+
+    #[tokio::test]
+    async fn pieces_of_a_timeline_that_another_one_left_are_shown_up_to_the_switch_point() {
+        let at = |bytes: u32| 4.0 + f64::from(bytes) / MIB as f64;
+        let padded = |length: usize| [vec![7; length], vec![0; MIB as usize - length]].concat();
+        for (switch, shown) in [(300, padded(300)), (500, padded(500)), (501, vec![]), (MIB as u32, vec![])] {
+            let archive = Archive::of(&[(1, 3)], &[(2, 1, at(switch))]).await;
+            archive.piece(4, 0, 500).await;
+            assert_eq!(without_a_plan(&archive, 4).await, (shown, 0), "{switch}");
+        }
     }
 
     #[tokio::test]

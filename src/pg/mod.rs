@@ -28,6 +28,7 @@ mod control_file;
 pub mod page;
 mod postmaster_pid;
 mod relation_map;
+mod signal_file;
 mod tablespace_map;
 
 mod resource_manager;
@@ -54,6 +55,7 @@ pub use postmaster_pid::{NoPostmasterPid, PostmasterPid, PostmasterStatus};
 pub use relation_file::{Fork, RelationFile};
 pub use relation_map::{RelationMap, RelationMapError};
 pub use resource_manager::ResourceManager;
+pub use signal_file::{RECOVERY_SIGNAL, STANDBY_SIGNAL};
 pub use system_identifier::{ParseSystemIdentifierError, SystemIdentifier};
 pub use tablespace_map::{TablespaceLink, TablespaceMapError, parse_tablespace_map};
 pub use timeline::{ParseTimelineError, TimelineId};

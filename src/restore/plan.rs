@@ -13,7 +13,7 @@ use crate::catalog::host::{self, Host};
 use crate::catalog::wal_scan::{WalScan, scan_wal};
 use crate::catalog::{PlannedRecovery, RecoveryPlan, RecoveryTarget, Target};
 use crate::disk::Owner;
-use crate::pg::{ControlFile, TimelineId, WalSegmentNumber};
+use crate::pg::{ControlFile, RECOVERY_SIGNAL, STANDBY_SIGNAL, TimelineId, WalSegmentNumber};
 use crate::repo::entry::{Content, Entry, Node, TreePath};
 use crate::repo::{self, Basebackup, BasebackupId};
 use crate::restore::Error;
@@ -191,7 +191,7 @@ impl RestorePlan {
 
     /// Returns the name of the file that makes the server recover.
     pub fn signal(&self) -> &'static str {
-        if self.recovery.standby { "standby.signal" } else { "recovery.signal" }
+        if self.recovery.standby { STANDBY_SIGNAL } else { RECOVERY_SIGNAL }
     }
 }
 

@@ -16,13 +16,13 @@ use crate::catalog::wal_reader::{Found, Patience, Pauses, may_heal};
 use crate::catalog::{Answer, InArchive, RecoveryPlan, answer};
 use crate::disk::StagedFile;
 use crate::disk::durable::TEMPORARY_PREFIX;
-use crate::pg::{ArchiveFileName, ControlFile, WalSegmentName};
+use crate::pg::{ArchiveFileName, ControlFile, STANDBY_SIGNAL, WalSegmentName};
 use crate::repo::{self, Repository};
 use crate::storage::{self, Verb};
 use crate::wal::Error;
 use crate::wal::archive::{Archive, Held};
 use crate::wal::data_directory::{cluster_of, read_at_most, read_control_file};
-use crate::wal::plan_file::{self, STANDBY_SIGNAL, owned_like};
+use crate::wal::plan_file::{self, owned_like};
 use crate::wal::push::check_segment;
 
 /// What is to be fetched, for whom.

@@ -3,7 +3,7 @@
 //! Read from names alone, a page of keys at a time, so that an archive of any length is counted in little memory
 //! and without any key. Branch points come from the signed headers of the history files.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::catalog::{TimelineCoverage, TimelineTree, WalCoverage};
 use crate::pg::{TimelineId, WalSegmentName};
@@ -26,6 +26,8 @@ pub struct ListedTimeline {
     pub timeline: TimelineId,
     /// Where it branched off, if its history file is there.
     pub branch: Option<HistoryBranch>,
+    /// Why that is not known of a history file that is there.
+    pub history_error: Option<String>,
     /// Its segments, as runs without a hole.
     pub coverage: TimelineCoverage,
 }
@@ -34,13 +36,17 @@ pub struct ListedTimeline {
 pub async fn list(repository: &Repository) -> Result<Vec<ListedCluster>, Error> {
     let mut clusters = Vec::new();
     for cluster in repository.clusters().await? {
-        let tree = TimelineTree::load(repository, cluster).await?;
+        let (tree, damaged) = TimelineTree::load_readable(repository, cluster).await?;
+        let mut damaged: BTreeMap<TimelineId, String> =
+            damaged.into_iter().map(|(timeline, error)| (timeline, error.to_string())).collect();
         let mut coverage = WalCoverage::load(repository, cluster).await?.timelines;
         // A timeline may have a history file and no WAL yet.
-        let timelines: BTreeSet<TimelineId> = coverage.keys().copied().chain(tree.timelines()).collect();
+        let timelines: BTreeSet<TimelineId> =
+            coverage.keys().copied().chain(tree.timelines()).chain(damaged.keys().copied()).collect();
         let timelines = timelines.into_iter().map(|timeline| ListedTimeline {
             timeline,
             branch: tree.branch(timeline),
+            history_error: damaged.remove(&timeline),
             coverage: coverage.remove(&timeline).unwrap_or_default(),
         });
         clusters.push(ListedCluster { cluster, timelines: timelines.collect() });

@@ -15,9 +15,6 @@ use crate::repo::{ClusterId, Repository};
 use crate::wal::Error;
 use crate::wal::data_directory::{cluster_of, read_at_most};
 
-/// The file by which PostgreSQL knows a standby.
-pub const STANDBY_SIGNAL: &str = "standby.signal";
-
 /// The version of the file that this release reads and writes.
 const FORMAT: u32 = 1;
 /// A plan has a line or two for each timeline.

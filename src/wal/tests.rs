@@ -13,14 +13,13 @@ use crate::clock::{Clock, SystemClock};
 use crate::codec::{Compression, SeededRandom};
 use crate::disk::CloneMarker;
 use crate::disk::durable::Create;
-use crate::pg::{Lsn, SystemIdentifier, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+use crate::pg::{Lsn, STANDBY_SIGNAL, SystemIdentifier, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::wal_object::{Archived, WalKey, archive_piece};
 use crate::repo::{self, ClusterId, Keyring, Repository, RepositoryOptions};
 use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, Rule, Verb};
 use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
 use crate::wal::head::{self, HeadWritten};
-use crate::wal::plan_file::STANDBY_SIGNAL;
 use crate::wal::push::{OnConflict, check_file, push};
 use crate::wal::{Error, list, plan_file};
 

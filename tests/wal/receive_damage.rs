@@ -31,6 +31,7 @@ fn goes_on_behind_a_spoiled_history(
     cluster: &mut Cluster,
     receiver: &mut Receiver,
     spoil: impl FnOnce(&Receiver, &Cluster),
+    runs: fn(&Receiver, u64) -> Vec<(String, String)>,
 ) {
     write_segments(cluster, 1);
     receiver.wait_until_stored(cluster);
@@ -46,9 +47,9 @@ fn goes_on_behind_a_spoiled_history(
     let segment = cluster.sql("select pg_walfile_name(pg_switch_wal())");
     receiver.wait_until_stored(cluster);
     wait_for("the segment to be there as a whole", || {
-        receiver.runs(2).last().is_some_and(|(_, last)| *last >= segment).then_some(())
+        runs(receiver, 2).last().is_some_and(|(_, last)| *last >= segment).then_some(())
     });
-    assert_eq!(receiver.runs(2).len(), 1, "{:?}", receiver.runs(2));
+    assert_eq!(runs(receiver, 2).len(), 1, "{:?}", runs(receiver, 2));
     receiver.wait_for_state("what is wrong", |state| {
         let message = state["store_problem"]["message"].as_str()?;
         message.contains("timeline 2 is stored without its history").then_some(())
@@ -61,9 +62,9 @@ fn a_damaged_history_in_the_store_holds_back_nothing_and_is_replaced_once_it_is_
     let mut cluster = cluster(15);
     let mut receiver =
         Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
-    goes_on_behind_a_spoiled_history(&mut cluster, &mut receiver, |receiver, _| {
-        flip(receiver, "00000002.history");
-    });
+    // Its header, by which the timeline is known, is sound.
+    let spoil = |receiver: &Receiver, _: &Cluster| flip(receiver, "00000002.history");
+    goes_on_behind_a_spoiled_history(&mut cluster, &mut receiver, spoil, Receiver::runs);
     receiver.stop();
     fs::remove_file(receiver.object("00000002.history")).unwrap();
     receiver.start_again();
@@ -83,9 +84,11 @@ fn a_history_that_nobody_signed_holds_back_nothing() {
     let walden = Walden::configure(cluster.scratch(), &site(&cluster));
     walden.reconfigure(cluster.scratch(), &site(&cluster).unencrypted());
     let mut receiver = Receiver::start(cluster.scratch(), walden);
-    goes_on_behind_a_spoiled_history(&mut cluster, &mut receiver, |receiver, cluster| {
+    let spoil = |receiver: &Receiver, cluster: &Cluster| {
         receiver.walden.reconfigure(cluster.scratch(), &site(cluster));
-    });
+    };
+    let runs = Receiver::runs_beside_a_spoiled_history;
+    goes_on_behind_a_spoiled_history(&mut cluster, &mut receiver, spoil, runs);
 }
 
 /// It is received again because the one before it is missing: the archive gets a sound one beside it.

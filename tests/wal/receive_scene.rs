@@ -24,6 +24,14 @@ pub struct Receiver {
 /// Documented are five seconds for a receiver to end. What would hold it up does so for a minute, or for good.
 const ENDING: Duration = Duration::from_secs(25);
 
+fn runs_of(list: &Value, timeline: u64) -> Vec<(String, String)> {
+    let timelines = list["clusters"][0]["timelines"].as_array().cloned().unwrap_or_default();
+    let found = timelines.into_iter().find(|found| found["timeline"] == timeline);
+    let runs = found.map(|found| found["runs"].as_array().cloned().unwrap()).unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    runs.iter().map(|run| (text(&run["first"]), text(&run["last"]))).collect()
+}
+
 /// Makes a cluster with small segments that keeps all its WAL, so that it can be compared.
 #[track_caller]
 pub fn cluster(major: u32) -> Cluster {
@@ -171,12 +179,19 @@ impl Receiver {
     /// Returns first and last segment of each run of a timeline in the archive.
     #[track_caller]
     pub fn runs(&self, timeline: u64) -> Vec<(String, String)> {
-        let list = self.walden.json(&["wal", "list"]);
-        let timelines = list["clusters"][0]["timelines"].as_array().cloned().unwrap_or_default();
-        let found = timelines.into_iter().find(|found| found["timeline"] == timeline);
-        let runs = found.map(|found| found["runs"].as_array().cloned().unwrap()).unwrap_or_default();
-        let text = |value: &Value| value.as_str().unwrap().to_owned();
-        runs.iter().map(|run| (text(&run["first"]), text(&run["last"]))).collect()
+        runs_of(&self.walden.json(&["wal", "list"]), timeline)
+    }
+
+    /// Returns the same where the archive has a history that nobody can use, if the command says so.
+    #[track_caller]
+    pub fn runs_beside_a_spoiled_history(&self, timeline: u64) -> Vec<(String, String)> {
+        let listed = self.walden.try_run(&["--output", "json", "wal", "list"]).expect_code(3);
+        let mut documents = serde_json::Deserializer::from_str(&listed.stdout).into_iter::<Value>();
+        let list = documents.next().unwrap().unwrap();
+        let timelines = list["clusters"][0]["timelines"].as_array().unwrap();
+        let error = timelines.iter().find_map(|found| found["history_error"].as_str()).unwrap();
+        assert!(listed.stderr.contains(error), "{}", listed.stderr);
+        runs_of(&list, timeline)
     }
 
     /// Checks that a timeline's segments are there without a hole, and each what the server has.
