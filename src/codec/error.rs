@@ -117,7 +117,7 @@ impl Error {
                 "Create one with `walden key create --bits N`, where N is 3072, 4096 or 8192.".into()
             }
             Self::Level { min, max, .. } if min == max => "Leave the level out: this algorithm has none.".into(),
-            Self::Level { min, max, .. } => format!("Choose a level from {min} to {max}."),
+            Self::Level { min, max, .. } => format!("Choose a level from {min} to {max}, and not 0."),
             _ => return None,
         };
         Some(hint)

@@ -334,7 +334,7 @@ static COMPRESSION: Section = Section {
             "3 for zstd",
             "The level of zstd for basebackups; the other algorithms have none.",
         ),
-        key("wal_level", Value::Integer, "3", "1 for zstd", "The level of zstd for WAL."),
+        key("wal_level", Value::Integer, "3", "-1 for zstd", "The level of zstd for WAL."),
     ],
 };
 

@@ -78,7 +78,7 @@ fn a_whole_configuration_is_read() {
     assert_eq!(config.paths.state, Path::new("/etc/walden/state"));
     assert_eq!(config.paths.clones, Path::new("/etc/walden/state/clones"));
     assert_eq!(config.compression.basebackup, Compression::zstd(6));
-    assert_eq!(config.compression.wal, Compression::zstd(1));
+    assert_eq!(config.compression.wal, Compression::zstd(-1));
     assert_eq!((config.limits.threads, config.limits.memory_bytes), (2, 128 << 20));
 
     let encryption = config.encryption.as_ref().unwrap();
@@ -263,7 +263,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     (
         "[compression]\nlevel = 22\n",
         "2: \"level\" in [compression]: zstd has no level 22",
-        "Choose a level from 1 to 19.",
+        "Choose a level from -7 to 19, and not 0.",
     ),
     (
         "[compression]\nalgorithm = \"lz4\"\nwal_level = 1\n",
