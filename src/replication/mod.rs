@@ -33,4 +33,6 @@ pub use error::{Error, ErrorKind};
 pub use row::{Param, Row};
 pub use session::{ServerRole, Session};
 pub use wal_message::{StandbyStatus, WalMessage};
-pub use wal_stream::{NextTimeline, ReplicationConnection, Started, Streamed, SystemIdentity, WalStream};
+pub use wal_stream::{
+    NextTimeline, PhysicalSlot, ReplicationConnection, Started, Streamed, SystemIdentity, WalStream,
+};

@@ -1,7 +1,7 @@
 //! A physical replication connection: its few commands, and the stream of WAL.
 //!
 //! ```text
-//! ReplicationConnection ── identify, setting, history, create_slot, drop_slot
+//! ReplicationConnection ── identify, setting, history, read_slot, create_slot, drop_slot
 //!          └── start_streaming ──▶ WalStream ── next … ── end of the timeline ──▶ ReplicationConnection
 //! ```
 //!
@@ -43,6 +43,13 @@ pub struct SystemIdentity {
     pub timeline: TimelineId,
     /// Where its durable WAL ends.
     pub flushed: Lsn,
+}
+
+/// What READ_REPLICATION_SLOT says of a physical slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PhysicalSlot {
+    /// From where on it keeps WAL; nothing where it keeps none: it was lost, or has not kept any yet.
+    pub restart: Option<Lsn>,
 }
 
 /// A timeline that followed the one that was streamed.
@@ -135,6 +142,14 @@ impl ReplicationConnection {
         let row = rows.pop().ok_or_else(|| unexpected("no row for a timeline's history".into()))?;
         let content = row.into_iter().nth(1).flatten();
         content.ok_or_else(|| unexpected("a timeline's history is null".into()))
+    }
+
+    /// Asks what a physical slot keeps; nothing where there is no slot of that name.
+    ///
+    /// # Errors
+    /// `Sql` for a logical slot, and before PostgreSQL 15, which was the first to have the command.
+    pub async fn read_slot(&mut self, name: &str) -> Result<Option<PhysicalSlot>, Error> {
+        slot_of(&self.one_row(&format!("READ_REPLICATION_SLOT {}", identifier(name))).await?)
     }
 
     /// Creates a physical slot that keeps WAL from the last checkpoint's redo position on.
@@ -296,8 +311,35 @@ fn parsed<T: std::str::FromStr>(row: &Values, column: usize, name: &str) -> Resu
     text.parse().map_err(|_| unexpected(format!("column \"{name}\" holds \"{text}\"")))
 }
 
+/// Reads what READ_REPLICATION_SLOT answers: type, position and its timeline, all null where there is no slot.
+fn slot_of(row: &Values) -> Result<Option<PhysicalSlot>, Error> {
+    let holds = |column: usize| row.get(column).is_some_and(Option::is_some);
+    if !holds(0) {
+        return Ok(None);
+    }
+    let restart = if holds(1) { Some(parsed(row, 1, "restart_lsn")?) } else { None };
+    Ok(Some(PhysicalSlot { restart }))
+}
+
 fn next_timeline(rows: &[Row]) -> Result<NextTimeline, Error> {
     let row = rows.first().ok_or_else(|| unexpected("a timeline ended, and no other follows".into()))?;
     let row = text_of(row.clone());
     Ok(NextTimeline { timeline: parsed(&row, 0, "next_tli")?, switch: parsed(&row, 1, "next_tli_startpos")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_that_keeps_nothing_is_told_from_one_that_is_not_there() {
+        let row = |values: [Option<&str>; 3]| values.map(|value| value.map(str::to_owned)).to_vec();
+        let slot = |restart| Some(PhysicalSlot { restart });
+        assert_eq!(slot_of(&row([None, None, None])).unwrap(), None);
+        assert_eq!(slot_of(&row([Some("physical"), None, None])).unwrap(), slot(None));
+        let kept = slot_of(&row([Some("physical"), Some("1/2A000028"), Some("3")])).unwrap();
+        assert_eq!(kept, slot(Some(Lsn(0x1_2A00_0028))));
+        assert!(slot_of(&row([Some("physical"), Some("somewhere"), Some("3")])).is_err());
+        assert_eq!(slot_of(&Vec::new()).unwrap(), None);
+    }
 }

@@ -23,6 +23,7 @@ mod receive_ending;
 mod receive_hosts;
 mod receive_recovery;
 mod receive_resume;
+mod receive_rights;
 mod receive_rounds;
 mod receive_scene;
 mod receive_servers;

@@ -15,8 +15,14 @@ use crate::support::{
 /// Makes a cluster that removes WAL as soon as no slot keeps it.
 #[track_caller]
 pub fn forgetful() -> Cluster {
+    forgetful_of(15)
+}
+
+/// The same of another major version.
+#[track_caller]
+pub fn forgetful_of(major: u32) -> Cluster {
     let options = Options::default().initdb("--wal-segsize=1").setting("archive_mode", "off");
-    Cluster::start_with(15, options.setting("max_wal_size", "2MB").setting("min_wal_size", "2MB"))
+    Cluster::start_with(major, options.setting("max_wal_size", "2MB").setting("min_wal_size", "2MB"))
 }
 
 /// Writes WAL and checkpoints until a segment is no longer in pg_wal.
@@ -30,7 +36,7 @@ pub fn write_until_removed(server: &Server, segment: &str) {
 }
 
 #[track_caller]
-fn receive_something(receiver: &Receiver, server: &Server) {
+pub fn receive_something(receiver: &Receiver, server: &Server) {
     receiver.wait_until_streaming();
     write_segments(server, 1);
     receiver.wait_until_stored(server);
@@ -41,7 +47,7 @@ fn receive_something(receiver: &Receiver, server: &Server) {
 /// It goes by where receiving ended: `pg_walfile_name` of a position where a segment ends names that one, whose removal
 /// says nothing.
 #[track_caller]
-fn stop_before(receiver: &mut Receiver) -> String {
+pub fn stop_before(receiver: &mut Receiver) -> String {
     receiver.stop();
     segment_at(lsn(receiver.state()["received"].as_str().unwrap()))
 }

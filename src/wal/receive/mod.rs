@@ -39,7 +39,7 @@ use crate::wal::spool::{Position, Spool};
 use gap::note_gap;
 use plan::{PieceRule, SlotStep, plan_least_report, plan_slot, plan_start, segment_start};
 use resume::Resume;
-use server::{Candidate, Choice, choose, slot_facts, unfit_error};
+use server::{Candidate, Choice, choose, restart_of, slot_facts, unfit_error};
 use state::{Shared, clear, keep_written, note, remembered_gaps, write_now};
 use stream::{StreamEnd, Streaming};
 use upload::{Stop, Uploader};
@@ -148,6 +148,7 @@ pub async fn run(
         stop,
         here: shared.spool.end(),
         resume: None,
+        refused_slot: None,
         removed: Vec::new(),
         waiting_since: None,
     };
@@ -275,6 +276,8 @@ struct Receiver<'a> {
     here: Option<Position>,
     /// What the archive lacks, where the spool held nothing.
     resume: Option<Resume>,
+    /// The server, by address, that would not stream from our slot.
+    refused_slot: Option<String>,
     /// The servers, by address, that have removed what follows.
     removed: Vec<String>,
     /// Since when one is waited for that may have kept what the others have removed.
@@ -332,7 +335,12 @@ impl Receiver<'_> {
         let stream = match started {
             Ok(Started::Streaming(stream)) => stream,
             Ok(Started::Ended(_, next)) => return self.end_timeline(start, next.switch),
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                if slot.is_some() && is_slot_refused(&error) {
+                    self.refused_slot = Some(address);
+                }
+                return Err(error.into());
+            }
         };
         let Position { timeline, lsn } = start;
         tracing::info!("receiving timeline {timeline} from {lsn} on, from {address}");
@@ -380,10 +388,11 @@ impl Receiver<'_> {
             self.shared.spool.put_history(*timeline, content)?;
         }
         self.shared.spooled.notify_one();
-        if self.here.is_none() {
-            self.look_into_archive(&candidate).await?;
-        }
+        // First of all: the server is to remove nothing while the store is waited for.
         let (slot, restart) = self.see_to_slot(&mut candidate).await?;
+        if self.here.is_none() {
+            self.look_into_archive(&candidate, restart).await?;
+        }
         let start = plan_start(&candidate.facts, self.here, restart)
             .map_err(|unfit| unfit_error(&candidate, unfit))?;
         // A clean slate begins where a segment begins; the spool continues what it has.
@@ -401,10 +410,10 @@ impl Receiver<'_> {
     /// Creates the slot, replaces one that was lost, or checks it; returns whether it is there, and what it keeps.
     ///
     /// None is created on a standby: it would keep WAL there for good once the primary is received from again.
-    async fn see_to_slot(&self, candidate: &mut Candidate) -> Result<(bool, Option<Lsn>), Error> {
+    async fn see_to_slot(&mut self, candidate: &mut Candidate) -> Result<(bool, Option<Lsn>), Error> {
         let name = &self.options.slot;
         let standby = candidate.facts.standby;
-        let facts = match slot_facts(&candidate.options, name).await {
+        let facts = match slot_facts(candidate, name).await {
             Ok(facts) => facts,
             Err(error) => {
                 tracing::debug!("the slot is not looked at: {error}");
@@ -414,7 +423,8 @@ impl Receiver<'_> {
                 return Ok((!standby, None));
             }
         };
-        match plan_slot(facts.as_ref()) {
+        let is_refused = self.refused_slot.as_deref() == Some(candidate.connection.address());
+        match plan_slot(facts.as_ref(), is_refused) {
             SlotStep::Use => return Ok((true, facts.and_then(|slot| slot.restart))),
             SlotStep::Refuse(why) => {
                 return Err(Error::Slot { slot: name.clone(), detail: why });
@@ -427,10 +437,10 @@ impl Receiver<'_> {
                 );
                 candidate.connection.drop_slot(name).await?;
                 candidate.connection.create_slot(name).await?;
+                self.refused_slot = None;
             }
         }
-        let created = slot_facts(&candidate.options, name).await?;
-        Ok((true, created.and_then(|slot| slot.restart)))
+        Ok((true, restart_of(candidate, name).await))
     }
 
     /// Takes note that a timeline was received to its end.
@@ -457,6 +467,12 @@ async fn create_if_missing(connection: &mut ReplicationConnection, slot: &str) -
 /// undefined_file: the segment that was asked for is gone.
 fn is_removed(error: &SessionError) -> bool {
     error.sqlstate() == Some("58P01")
+}
+
+/// object_not_in_prerequisite_state: from PostgreSQL 18 on that is said of a physical slot that was lost; of a logical one
+/// always.
+fn is_slot_refused(error: &SessionError) -> bool {
+    error.sqlstate() == Some("55000")
 }
 
 /// Tells what no later attempt mends.

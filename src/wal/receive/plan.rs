@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
-use crate::replication::SystemIdentity;
+use crate::replication::{PhysicalSlot, SystemIdentity};
 use crate::repo::ClusterId;
 use crate::wal::spool::Position;
 
@@ -50,8 +50,16 @@ pub(crate) struct SlotFacts {
     pub physical: bool,
     /// Who uses it, where somebody does.
     pub active: Option<String>,
+    /// It keeps no WAL for us any more.
     pub lost: bool,
     pub restart: Option<Lsn>,
+}
+
+impl From<PhysicalSlot> for SlotFacts {
+    /// Takes one that keeps nothing for lost. It may also be one that has kept nothing yet, which is of no more use.
+    fn from(PhysicalSlot { restart }: PhysicalSlot) -> Self {
+        Self { physical: true, active: None, lost: restart.is_none(), restart }
+    }
 }
 
 /// What to do about our slot.
@@ -168,13 +176,13 @@ pub(crate) fn segment_start(lsn: Lsn, size: WalSegmentSize) -> Lsn {
     WalSegmentNumber::containing(lsn, size).start_lsn(size)
 }
 
-/// Decides what to do about the slot.
-pub(crate) fn plan_slot(slot: Option<&SlotFacts>) -> SlotStep {
+/// Decides what to do about the slot; `is_refused` says that the server would not stream from it.
+pub(crate) fn plan_slot(slot: Option<&SlotFacts>, is_refused: bool) -> SlotStep {
     match slot {
         None => SlotStep::Create,
         Some(slot) if !slot.physical => SlotStep::Refuse("it is a logical slot".into()),
         Some(SlotFacts { active: Some(who), .. }) => SlotStep::Refuse(format!("it is in use by {who}")),
-        Some(slot) if slot.lost => SlotStep::Replace,
+        Some(slot) if slot.lost || is_refused => SlotStep::Replace,
         Some(_) => SlotStep::Use,
     }
 }
@@ -328,13 +336,20 @@ mod tests {
     #[test]
     fn a_slot_is_created_used_replaced_or_left_alone() {
         let slot = SlotFacts { physical: true, active: None, lost: false, restart: Some(Lsn(1)) };
-        assert_eq!(plan_slot(None), SlotStep::Create);
-        assert_eq!(plan_slot(Some(&slot)), SlotStep::Use);
-        assert_eq!(plan_slot(Some(&SlotFacts { lost: true, ..slot.clone() })), SlotStep::Replace);
+        let plan = |slot: &SlotFacts| plan_slot(Some(slot), false);
+        assert_eq!(plan_slot(None, false), SlotStep::Create);
+        assert_eq!(plan_slot(None, true), SlotStep::Create, "somebody removed it since");
+        assert_eq!(plan(&slot), SlotStep::Use);
+        assert_eq!(plan_slot(Some(&slot), true), SlotStep::Replace);
+        assert_eq!(plan(&SlotFacts { lost: true, ..slot.clone() }), SlotStep::Replace);
         let used = SlotFacts { active: Some("standby2".into()), lost: true, ..slot.clone() };
-        assert_eq!(plan_slot(Some(&used)), SlotStep::Refuse("it is in use by standby2".into()));
-        let logical = SlotFacts { physical: false, ..slot };
-        assert!(matches!(plan_slot(Some(&logical)), SlotStep::Refuse(_)));
+        assert_eq!(plan(&used), SlotStep::Refuse("it is in use by standby2".into()));
+        let logical = SlotFacts { physical: false, ..slot.clone() };
+        // The server refuses to stream from it, and it is somebody else's.
+        assert!(matches!(plan_slot(Some(&logical), true), SlotStep::Refuse(_)));
+        // What a role is told that may only replicate.
+        assert_eq!(SlotFacts::from(PhysicalSlot { restart: Some(Lsn(1)) }), slot);
+        assert_eq!(plan(&PhysicalSlot { restart: None }.into()), SlotStep::Replace);
     }
 
     #[test]

@@ -8,9 +8,9 @@ use crate::pg::Lsn;
 use crate::wal::Error;
 use crate::wal::receive::Receiver;
 use crate::wal::receive::gap::{Gap, note_gap};
-use crate::wal::receive::plan::{RemovedStep, SlotFacts, plan_removed, plan_start, segment_start};
+use crate::wal::receive::plan::{RemovedStep, plan_removed, plan_start, segment_start};
 use crate::wal::receive::resume::{Hole, Place, Resume};
-use crate::wal::receive::server::{Candidate, slot_facts, unfit_error};
+use crate::wal::receive::server::{Candidate, restart_of, slot_facts, unfit_error};
 use crate::wal::receive::state::write_now;
 use crate::wal::spool::Position;
 
@@ -84,14 +84,14 @@ impl Receiver<'_> {
     /// once more.
     async fn kept_behind(&self, candidate: &mut Candidate, removed: Lsn) -> Result<Lsn, Error> {
         let (name, size, flushed) = (&self.options.slot, self.size(), candidate.facts.identity.flushed);
-        let kept = |slot: &SlotFacts| slot.restart.filter(|restart| segment_start(*restart, size) > removed);
-        let mut slot = slot_facts(&candidate.options, name).await.ok().flatten();
-        let is_set_back = slot.as_ref().is_some_and(|slot| slot.physical && kept(slot).is_none());
-        if is_set_back && !candidate.facts.standby {
+        let is_behind = |restart: &Lsn| segment_start(*restart, size) > removed;
+        let slot = slot_facts(candidate, name).await.ok().flatten().filter(|slot| slot.physical);
+        let mut kept = slot.as_ref().and_then(|slot| slot.restart).filter(is_behind);
+        if slot.is_some() && kept.is_none() && !candidate.facts.standby {
             candidate.connection.drop_slot(name).await?;
             candidate.connection.create_slot(name).await?;
-            slot = slot_facts(&candidate.options, name).await?;
+            kept = restart_of(candidate, name).await.filter(is_behind);
         }
-        Ok(slot.as_ref().and_then(kept).unwrap_or(flushed))
+        Ok(kept.unwrap_or(flushed))
     }
 }

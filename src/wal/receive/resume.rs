@@ -14,7 +14,7 @@ use crate::wal::Error;
 use crate::wal::left_out::RecoveryStart;
 use crate::wal::receive::Receiver;
 use crate::wal::receive::plan::{ServerFacts, segment_start};
-use crate::wal::receive::server::{Candidate, slot_facts};
+use crate::wal::receive::server::Candidate;
 use crate::wal::spool::Position;
 
 /// What the archive has on the way of a server.
@@ -79,7 +79,13 @@ impl Stretch {
 
 impl Receiver<'_> {
     /// Finds out where to go on, for a spool that holds nothing; waits for the store. Nowhere where nothing is archived.
-    pub(super) async fn look_into_archive(&mut self, candidate: &Candidate) -> Result<(), Error> {
+    ///
+    /// `kept` is what the slot keeps. Where that is not known, the basebackup alone says what is wanted.
+    pub(super) async fn look_into_archive(
+        &mut self,
+        candidate: &Candidate,
+        kept: Option<Lsn>,
+    ) -> Result<(), Error> {
         let mut known = self.shared.repository.subscribe();
         let repository = match known.wait_for(Option::is_some).await {
             Ok(repository) => repository.clone(),
@@ -87,9 +93,6 @@ impl Receiver<'_> {
         };
         let Some(repository) = repository else { return Ok(()) };
         let facts = &candidate.facts;
-        // Where the slot cannot be looked at, the basebackup alone says what is wanted.
-        let slot = slot_facts(&candidate.options, &self.options.slot).await.ok().flatten();
-        let kept = slot.filter(|slot| slot.physical && !slot.lost).and_then(|slot| slot.restart);
         let wanted = kept.into_iter().chain(newest_basebackup(&repository, facts).await?).min();
         let archived = load(&repository, facts, wanted).await?;
         let Some(resume) = plan_resume(facts, &archived, wanted) else { return Ok(()) };

@@ -1,8 +1,9 @@
 //! The servers of the site, asked in turn: who answers, what it is, and the slot it keeps for us.
 //!
 //! A primary is taken before a standby, because commits wait for what the primary is told; a standby is better than
-//! nobody, and in a failover it is the one that will be promoted. The slot's facts come by SQL; a role that may only
-//! replicate goes without them, and then START_REPLICATION says what is wrong.
+//! nobody, and in a failover it is the one that will be promoted. The slot's facts come by SQL. A role that may only
+//! replicate asks for less by READ_REPLICATION_SLOT, and before PostgreSQL 15 goes without: there START_REPLICATION
+//! takes a slot that was lost, and the WAL it should have kept is found to be gone.
 
 use std::time::Duration;
 
@@ -190,11 +191,30 @@ fn parse_segment_size(text: &str) -> Result<crate::pg::WalSegmentSize, SessionEr
 /// What the server says of a slot; nothing where there is none.
 ///
 /// # Errors
-/// Where the role may not ask.
+/// Where the role may not ask in any way.
 pub(super) async fn slot_facts(
-    options: &ConnectOptions,
+    candidate: &mut Candidate,
     slot: &str,
 ) -> Result<Option<SlotFacts>, SessionError> {
+    match slot_by_sql(&candidate.options, slot).await {
+        Err(error) => {
+            tracing::debug!("the slot is not looked at by SQL: {error}");
+            Ok(candidate.connection.read_slot(slot).await?.map(SlotFacts::from))
+        }
+        found => found,
+    }
+}
+
+/// Returns from where on a physical slot keeps WAL, as far as the server tells.
+pub(super) async fn restart_of(candidate: &mut Candidate, slot: &str) -> Option<Lsn> {
+    match candidate.connection.read_slot(slot).await {
+        Ok(found) => found?.restart,
+        // It does not know the command.
+        Err(_) => slot_by_sql(&candidate.options, slot).await.ok()??.restart,
+    }
+}
+
+async fn slot_by_sql(options: &ConnectOptions, slot: &str) -> Result<Option<SlotFacts>, SessionError> {
     let sql = "SELECT slot_type = 'physical' AS physical, wal_status = 'lost' AS lost, \
                restart_lsn::text AS restart, active AS active, active_pid::bigint AS pid, \
                (SELECT a.application_name FROM pg_stat_replication a WHERE a.pid = s.active_pid) AS who \
