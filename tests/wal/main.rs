@@ -28,6 +28,7 @@ mod receive_rounds;
 mod receive_scene;
 mod receive_servers;
 mod receive_timelines;
+mod receive_told;
 mod receive_trouble;
 mod recovery;
 mod segment_sizes;

@@ -158,6 +158,26 @@ impl Receiver {
             .unwrap_or(Value::Null)
     }
 
+    /// Returns what `walden check` says of something: how it is, and what was seen.
+    #[track_caller]
+    pub fn checked(&self, name: &str) -> (String, String) {
+        let run = self.walden.try_run(&["--output", "json", "check"]);
+        let items: Value = serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("{run:?}"));
+        let item = items.as_array().unwrap().iter().find(|item| item["name"] == name);
+        let item = item.unwrap_or_else(|| panic!("no line \"{name}\" in {items:#}"));
+        let text = |key: &str| item[key].as_str().unwrap().to_owned();
+        (text("status"), text("detail"))
+    }
+
+    /// Lets `receive.json` be as old as if it had been written at a time, by a receiver that has ended.
+    #[track_caller]
+    pub fn date_state(&self, written_at: &str) {
+        assert!(self.process.is_none());
+        let mut state = self.state();
+        state["written_at"] = written_at.into();
+        fs::write(&self.state, state.to_string()).unwrap();
+    }
+
     /// Waits until the state holds something.
     #[track_caller]
     pub fn wait_for_state<T>(&self, what: &str, found: impl Fn(&Value) -> Option<T>) -> T {

@@ -34,6 +34,8 @@ fn a_server_of_another_cluster_is_passed_over_beside_ours_and_refused_alone() {
             assert!(!receiver.wait_for_end().success());
             receiver.log().contains(said).then_some(())
         });
+        let told = receiver.state()["receive_problem"]["message"].clone();
+        assert!(told.as_str().is_some_and(|told| told.starts_with("receiving has ended")), "{told}");
     }
     let clusters = receiver.walden.json(&["wal", "list"])["clusters"].as_array().unwrap().len();
     assert_eq!(clusters, 1, "{}", receiver.log());

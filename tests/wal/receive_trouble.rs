@@ -86,28 +86,17 @@ fn loses_wal(lose: impl FnOnce(&Server)) {
     receiver.wait_until_streaming();
     assert_eq!(receiver.state()["gaps"], gaps);
     // Until a basebackup lies behind it.
-    let (status, detail) = checked(&receiver, "WAL missing");
+    let (status, detail) = receiver.checked("WAL missing");
     assert!(status == "failed" && detail.contains(gap["from"].as_str().unwrap()), "{status}: {detail}");
-    assert_eq!(checked(&receiver, "receiver").0, "ok");
+    assert_eq!(receiver.checked("receiver").0, "ok");
     receiver.walden.run(&["backup"]);
-    assert_eq!(checked(&receiver, "WAL missing").0, "ok");
+    assert_eq!(receiver.checked("WAL missing").0, "ok");
     receiver.stop();
     receiver.start_again();
     receiver.wait_for_state("no gap", |state| {
         (state["gaps"].as_array().is_some_and(Vec::is_empty) && state["streaming"] == true).then_some(())
     });
-    assert_eq!(checked(&receiver, "WAL missing"), ("ok".to_owned(), "none".to_owned()));
-}
-
-/// Returns what `walden check` says of something: how it is, and what was seen.
-#[track_caller]
-fn checked(receiver: &Receiver, name: &str) -> (String, String) {
-    let run = receiver.walden.try_run(&["--output", "json", "check"]);
-    let items: serde_json::Value = serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("{run:?}"));
-    let item = items.as_array().unwrap().iter().find(|item| item["name"] == name);
-    let item = item.unwrap_or_else(|| panic!("no line \"{name}\" in {items:#}"));
-    let text = |key: &str| item[key].as_str().unwrap().to_owned();
-    (text("status"), text("detail"))
+    assert_eq!(receiver.checked("WAL missing"), ("ok".to_owned(), "none".to_owned()));
 }
 
 #[test]
@@ -293,7 +282,7 @@ fn a_full_volume_pauses_receiving_until_there_is_half_as_much_room_again() {
     let kept =
         cluster.sql("select pg_current_wal_lsn() - restart_lsn from pg_replication_slots where active");
     assert!(kept.parse::<u64>().unwrap() >= 2 << 20, "{kept}");
-    assert_eq!(checked(&receiver, "receiver").0, "failed");
+    assert_eq!(receiver.checked("receiver").0, "failed");
     volume.fill(0);
     paused(&receiver, false);
     write_segments(&cluster, 1);

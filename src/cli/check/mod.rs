@@ -100,7 +100,7 @@ pub(super) async fn check_all(
     items.extend(key_items);
     let repository = check_repository(context, site, usable.reads, &mut items).await;
     items.extend(left_out::check_left_out(config, site, repository.as_ref()).await);
-    items.extend(receiver::check_receiver(config, site, repository.as_ref()).await);
+    items.extend(receiver::check_receiver(config, site, repository.as_ref(), context.clock().now()).await);
     let archives = if usable.writes { repository.as_ref() } else { None };
     if site.nodes.is_empty() {
         items.push(Item::skipped("connection", "the site has no server; this host only reads backups"));

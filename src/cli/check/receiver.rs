@@ -1,6 +1,9 @@
 //! What `check` says of receiving by what the receiver wrote down on this host: whether WAL comes in and is stored, and
-//! what is missing for good, which is a failure until a basebackup lies behind it.
+//! what is missing for good, which is a failure until a basebackup lies behind it. What it wrote is believed for a minute:
+//! a receiver that is killed leaves it as it was.
 //! Read only: the receiver itself forgets what lies before a basebackup.
+
+use jiff::Timestamp;
 
 use crate::catalog::basebackups;
 use crate::config::{Config, SiteConfig, WalSource};
@@ -18,6 +21,7 @@ pub(super) async fn check_receiver(
     config: &Config,
     site: &SiteConfig,
     repository: Option<&Repository>,
+    now: Timestamp,
 ) -> Vec<Item> {
     let folder = spool_of(&config.paths.state, &site.name);
     let receives = site.wal == WalSource::Receive;
@@ -32,7 +36,7 @@ pub(super) async fn check_receiver(
     let mut items = Vec::new();
     if receives {
         let file = folder.join(STATE_FILE);
-        items.push(judge_receiver(&state, &file.display().to_string()));
+        items.push(judge_receiver(&state, &file.display().to_string(), now));
     }
     if receives || !state.gaps.is_empty() {
         // What cannot be listed is behind nothing.
@@ -48,12 +52,23 @@ pub(super) async fn check_receiver(
     items
 }
 
-fn judge_receiver(state: &ReceiveState, file: &str) -> Item {
+const START: &str = "Start `walden daemon` or `walden wal receive`";
+
+fn judge_receiver(state: &ReceiveState, file: &str, now: Timestamp) -> Item {
+    let position = |lsn: Option<Lsn>| lsn.map_or("nothing".to_owned(), |lsn| lsn.to_string());
+    let reached = format!("received: {}, stored: {}", position(state.received), position(state.stored));
     let problems = [&state.store_problem, &state.receive_problem].into_iter().flatten();
     let mut wrong: Vec<String> =
         problems.map(|problem| format!("{} (since {})", problem.message, problem.since)).collect();
     if state.paused {
         wrong.push("receiving pauses: the spool's volume is too full".to_owned());
+    }
+    if state.is_abandoned(now) {
+        let before = if wrong.is_empty() { "" } else { "; before that: " };
+        let detail =
+            format!("no receiver has run since {}; {reached}{before}{}", state.written_at, wrong.join("; "));
+        let hint = format!("{START}; where another host receives now, remove \"{file}\".");
+        return Item::failed(RECEIVER, detail, hint);
     }
     if !wrong.is_empty() {
         let hint = format!(
@@ -61,17 +76,9 @@ fn judge_receiver(state: &ReceiveState, file: &str) -> Item {
         );
         return Item::failed(RECEIVER, wrong.join("; "), hint);
     }
-    let position = |lsn: Option<Lsn>| lsn.map_or("nothing".to_owned(), |lsn| lsn.to_string());
-    let (received, stored) = (position(state.received), position(state.stored));
     match &state.server {
-        Some(server) if state.streaming => {
-            Item::ok(RECEIVER, format!("from {server}; received: {received}, stored: {stored}"))
-        }
-        _ => Item::warning(
-            RECEIVER,
-            format!("it receives nothing; received: {received}, stored: {stored}"),
-            "Start `walden daemon` or `walden wal receive`.",
-        ),
+        Some(server) if state.streaming => Item::ok(RECEIVER, format!("from {server}; {reached}")),
+        _ => Item::warning(RECEIVER, format!("it receives nothing; {reached}"), format!("{START}.")),
     }
 }
 
@@ -102,8 +109,13 @@ mod tests {
     use crate::site::Status;
     use crate::wal::receive::Problem;
 
+    fn at(time: &str) -> Timestamp {
+        format!("2026-11-21T{time}Z").parse().unwrap()
+    }
+
     fn receiving() -> ReceiveState {
         ReceiveState {
+            written_at: at("10:00:00"),
             streaming: true,
             server: Some("db1".into()),
             received: Some(Lsn(0x300_0000)),
@@ -113,17 +125,14 @@ mod tests {
 
     #[test]
     fn a_receiver_is_as_good_as_what_it_says() {
-        let problem = |message: &str| {
-            Some(Problem { message: message.into(), since: "2026-11-21T10:00:00Z".parse().unwrap() })
-        };
+        let problem = |message: &str| Some(Problem { message: message.into(), since: at("10:00:00") });
         let said = |state: ReceiveState| {
-            let item = judge_receiver(&state, "receive.json");
+            let item = judge_receiver(&state, "receive.json", at("10:00:30"));
             (item.status, item.detail)
         };
         let well = "from db1; received: 0/3000000, stored: nothing".to_owned();
         assert_eq!(said(receiving()), (Status::Ok, well));
         assert_eq!(said(ReceiveState { streaming: false, ..receiving() }).0, Status::Warning);
-        assert_eq!(said(ReceiveState::default()).0, Status::Warning);
         for (state, words) in [
             (ReceiveState { receive_problem: problem("no server"), ..receiving() }, "no server"),
             (ReceiveState { store_problem: problem("no store"), ..receiving() }, "no store"),
@@ -134,6 +143,24 @@ mod tests {
         }
         let both = ReceiveState { receive_problem: problem("a"), store_problem: problem("b"), ..receiving() };
         assert_eq!(said(both).1, "b (since 2026-11-21T10:00:00Z); a (since 2026-11-21T10:00:00Z)");
+    }
+
+    #[test]
+    fn a_receiver_that_ended_without_a_word_is_not_believed() {
+        let judged = |state: &ReceiveState, time| judge_receiver(state, "receive.json", at(time));
+        let killed = receiving();
+        assert_eq!(judged(&killed, "10:00:59").status, Status::Ok);
+        let item = judged(&killed, "10:01:01");
+        let said = "no receiver has run since 2026-11-21T10:00:00Z; received: 0/3000000, stored: nothing";
+        assert_eq!((item.status, item.detail.as_str()), (Status::Failed, said));
+        assert!(item.hint.unwrap().contains("walden daemon"));
+        // One that was stopped is missed as well.
+        let stopped = ReceiveState { streaming: false, ..receiving() };
+        assert_eq!(judged(&stopped, "11:00:00").detail, said);
+        let since = at("09:00:00");
+        let problem = Some(Problem { message: "no server".into(), since });
+        let detail = judged(&ReceiveState { receive_problem: problem, ..receiving() }, "11:00:00").detail;
+        assert_eq!(detail, format!("{said}; before that: no server (since {since})"));
     }
 
     #[test]

@@ -40,7 +40,7 @@ use gap::note_gap;
 use plan::{PieceRule, SlotStep, plan_least_report, plan_slot, plan_start, segment_start};
 use resume::Resume;
 use server::{Candidate, Choice, choose, restart_of, slot_facts, unfit_error};
-use state::{Shared, clear, keep_written, note, remembered_gaps, write_now};
+use state::{Shared, clear, keep_alive, keep_written, note, remembered_gaps, warn_of, write_state};
 use stream::{StreamEnd, Streaming};
 use upload::{Stop, Uploader};
 
@@ -160,12 +160,18 @@ pub async fn run(
             received.and(uploaded.map_or(Ok(()), finished))
         }
         uploaded = &mut uploading => finished(uploaded),
-        never = keep_written(&options.spool, options.owner, &shared) => never,
+        never = keep_written(&options.spool, options.owner, &shared, &*clock) => never,
         never = give_memory_back(&shared) => never,
     };
     uploading.abort();
-    shared.state().streaming = false;
-    write_now(&options.spool, &shared.snapshot(), options.owner);
+    {
+        let mut state = shared.state();
+        state.streaming = false;
+        if let Err(error) = &outcome {
+            state.receive_problem = Some(Problem::of_end(error, clock.now()));
+        }
+    }
+    warn_of(shared.write_down(&options.spool, options.owner, clock.now()));
     outcome
 }
 
@@ -223,6 +229,7 @@ async fn find_cluster(
         let chosen = tokio::select! {
             chosen = choose(&options.nodes, None, None, &[]) => chosen,
             () = told_to(&mut stop) => return Ok(None),
+            never = keep_alive(&options.spool, &state, options.owner, &**clock) => match never {},
         };
         let error = match chosen {
             Ok(Choice::Server(candidate) | Choice::Removed { candidate, .. }) => {
@@ -230,12 +237,14 @@ async fn find_cluster(
             }
             Err(error) => error,
         };
+        let now = clock.now();
         if is_hopeless(&error) {
+            state.receive_problem = Some(Problem::of_end(&error, now));
+            warn_of(write_state(&options.spool, &state, options.owner, now));
             return Err(error);
         }
-        let message = format!("no server can be received from: {error}");
-        note(&mut state.receive_problem, message, clock.now());
-        write_now(&options.spool, &state, options.owner);
+        note(&mut state.receive_problem, format!("no server can be received from: {error}"), now);
+        warn_of(write_state(&options.spool, &state, options.owner, now));
         tokio::select! {
             _ = tokio::time::sleep(pause) => {}
             _ = stop.changed() => {}

@@ -11,7 +11,7 @@ use crate::wal::receive::gap::{Gap, note_gap};
 use crate::wal::receive::plan::{RemovedStep, plan_removed, plan_start, segment_start};
 use crate::wal::receive::resume::{Hole, Place, Resume};
 use crate::wal::receive::server::{Candidate, restart_of, slot_facts, unfit_error};
-use crate::wal::receive::state::write_now;
+use crate::wal::receive::state::warn_of;
 use crate::wal::spool::Position;
 
 impl Receiver<'_> {
@@ -75,7 +75,7 @@ impl Receiver<'_> {
         let gap = Gap { cluster: self.cluster, timeline, from, to, noticed_at: self.clock.now() };
         note_gap(&mut self.shared.state().gaps, gap);
         // Now: once there is WAL from behind it, nothing else tells of it.
-        write_now(&self.options.spool, &self.shared.snapshot(), self.options.owner);
+        warn_of(self.shared.write_down(&self.options.spool, self.options.owner, self.clock.now()));
     }
 
     /// Returns from where on the server keeps WAL for us behind what it has removed.

@@ -1,16 +1,19 @@
 //! What the two halves of receive know of each other, and what is written down of both for those who look.
 //!
 //! The receiving half fills the spool and wakes the storing half; that one says how far the store has everything. Both
-//! leave their troubles here, which `receive.json` in the site's spool folder tells until they are over.
+//! leave their troubles here, which `receive.json` in the site's spool folder tells until they are over. It also tells
+//! when it was written, because a receiver that is killed leaves it as it was.
 
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
+use crate::clock::Clock;
 use crate::disk::durable::{Create, write_file};
 use crate::disk::{self, Owner, state_file};
 use crate::pg::{Lsn, TimelineId};
@@ -22,12 +25,20 @@ use crate::wal::spool::{Position, Spool};
 /// Where the state is written, in the site's spool folder.
 pub const STATE_FILE: &str = "receive.json";
 
-/// How often the state is written down.
+/// How often the state is written down where it changes.
 const STATE_INTERVAL: Duration = Duration::from_secs(1);
+/// And where it does not, so that one sees that somebody is there.
+const ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// A receiver that has written nothing for so long has ended, or hangs with its disk. Some times the interval, for a
+/// machine that is loaded.
+const SILENCE_MAX: SignedDuration = SignedDuration::from_secs(60);
 
 /// What receiving does at the moment, as `receive.json` tells it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ReceiveState {
+    /// When this was written.
+    #[serde(default)]
+    pub written_at: Timestamp,
     /// Whether WAL is coming in.
     pub streaming: bool,
     /// The server, where there is one.
@@ -44,7 +55,7 @@ pub struct ReceiveState {
     pub paused: bool,
     /// Why nothing is received, if so.
     pub receive_problem: Option<Problem>,
-    /// Why nothing is stored, if so.
+    /// Why something is not stored, or what is wrong in the store, if so.
     pub store_problem: Option<Problem>,
     /// WAL that no server has any more and that was never received, the oldest first: only a basebackup after it can be
     /// recovered beyond it.
@@ -59,6 +70,20 @@ pub struct Problem {
     pub since: Timestamp,
 }
 
+impl ReceiveState {
+    /// Tells whether no receiver has run for a while: none that runs leaves it as it is for so long.
+    pub fn is_abandoned(&self, now: Timestamp) -> bool {
+        now.duration_since(self.written_at) > SILENCE_MAX
+    }
+}
+
+impl Problem {
+    /// Describes what has ended receiving; who is told of the error logs it.
+    pub(super) fn of_end(error: &Error, since: Timestamp) -> Self {
+        Self { message: format!("receiving has ended: {error}"), since }
+    }
+}
+
 /// What both halves share.
 pub(super) struct Shared {
     pub spool: Spool,
@@ -69,6 +94,8 @@ pub(super) struct Shared {
     /// The repository, once it could be opened.
     pub repository: watch::Sender<Option<Repository>>,
     state: Mutex<ReceiveState>,
+    /// Held by whoever writes the state down, from looking at it on.
+    writing: Mutex<()>,
 }
 
 impl Shared {
@@ -80,6 +107,7 @@ impl Shared {
             durable: watch::Sender::new(None),
             repository: watch::Sender::new(None),
             state: Mutex::new(ReceiveState { gaps, ..ReceiveState::default() }),
+            writing: Mutex::default(),
         }
     }
 
@@ -96,6 +124,20 @@ impl Shared {
         state.stored = self.durable.borrow().map(|durable| durable.lsn);
         state.spooled_bytes = self.spool.bytes();
         state
+    }
+
+    /// Writes down what there is to tell now, and returns it. What is written last was looked at last: a gap that was told
+    /// is not written over by what had been seen before.
+    pub fn write_down(
+        &self,
+        site_folder: &Path,
+        owner: Option<Owner>,
+        now: Timestamp,
+    ) -> Result<ReceiveState, Error> {
+        let _turn = self.writing.lock().expect("no holder of this lock panics");
+        let state = self.snapshot();
+        write_state(site_folder, &state, owner, now)?;
+        Ok(state)
     }
 }
 
@@ -140,22 +182,23 @@ pub(super) fn remembered_gaps(site_folder: &Path) -> Vec<Gap> {
     gaps
 }
 
-/// Writes the state down whenever it has changed; never returns but for a bug.
+/// Writes the state down whenever it has changed, and now and then; never returns but for a bug.
 ///
 /// A full volume, or what has been put in the file's place, must not end what empties the spool.
 pub(super) async fn keep_written(
     site_folder: &Path,
     owner: Option<Owner>,
     shared: &Arc<Shared>,
+    clock: &dyn Clock,
 ) -> Result<(), Error> {
     let (mut known, mut trouble) = (None, None);
     loop {
-        let state = shared.snapshot();
-        if known.as_ref() != Some(&state) {
-            let (folder, written) = (site_folder.to_owned(), state.clone());
-            let writing = tokio::task::spawn_blocking(move || write_state(&folder, &written, owner));
+        let begun = clock.monotonic();
+        if is_due(known.as_ref(), &shared.snapshot(), begun) {
+            let (shared, folder, now) = (shared.clone(), site_folder.to_owned(), clock.now());
+            let writing = tokio::task::spawn_blocking(move || shared.write_down(&folder, owner, now));
             match writing.await.map_err(|error| repo::Error::Internal(error.to_string()))? {
-                Ok(()) => (known, trouble) = (Some(state), None),
+                Ok(state) => (known, trouble) = (Some((state, begun)), None),
                 Err(error) => {
                     let message = Some(error.to_string());
                     if trouble != message {
@@ -169,16 +212,43 @@ pub(super) async fn keep_written(
     }
 }
 
-/// Writes the state for the moment; that it cannot be written is no reason to do anything else than before.
-pub(super) fn write_now(site_folder: &Path, state: &ReceiveState, owner: Option<Owner>) {
-    if let Err(error) = write_state(site_folder, state, owner) {
+/// Decides whether to write a state down; `known` is what was written, and when.
+fn is_due(known: Option<&(ReceiveState, Instant)>, state: &ReceiveState, now: Instant) -> bool {
+    known.is_none_or(|(known, written)| {
+        known != state || now.saturating_duration_since(*written) >= ALIVE_INTERVAL
+    })
+}
+
+/// Writes a state down now and then that does not change; never returns.
+pub(super) async fn keep_alive(
+    site_folder: &Path,
+    state: &ReceiveState,
+    owner: Option<Owner>,
+    clock: &dyn Clock,
+) -> Infallible {
+    loop {
+        tokio::time::sleep(ALIVE_INTERVAL).await;
+        warn_of(write_state(site_folder, state, owner, clock.now()));
+    }
+}
+
+/// Says that the state could not be written down, which is no reason to do anything else than before.
+pub(super) fn warn_of<T>(written: Result<T, Error>) {
+    if let Err(error) = written {
         tracing::warn!("{error}");
     }
 }
 
-fn write_state(site_folder: &Path, state: &ReceiveState, owner: Option<Owner>) -> Result<(), Error> {
+/// Writes a state down.
+pub(super) fn write_state(
+    site_folder: &Path,
+    state: &ReceiveState,
+    owner: Option<Owner>,
+    now: Timestamp,
+) -> Result<(), Error> {
     let path = site_folder.join(STATE_FILE);
-    let mut text = serde_json::to_vec_pretty(state).expect("a struct of plain fields has a JSON form");
+    let state = ReceiveState { written_at: now, ..state.clone() };
+    let mut text = serde_json::to_vec_pretty(&state).expect("a struct of plain fields has a JSON form");
     text.push(b'\n');
     Ok(write_file(&path, &text, Create { owner, ..Create::PRIVATE_FILE })?)
 }
@@ -187,7 +257,31 @@ fn write_state(site_folder: &Path, state: &ReceiveState, owner: Option<Owner>) -
 mod tests {
     use std::fs;
 
+    use crate::clock::ManualClock;
+
     use super::*;
+
+    #[test]
+    fn a_state_that_does_not_change_is_written_often_enough_not_to_look_abandoned() {
+        let clock = ManualClock::new("2026-11-21T10:00:00Z".parse().unwrap());
+        let state = ReceiveState::default();
+        assert!(state.is_abandoned(clock.now()), "as an earlier release left it");
+        assert!(is_due(None, &state, clock.monotonic()));
+        let (written_at, known) = (clock.now(), (state.clone(), clock.monotonic()));
+        let written = ReceiveState { written_at, ..state.clone() };
+        while !is_due(Some(&known), &state, clock.monotonic()) {
+            let other = ReceiveState { paused: true, ..state.clone() };
+            assert!(is_due(Some(&known), &other, clock.monotonic()));
+            clock.advance(STATE_INTERVAL);
+        }
+        // Even where the disk takes its time.
+        clock.advance(ALIVE_INTERVAL);
+        assert!(!written.is_abandoned(clock.now()));
+        clock.advance(Duration::from_secs(60));
+        assert!(written.is_abandoned(clock.now()));
+        // The clock of the machine was set back.
+        assert!(!written.is_abandoned(Timestamp::UNIX_EPOCH));
+    }
 
     #[test]
     fn whatever_stands_in_the_place_of_the_state_nothing_is_remembered_and_nothing_fails() {
@@ -209,9 +303,12 @@ mod tests {
             put(&path);
             read_state(scratch.path()).unwrap_err();
             assert_eq!(remembered_gaps(scratch.path()), []);
-            write_now(scratch.path(), &ReceiveState::default(), None);
+            let now = Timestamp::from_second(1).unwrap();
+            let written = write_state(scratch.path(), &ReceiveState::default(), None, now);
+            assert_eq!(written.is_ok(), !path.is_dir());
             if !path.is_dir() {
-                assert_eq!(read_state(scratch.path()).unwrap(), Some(ReceiveState::default()));
+                let written = ReceiveState { written_at: now, ..ReceiveState::default() };
+                assert_eq!(read_state(scratch.path()).unwrap(), Some(written));
                 fs::remove_file(&path).unwrap();
             }
         }
