@@ -25,8 +25,8 @@ use crate::wal::{Error, list, plan_file};
 
 mod positions;
 
-const MIB: usize = 1 << 20;
-const SYSTEM: SystemIdentifier = SystemIdentifier(7_301_234_567_890_123_456);
+pub(in crate::wal) const MIB: usize = 1 << 20;
+pub(in crate::wal) const SYSTEM: SystemIdentifier = SystemIdentifier(7_301_234_567_890_123_456);
 
 /// A data directory with a control file, beside a site in memory.
 struct Server {
@@ -141,7 +141,7 @@ fn name(timeline: u32, number: u64) -> String {
     WalSegmentName::new(timeline.try_into().unwrap(), WalSegmentNumber(number), size).to_string()
 }
 
-fn segment(timeline: u32, number: u64) -> Vec<u8> {
+pub(in crate::wal) fn segment(timeline: u32, number: u64) -> Vec<u8> {
     let mut bytes = vec![number as u8; MIB];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     put(0, &0xD110u16.to_le_bytes());

@@ -28,7 +28,7 @@ use tokio::sync::watch;
 use crate::clock::Clock;
 use crate::codec::Compression;
 use crate::disk::durable::{Create, create_dir_all};
-use crate::disk::{CloneMarker, LockFile, Owner};
+use crate::disk::{self, CloneMarker, LockFile, Owner};
 use crate::memory;
 use crate::pg::{Lsn, WalSegmentSize};
 use crate::replication::{ConnectOptions, Error as SessionError, ReplicationConnection, Started};
@@ -484,10 +484,13 @@ fn is_slot_refused(error: &SessionError) -> bool {
     error.sqlstate() == Some("55000")
 }
 
-/// Tells what no later attempt mends.
+/// Tells what no later attempt mends. A spool that has lost what it held knows what is left when it is opened again.
 fn is_hopeless(error: &Error) -> bool {
     matches!(
         error,
-        Error::OtherCluster { .. } | Error::Clone { .. } | Error::Session(SessionError::Settings { .. })
+        Error::OtherCluster { .. }
+            | Error::Clone { .. }
+            | Error::Session(SessionError::Settings { .. })
+            | Error::Disk(disk::Error::Malformed { .. })
     )
 }

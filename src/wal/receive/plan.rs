@@ -125,6 +125,8 @@ impl Upload {
 
 /// What one piece may hold: what is in memory for it, and lost time where it fails.
 const PIECE_BYTES_MAX: u32 = 16 << 20;
+/// Ends that are tried for a piece in whose place there is another: more of those is no accident, and each costs requests.
+const PIECE_ENDS_MAX: usize = 8;
 /// A server that may have kept what the others have removed is waited for so long: a restart takes minutes, and so does a
 /// failover. Commits that wait for us wait meanwhile.
 const UNHEARD_WAIT: Duration = Duration::from_secs(10 * 60);
@@ -231,6 +233,19 @@ pub(crate) fn plan_upload(
     }
     let to = stored.bytes + waiting.min(PIECE_BYTES_MAX);
     Some(Upload::Piece { segment, from: stored.bytes, to })
+}
+
+/// Decides how to store a piece where something may stand in its place that nobody can use: one that ends a little earlier
+/// has another name, and the rest comes after it. Where that leads nowhere it waits for more bytes, or goes with the whole.
+///
+/// `is_taken` tells of the end of a piece with the same beginning whether such a one stands there.
+pub(crate) fn plan_around(upload: Upload, is_whole: bool, is_taken: impl Fn(u32) -> bool) -> Option<Upload> {
+    let Upload::Piece { segment, from, to } = upload else { return Some(upload) };
+    let mut ends = (from + 1..=to).rev().take(PIECE_ENDS_MAX);
+    match ends.find(|end| !is_taken(*end)) {
+        Some(to) => Some(Upload::Piece { segment, from, to }),
+        None => is_whole.then_some(Upload::Segment(segment)),
+    }
 }
 
 /// Decides whether a segment may leave the spool: nothing more comes of it, and the store has it. The newest stays,
@@ -414,6 +429,25 @@ mod tests {
         let large = WalSegmentSize::MAX;
         let first = plan_upload((segment, 99 << 20), InStore::default(), Duration::ZERO, true, large, rule);
         assert_eq!(first, piece(0, PIECE_BYTES_MAX));
+    }
+
+    #[test]
+    fn a_piece_that_nobody_can_use_is_gone_round() {
+        let segment: WalSegmentName = "000000010000000000000005".parse().unwrap();
+        let piece = |from, to| Upload::Piece { segment, from, to };
+        let plan =
+            |upload, is_whole, taken: &[u32]| plan_around(upload, is_whole, |end| taken.contains(&end));
+        assert_eq!(plan(piece(100, 200), false, &[]), Some(piece(100, 200)));
+        assert_eq!(plan(piece(100, 200), false, &[150]), Some(piece(100, 200)));
+        assert_eq!(plan(piece(100, 200), true, &[200]), Some(piece(100, 199)));
+        assert_eq!(plan(piece(100, 200), false, &[199, 200]), Some(piece(100, 198)));
+        // There is no other piece of one byte.
+        assert_eq!(plan(piece(199, 200), false, &[200]), None);
+        assert_eq!(plan(piece(199, 208), false, &[200]), Some(piece(199, 208)));
+        assert_eq!(plan(piece(199, 200), true, &[200]), Some(Upload::Segment(segment)));
+        let all: Vec<u32> = (100..=200).collect();
+        assert_eq!(plan(piece(100, 200), false, &all), None);
+        assert_eq!(plan(Upload::Segment(segment), true, &all), Some(Upload::Segment(segment)));
     }
 
     #[test]

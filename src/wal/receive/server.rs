@@ -165,7 +165,11 @@ async fn histories(
     let mut files = vec![(timeline, content)];
     for ancestor in history.ancestors().filter(|ancestor| *ancestor != TimelineId::FIRST) {
         match connection.history(ancestor).await {
-            Ok(content) => files.push((ancestor, content.to_vec())),
+            // The server itself never looks at it again.
+            Ok(content) => match TimelineHistory::parse(ancestor, &String::from_utf8_lossy(&content)) {
+                Ok(_) => files.push((ancestor, content.to_vec())),
+                Err(error) => tracing::warn!("the history of timeline {ancestor} is left out: {error}"),
+            },
             Err(error @ SessionError::Sql { .. }) => {
                 tracing::debug!("no history of timeline {ancestor}: {error}");
             }

@@ -3,9 +3,11 @@
 //! Whole segments go as they would be pushed; of the one that is being received a piece goes every few seconds, or as
 //! soon as there is something where commits wait for the store. Segments go side by side, and no piece waits for them.
 //! A store that is away is asked again for ever, and the spool grows meanwhile, not the memory. Only what contradicts
-//! the archive ends it: the site is another cluster's, or something else stands under the name.
+//! the archive ends it (the site is another cluster's, or something else stands under the name), and a spool that has
+//! lost what it held.
 
 mod histories;
+mod spoiled;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use tokio::sync::watch;
 use crate::catalog::{WalCoverage, basebackups};
 use crate::clock::Clock;
 use crate::codec::Compression;
+use crate::disk;
 use crate::pg::{SEGMENT_HEADER_LEN, TimelineId, WalSegmentName, check_segment_header};
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{Stored, mend_wal, seal_wal};
@@ -30,10 +33,11 @@ use crate::wal::head_notes::HEAD_INTERVAL;
 use crate::wal::key_rotation::KeyRotation;
 use crate::wal::left_out::RecoveryStart;
 use crate::wal::receive::plan::{InStore, PieceRule, Upload, durable_in_store, may_leave, plan_upload};
-use crate::wal::receive::state::{Shared, note};
+use crate::wal::receive::state::{Shared, clear, note};
 use crate::wal::spool::Position;
 
 use histories::WaitingHistories;
+use spoiled::SpoiledPieces;
 
 /// Opens the repository for writing, as often as it takes.
 pub type OpenRepository = Arc<dyn Fn() -> BoxFuture<'static, Result<Repository, repo::Error>> + Send + Sync>;
@@ -91,6 +95,8 @@ struct Progress {
     stored: BTreeMap<WalSegmentName, InStore>,
     /// The history files that could not be stored.
     histories: WaitingHistories,
+    /// The pieces in the store that nobody can use.
+    spoiled: SpoiledPieces,
     in_flight: Vec<Work>,
     /// When the last piece was stored.
     last_piece: Instant,
@@ -124,7 +130,10 @@ impl Uploader {
             tokio::select! {
                 Some((work, result)) = running.next(), if !running.is_empty() => {
                     progress.in_flight.retain(|other| *other != work);
-                    let accounted = result.and_then(|()| self.account(&mut progress, work));
+                    let accounted = match result {
+                        Ok(()) => self.account(&mut progress, work),
+                        Err(error) => progress.meet(work, error),
+                    };
                     if let (Ok(()), Work::Upload(_)) = (&accounted, work) {
                         pause = PAUSE_FIRST;
                         self.tell_stored(&progress);
@@ -142,7 +151,7 @@ impl Uploader {
     fn judge(&self, result: Result<(), Error>, pause: &mut Duration) -> Result<Option<Instant>, Error> {
         match result {
             Ok(()) => Ok(None),
-            Err(error) if contradicts(&error) => Err(error),
+            Err(error) if is_final(&error) => Err(error),
             Err(error) => {
                 self.trouble(&error);
                 let until = self.clock.monotonic() + *pause;
@@ -163,10 +172,12 @@ impl Uploader {
             let error = match self.try_begin().await {
                 Ok(progress) => {
                     self.shared.repository.send_replace(Some(progress.repository.clone()));
+                    // A server that is idle may send nothing to be stored for hours.
+                    clear(&mut self.shared.state().store_problem, "the repository is open");
                     self.publish(&progress);
                     return Ok(Some(progress));
                 }
-                Err(error) if contradicts(&error) => return Err(error),
+                Err(error) if is_final(&error) => return Err(error),
                 Err(error) => error,
             };
             self.trouble(&error);
@@ -197,6 +208,7 @@ impl Uploader {
             keys: Arc::new(KeyRotation::default()),
             stored,
             histories: WaitingHistories::new(),
+            spoiled: SpoiledPieces::default(),
             in_flight: Vec::new(),
             last_piece: self.clock.monotonic(),
             last_head: None,
@@ -215,7 +227,7 @@ impl Uploader {
     ) -> Result<(), Error> {
         // What it fails with holds back nothing but its timeline.
         let histories = self.store_histories(progress).await;
-        if histories.as_ref().is_err_and(contradicts) {
+        if histories.as_ref().is_err_and(is_final) {
             return histories;
         }
         self.ask_for_first(progress).await?;
@@ -294,7 +306,9 @@ impl Uploader {
             }
             let stored = progress.stored.get(&segment).copied().unwrap_or_default();
             let open = newest == Some(segment);
-            let Some(upload) = plan_upload((segment, length), stored, age, open, size, rule) else {
+            let due = plan_upload((segment, length), stored, age, open, size, rule);
+            let is_whole = length == size.bytes();
+            let Some(upload) = due.and_then(|upload| progress.spoiled.go_round(upload, is_whole)) else {
                 continue;
             };
             let like_it = begun.iter().filter(|other| other.is_piece() == upload.is_piece()).count();
@@ -337,6 +351,7 @@ impl Uploader {
             }
             self.shared.spool.remove(segment)?;
             progress.stored.remove(&segment);
+            progress.spoiled.forget(segment);
         }
         Ok(())
     }
@@ -465,13 +480,17 @@ fn trouble_of(error: &Error) -> String {
     format!("WAL cannot be stored and stays in the spool: {error}")
 }
 
-/// Tells what no later attempt mends: the archive holds something else, or is somebody else's.
-fn contradicts(error: &Error) -> bool {
+/// Tells what no later attempt mends: the archive holds something else, or is somebody else's; or the spool has lost what
+/// it held, and its next start tells what that is.
+fn is_final(error: &Error) -> bool {
     match error {
         Error::Repository(error) => {
             matches!(error, repo::Error::Different { .. } | repo::Error::ForeignCluster { .. })
         }
-        Error::Segment(_) | Error::History(_) => true,
+        Error::Segment(_) | Error::Disk(disk::Error::Malformed { .. }) => true,
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests;

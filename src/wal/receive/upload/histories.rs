@@ -1,25 +1,25 @@
 //! Timelines' history files on their way to the store: each goes before any segment of its timeline.
 //!
-//! One that cannot be stored holds back its own timeline. Where something stands in its place that is damaged, or that
-//! nobody signed who is trusted, not even that: no waiting mends it, and without the WAL more would be lost than one
-//! small file. It is told, and tried again now and then, so that it is stored once the other one is gone.
+//! One that cannot be stored holds back its own timeline. Where it is none, or something stands in its place that is
+//! damaged, or that nobody signed who is trusted, not even that: no waiting mends it, and without the WAL more would be
+//! lost than one small file. It is told, and tried again now and then, so that it is stored once the other one is gone.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::pg::{TimelineHistory, TimelineId};
-use crate::repo;
 use crate::repo::wal_object::{HistoryBranch, archive_history};
 use crate::wal::Error;
 use crate::wal::receive::state::{clear, note};
-use crate::wal::receive::upload::{Progress, Uploader, contradicts, trouble_of};
+use crate::wal::receive::upload::spoiled::is_unusable;
+use crate::wal::receive::upload::{Progress, Uploader, is_final, trouble_of};
 
 /// A history file that could not be stored.
 #[derive(Debug)]
 pub(super) struct Waiting {
     /// Why, as it is told.
     message: String,
-    /// Whether what stands in its place is of no use to anybody.
+    /// Whether no waiting helps: it is no history, or what stands in its place is of no use to anybody.
     is_blocked: bool,
     /// When it is tried again.
     again: Instant,
@@ -54,14 +54,12 @@ impl Uploader {
                     }
                     continue;
                 }
-                Err(error) if contradicts(&error) => return Err(error),
+                Err(error) if is_final(&error) => return Err(error),
                 Err(error) => error,
             };
-            let is_blocked = is_unusable(&error);
+            let is_blocked = is_unusable(&error) || matches!(error, Error::History(_));
             let message = if is_blocked {
-                format!(
-                    "timeline {timeline} is stored without its history, in whose place nothing can be used: {error}"
-                )
+                format!("timeline {timeline} is stored without its history, which cannot be: {error}")
             } else {
                 trouble_of(&error)
             };
@@ -96,22 +94,13 @@ impl Uploader {
         !is_blocked && self.shared.spool.has_history(timeline)
     }
 
-    /// Tells that WAL is stored again, or else why a history is not.
+    /// Tells that WAL is stored again, or else why a history is not, or what was found in the store.
     pub(super) fn tell_stored(&self, progress: &Progress) {
         let mut state = self.shared.state();
-        match progress.histories.values().next() {
-            Some(waiting) => note(&mut state.store_problem, waiting.message.clone(), self.clock.now()),
+        let history = progress.histories.values().next().map(|waiting| waiting.message.as_str());
+        match history.or(progress.spoiled.message()) {
+            Some(message) => note(&mut state.store_problem, message.to_owned(), self.clock.now()),
             None => clear(&mut state.store_problem, "WAL is stored again"),
         }
-    }
-}
-
-/// Tells whether what stands in the place of a file can be used by nobody. What seems to be of a later release may be one
-/// bit that flipped.
-fn is_unusable(error: &Error) -> bool {
-    match error {
-        Error::Repository(repo::Error::NewerFormat { .. }) => true,
-        Error::Repository(error) => error.kind() == repo::ErrorKind::Damaged,
-        _ => false,
     }
 }
