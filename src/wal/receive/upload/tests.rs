@@ -160,7 +160,7 @@ async fn a_piece_in_the_store_that_nobody_can_use_holds_back_nothing_and_is_told
     storing.receive(100, 200);
     storing.wait_until_stored(200).await;
     let told = storing.problem().unwrap();
-    assert!(told.contains("00000064-000000c8.piece is damaged"), "{told}");
+    assert!(told.contains("00000064-000000C8.piece is damaged"), "{told}");
     let repository = open(scene.store.clone()).await.unwrap();
     let wal = segment(1, NUMBER);
     assert!(read_pieces(&repository, cluster(), name()).await.unwrap() == wal[..200]);
