@@ -92,6 +92,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 const STANDBY_PERIOD: Duration = Duration::from_secs(30);
 /// How long the storing half may go on after we are told to stop; what is left waits for the next start.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same where the servers are of another cluster now: nothing is received of that before the spool is empty, and a
+/// slow store has to come to the end of a segment at least. Whoever is told to stop meanwhile does not wait for it.
+const EMPTYING_TIMEOUT: Duration = Duration::from_secs(30);
 /// Long enough that a load of single commits does not have its memory taken between them.
 const IDLE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const LOCK_FILE: &str = "lock";
@@ -154,9 +157,9 @@ pub async fn run(
     };
     let outcome = tokio::select! {
         received = receiver.run() => {
-            let foreign = matches!(received, Err(Error::OtherCluster { .. }));
-            stop_storing.send_replace(if foreign { Stop::Emptied } else { Stop::Soon });
-            let uploaded = tokio::time::timeout(STOP_TIMEOUT, &mut uploading).await;
+            let (stop, patience) = plan_end(&received);
+            stop_storing.send_replace(stop);
+            let uploaded = tokio::time::timeout(patience, &mut uploading).await;
             received.and(uploaded.map_or(Ok(()), finished))
         }
         uploaded = &mut uploading => finished(uploaded),
@@ -173,6 +176,14 @@ pub async fn run(
     }
     warn_of(shared.write_down(&options.spool, options.owner, clock.now()));
     outcome
+}
+
+/// Decides what the storing half is told when receiving has ended, and for how long it is waited for.
+fn plan_end(received: &Result<(), Error>) -> (Stop, Duration) {
+    match received {
+        Err(Error::OtherCluster { .. }) => (Stop::Emptied, EMPTYING_TIMEOUT),
+        _ => (Stop::Soon, STOP_TIMEOUT),
+    }
 }
 
 /// Says what is missing within the spool: a disk that lost what was synced.
@@ -493,4 +504,20 @@ fn is_hopeless(error: &Error) -> bool {
             | Error::Session(SessionError::Settings { .. })
             | Error::Disk(disk::Error::Malformed { .. })
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_cluster_wrote_that_is_gone_is_stored_with_more_patience() {
+        let cluster = |text: &str| text.parse().unwrap();
+        let foreign = Error::OtherCluster { expected: cluster("1-16"), found: cluster("2-16") };
+        assert_eq!(plan_end(&Err(foreign)), (Stop::Emptied, EMPTYING_TIMEOUT));
+        let other = Error::Missing { name: "WAL".into() };
+        for received in [Ok(()), Err(other)] {
+            assert_eq!(plan_end(&received), (Stop::Soon, STOP_TIMEOUT));
+        }
+    }
 }
