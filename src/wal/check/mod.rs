@@ -6,6 +6,7 @@
 
 mod continuity;
 mod objects;
+mod pieces;
 pub mod repair;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,8 @@
 //! Whether the objects of an archive are what their names say, by their signed headers or by all of their bytes.
 //!
 //! Needs no private key: signature, identity, size and the digest of what is stored are outside of the encryption.
-//! What is damaged and was superseded by something sound is in nobody's way, and no finding.
+//! What is damaged and was superseded by something sound is in nobody's way, and no finding; nor are pieces that something
+//! sound stands in for.
 
 use futures::StreamExt;
 
@@ -10,6 +11,8 @@ use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::repo::layout::{ObjectName, WalObjectName};
 use crate::repo::wal_object::{WalHeader, newest_wal, read_wal_header, verify_wal};
 use crate::repo::{ClusterId, Error, ErrorKind, Repository};
+
+use super::pieces::{DamagedPiece, Pieces};
 
 /// How much of each object is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +61,16 @@ impl Examined {
     pub fn is_damaged(&self, segment: WalSegmentName) -> bool {
         self.damaged.iter().any(|file| file.segment == Some(segment))
     }
+
+    fn add(&mut self, pieces: Pieces, leaf: impl Fn(WalObjectName) -> String) {
+        for DamagedPiece { name: piece, reason, by } in pieces.damaged() {
+            let (segment, name) = (Some(piece.segment()), leaf(piece));
+            match by.map(&leaf) {
+                Some(by) => self.superseded.push(SupersededFile { name, by, reason }),
+                None => self.damaged.push(DamagedFile { name, reason, segment }),
+            }
+        }
+    }
 }
 
 /// Keys asked for at a time, as many as S3 gives.
@@ -105,6 +118,8 @@ async fn examine_timeline(
         Depth::Headers => HEADERS_MAX,
         Depth::Bodies => BODIES_MAX,
     };
+    // A segment's own object comes before its pieces, which serve nobody any more then.
+    let (mut whole, mut pieces) = (None, Pieces::default());
     loop {
         let page = repository.store().list(&prefix, after.as_ref(), PAGE).await?;
         let names = page.iter().filter_map(|object| match layout.parse(&object.key) {
@@ -113,13 +128,26 @@ async fn examine_timeline(
         });
         // What stands before the oldest segment under a longer name sorts behind it.
         let names = names.filter(|name| name.segment().number(size).is_ok_and(|number| number >= oldest));
-        // Pieces of a segment that is there as a whole serve nobody any more.
-        let names = names.filter(|name| !is_superseded_piece(*name, held, cluster));
-        let looks = names.map(|name| async move { (name, look(repository, cluster, name, depth).await) });
+        let names = names.filter(|name| match name {
+            WalObjectName::Segment(segment) => {
+                whole = Some(*segment);
+                true
+            }
+            WalObjectName::Piece { segment, .. } => whole != Some(*segment) && !held.forced.contains(segment),
+            _ => true,
+        });
+        let names: Vec<WalObjectName> = names.collect();
+        let looks =
+            names.into_iter().map(|name| async move { (name, look(repository, cluster, name, depth).await) });
         let mut looks = futures::stream::iter(looks).buffered(at_once);
         while let Some((name, found)) = looks.next().await {
             examined.objects += 1;
-            let Some(reason) = judge(cluster, name, found)? else { continue };
+            let wrong = judge(cluster, name, found)?;
+            if let WalObjectName::Piece { segment, from, to } = name {
+                pieces.add(segment, from..to, wrong);
+                continue;
+            }
+            let Some(reason) = wrong else { continue };
             match superseded_by(repository, cluster, name, depth).await? {
                 Some(by) => {
                     let (name, by) = (leaf(repository, cluster, name), leaf(repository, cluster, by));
@@ -137,6 +165,7 @@ async fn examine_timeline(
         }
         after = page.last().map(|object| object.key.clone());
     }
+    examined.add(pieces, |name| leaf(repository, cluster, name));
     for segment in &held.forced {
         examine_forced(repository, cluster, *segment, oldest, examined).await?;
     }
@@ -202,12 +231,6 @@ fn is_form_of_segment(name: WalObjectName) -> bool {
 fn leaf(repository: &Repository, cluster: ClusterId, name: WalObjectName) -> String {
     let key = repository.layout().wal_object(cluster, name);
     key.as_str().rsplit('/').next().unwrap_or_default().to_owned()
-}
-
-fn is_superseded_piece(name: WalObjectName, held: &TimelineCoverage, cluster: ClusterId) -> bool {
-    let WalObjectName::Piece { segment, .. } = name else { return false };
-    let Ok(number) = segment.number(cluster.segment_size) else { return false };
-    held.contains(number) && !held.pieces.contains_key(&number)
 }
 
 async fn look(

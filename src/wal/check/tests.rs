@@ -227,6 +227,46 @@ async fn what_is_damaged_is_no_finding_where_something_sound_supersedes_it() {
     }
 }
 
+/// A receiver that lost its spool leaves a segment so, and goes on behind it.
+#[tokio::test]
+async fn pieces_of_a_segment_that_is_not_there_as_a_whole_are_looked_at_however_far_they_reach() {
+    let store = Arc::new(MemoryStore::new());
+    let repository = repository(store.clone()).await;
+    archive(&repository, [3, 5], SIZE as usize).await;
+    let key = WalKey::create(repository.keyring()).unwrap();
+    let piece = |number, from, to| WalObjectName::Piece { segment: name(number).segment(), from, to };
+    let put = async |number, from: u32, to: u32| {
+        let (piece, zstd) = (piece(number, from, to), Compression::zstd(1));
+        archive_wal(&repository, cluster(), piece, &vec![7; (to - from) as usize], &key, zstd).await.unwrap();
+    };
+    let look = async || {
+        let found = check(&repository, Depth::Bodies).await.unwrap();
+        let examined = &found.clusters[0].examined;
+        (found.is_good(), examined.damaged.len(), examined.superseded.len())
+    };
+    let pieces = [(4, 0, 4096), (4, 4096, SIZE), (5, 0, 4096), (6, 0, 4096)];
+    for (number, from, to) in pieces {
+        put(number, from, to).await;
+    }
+    for (number, from, to) in pieces {
+        let place = repository.layout().wal_object(cluster(), piece(number, from, to));
+        let sound = store.get(&place, 1 << 24).await.unwrap();
+        store.tamper(&place, |_| Some(Bytes::from_static(b"damaged")));
+        // Of a segment that is there as a whole they serve nobody.
+        let serves = usize::from(number != 5);
+        assert_eq!(look().await, (number == 5, serves, 0), "{number} from {from}");
+        store.tamper(&place, |_| Some(sound));
+        assert_eq!(look().await, (true, 0, 0), "{number} from {from}");
+    }
+    // What a receiver stored beside a damaged one.
+    let damaged = repository.layout().wal_object(cluster(), piece(6, 0, 4096));
+    store.tamper(&damaged, |_| Some(Bytes::from_static(b"damaged")));
+    put(6, 0, 4095).await;
+    assert_eq!(look().await, (false, 1, 0));
+    put(6, 4095, 4096).await;
+    assert_eq!(look().await, (true, 0, 1));
+}
+
 /// A store that cannot tell is never a good answer, wherever it fails.
 #[tokio::test]
 async fn a_store_that_fails_at_any_call_is_an_error() {
