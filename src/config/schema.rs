@@ -399,7 +399,7 @@ static SITE: Section = Section {
             r#""receive""#,
             "`\"push\"`",
             "How WAL comes into the archive: `push` by the server's archive_command, `receive` by streaming, which \
-             `walden wal receive` does.",
+             `walden daemon` does, or `walden wal receive`.",
         ),
         section("nodes", Value::Tables(&NODE)),
         section("archive", Value::Table(&ARCHIVE)),
