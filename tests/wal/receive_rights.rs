@@ -59,7 +59,7 @@ fn keeps_wal(cluster: &Cluster) -> bool {
     matches!(&cluster.rows(SLOT)[..], [row] if row[0] != "lost" && row[1] == "t")
 }
 
-/// Without a slot that is lost the server would start streaming, keep nothing and say nothing.
+/// The server would start streaming from it all the same.
 #[test]
 fn a_lost_slot_is_replaced_without_a_statement() {
     require!(Need::PostgreSQL(15));
