@@ -8,8 +8,8 @@ use thiserror::Error;
 
 use crate::disk;
 use crate::pg::{
-    ControlFileError, HistoryError, ParseArchiveFileNameError, SegmentError, TimelineId, WalSegmentError,
-    WalSegmentName,
+    ControlFileError, HistoryError, Lsn, ParseArchiveFileNameError, SegmentError, TimelineId,
+    WalSegmentError, WalSegmentName,
 };
 use crate::replication;
 use crate::repo::{self, ClusterId};
@@ -65,6 +65,12 @@ pub enum Error {
     /// A server cannot be received from.
     #[error("the server at {address} cannot be received from: {detail}")]
     UnfitServer { address: String, detail: String },
+    /// A primary has less WAL than was received from it, on the same timeline: what it writes next is another.
+    #[error(
+        "the server at {address} was set back: its WAL ends at {flushed} on timeline {timeline}, before {here}, which is \
+         received already"
+    )]
+    SetBack { address: String, timeline: TimelineId, flushed: Lsn, here: Lsn },
     /// The replication slot cannot be used.
     #[error("replication slot \"{slot}\" cannot be used: {detail}")]
     Slot { slot: String, detail: String },
@@ -111,7 +117,7 @@ impl Error {
             | Self::Slot { .. }
             | Self::OtherCluster { .. }
             | Self::NoArchive { .. } => ErrorKind::Input,
-            Self::UnfitServer { .. } => ErrorKind::Retry,
+            Self::UnfitServer { .. } | Self::SetBack { .. } => ErrorKind::Retry,
             Self::SpoolGap { .. } => ErrorKind::Bug,
             Self::Session(error) => match error.kind() {
                 replication::ErrorKind::Retry => ErrorKind::Retry,

@@ -182,6 +182,46 @@ fn what_one_server_removed_is_waited_for_while_another_does_not_answer() {
     receiver.assert_equals_pg_wal(&standby, 1, 3);
 }
 
+/// As by a snapshot of its disk: it writes other WAL than it did before, on the same timeline.
+#[test]
+fn a_primary_that_was_set_back_is_told_and_received_from_once_it_has_come_as_far() {
+    require!(Need::PostgreSQL(15));
+    let mut cluster = cluster(15);
+    let mut receiver =
+        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    receive_something(&receiver, &cluster);
+    cluster.stop(Stop::Fast);
+    let saved = cluster.data_directory().with_file_name("saved");
+    let mut copy = Command::new("cp");
+    Run::of(copy.arg("-a").arg(cluster.data_directory()).arg(&saved), "").expect_success();
+    cluster.start();
+    write_segments(&cluster, 3);
+    receiver.wait_until_stored(&cluster);
+    let end = lsn(&cluster.sql("select pg_current_wal_flush_lsn()"));
+    cluster.stop(Stop::Immediate);
+    fs::remove_dir_all(cluster.data_directory()).unwrap();
+    fs::rename(&saved, cluster.data_directory()).unwrap();
+    cluster.start();
+    let set_back = lsn(&cluster.sql("select pg_current_wal_flush_lsn()"));
+    let gaps = receiver.wait_for_state("the gap", |state| {
+        let gaps = state["gaps"].as_array().filter(|gaps| !gaps.is_empty())?;
+        state["receive_problem"]["message"].as_str()?.contains("was set back").then(|| gaps.clone())
+    });
+    let [from, to] = ["from", "to"].map(|position| lsn(gaps[0][position].as_str().unwrap()));
+    assert!(gaps.len() == 1 && from <= set_back && end <= to, "{gaps:?}, {set_back:X}, {end:X}");
+    // It is told once, and the next start knows it.
+    receiver.stop();
+    receiver.start_again();
+    write_segments(&cluster, 4);
+    receiver.wait_until_stored(&cluster);
+    receiver.wait_until_streaming();
+    assert_eq!(receiver.state()["gaps"], serde_json::Value::Array(gaps));
+    assert_eq!(receiver.log().matches("the server was set back to").count(), 1, "{}", receiver.log());
+    assert_eq!(receiver.checked("WAL missing").0, "failed");
+    receiver.walden.run(&["backup"]);
+    assert_eq!(receiver.checked("WAL missing").0, "ok");
+}
+
 /// While a store is away the spool grows, not the memory; nothing is lost by kills in between.
 #[test]
 fn a_store_that_is_away_for_long_is_caught_up_with() {

@@ -35,6 +35,12 @@ impl Gap {
         self.cluster == start.cluster && self.timeline <= start.timeline && self.to <= start.lsn
     }
 
+    /// Returns whether it tells all of another one.
+    pub(super) fn holds(&self, other: &Self) -> bool {
+        let same = (self.cluster, self.timeline) == (other.cluster, other.timeline);
+        same && self.from <= other.from && other.to <= self.to
+    }
+
     /// Returns whether another one begins within it, or where it ends.
     fn reaches(&self, next: &Self) -> bool {
         let same = (self.cluster, self.timeline) == (next.cluster, next.timeline);
@@ -114,6 +120,17 @@ mod tests {
         assert_eq!(gaps[0].noticed_at, gap(1, 0x100, 0).noticed_at, "since it was noticed first");
         note_gap(&mut gaps, Gap { noticed_at: Timestamp::UNIX_EPOCH, ..gap(1, 0x500, 0x600) });
         assert_eq!(gaps.len(), 3);
+    }
+
+    #[test]
+    fn a_gap_holds_what_lies_within_it() {
+        let known = gap(2, 0x300, 0x500);
+        assert!(known.holds(&known) && known.holds(&gap(2, 0x400, 0x500)));
+        for other in [gap(2, 0x2FF, 0x500), gap(2, 0x300, 0x501), gap(1, 0x300, 0x500), gap(3, 0x300, 0x500)]
+        {
+            assert!(!known.holds(&other), "{other:?}");
+        }
+        assert!(!known.holds(&Gap { cluster: cluster(8), ..known.clone() }));
     }
 
     #[test]

@@ -323,6 +323,9 @@ impl Receiver<'_> {
                 Err(error) if is_hopeless(&error) => return Err(error),
                 Err(error) => error,
             };
+            if let Error::SetBack { timeline, flushed, here, .. } = error {
+                self.tell_set_back(Position { timeline, lsn: flushed }, here);
+            }
             note(
                 &mut self.shared.state().receive_problem,
                 format!("receiving stopped: {error}"),

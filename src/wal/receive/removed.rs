@@ -68,11 +68,34 @@ impl Receiver<'_> {
         Ok(())
     }
 
-    fn tell_gap(&self, Position { timeline, lsn: from }: Position, to: Lsn) {
+    fn tell_gap(&self, from: Position, to: Lsn) {
         tracing::error!(
-            "WAL from {from} to {to} is not in the archive, and no server has it any more; take a new basebackup"
+            "WAL from {} to {to} is not in the archive, and no server has it any more; take a new basebackup",
+            from.lsn
         );
-        let gap = Gap { cluster: self.cluster, timeline, from, to, noticed_at: self.clock.now() };
+        self.remember(self.gap(from, to));
+    }
+
+    /// Says that a primary has lost WAL that was received, and writes other WAL in its place, as after a return to a
+    /// snapshot of its disk: what is in the archive there leads nowhere. Receiving goes on where it has come to.
+    pub(super) fn tell_set_back(&self, from: Position, to: Lsn) {
+        let gap = self.gap(from, to);
+        if self.shared.state().gaps.iter().any(|known| known.holds(&gap)) {
+            return;
+        }
+        tracing::error!(
+            "the server was set back to {}: what was received behind that, up to {to}, is not its WAL any more; \
+             take a new basebackup once it has come as far",
+            from.lsn
+        );
+        self.remember(gap);
+    }
+
+    fn gap(&self, Position { timeline, lsn: from }: Position, to: Lsn) -> Gap {
+        Gap { cluster: self.cluster, timeline, from, to, noticed_at: self.clock.now() }
+    }
+
+    fn remember(&self, gap: Gap) {
         note_gap(&mut self.shared.state().gaps, gap);
         // Now: once there is WAL from behind it, nothing else tells of it.
         warn_of(self.shared.write_down(&self.options.spool, self.options.owner, self.clock.now()));

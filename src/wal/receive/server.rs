@@ -19,6 +19,8 @@ pub(super) struct Candidate {
     pub connection: ReplicationConnection,
     pub options: ConnectOptions,
     pub facts: ServerFacts,
+    /// Whether it is known to be no standby: a role that may run no statement cannot tell of version 13.
+    pub is_primary: bool,
     /// The history files of its timeline and its ancestors, as far as it has them.
     pub histories: Vec<(TimelineId, Vec<u8>)>,
 }
@@ -58,7 +60,7 @@ pub(super) async fn choose(
             Err(error) => {
                 tracing::debug!("server passed over: {error}");
                 unheard = Some(error.to_string());
-                failure = Some(error.into());
+                failure = worse(failure, error.into());
                 continue;
             }
         };
@@ -77,7 +79,7 @@ pub(super) async fn choose(
                 if may_have_it {
                     unheard = Some(error.to_string());
                 }
-                failure = Some(error);
+                failure = worse(failure, error);
             }
             Ok(_) if is_removed => match &last_resort {
                 // A primary keeps a slot for us.
@@ -102,8 +104,20 @@ pub(super) async fn choose(
     })
 }
 
+/// Returns what to tell of two failures: that one server was set back, or else the later.
+fn worse(known: Option<Error>, next: Error) -> Option<Error> {
+    Some(known.filter(|known| matches!(known, Error::SetBack { .. })).unwrap_or(next))
+}
+
 pub(super) fn unfit_error(candidate: &Candidate, unfit: Unfit) -> Error {
-    Error::UnfitServer { address: candidate.connection.address().to_owned(), detail: unfit.to_string() }
+    let address = candidate.connection.address().to_owned();
+    match unfit {
+        // A server sends nothing that it has not flushed, and a standby gets no more than its primary has.
+        Unfit::Behind { timeline, flushed, here } if candidate.is_primary => {
+            Error::SetBack { address, timeline, flushed, here }
+        }
+        unfit => Error::UnfitServer { address, detail: unfit.to_string() },
+    }
 }
 
 async fn ask(options: &ConnectOptions) -> Result<Candidate, SessionError> {
@@ -112,21 +126,23 @@ async fn ask(options: &ConnectOptions) -> Result<Candidate, SessionError> {
     let segment_size = parse_segment_size(&connection.setting("wal_segment_size").await?)?;
     let cluster_name = connection.setting("cluster_name").await?;
     let standby = match connection.setting("in_hot_standby").await {
-        Ok(value) => value == "on",
+        Ok(value) => Some(value == "on"),
         // PostgreSQL 13 has no such setting.
         Err(SessionError::Sql { .. }) => is_in_recovery(options).await?,
         Err(error) => return Err(error),
     };
     let (histories, history) = histories(&mut connection, identity.timeline).await?;
+    let is_primary = standby == Some(false);
+    let standby = standby.unwrap_or(false);
     let facts = ServerFacts { identity, segment_size, history, standby, cluster_name };
-    Ok(Candidate { connection, options: options.clone(), facts, histories })
+    Ok(Candidate { connection, options: options.clone(), facts, is_primary, histories })
 }
 
-/// Asks by SQL; a role that may only replicate is taken at the connection's word.
+/// Asks by SQL; nothing where the role may not.
 ///
 /// # Errors
 /// Where the server does not answer: one that hangs is no primary.
-async fn is_in_recovery(options: &ConnectOptions) -> Result<bool, SessionError> {
+async fn is_in_recovery(options: &ConnectOptions) -> Result<Option<bool>, SessionError> {
     let asked = async {
         let session = Session::connect(options).await?;
         let row = in_time(session.query_one("SELECT pg_is_in_recovery() AS standby", &[])).await?;
@@ -138,7 +154,7 @@ async fn is_in_recovery(options: &ConnectOptions) -> Result<bool, SessionError> 
             | SessionError::Unreachable { .. }
             | SessionError::NotAccepting { .. }),
         ) => Err(error),
-        answer => Ok(answer.unwrap_or(false)),
+        answer => Ok(answer.ok()),
     }
 }
 
