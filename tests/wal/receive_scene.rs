@@ -161,7 +161,8 @@ impl Receiver {
     /// Returns what `walden check` says of something: how it is, and what was seen.
     #[track_caller]
     pub fn checked(&self, name: &str) -> (String, String) {
-        let run = self.walden.try_run(&["--output", "json", "check"]);
+        // Where nobody receives, no segment comes back however long one waits.
+        let run = self.walden.try_run(&["--output", "json", "check", "--wal-timeout", "5"]);
         let items: Value = serde_json::from_str(&run.stdout).unwrap_or_else(|_| panic!("{run:?}"));
         let item = items.as_array().unwrap().iter().find(|item| item["name"] == name);
         let item = item.unwrap_or_else(|| panic!("no line \"{name}\" in {items:#}"));
