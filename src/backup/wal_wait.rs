@@ -107,8 +107,7 @@ pub async fn archive_histories(
     if !histories.is_empty() {
         let key = WalKey::create(repository.keyring())?;
         for (history, raw) in &histories {
-            let parent = history.parent();
-            let branch = HistoryBranch { parent: parent.timeline, switch: parent.lsn };
+            let branch = HistoryBranch::of(history);
             match archive_history(repository, cluster, history.timeline, branch, raw, &key).await {
                 Ok(_) => {}
                 // Of a timeline this server has only seen in passing.

@@ -48,7 +48,9 @@ pub mod forced_index;
 mod wal_forced;
 mod wal_parts;
 pub mod wal_piece;
+mod wal_reading;
 mod wal_sealing;
+mod wal_target;
 
 mod error;
 #[cfg(test)]

@@ -17,10 +17,10 @@ use crate::repo::id::ClusterId;
 use crate::repo::layout::{ObjectName, WalObjectName};
 use crate::repo::raw_content::RawContent;
 use crate::repo::repository::Repository;
-use crate::repo::wal_object::{
-    Archived, WAL_OBJECT_BYTES_MAX, WalKey, archive, compare, parse_verified, read, read_front, wal_target,
-};
-use crate::repo::wal_sealing::Sealing;
+use crate::repo::wal_object::{Archived, archive};
+use crate::repo::wal_reading::{compare, read, read_header};
+use crate::repo::wal_sealing::{Sealing, WalKey};
+use crate::repo::wal_target::{WAL_OBJECT_BYTES_MAX, wal_target};
 use crate::repo::wire::{WireError, WireReader, WireWriter};
 
 /// Superseding objects of one segment: each is a person's decision.
@@ -94,7 +94,7 @@ async fn supersede(
     compression: Compression,
     replace: Replace,
 ) -> Result<Archived, Error> {
-    let sealing = Sealing { keyring: repository.keyring(), key, compression };
+    let sealing = Sealing::new(repository, key, compression);
     let claims = read_claims(repository, cluster, segment).await?;
     let newest = newest_claims(claims.clone());
     let taken = if claims.is_empty() { Ok(WalObjectName::Segment(segment)) } else { decide(&newest) };
@@ -293,14 +293,10 @@ async fn read_claim(
     name: WalObjectName,
 ) -> Result<Claim, Error> {
     let target = wal_target(repository, cluster, name);
-    let verified = match read_front(repository, &target).await {
-        Ok(front) => parse_verified(repository, &target, &front),
-        Err(error) => Err(error),
-    };
-    let said = verified.and_then(|(header, wal)| match name {
+    let said = read_header(repository, &target).await.and_then(|(header, wal)| match name {
         WalObjectName::Forced { .. } => {
-            let supersedes = decode(header.section(Section::Supersedes, &target.object)?)
-                .map_err(|error| Error::damaged(&target.object, format!("its header {error}")))?;
+            let supersedes = decode(header.section(Section::Supersedes, &target.object)?);
+            let supersedes = supersedes.map_err(|error| target.damaged_header(error))?;
             Ok((wal.content_digest, supersedes))
         }
         _ => Ok((wal.content_digest, Vec::new())),

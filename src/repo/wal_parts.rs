@@ -16,11 +16,10 @@ use crate::repo::id::ClusterId;
 use crate::repo::layout::WalObjectName;
 use crate::repo::raw_content::{RawContent, steps};
 use crate::repo::repository::Repository;
-use crate::repo::wal_object::{
-    Archived, Stored, Target, WAL_OBJECT_BYTES_MAX, WAL_RAW_BYTES_MAX, WalHeader, WalKey, create_in_parts,
-    open_part, wal_target,
-};
-use crate::repo::wal_sealing::{Sealing, seal_range};
+use crate::repo::wal_object::{Archived, FurtherSections, SealedFile};
+use crate::repo::wal_reading::{WalHeader, open_part};
+use crate::repo::wal_sealing::{Sealing, WalKey, seal_range};
+use crate::repo::wal_target::{Target, WAL_OBJECT_BYTES_MAX, WAL_RAW_BYTES_MAX, wal_target};
 use crate::repo::wire::{WireError, WireReader, WireWriter};
 use crate::storage::ErrorKind;
 
@@ -60,11 +59,8 @@ pub async fn archive_in_parts(
     compression: Compression,
 ) -> Result<Archived, Error> {
     let target = wal_target(repository, cluster, WalObjectName::Segment(segment));
-    let sealing = Sealing { keyring: repository.keyring(), key, compression };
-    match create_in_parts(repository, target, raw, part_bytes, &sealing, Vec::new()).await? {
-        Stored::Created => Ok(Archived::Created),
-        Stored::Taken(place) => place.compare(repository, raw).await,
-    }
+    let sealing = Sealing::new(repository, key, compression);
+    SealedFile::in_parts(&sealing, target, raw, part_bytes, Vec::new()).archive(repository, raw).await
 }
 
 /// Stores the parts of a file.
@@ -118,7 +114,7 @@ pub(super) fn seal_index(
     target: &Target,
     content: &PartedContent,
     parts: &Parts,
-    further: Vec<(Section, WireWriter)>,
+    further: FurtherSections,
 ) -> Bytes {
     let keyring = repository.keyring();
     let (mut salt, mut wal) = (WireWriter::new(), WireWriter::new());
@@ -140,9 +136,8 @@ pub(super) fn parts_of(header: &Header, wal: &WalHeader, target: &Target) -> Res
     if wal.raw_size > PARTED_RAW_BYTES_MAX {
         return Err(Error::damaged(&target.object, "its header names an impossible size"));
     }
-    let parts = decode(header.section(Section::Parts, &target.object)?)
-        .map_err(|error| Error::damaged(&target.object, format!("its header {error}")))?;
-    Ok(Some(parts))
+    let parts = decode(header.section(Section::Parts, &target.object)?);
+    parts.map(Some).map_err(|error| target.damaged_header(error))
 }
 
 /// Reads and opens all parts of a file; the caller compares the content with the digest in the index.

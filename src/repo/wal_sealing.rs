@@ -1,7 +1,8 @@
 //! Sealing a file of the archive, or a part of it, frame by frame from where it is.
 //!
 //! A frame is read, hashed, compressed and sealed before the next one is: it stays in the processor's cache, and the
-//! content is never whole in memory. Deliberately absent: where the object goes (`wal_object`, `wal_parts`).
+//! content is never whole in memory. A key is drawn once and serves many files. Deliberately absent: where the object
+//! goes (`wal_object`, `wal_parts`).
 
 use std::ops::Range;
 
@@ -10,12 +11,20 @@ use bytes::Bytes;
 use crate::codec::{Compression, Compressor, Hasher, RandomExt};
 use crate::repo::error::Error;
 use crate::repo::header::Section;
-use crate::repo::keyring::Keyring;
+use crate::repo::keyring::{Audience, ContentKey, KeyEnvelope, Keyring};
 use crate::repo::raw_content::{RawContent, steps};
 use crate::repo::repository::Repository;
 use crate::repo::sealed::{CompressedFrame, SealSpec, SealedBody};
-use crate::repo::wal_object::{Target, WAL_RAW_BYTES_MAX, WalKey};
+use crate::repo::wal_object::FurtherSections;
+use crate::repo::wal_target::{Target, WAL_RAW_BYTES_MAX};
 use crate::repo::wire::WireWriter;
+
+/// A key for WAL and how it travels; one serves many segments.
+#[derive(Debug, Clone)]
+pub struct WalKey {
+    key: ContentKey,
+    envelope: KeyEnvelope,
+}
 
 /// How a file is sealed.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +37,20 @@ pub(super) struct Sealing<'a> {
 /// Frames of a WAL object: larger than a page-map chunk because WAL is read in order.
 const FRAME_BYTES: u64 = 128 << 10;
 
-impl Sealing<'_> {
+impl WalKey {
+    /// Draws a key for what this process will archive.
+    pub fn create(keyring: &Keyring) -> Result<Self, Error> {
+        let (key, envelope) = keyring.create_key(Audience::Wal)?;
+        Ok(Self { key, envelope })
+    }
+}
+
+impl<'a> Sealing<'a> {
+    /// With the keys of a repository.
+    pub(super) fn new(repository: &'a Repository, key: &'a WalKey, compression: Compression) -> Self {
+        Self { keyring: repository.keyring(), key, compression }
+    }
+
     /// Does what reads `raw` to seal it, as [`RawContent::apart`] does; `repository` is the one whose keys these are.
     pub(super) async fn apart<T: Send + 'static>(
         &self,
@@ -37,7 +59,7 @@ impl Sealing<'_> {
         job: impl FnOnce(&Sealing<'_>, &RawContent) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let (here, key, compression) = (repository.clone(), self.key.clone(), self.compression);
-        raw.apart(move |raw| job(&Sealing { keyring: here.keyring(), key: &key, compression }, raw)).await
+        raw.apart(move |raw| job(&Sealing::new(&here, &key, compression), raw)).await
     }
 }
 
@@ -46,7 +68,7 @@ pub(super) fn seal_file(
     sealing: &Sealing<'_>,
     target: &Target,
     raw: &RawContent,
-    further: Vec<(Section, WireWriter)>,
+    further: FurtherSections,
 ) -> Result<Bytes, Error> {
     refuse_above(WAL_RAW_BYTES_MAX, target, raw.size())?;
     let sealed = seal_range(sealing, target, raw, 0..raw.size(), None, further)?;
@@ -62,7 +84,7 @@ pub(super) fn seal_range(
     raw: &RawContent,
     range: Range<u64>,
     mut whole: Option<&mut Hasher>,
-    further: Vec<(Section, WireWriter)>,
+    further: FurtherSections,
 ) -> Result<Bytes, Error> {
     let Sealing { keyring, key: WalKey { key, envelope }, compression } = *sealing;
     let salt = keyring.random().array();

@@ -69,9 +69,7 @@ pub fn check_file(path: &Path) -> Result<CheckedFile, Error> {
         }
         ArchiveFileName::History(timeline) => {
             let content = read_text(path)?;
-            let history = TimelineHistory::parse(timeline, &content)?;
-            let parent = history.parent();
-            branch = Some(HistoryBranch { parent: parent.timeline, switch: parent.lsn });
+            branch = Some(HistoryBranch::of(&TimelineHistory::parse(timeline, &content)?));
             RawContent::from(content)
         }
         ArchiveFileName::BackupHistory { segment, .. } => {
