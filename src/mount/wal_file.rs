@@ -219,7 +219,7 @@ mod tests {
     use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber};
     use crate::repo::forced_index::LISTING_AGE_MAX;
     use crate::repo::layout::WalObjectName;
-    use crate::repo::wal_object::{WalKey, archive_wal, supersede_wal};
+    use crate::repo::wal_object::{Replace, WalKey, archive_wal, supersede_wal};
     use crate::repo::{ClusterId, Keyring, Repository, RepositoryOptions};
     use crate::storage::{MemoryStore, ObjectKey};
 
@@ -257,7 +257,8 @@ mod tests {
         };
         let (copied, _) = file.open().await.unwrap();
         let first = copied.read(0, 3).await.unwrap();
-        supersede_wal(&repository, cluster, segment, &b"behind".to_vec().into(), &key, none).await.unwrap();
+        let (behind, replace) = (b"behind".to_vec().into(), Replace::Anything);
+        supersede_wal(&repository, cluster, segment, replace, &behind, &key, none).await.unwrap();
         clock.advance(LISTING_AGE_MAX);
         reader.forget_served();
         let rest = copied.read(3, 3).await.unwrap();

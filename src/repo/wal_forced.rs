@@ -47,52 +47,28 @@ struct Superseded {
     name: [u8; 4],
 }
 
-/// What may be superseded.
+/// What a segment is archived in the place of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Replace {
+pub enum Replace {
     /// Whatever is not the same.
     Anything,
-    /// What cannot be verified.
+    /// What is damaged or not trusted, and nothing else.
     Damaged,
 }
 
-/// Archives a segment in the place of whatever stands under its name; what stood there stays.
+/// Archives a segment in the place of what stands under its name, which stays; where nothing stands, under the name itself.
 ///
 /// # Errors
-/// Where the store fails; in no case is anything replaced by half.
+/// `Different` where readers get another segment that is sound, and only what is damaged may be replaced; where the
+/// store fails. In no case is anything replaced by half.
 pub async fn supersede_wal(
     repository: &Repository,
     cluster: ClusterId,
     segment: WalSegmentName,
-    raw: &RawContent,
-    key: &WalKey,
-    compression: Compression,
-) -> Result<Archived, Error> {
-    supersede(repository, (cluster, segment), raw, key, compression, Replace::Anything).await
-}
-
-/// Archives a segment in the place of one that is damaged or not trusted, and of no other.
-///
-/// # Errors
-/// `Different` where readers get another segment that is sound; as [`supersede_wal`] besides.
-pub async fn mend_wal(
-    repository: &Repository,
-    cluster: ClusterId,
-    segment: WalSegmentName,
-    raw: &RawContent,
-    key: &WalKey,
-    compression: Compression,
-) -> Result<Archived, Error> {
-    supersede(repository, (cluster, segment), raw, key, compression, Replace::Damaged).await
-}
-
-async fn supersede(
-    repository: &Repository,
-    (cluster, segment): (ClusterId, WalSegmentName),
-    raw: &RawContent,
-    key: &WalKey,
-    compression: Compression,
     replace: Replace,
+    raw: &RawContent,
+    key: &WalKey,
+    compression: Compression,
 ) -> Result<Archived, Error> {
     let sealing = Sealing::new(repository, key, compression);
     let claims = read_claims(repository, cluster, segment).await?;

@@ -26,7 +26,7 @@ use crate::repo::wire::WireWriter;
 use crate::storage::{self, ErrorKind};
 
 pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
-pub use crate::repo::wal_forced::{is_superseded, mend_wal, newest_wal, supersede_wal};
+pub use crate::repo::wal_forced::{Replace, is_superseded, newest_wal, supersede_wal};
 pub use crate::repo::wal_parts::{PART_BYTES, archive_in_parts};
 pub use crate::repo::wal_piece::{archive_piece, read_pieces};
 pub use crate::repo::wal_reading::{

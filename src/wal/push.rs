@@ -17,7 +17,7 @@ use crate::pg::{
 };
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{
-    Archived, HistoryBranch, SealedFile, Stored, TakenPlace, WalKey, mend_wal, seal_history, seal_wal,
+    Archived, HistoryBranch, Replace, SealedFile, Stored, TakenPlace, WalKey, seal_history, seal_wal,
     supersede_wal,
 };
 use crate::repo::{self, ClusterId, RawContent, Repository};
@@ -109,17 +109,14 @@ pub async fn push_admitted(
     compression: Compression,
     on_conflict: OnConflict,
 ) -> Result<Archived, Error> {
-    if let ArchiveFileName::Segment(segment) = file.name {
+    let replace = match on_conflict {
+        OnConflict::Refuse => None,
+        OnConflict::Mend => Some(Replace::Damaged),
+        OnConflict::Supersede => Some(Replace::Anything),
+    };
+    if let (ArchiveFileName::Segment(segment), Some(replace)) = (file.name, replace) {
         let (cluster, raw) = (file.cluster, &file.content);
-        match on_conflict {
-            OnConflict::Refuse => {}
-            OnConflict::Mend => {
-                return Ok(mend_wal(repository, cluster, segment, raw, key, compression).await?);
-            }
-            OnConflict::Supersede => {
-                return Ok(supersede_wal(repository, cluster, segment, raw, key, compression).await?);
-            }
-        }
+        return Ok(supersede_wal(repository, cluster, segment, replace, raw, key, compression).await?);
     }
     let (here, checked, with) = (repository.clone(), file.clone(), key.clone());
     let sealed = file.content.apart(move |_| seal(&here, &checked, &with, compression)).await?;

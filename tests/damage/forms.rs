@@ -12,7 +12,7 @@ use walden::codec::{Compression, SigningKey, SystemRandom, VerifyKey};
 use walden::pg::WalSegmentName;
 use walden::repo::layout::{ObjectName, WalObjectName};
 use walden::repo::wal_object::{
-    WalKey, archive_in_parts, archive_wal, mend_wal, read_wal, supersede_wal, verify_wal,
+    Archived, Replace, WalKey, archive_in_parts, archive_wal, read_wal, supersede_wal, verify_wal,
 };
 use walden::repo::{ClusterId, Error, ErrorKind, Keyring, KeyringOptions, Repository, RepositoryOptions};
 use walden::storage::{MemoryStore, ObjectKey, Store};
@@ -96,18 +96,15 @@ impl Archive {
             archive_wal(repository, cluster(), name, b"something else", key, Compression::NONE)
                 .await
                 .unwrap();
-            supersede_wal(
-                repository,
-                cluster(),
-                segment(number),
-                &content(number).into(),
-                key,
-                Compression::NONE,
-            )
-            .await
-            .unwrap();
+            archive.supersede(number, Replace::Anything).await.unwrap();
         }
         archive
+    }
+
+    /// Archives what segment `number` is to hold in the place of what stands there.
+    async fn supersede(&self, number: u32, replace: Replace) -> Result<Archived, Error> {
+        let (repository, key, raw) = (&self.repository, &self.key, content(number).into());
+        supersede_wal(repository, cluster(), segment(number), replace, &raw, key, Compression::NONE).await
     }
 
     /// Reads segment 9 as a process that knows nothing yet.
@@ -149,11 +146,9 @@ impl Archive {
         assert!(error.to_string().contains(&segment(9).to_string()), "{what}: {error}");
         if mends && !is_newer {
             let known: Vec<ObjectKey> = self.objects().await.into_iter().map(|(key, ..)| key).collect();
-            let (repository, raw) = (&self.repository, content(9));
-            mend_wal(repository, cluster(), segment(9), &raw.clone().into(), &self.key, Compression::NONE)
-                .await
-                .unwrap_or_else(|error| panic!("{what}: {error}"));
-            assert!(self.read().await.unwrap() == raw, "{what}");
+            let mended = self.supersede(9, Replace::Damaged).await;
+            mended.unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert!(self.read().await.unwrap() == content(9), "{what}");
             for (key, ..) in self.objects().await {
                 if !known.contains(&key) {
                     self.put(&key, None);

@@ -19,8 +19,9 @@ use walden::pg::{Lsn, TimelineId};
 use walden::repo::entry::Node;
 use walden::repo::layout::{ObjectName, WalObjectName};
 use walden::repo::wal_object::{
-    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head, newest_wal,
-    read_history, read_history_branch, read_pieces, read_wal, read_wal_header, supersede_wal, verify_wal,
+    ArchiveHead, Replace, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head,
+    newest_wal, read_history, read_history_branch, read_pieces, read_wal, read_wal_header, supersede_wal,
+    verify_wal,
 };
 use walden::repo::{Basebackup, BasebackupId, FileReader, Keyring, Repository, RepositoryOptions};
 use walden::storage::{MemoryStore, ObjectKey, Store};
@@ -99,7 +100,8 @@ async fn with_later_forms(objects: Objects) -> Objects {
     let name = WalObjectName::Segment(segment);
     archive_wal(&repository, cluster, name, &[1; 9000], &key, zstd).await.unwrap();
     for byte in [2, 3] {
-        supersede_wal(&repository, cluster, segment, &vec![byte; 9000].into(), &key, zstd).await.unwrap();
+        let (replace, raw) = (Replace::Anything, vec![byte; 9000].into());
+        supersede_wal(&repository, cluster, segment, replace, &raw, &key, zstd).await.unwrap();
     }
     let place = (cluster, "000000010000000000000011".parse().unwrap());
     archive_in_parts(&repository, place, &vec![4; 9000].into(), 4000, &key, zstd).await.unwrap();

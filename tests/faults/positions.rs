@@ -15,7 +15,7 @@ use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
 use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
-use walden::repo::wal_object::{WalKey, archive_wal, read_wal, supersede_wal};
+use walden::repo::wal_object::{Replace, WalKey, archive_wal, read_wal, supersede_wal};
 use walden::repo::{
     Basebackup, ClusterId, Error, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
 };
@@ -90,8 +90,8 @@ impl Scene {
         let repository = Repository::open(self.options(store, seed)).await?;
         let key = WalKey::create(repository.keyring())?;
         let WalObjectName::Segment(name) = Self::name() else { unreachable!("it is a segment") };
-        let segment = segment.to_vec().into();
-        supersede_wal(&repository, Self::cluster(), name, &segment, &key, Compression::zstd(1)).await?;
+        let (segment, zstd) = (segment.to_vec().into(), Compression::zstd(1));
+        supersede_wal(&repository, Self::cluster(), name, Replace::Anything, &segment, &key, zstd).await?;
         Ok(())
     }
 

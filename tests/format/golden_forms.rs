@@ -13,7 +13,7 @@ use walden::codec::{Compression, Digest};
 use walden::pg::{Lsn, TimelineId, WalSegmentName};
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{
-    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_wal,
+    ArchiveHead, Replace, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_wal,
     supersede_wal,
 };
 use walden::repo::{ClusterId, Repository, RepositoryOptions};
@@ -76,7 +76,8 @@ impl Writer {
 
     async fn force(&self, number: u32, sample: &str) {
         let raw = segment(sample).into();
-        supersede_wal(&self.repository, self.cluster, named(number), &raw, &self.key, self.compressions[1])
+        let (repository, key, replace) = (&self.repository, &self.key, Replace::Anything);
+        supersede_wal(repository, self.cluster, named(number), replace, &raw, key, self.compressions[1])
             .await
             .unwrap();
     }

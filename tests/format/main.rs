@@ -23,7 +23,7 @@ use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{
-    ArchiveHead, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head,
+    ArchiveHead, Replace, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head,
     read_pieces, read_wal, supersede_wal,
 };
 use walden::repo::{
@@ -129,7 +129,8 @@ async fn archive_forms(repository: &Repository, cluster: ClusterId, key: &WalKey
     let [first, second] = FORMS;
     let name = WalObjectName::Segment(superseded());
     archive_wal(repository, cluster, name, first, key, Compression::NONE).await.unwrap();
-    supersede_wal(repository, cluster, superseded(), &second.into(), key, Compression::NONE).await.unwrap();
+    let (replace, second) = (Replace::Anything, second.into());
+    supersede_wal(repository, cluster, superseded(), replace, &second, key, Compression::NONE).await.unwrap();
     let place = (cluster, in_parts());
     archive_in_parts(repository, place, &PARTS.into(), PART_BYTES, key, Compression::NONE).await.unwrap();
 }

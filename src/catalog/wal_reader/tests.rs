@@ -3,7 +3,7 @@
 use crate::clock::ManualClock;
 use crate::codec::{Compression, SeededRandom};
 use crate::pg::{TimelineId, WalSegmentNumber};
-use crate::repo::wal_object::{WalKey, archive_wal, supersede_wal};
+use crate::repo::wal_object::{Replace, WalKey, archive_wal, supersede_wal};
 use crate::repo::{Keyring, RepositoryOptions};
 use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
 
@@ -59,7 +59,8 @@ impl Archive {
     async fn force(&self, number: u64) {
         // Another process does it: what this one knows does not change by that.
         let new = b"new".to_vec().into();
-        supersede_wal(&self.repository, cluster(), segment(number), &new, &self.key, Compression::NONE)
+        let (repository, key, replace) = (&self.repository, &self.key, Replace::Anything);
+        supersede_wal(repository, cluster(), segment(number), replace, &new, key, Compression::NONE)
             .await
             .unwrap();
         self.store.take_calls();

@@ -77,15 +77,16 @@ impl Archive {
     }
 
     async fn force(&self, raw: &[u8]) -> Result<Archived, Error> {
-        let segment = segment(SEGMENT);
-        let raw = raw.to_vec().into();
-        supersede_wal(&self.repository, cluster(), segment, &raw, &self.key, Compression::NONE).await
+        self.supersede(SEGMENT, Replace::Anything, raw).await
     }
 
     async fn mend(&self, raw: &[u8]) -> Result<Archived, Error> {
-        let segment = segment(SEGMENT);
-        let raw = raw.to_vec().into();
-        mend_wal(&self.repository, cluster(), segment, &raw, &self.key, Compression::NONE).await
+        self.supersede(SEGMENT, Replace::Damaged, raw).await
+    }
+
+    async fn supersede(&self, number: u32, replace: Replace, raw: &[u8]) -> Result<Archived, Error> {
+        let (repository, segment, raw) = (&self.repository, segment(number), raw.to_vec().into());
+        supersede_wal(repository, cluster(), segment, replace, &raw, &self.key, Compression::NONE).await
     }
 
     /// What a reader gets that knows nothing yet.
@@ -311,12 +312,9 @@ async fn reading_many_segments_asks_once_and_again_after_moments() {
     // What is found damaged is asked about at once.
     archive.flip(WalObjectName::Segment(segment(3)), true).await;
     let damaged = WalObjectName::Segment(segment(3));
-    let (raw, key) = (b"mended", &archive.key);
     assert!(read_wal(&reader.repository, cluster(), damaged).await.is_err());
-    supersede_wal(&archive.repository, cluster(), segment(3), &raw.to_vec().into(), key, Compression::NONE)
-        .await
-        .unwrap();
-    assert_eq!(read_wal(&reader.repository, cluster(), damaged).await.unwrap(), &raw[..]);
+    archive.supersede(3, Replace::Anything, b"mended").await.unwrap();
+    assert_eq!(read_wal(&reader.repository, cluster(), damaged).await.unwrap(), &b"mended"[..]);
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use crate::repo::keyring::{Keyring, KeyringOptions};
 use crate::repo::layout::ObjectName;
 use crate::repo::repository::RepositoryOptions;
 use crate::repo::wal_object::{
-    Archived, WalKey, archive_wal, read_wal, read_wal_header, supersede_wal, verify_wal,
+    Archived, Replace, WalKey, archive_wal, read_wal, read_wal_header, supersede_wal, verify_wal,
 };
 use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
 
@@ -122,11 +122,9 @@ async fn a_large_segment_is_stored_in_parts_under_its_own_name_and_comes_back() 
     let (key, zstd) = (&archive.key, Compression::zstd(1));
     // To and fro: each index has the same empty body, and still none is taken for another.
     for raw in [&other, &archive.raw, &other] {
-        let archived =
-            supersede_wal(&archive.repository, cluster(), segment(), &raw.clone().into(), key, zstd)
-                .await
-                .unwrap();
-        assert_eq!(archived, Archived::Created);
+        let (repository, raw) = (&archive.repository, raw.clone().into());
+        let archived = supersede_wal(repository, cluster(), segment(), Replace::Anything, &raw, key, zstd);
+        assert_eq!(archived.await.unwrap(), Archived::Created);
     }
     let fresh = archive.repository.clone();
     fresh.forced_index().note(crate::repo::forced_index::ForcedListing {

@@ -13,7 +13,7 @@ use crate::clock::SystemClock;
 use crate::codec::{Compression, RecipientKey, SigningKey, SystemRandom, VerifyKey};
 use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::layout::WalObjectName;
-use crate::repo::wal_object::{HistoryBranch, WalKey, archive_wal, newest_wal, supersede_wal};
+use crate::repo::wal_object::{HistoryBranch, Replace, WalKey, archive_wal, newest_wal, supersede_wal};
 use crate::repo::{BasebackupId, ClusterId, Keyring, KeyringOptions, Repository, RepositoryOptions};
 use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, Rule, Store};
 
@@ -218,7 +218,9 @@ async fn what_is_damaged_is_no_finding_where_something_sound_supersedes_it() {
     flip_last(name(4));
     assert_eq!(look(Depth::Bodies).await, (false, 1, 0));
     for round in 1..=2 {
-        supersede_wal(&repository, cluster(), segment, &raw, &key, Compression::NONE).await.unwrap();
+        supersede_wal(&repository, cluster(), segment, Replace::Anything, &raw, &key, Compression::NONE)
+            .await
+            .unwrap();
         assert_eq!(look(Depth::Headers).await, (true, 0, 0));
         assert_eq!(look(Depth::Bodies).await, (true, 0, round));
         // In its turn it is damaged, and what it replaced counts again as it is.

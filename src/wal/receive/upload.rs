@@ -25,7 +25,7 @@ use crate::codec::Compression;
 use crate::disk;
 use crate::pg::{SEGMENT_HEADER_LEN, TimelineId, WalSegmentName, check_segment_header};
 use crate::repo::layout::WalObjectName;
-use crate::repo::wal_object::{Stored, mend_wal, seal_wal};
+use crate::repo::wal_object::{Replace, Stored, seal_wal, supersede_wal};
 use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
 use crate::wal::head;
@@ -423,7 +423,8 @@ impl Sender {
         match (place.compare(&self.repository, &content).await, upload) {
             (Err(error), Upload::Segment(segment)) if error.kind() == repo::ErrorKind::Damaged => {
                 tracing::error!("{error}; segment {segment} is archived beside it");
-                mend_wal(&self.repository, cluster, segment, &content, &key, compression).await?;
+                let (repository, replace) = (&self.repository, Replace::Damaged);
+                supersede_wal(repository, cluster, segment, replace, &content, &key, compression).await?;
             }
             (compared, _) => {
                 compared?;
