@@ -10,7 +10,6 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use proptest::prelude::*;
 
 use crate::backup::data_directory::SourceFile;
@@ -23,21 +22,18 @@ use crate::backup::read_small::INLINE_BYTES;
 use crate::backup::server_record::empty_record;
 use crate::backup::source_file::{FileState, OpenFile, Source};
 use crate::catalog::basebackups::list;
-use crate::clock::ManualClock;
-use crate::codec::{
-    Compression, CpuPool, RecipientKey, RecipientPrivateKey, SealRecorder, SeededRandom, create_keys,
-};
+use crate::codec::{Compression, CpuPool, SealRecorder, create_keys};
 use crate::monitor::{Monitor, RecordingMonitor, Task};
 use crate::pg::{Crc32c, Lsn, TimelineId};
 use crate::repo::{
-    Basebackup, BasebackupWriter, BeginOptions, Completion, FileReader, Keyring, KeyringOptions, Repository,
-    RepositoryOptions,
+    Basebackup, BasebackupWriter, BeginOptions, Completion, FileReader, Repository,
     documents::BackupRecord,
     entry::{Content, Node, TreePath},
     manifest::ManifestContent,
     page_map::PageSource,
+    testing::{self, time},
 };
-use crate::storage::{self, Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
+use crate::storage::{self, Fault, Faulty, MemoryStore, Rule, Store, Verb};
 
 /// Files in memory: what the walk saw, and what a read sees.
 #[derive(Debug, Default)]
@@ -139,18 +135,8 @@ impl Drop for MemoryFile {
     }
 }
 
-fn time() -> Timestamp {
-    "2026-11-20T10:15:00Z".parse().unwrap()
-}
-
-async fn repository(store: Arc<dyn Store>, keyring: Keyring) -> Repository {
-    let clock = Arc::new(ManualClock::new(time()));
-    let options = RepositoryOptions { store, site: ObjectKey::parse("main").unwrap(), keyring, clock };
-    Repository::open_or_create(options).await.unwrap().0
-}
-
-async fn plain_repository(store: Arc<dyn Store>) -> Repository {
-    repository(store, Keyring::unencrypted(Arc::new(SeededRandom::new(5)))).await
+async fn repository(store: impl Store + 'static) -> Repository {
+    testing::site(store, testing::clock()).await
 }
 
 const BUDGET: Budget = Budget { jobs: 6, uploads: 2 };
@@ -262,7 +248,7 @@ proptest! {
         let expected = source.files.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let repository = plain_repository(Arc::new(MemoryStore::new())).await;
+            let repository = repository(MemoryStore::new()).await;
             let (record, packed) = back_up(&repository, source, BUDGET).await.unwrap();
             assert_eq!(record.size.files as usize, expected.len() + 1);
             for (entry, crc) in packed.entries.iter().zip(&packed.checksums) {
@@ -290,7 +276,7 @@ async fn failure_15_files_on_both_sides_of_every_threshold_come_back() {
         }
     }
     let expected = source.files.clone();
-    let repository = plain_repository(Arc::new(MemoryStore::new())).await;
+    let repository = repository(MemoryStore::new()).await;
     let (record, _) = back_up(&repository, source, BUDGET).await.unwrap();
     let found = read_back(&repository, &record).await;
     let differing: Vec<&String> =
@@ -300,7 +286,7 @@ async fn failure_15_files_on_both_sides_of_every_threshold_come_back() {
 
 #[tokio::test]
 async fn the_start_up_set_stands_together_with_its_maps_in_the_first_pack() {
-    let repository = plain_repository(Arc::new(MemoryStore::new())).await;
+    let repository = repository(MemoryStore::new()).await;
     let (record, packed) = back_up(&repository, a_few_files(), BUDGET).await.unwrap();
     let [range] = packed.start_set[..] else { panic!("{:?}", packed.start_set) };
     assert_eq!(range.pack.number, 0);
@@ -353,7 +339,7 @@ async fn failure_16_files_vanish_grow_and_shrink() {
     let cut = expected.remove("data/base/16384/16385").unwrap();
     expected.insert("data/global/1262".to_owned(), Vec::new());
 
-    let repository = plain_repository(Arc::new(MemoryStore::new())).await;
+    let repository = repository(MemoryStore::new()).await;
     let (record, packed) = back_up(&repository, source, BUDGET).await.unwrap();
     let found = read_back(&repository, &record).await;
     for (path, raw) in &expected {
@@ -371,7 +357,7 @@ async fn failure_16_files_vanish_grow_and_shrink() {
 async fn a_file_that_cannot_be_read_fails_the_backup_and_is_named() {
     for path in ["data/base/16384/16385", "data/base/16384/16386"] {
         let store = Arc::new(MemoryStore::new());
-        let repository = plain_repository(store).await;
+        let repository = repository(store).await;
         let mut source = a_few_files();
         source.behaviour.insert(path.to_owned(), Behaviour::Fails(libc::EIO));
         let error = back_up(&repository, source, BUDGET).await.unwrap_err();
@@ -386,7 +372,7 @@ async fn failure_17_a_store_that_fails_at_any_call_leaves_no_basebackup() {
     let mut reached = 0;
     for calls in 0.. {
         let store = Arc::new(Faulty::new(MemoryStore::new()));
-        let repository = plain_repository(store.clone()).await;
+        let repository = repository(store.clone()).await;
         store.inject(Rule::on(Verb::Create, Fault::Before(storage::ErrorKind::Full)).skip(calls).times(1));
         let outcome = back_up(&repository, a_few_files(), BUDGET).await;
         let fired = store.faults() > 0;
@@ -408,19 +394,9 @@ async fn failure_17_a_store_that_fails_at_any_call_leaves_no_basebackup() {
 async fn failure_43_no_nonce_carries_two_plaintexts_across_failed_and_repeated_uploads() {
     let keys = create_keys(3072).unwrap();
     let recorder = Arc::new(SealRecorder::new());
-    let keyring = || {
-        let options = KeyringOptions {
-            recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-            wal_recipients: Vec::new(),
-            signer: None,
-            trusted_signers: Vec::new(),
-            private_keys: vec![RecipientPrivateKey::from_pem(&keys.private_pem).unwrap()],
-            random: Arc::new(SeededRandom::new(11)),
-        };
-        Keyring::new(options).observed_by(recorder.clone())
-    };
+    let keyring = testing::keyring(&keys, 11).observed_by(recorder.clone());
     let store = Arc::new(Faulty::new(MemoryStore::new()));
-    let repository = repository(store.clone(), keyring()).await;
+    let repository = testing::site_with(keyring, store.clone(), testing::clock()).await;
     for fault in [
         Fault::Before(storage::ErrorKind::Full),
         Fault::After(storage::ErrorKind::OutcomeUnknown),
@@ -442,7 +418,7 @@ async fn failure_43_no_nonce_carries_two_plaintexts_across_failed_and_repeated_u
 #[tokio::test]
 async fn a_slow_store_holds_the_readers_back() {
     let store = Arc::new(Faulty::new(MemoryStore::new()));
-    let repository = plain_repository(store.clone()).await;
+    let repository = repository(store.clone()).await;
     store.inject(Rule::on(Verb::Create, Fault::Delay(Duration::from_millis(30))).key("/packs/"));
     let mut source = MemorySource::default();
     for n in 0..24 {

@@ -130,14 +130,14 @@ pub async fn archive_histories(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use crate::clock::SystemClock;
-    use crate::codec::{Compression, SeededRandom};
+    use crate::codec::Compression;
     use crate::repo::layout::WalObjectName;
+    use crate::repo::testing;
     use crate::repo::wal_object::archive_wal;
-    use crate::repo::{Keyring, RepositoryOptions};
-    use crate::storage::{MemoryStore, ObjectKey};
+    use crate::storage::MemoryStore;
 
     use super::*;
 
@@ -172,13 +172,7 @@ mod tests {
 
     #[tokio::test]
     async fn failure_21b_the_archive_is_asked_for_every_segment() {
-        let options = RepositoryOptions {
-            store: Arc::new(MemoryStore::new()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-            clock: Arc::new(SystemClock),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(MemoryStore::new(), SystemClock).await;
         let cluster: ClusterId = "7301234567890123456-16".parse().unwrap();
         let key = WalKey::create(repository.keyring()).unwrap();
         let archive = RepositoryArchive { repository: repository.clone(), cluster };

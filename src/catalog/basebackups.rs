@@ -244,11 +244,8 @@ mod tests {
     use std::sync::Arc;
 
     use crate::clock::ManualClock;
-    use crate::codec::{Compression, SeededRandom};
-    use crate::pg::{Lsn, TimelineId};
-    use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
-    use crate::repo::documents::ServerRecord;
-    use crate::repo::{Keyring, RepositoryOptions};
+    use crate::repo::builder::BasebackupBuilder;
+    use crate::repo::testing;
     use crate::storage::{MemoryStore, ObjectKey, Store};
 
     use super::*;
@@ -261,29 +258,15 @@ mod tests {
 
     impl Site {
         async fn create() -> Self {
-            let clock = ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap());
+            let clock = testing::clock();
             let store = Arc::new(MemoryStore::with_clock(Arc::new(clock.clone())));
-            let options = RepositoryOptions {
-                store: store.clone(),
-                site: ObjectKey::parse("main").unwrap(),
-                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-                clock: Arc::new(clock.clone()),
-            };
-            let repository = Repository::open_or_create(options).await.unwrap().0;
+            let repository = testing::site(store.clone(), clock.clone()).await;
             Self { store, clock, repository }
         }
 
         async fn begin(&self) -> BasebackupBuilder {
             self.clock.advance(std::time::Duration::from_secs(60));
-            let options = BuilderOptions {
-                cluster: "7301234567890123456-16".parse().unwrap(),
-                timeline: TimelineId::FIRST,
-                lsns: (Lsn(0x0200_0028), Lsn(0x0200_0100)),
-                time: "2026-11-20T10:15:00Z".parse().unwrap(),
-                compression: Compression::NONE,
-                server: ServerRecord::default(),
-            };
-            BasebackupBuilder::begin(&self.repository, options, None).await.unwrap()
+            BasebackupBuilder::begin(&self.repository, testing::basebackup(), None).await.unwrap()
         }
 
         async fn backup(&self) -> BasebackupId {

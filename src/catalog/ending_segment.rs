@@ -178,9 +178,9 @@ mod tests {
 
     use crate::catalog::wal_reader::partial_object;
     use crate::clock::SystemClock;
-    use crate::codec::{Compression, Digest, SeededRandom};
+    use crate::codec::{Compression, Digest};
+    use crate::repo::testing;
     use crate::repo::wal_object::{WalKey, archive_piece, archive_wal};
-    use crate::repo::{Keyring, RepositoryOptions};
     use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
 
     use super::*;
@@ -217,13 +217,7 @@ mod tests {
     impl Archive {
         async fn new() -> Self {
             let store = Arc::new(Faulty::new(MemoryStore::new()));
-            let options = RepositoryOptions {
-                store: store.clone(),
-                site: ObjectKey::parse("main").unwrap(),
-                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-                clock: Arc::new(SystemClock),
-            };
-            let repository = Repository::open_or_create(options).await.unwrap().0;
+            let repository = testing::site(store.clone(), SystemClock).await;
             let key = WalKey::create(repository.keyring()).unwrap();
             Self { store, repository, key }
         }

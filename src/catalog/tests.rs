@@ -12,14 +12,13 @@ use crate::catalog::{
     TargetAction, plan_for_target,
 };
 use crate::clock::ManualClock;
-use crate::codec::{Compression, SeededRandom};
+use crate::codec::Compression;
 use crate::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
-use crate::repo::documents::ServerRecord;
 use crate::repo::layout::WalObjectName;
 use crate::repo::wal_object::{HistoryBranch, WalKey, archive_history, archive_wal};
-use crate::repo::{Basebackup, BasebackupId, ClusterId, Keyring, Repository, RepositoryOptions};
-use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
+use crate::repo::{Basebackup, BasebackupId, ClusterId, Repository, testing};
+use crate::storage::{Fault, Faulty, MemoryStore, Recording, Rule, Verb};
 
 mod clocks;
 mod faults;
@@ -54,13 +53,7 @@ impl Site {
         let clock = ManualClock::new("2026-11-20T10:00:00Z".parse().unwrap());
         let memory = MemoryStore::with_clock(Arc::new(clock.clone()));
         let store = Recording::new(Arc::new(Faulty::new(memory)));
-        let options = RepositoryOptions {
-            store: Arc::new(store.clone()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-            clock: Arc::new(clock.clone()),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(store.clone(), clock.clone()).await;
         let key = WalKey::create(repository.keyring()).unwrap();
         Self { store, clock, repository, key }
     }
@@ -80,8 +73,7 @@ impl Site {
             timeline: timeline(number),
             lsns: (within(segments.0), within(segments.1)),
             time: self.repository.clock().now(),
-            compression: Compression::NONE,
-            server: ServerRecord::default(),
+            ..testing::basebackup()
         };
         let parent = match parent {
             Some(id) => Some(Arc::new(Basebackup::open(&self.repository, id).await.unwrap())),

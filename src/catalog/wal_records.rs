@@ -217,16 +217,14 @@ fn last_end_in(at: Lsn, bytes: &Bytes, following: Option<&Bytes>, size: WalSegme
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use crate::catalog::recovery_window::{RecoveryStart, SegmentRange};
     use crate::clock::SystemClock;
-    use crate::codec::{Compression, SeededRandom};
+    use crate::codec::Compression;
     use crate::pg::TimelineId;
     use crate::repo::layout::WalObjectName;
+    use crate::repo::testing;
     use crate::repo::wal_object::{WalKey, archive_wal};
-    use crate::repo::{Keyring, RepositoryOptions};
-    use crate::storage::{MemoryStore, ObjectKey};
+    use crate::storage::MemoryStore;
 
     use super::*;
 
@@ -262,13 +260,7 @@ mod tests {
 
     /// An archive with these segments, filled up with zeros.
     async fn archive(segments: &[(u64, &[u8])]) -> Repository {
-        let options = RepositoryOptions {
-            store: Arc::new(MemoryStore::new()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-            clock: Arc::new(SystemClock),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(MemoryStore::new(), SystemClock).await;
         let key = WalKey::create(repository.keyring()).unwrap();
         for (number, bytes) in segments {
             let mut raw = bytes.to_vec();

@@ -222,16 +222,14 @@ impl DynamicDir for ClustersDir {
 #[cfg(test)]
 mod tests {
     use crate::clock::ManualClock;
-    use crate::codec::{Compression, SeededRandom};
+    use crate::codec::Compression;
     use crate::mount::caller::Caller;
     use crate::mount::errno::Errno;
     use crate::mount::tree::Ino;
-    use crate::pg::Lsn;
     use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
-    use crate::repo::documents::ServerRecord;
     use crate::repo::manifest::{OutsideLink, Tablespace};
-    use crate::repo::{BasebackupId, Keyring, RepositoryOptions};
-    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
+    use crate::repo::{BasebackupId, testing};
+    use crate::storage::{Fault, Faulty, MemoryStore, Recording, Rule, Verb};
 
     use super::*;
 
@@ -246,25 +244,16 @@ mod tests {
     impl Site {
         async fn new() -> Self {
             let store: Arc<TestStore> = Arc::new(Recording::new(Faulty::new(Arc::default())));
-            let clock = ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap());
-            let options = RepositoryOptions {
-                store: store.clone(),
-                site: ObjectKey::parse("main").unwrap(),
-                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(5))),
-                clock: Arc::new(clock.clone()),
-            };
-            Self { repository: Repository::open_or_create(options).await.unwrap().0, store, clock }
+            let clock = testing::clock();
+            Self { repository: testing::site(store.clone(), clock.clone()).await, store, clock }
         }
 
         async fn back_up(&self) -> BasebackupId {
             self.clock.advance(Duration::from_secs(3600));
             let options = BuilderOptions {
-                cluster: "7301234567890123456-16".parse().unwrap(),
-                timeline: 1.try_into().unwrap(),
-                lsns: (Lsn(1 << 24), Lsn(2 << 24)),
                 time: self.clock.now(),
                 compression: Compression::zstd(1),
-                server: ServerRecord::default(),
+                ..testing::basebackup()
             };
             let mut builder = BasebackupBuilder::begin(&self.repository, options, None).await.unwrap();
             for directory in ["data", "data/base", "data/pg_tblspc", "tablespaces", "tablespaces/16400"] {

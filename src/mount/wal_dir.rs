@@ -390,14 +390,14 @@ fn part_item(content: Bytes) -> Item {
 #[cfg(test)]
 mod tests {
     use crate::clock::SystemClock;
-    use crate::codec::{Compression, SeededRandom};
+    use crate::codec::Compression;
     use crate::mount::fs::IoMode;
     use crate::pg::Lsn;
     use crate::repo::wal_object::{
         ArchiveHead, HistoryBranch, WalKey, archive_head, archive_history, archive_piece, archive_wal,
     };
-    use crate::repo::{ClusterId, Keyring, Repository, RepositoryOptions};
-    use crate::storage::{self, Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
+    use crate::repo::{ClusterId, Repository, testing};
+    use crate::storage::{self, Fault, Faulty, MemoryStore, Recording, Rule, Store, Verb};
 
     use super::*;
 
@@ -410,14 +410,8 @@ mod tests {
 
     impl Archive {
         async fn new() -> Self {
-            let store = Arc::new(Recording::new(Faulty::new(Arc::default())));
-            let options = RepositoryOptions {
-                store: store.clone(),
-                site: ObjectKey::parse("main").unwrap(),
-                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-                clock: Arc::new(SystemClock),
-            };
-            Self { repository: Repository::open_or_create(options).await.unwrap().0, store }
+            let store = Arc::new(Recording::new(Faulty::new(Arc::new(MemoryStore::new()))));
+            Self { repository: testing::site(store.clone(), SystemClock).await, store }
         }
 
         /// Archives segments of timelines 1, 2, …, and histories `(timeline, parent, switch in segments)`.

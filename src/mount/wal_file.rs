@@ -215,13 +215,13 @@ fn part(content: &Bytes, offset: u64, length: u32) -> Bytes {
 #[cfg(test)]
 mod tests {
     use crate::clock::ManualClock;
-    use crate::codec::{Compression, SeededRandom};
+    use crate::codec::Compression;
     use crate::pg::{TimelineId, WalSegmentName, WalSegmentNumber};
     use crate::repo::forced_index::LISTING_AGE_MAX;
     use crate::repo::layout::WalObjectName;
     use crate::repo::wal_object::{Replace, WalKey, archive_wal, supersede_wal};
-    use crate::repo::{ClusterId, Keyring, Repository, RepositoryOptions};
-    use crate::storage::{MemoryStore, ObjectKey};
+    use crate::repo::{ClusterId, testing};
+    use crate::storage::MemoryStore;
 
     use super::*;
 
@@ -235,13 +235,7 @@ mod tests {
     /// Opens a segment, reads half of it, has it superseded and forgotten, and returns all that a copy gets.
     async fn copy_over_a_force(places: usize) -> Bytes {
         let clock = ManualClock::new("2026-11-21T10:00:00Z".parse().unwrap());
-        let options = RepositoryOptions {
-            store: Arc::new(MemoryStore::new()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-            clock: Arc::new(clock.clone()),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(MemoryStore::new(), clock.clone()).await;
         let cluster: ClusterId = "7301234567890123456-1".parse().unwrap();
         let segment = WalSegmentName::new(TimelineId::FIRST, WalSegmentNumber(3), cluster.segment_size);
         let key = WalKey::create(repository.keyring()).unwrap();

@@ -145,10 +145,8 @@ mod tests {
     use std::time::Duration;
 
     use crate::clock::ManualClock;
-    use crate::codec::SeededRandom;
-    use crate::repo::keyring::Keyring;
-    use crate::repo::repository::RepositoryOptions;
-    use crate::storage::{MemoryStore, ObjectKey};
+    use crate::repo::testing;
+    use crate::storage::MemoryStore;
 
     use super::*;
 
@@ -170,13 +168,7 @@ mod tests {
         /// As a host sees it whose clock says that.
         async fn at(store: Arc<MemoryStore>, time: &str) -> Self {
             let clock = ManualClock::new(time.parse().unwrap());
-            let options = RepositoryOptions {
-                store: store.clone(),
-                site: ObjectKey::parse("main").unwrap(),
-                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-                clock: Arc::new(clock.clone()),
-            };
-            let repository = Repository::open_or_create(options).await.unwrap().0;
+            let repository = testing::site(store.clone(), clock.clone()).await;
             Self { store, clock, repository }
         }
 

@@ -105,21 +105,13 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::clock::ManualClock;
-    use crate::codec::SeededRandom;
-    use crate::repo::{Keyring, RepositoryOptions};
-    use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
+    use crate::repo::testing;
+    use crate::storage::{Fault, Faulty, MemoryStore, Rule, Store, Verb};
 
     #[tokio::test]
     async fn a_renewal_whose_answer_was_lost_does_not_stop_those_after_it() {
         let store = Arc::new(Faulty::new(MemoryStore::new()));
-        let options = RepositoryOptions {
-            store: store.clone(),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(1))),
-            clock: Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap())),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(store.clone(), testing::clock()).await;
         let id: BasebackupId = "20261120T101500Z-3fa9".parse().unwrap();
         let mut lease = Lease::create(&repository, id).await.unwrap().unwrap();
         let lost = Fault::After(ErrorKind::OutcomeUnknown);
@@ -135,13 +127,7 @@ mod tests {
     #[tokio::test]
     async fn no_lease_is_taken_on_what_has_expired_nor_where_writes_are_denied() {
         let store = Arc::new(Faulty::new(MemoryStore::new()));
-        let options = RepositoryOptions {
-            store: store.clone(),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(1))),
-            clock: Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap())),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(store.clone(), testing::clock()).await;
         let id: BasebackupId = "20261120T101500Z-3fa9".parse().unwrap();
         store.create(&repository.layout().expired(id), Bytes::from_static(b"x")).await.unwrap();
         let error = Lease::create(&repository, id).await.unwrap_err();

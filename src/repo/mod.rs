@@ -54,6 +54,8 @@ mod wal_target;
 
 mod error;
 #[cfg(test)]
+pub mod testing;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod writing_tests;

@@ -5,22 +5,19 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use jiff::Timestamp;
 use proptest::prelude::*;
 
-use crate::clock::ManualClock;
 use crate::codec::{
     Compression, NewKeys, RecipientKey, RecipientPrivateKey, SeededRandom, SigningKey, VerifyKey, create_keys,
 };
-use crate::pg::{Lsn, TimelineId};
 use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
-use crate::repo::documents::ServerRecord;
 use crate::repo::entry::{Content, Node, TreePath};
 use crate::repo::layout::WalObjectName;
 use crate::repo::page_map::PAGE_SIZE;
 use crate::repo::wal_object::{Archived, WalKey, archive_wal, read_wal};
 use crate::repo::{
     Basebackup, BasebackupId, ErrorKind, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
+    testing,
 };
 use crate::storage::{self, Folder, MemoryStore, ObjectKey, ObjectMeta, Store};
 
@@ -31,35 +28,15 @@ fn keys() -> &'static NewKeys {
 }
 
 fn keyring(keys: &NewKeys) -> Keyring {
-    Keyring::new(KeyringOptions {
-        recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-        wal_recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-        signer: Some(SigningKey::from_pem(&keys.sign_pem).unwrap()),
-        trusted_signers: vec![VerifyKey::from_pem(&keys.verify_pem).unwrap()],
-        private_keys: vec![RecipientPrivateKey::from_pem(&keys.private_pem).unwrap()],
-        random: Arc::new(SeededRandom::new(7)),
-    })
+    testing::keyring(keys, 7)
 }
 
 async fn repository(store: Arc<MemoryStore>, keyring: Keyring) -> Repository {
-    let clock = Arc::new(ManualClock::new(time()));
-    let options = RepositoryOptions { store, site: ObjectKey::parse("main").unwrap(), keyring, clock };
-    Repository::open_or_create(options).await.unwrap().0
-}
-
-fn time() -> Timestamp {
-    "2026-11-20T10:15:00Z".parse().unwrap()
+    testing::site_with(keyring, store, testing::clock()).await
 }
 
 fn options() -> BuilderOptions {
-    BuilderOptions {
-        cluster: "7301234567890123456-16".parse().unwrap(),
-        timeline: TimelineId::new(1).unwrap(),
-        lsns: (Lsn(0x0200_0028), Lsn(0x0200_0100)),
-        time: time(),
-        compression: Compression::zstd(3),
-        server: ServerRecord { major: 15, ..ServerRecord::default() },
-    }
+    BuilderOptions { compression: Compression::zstd(3), ..testing::basebackup() }
 }
 
 async fn read(reader: &FileReader, path: &str) -> Vec<u8> {
@@ -131,7 +108,7 @@ async fn another_hosts_key_is_no_key_and_another_signer_is_not_trusted() {
     let error = Basebackup::open(&foreign, id).await.unwrap_err();
     assert!(error.to_string().contains("is not among trusted_signers"), "{error}");
 
-    let mut mixed = KeyringOptions {
+    let reader = KeyringOptions {
         recipients: Vec::new(),
         wal_recipients: Vec::new(),
         signer: None,
@@ -139,20 +116,13 @@ async fn another_hosts_key_is_no_key_and_another_signer_is_not_trusted() {
         private_keys: vec![RecipientPrivateKey::from_pem(&stranger.private_pem).unwrap()],
         random: Arc::new(SeededRandom::new(8)),
     };
-    let keyless = repository(store.clone(), Keyring::new(mixed)).await;
+    let keyless = repository(store.clone(), Keyring::new(reader)).await;
     let error = Basebackup::open(&keyless, id).await.unwrap_err();
     assert!(error.to_string().contains("none of these private keys is here"), "{error}");
     assert_eq!(error.kind(), ErrorKind::Input);
 
-    mixed = KeyringOptions {
-        recipients: Vec::new(),
-        wal_recipients: Vec::new(),
-        signer: None,
-        trusted_signers: Vec::new(),
-        private_keys: Vec::new(),
-        random: Arc::new(SeededRandom::new(9)),
-    };
-    let unsigned = repository(store.clone(), Keyring::new(mixed)).await;
+    let unsigned = Keyring::unencrypted(Arc::new(SeededRandom::new(9)));
+    let unsigned = repository(store.clone(), unsigned).await;
     let mut plain = BasebackupBuilder::begin(&unsigned, options(), None).await.unwrap();
     plain.file("data/base/5/1", &pages(1, 3)).await.unwrap();
     let id = plain.finish().await.unwrap().id;
@@ -254,10 +224,8 @@ async fn a_damaged_object_is_never_served() {
                 if !encrypted && object.key.as_str().ends_with(".json") {
                     continue;
                 }
-                let clock = Arc::new(ManualClock::new(time()));
-                let site = ObjectKey::parse("main").unwrap();
-                let options = RepositoryOptions { store: damaged, site, keyring: keyring(), clock };
-                let outcome = read_everything(options, id).await;
+                let options = testing::options(damaged, testing::clock(), 1);
+                let outcome = read_everything(RepositoryOptions { keyring: keyring(), ..options }, id).await;
                 if let Ok(contents) = &outcome {
                     assert_eq!(contents[0], vec![b'x'; 3000], "{}", object.key);
                     assert_eq!(contents[1], pages(3, 40), "{}", object.key);
@@ -273,9 +241,7 @@ async fn a_damaged_object_is_never_served() {
 #[tokio::test]
 async fn a_store_that_overwrites_is_refused_before_anything_is_written() {
     let store = Arc::new(Overwriting(MemoryStore::new()));
-    let clock = Arc::new(ManualClock::new(time()));
-    let site = ObjectKey::parse("main").unwrap();
-    let options = RepositoryOptions { store: store.clone(), site, keyring: keyring(keys()), clock };
+    let options = testing::options(store.clone(), testing::clock(), 1);
     let error = Repository::open_or_create(options).await.unwrap_err();
     assert!(error.to_string().contains("refuse a second put"), "{error}");
     assert!(store.list("", None, 10).await.unwrap().is_empty());

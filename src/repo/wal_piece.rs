@@ -173,9 +173,7 @@ mod tests {
     use proptest::prelude::*;
 
     use crate::clock::SystemClock;
-    use crate::codec::SeededRandom;
-    use crate::repo::keyring::Keyring;
-    use crate::repo::repository::RepositoryOptions;
+    use crate::repo::testing;
     use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Rule, Store, Verb};
 
     use super::*;
@@ -202,13 +200,7 @@ mod tests {
     impl Archive {
         async fn new() -> Self {
             let store = Arc::new(Faulty::new(MemoryStore::new()));
-            let options = RepositoryOptions {
-                store: store.clone(),
-                site: ObjectKey::parse("main").unwrap(),
-                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-                clock: Arc::new(SystemClock),
-            };
-            let repository = Repository::open_or_create(options).await.unwrap().0;
+            let repository = testing::site(store.clone(), SystemClock).await;
             let key = WalKey::create(repository.keyring()).unwrap();
             Self { store, repository, key }
         }

@@ -5,39 +5,24 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::clock::ManualClock;
-use crate::codec::{Compression, SeededRandom};
-use crate::pg::{Lsn, TimelineId};
+use crate::codec::Compression;
 use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
-use crate::repo::documents::{Outcome, ServerRecord};
+use crate::repo::documents::Outcome;
 use crate::repo::identity::ObjectKind;
 use crate::repo::signed::seal_document;
-use crate::repo::{Basebackup, BasebackupId, Error, ErrorKind, Keyring, Repository, RepositoryOptions};
-use crate::storage::{MemoryStore, ObjectKey, Recording, Store, Verb};
+use crate::repo::{Basebackup, BasebackupId, Error, ErrorKind, Repository, testing};
+use crate::storage::{MemoryStore, Recording, Store, Verb};
 
 type Calls = Arc<Recording<MemoryStore>>;
 
 async fn site() -> (Calls, Repository) {
     let store: Calls = Arc::new(Recording::new(MemoryStore::new()));
-    let options = RepositoryOptions {
-        store: store.clone(),
-        site: ObjectKey::parse("main").unwrap(),
-        keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-        clock: Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap())),
-    };
-    let repository = Repository::open_or_create(options).await.unwrap().0;
+    let repository = testing::site(store.clone(), testing::clock()).await;
     (store, repository)
 }
 
 fn options() -> BuilderOptions {
-    BuilderOptions {
-        cluster: "7301234567890123456-16".parse().unwrap(),
-        timeline: TimelineId::new(1).unwrap(),
-        lsns: (Lsn(0x0200_0028), Lsn(0x0200_0100)),
-        time: "2026-11-20T10:15:00Z".parse().unwrap(),
-        compression: Compression::zstd(1),
-        server: ServerRecord { major: 15, ..ServerRecord::default() },
-    }
+    BuilderOptions { compression: Compression::zstd(1), ..testing::basebackup() }
 }
 
 /// Pages of which no two are alike.

@@ -12,23 +12,22 @@ use crate::catalog::{
     PlannedRecovery, RecoveryPlan, RecoveryStart, RecoveryTarget, RecoveryWindow, TargetAction,
 };
 use crate::clock::ManualClock;
-use crate::codec::{Compression, CpuPool, SeededRandom, Sha256};
+use crate::codec::{CpuPool, Sha256};
 use crate::disk::{Owner, private_area};
 use crate::monitor::VoidMonitor;
 use crate::pg::{
-    BackupManifest, ControlFile, Crc32c, DataPath, Lsn, MajorVersion, ManifestChecksum, ManifestDigest,
-    TimelineId,
+    BackupManifest, ControlFile, Crc32c, DataPath, MajorVersion, ManifestChecksum, ManifestDigest,
 };
 use crate::repo::builder::{BasebackupBuilder, BuilderOptions};
 use crate::repo::documents::{BackupRecord, ServerRecord};
 use crate::repo::manifest::Tablespace;
-use crate::repo::{Basebackup, BasebackupId, ClusterId, Keyring, Repository, RepositoryOptions};
+use crate::repo::{Basebackup, BasebackupId, ClusterId, Repository, testing};
 use crate::restore::plan::{Existing, RecoveryMode, RestoreOptions, RestorePlan, plan_restore};
 use crate::restore::run::{Resources, RestoreOutcome, read_unfinished, restore};
 use crate::restore::{Error, ErrorKind, take_sample, work_of};
 use crate::storage::error::Verb;
 use crate::storage::fault::{Fault, Faulty, Rule};
-use crate::storage::{ErrorKind as StoreErrorKind, MemoryStore, ObjectKey};
+use crate::storage::{ErrorKind as StoreErrorKind, MemoryStore};
 
 mod existing;
 mod positions;
@@ -48,15 +47,9 @@ struct Site {
 
 impl Site {
     async fn create() -> Self {
-        let clock = ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap());
+        let clock = testing::clock();
         let store = Arc::new(Faulty::new(MemoryStore::with_clock(Arc::new(clock.clone()))));
-        let options = RepositoryOptions {
-            store: store.clone(),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-            clock: Arc::new(clock.clone()),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(store.clone(), clock.clone()).await;
         Self { store, clock, repository, scratch: scratch() }
     }
 
@@ -71,14 +64,12 @@ impl Site {
         let outside: Vec<&str> = files.keys().filter_map(|path| path.strip_prefix("config/")).collect();
         let options = BuilderOptions {
             cluster: Self::cluster(),
-            timeline: TimelineId::FIRST,
-            lsns: (Lsn(0x0200_0028), Lsn(0x0200_0100)),
             time: "2026-11-20T10:15:00.25Z".parse().unwrap(),
-            compression: Compression::NONE,
             server: ServerRecord {
                 outside_configuration: outside.iter().map(|path| (*path).to_owned()).collect(),
                 ..ServerRecord::default()
             },
+            ..testing::basebackup()
         };
         let parent = match parent {
             Some(id) => Some(Arc::new(Basebackup::open(&self.repository, id).await.unwrap())),

@@ -68,12 +68,12 @@ mod tests {
     use std::sync::Arc;
 
     use crate::clock::SystemClock;
-    use crate::codec::{Compression, SeededRandom};
+    use crate::codec::Compression;
     use crate::pg::WalSegmentName;
     use crate::repo::layout::WalObjectName;
+    use crate::repo::testing;
     use crate::repo::wal_object::{WalKey, archive_piece, archive_wal};
-    use crate::repo::{Keyring, RepositoryOptions};
-    use crate::storage::{MemoryStore, ObjectKey, Store};
+    use crate::storage::{MemoryStore, Store};
 
     use super::*;
 
@@ -88,13 +88,7 @@ mod tests {
     #[tokio::test]
     async fn a_head_follows_the_archive_and_never_goes_back() {
         let store = Arc::new(MemoryStore::new());
-        let options = RepositoryOptions {
-            store: store.clone(),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-            clock: Arc::new(SystemClock),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(store.clone(), SystemClock).await;
         let key = WalKey::create(repository.keyring()).unwrap();
         let zstd = Compression::zstd(1);
         let head = async || write(&repository, cluster(), TimelineId::FIRST).await.unwrap();

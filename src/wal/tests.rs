@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use crate::catalog::{PLAN_FILE_NAME, RecoveryPlan};
 use crate::clock::{Clock, SystemClock};
-use crate::codec::{Compression, SeededRandom};
+use crate::codec::Compression;
 use crate::disk::CloneMarker;
 use crate::disk::durable::Create;
 use crate::pg::{Lsn, STANDBY_SIGNAL, SystemIdentifier, WalSegmentName, WalSegmentNumber, WalSegmentSize};
 use crate::repo::wal_object::{Archived, WalKey, archive_piece};
-use crate::repo::{self, ClusterId, Keyring, Repository, RepositoryOptions};
+use crate::repo::{self, ClusterId, Repository, RepositoryOptions, testing};
 use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, Rule, Verb};
 use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
@@ -101,12 +101,7 @@ impl Server {
     }
 
     fn options(&self) -> RepositoryOptions {
-        RepositoryOptions {
-            store: Arc::new(self.store.clone()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(7))),
-            clock: Arc::new(SystemClock),
-        }
+        testing::options(self.store.clone(), SystemClock, 7)
     }
 
     async fn open(&self) -> Result<Repository, repo::Error> {

@@ -39,20 +39,14 @@ impl Site {
 
     /// Takes a basebackup up to a position as a host whose clock says `here`, of a server whose clock said `stopped_at`.
     async fn recorded(&self, stop: Lsn, stopped_at: Timestamp, here: Timestamp) -> BasebackupId {
-        let options = RepositoryOptions {
-            store: Arc::new(self.store.clone()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(stop.0))),
-            clock: Arc::new(ManualClock::new(here)),
-        };
+        let options = testing::options(self.store.clone(), ManualClock::new(here), stop.0);
         let repository = Repository::open(options).await.unwrap();
         let options = BuilderOptions {
             cluster: cluster(OF),
             timeline: timeline(1),
             lsns: (BEGIN, stop),
             time: stopped_at,
-            compression: Compression::NONE,
-            server: ServerRecord::default(),
+            ..testing::basebackup()
         };
         BasebackupBuilder::begin(&repository, options, None).await.unwrap().finish().await.unwrap().id
     }

@@ -5,23 +5,12 @@ use super::*;
 use crate::clock::SystemClock;
 use crate::storage::{ErrorKind, RetryOptions, Retrying, Store};
 
-/// Opens the site through another store.
-async fn through(store: Arc<dyn Store>, clock: &ManualClock) -> Result<Repository, crate::repo::Error> {
-    Repository::open(RepositoryOptions {
-        store,
-        site: ObjectKey::parse("main").unwrap(),
-        keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(5))),
-        clock: Arc::new(clock.clone()),
-    })
-    .await
-}
-
 async fn plan_through(
     store: Arc<dyn Store>,
     clock: &ManualClock,
     target: &RecoveryTarget,
 ) -> Result<Vec<String>, RecoveryError> {
-    let repository = through(store, clock).await?;
+    let repository = Repository::open(testing::options(store, clock.clone(), 5)).await?;
     let request = RecoveryRequest { basebackup: None, target, until_hole: false };
     let planned = plan_for_target(&repository, request).await?;
     let mut found = spans(&planned);

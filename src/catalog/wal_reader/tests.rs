@@ -1,11 +1,11 @@
 //! What was read ahead, and forced by somebody before anybody asked for it.
 
 use crate::clock::ManualClock;
-use crate::codec::{Compression, SeededRandom};
+use crate::codec::Compression;
 use crate::pg::{TimelineId, WalSegmentNumber};
+use crate::repo::testing;
 use crate::repo::wal_object::{Replace, WalKey, archive_wal, supersede_wal};
-use crate::repo::{Keyring, RepositoryOptions};
-use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Verb};
+use crate::storage::{Fault, Faulty, MemoryStore, Recording, Rule, Verb};
 
 use super::*;
 
@@ -33,13 +33,7 @@ impl Archive {
     async fn read_ahead() -> Self {
         let clock = ManualClock::new("2026-11-21T10:00:00Z".parse().unwrap());
         let store = Recording::new(Arc::new(Faulty::new(MemoryStore::new())));
-        let options = RepositoryOptions {
-            store: Arc::new(store.clone()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(3))),
-            clock: Arc::new(clock.clone()),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let repository = testing::site(store.clone(), clock.clone()).await;
         let key = WalKey::create(repository.keyring()).unwrap();
         for number in 1..=4 {
             let name = WalObjectName::Segment(segment(number));

@@ -5,10 +5,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::clock::ManualClock;
-use crate::codec::{SeededRandom, SigningKey, VerifyKey};
 use crate::repo::forced_index::LISTING_AGE_MAX;
-use crate::repo::keyring::{Keyring, KeyringOptions};
-use crate::repo::repository::RepositoryOptions;
+use crate::repo::testing;
 use crate::repo::wal_object::{archive_wal, read_wal};
 use crate::storage::{Fault, Faulty, MemoryStore, ObjectKey, Recording, Rule, Store, Verb};
 
@@ -32,20 +30,6 @@ fn segment(number: u32) -> WalSegmentName {
 
 const SEGMENT: u32 = 9;
 
-/// A host that signs, and whose word it takes alone.
-fn keyring(seed: u64) -> Keyring {
-    let pem = include_str!("../../../tests/data/golden-1/keys/test.sign.pem");
-    let verify = include_str!("../../../tests/data/golden-1/keys/test.verify.pem");
-    Keyring::new(KeyringOptions {
-        recipients: Vec::new(),
-        wal_recipients: Vec::new(),
-        signer: Some(SigningKey::from_pem(pem).unwrap()),
-        trusted_signers: vec![VerifyKey::from_pem(verify).unwrap()],
-        private_keys: Vec::new(),
-        random: Arc::new(SeededRandom::new(seed)),
-    })
-}
-
 impl Archive {
     async fn new() -> Self {
         let memory = Arc::new(Faulty::new(MemoryStore::new()));
@@ -56,13 +40,8 @@ impl Archive {
     /// Another process over the same store, which knows nothing yet.
     async fn over(memory: Arc<Faulty<MemoryStore>>, clock: ManualClock, seed: u64) -> Self {
         let calls = Recording::new(memory.clone());
-        let options = RepositoryOptions {
-            store: Arc::new(calls.clone()),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: keyring(seed),
-            clock: Arc::new(clock.clone()),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        let keyring = testing::signing_keyring(seed);
+        let repository = testing::site_with(keyring, calls.clone(), clock.clone()).await;
         let key = WalKey::create(repository.keyring()).unwrap();
         Self { memory, calls, clock, repository, key }
     }

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::clock::SystemClock;
-use crate::codec::{Compression, SeededRandom, SigningKey, VerifyKey};
+use crate::codec::Compression;
 use crate::repo::error::ErrorKind;
-use crate::repo::keyring::{Keyring, KeyringOptions};
 use crate::repo::layout::ObjectName;
-use crate::repo::repository::RepositoryOptions;
+use crate::repo::testing;
 use crate::repo::wal_object::{
     Archived, Replace, WalKey, archive_wal, read_wal, read_wal_header, supersede_wal, verify_wal,
 };
@@ -26,7 +25,6 @@ struct Archive {
 
 /// Two parts and a little of a third one.
 const RAW_BYTES: usize = 2 * PART_BYTES + 12345;
-const SITE: &str = "main";
 
 fn cluster() -> ClusterId {
     "7301234567890123456-128".parse().unwrap()
@@ -40,30 +38,11 @@ fn name() -> WalObjectName {
     WalObjectName::Segment(segment())
 }
 
-/// A host that signs, and whose word it takes alone: without that nobody could tell a part in the place of the index.
-fn keyring() -> Keyring {
-    let sign = include_str!("../../../tests/data/golden-1/keys/test.sign.pem");
-    let verify = include_str!("../../../tests/data/golden-1/keys/test.verify.pem");
-    Keyring::new(KeyringOptions {
-        recipients: Vec::new(),
-        wal_recipients: Vec::new(),
-        signer: Some(SigningKey::from_pem(sign).unwrap()),
-        trusted_signers: vec![VerifyKey::from_pem(verify).unwrap()],
-        private_keys: Vec::new(),
-        random: Arc::new(SeededRandom::new(3)),
-    })
-}
-
 impl Archive {
     async fn new() -> Self {
         let store = Arc::new(Faulty::new(MemoryStore::new()));
-        let options = RepositoryOptions {
-            store: store.clone(),
-            site: ObjectKey::parse(SITE).unwrap(),
-            keyring: keyring(),
-            clock: Arc::new(SystemClock),
-        };
-        let repository = Repository::open_or_create(options).await.unwrap().0;
+        // Without a signature nobody could tell a part in the place of the index.
+        let repository = testing::site_with(testing::signing_keyring(3), store.clone(), SystemClock).await;
         let key = WalKey::create(repository.keyring()).unwrap();
         let mut raw = vec![0; RAW_BYTES];
         raw.iter_mut().step_by(4096).zip(0u32..).for_each(|(byte, n)| *byte = n as u8 ^ (n >> 8) as u8);
@@ -79,7 +58,7 @@ impl Archive {
     }
 
     async fn objects(&self) -> Vec<(ObjectKey, WalObjectName)> {
-        let listed = self.store.list(SITE, None, 1000).await.unwrap();
+        let listed = self.store.list("", None, 1000).await.unwrap();
         let layout = self.repository.layout();
         let name = |key: ObjectKey| match layout.parse(&key) {
             Some(ObjectName::Wal(_, name)) => Some((key, name)),

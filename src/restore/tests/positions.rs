@@ -26,12 +26,7 @@ impl Site {
         let pause = Duration::from_millis(1);
         let options = RetryOptions { pause_first: pause, pause_max: pause, ..RetryOptions::default() };
         let store = Retrying::new(self.store.clone(), options, Arc::new(SystemClock), 1);
-        let options = RepositoryOptions {
-            store: Arc::new(store),
-            site: ObjectKey::parse("main").unwrap(),
-            keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(5))),
-            clock: Arc::new(self.clock.clone()),
-        };
+        let options = testing::options(store, self.clock.clone(), 5);
         let repository = Repository::open(options).await.unwrap();
         Self { repository, ..self }
     }

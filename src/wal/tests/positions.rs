@@ -1,7 +1,6 @@
 //! One request of the store that fails, at each position of a push of each kind of file: it is archived, or the push
 //! fails and names what, and PostgreSQL's next one converges. With the layer that asks again every push succeeds.
 
-use crate::clock::ManualClock;
 use crate::storage::{Call, Recording, RetryOptions, Retrying, Store};
 
 use super::*;
@@ -50,9 +49,7 @@ impl Server {
     /// draws numbers of its own.
     async fn push_through(&self, store: Arc<dyn Store>, name: &str, seed: u64) -> Result<Archived, Error> {
         let file = check_file(&self.path("pg_wal").join(name))?;
-        let clock = Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap()));
-        let keyring = Keyring::unencrypted(Arc::new(SeededRandom::new(seed)));
-        let options = RepositoryOptions { store, clock, keyring, ..self.options() };
+        let options = testing::options(store, testing::clock(), seed);
         let (repository, _) = Repository::open_or_create(options).await?;
         push(&repository, &file, Compression::zstd(1), OnConflict::Refuse).await
     }
