@@ -4,17 +4,17 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
 
 use serde_json::Value;
 use walden::clock::SystemClock;
-use walden::codec::{Compression, RecipientKey, RecipientPrivateKey, SigningKey, SystemRandom, VerifyKey};
+use walden::codec::Compression;
 use walden::pg::{Lsn, TimelineId, WalSegmentName};
 use walden::repo::wal_object::{ArchiveHead, WalKey, archive_head, archive_piece};
-use walden::repo::{ClusterId, Keyring, KeyringOptions, Repository, RepositoryOptions};
-use walden::storage::{LocalStore, ObjectKey};
+use walden::repo::{ClusterId, Repository};
+use walden::storage::LocalStore;
 
 use crate::site::{Source, listing};
+use crate::support::repository::{keyring_in, site_options};
 use crate::support::{Need, Options, Run, Server, Stop, require, wait_for};
 
 const CLOCK: &str = "select pg_sleep(0.01); select clock_timestamp(); select pg_sleep(0.01)";
@@ -62,21 +62,9 @@ impl Pieces {
 
     /// Opens the repository with the keys of the configuration.
     async fn repository(&self) -> Repository {
-        let folder = self.source.walden.configuration_file();
-        let pem = |name: &str| fs::read_to_string(folder.with_file_name(name)).unwrap();
-        let recipient = || vec![RecipientKey::from_pem(&pem("test.pub.pem")).unwrap()];
-        let keyring = Keyring::new(KeyringOptions {
-            recipients: recipient(),
-            wal_recipients: recipient(),
-            signer: Some(SigningKey::from_pem(&pem("test.sign.pem")).unwrap()),
-            trusted_signers: vec![VerifyKey::from_pem(&pem("test.verify.pem")).unwrap()],
-            private_keys: vec![RecipientPrivateKey::from_pem(&pem("test.pem")).unwrap()],
-            random: Arc::new(SystemRandom),
-        });
-        let store = Arc::new(LocalStore::open(&self.store(), &SystemClock).unwrap());
-        let site = ObjectKey::parse("main").unwrap();
-        let options = RepositoryOptions { store, site, keyring, clock: Arc::new(SystemClock) };
-        Repository::open(options).await.unwrap()
+        let keyring = keyring_in(self.source.walden.configuration_file().parent().unwrap());
+        let store = LocalStore::open(&self.store(), &SystemClock).unwrap();
+        Repository::open(site_options(store, keyring, SystemClock)).await.unwrap()
     }
 
     /// Runs something on the repository as root and gives what it made to the repository's owner.

@@ -11,23 +11,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::support::{Chaos, Cluster, Options, Run, Site, Sql, Walden, bin_directory, wait_for};
+use crate::support::{Chaos, Options, Run, Sql, Walden, bin_directory, wait_for};
 
-/// A cluster that archives with `walden wal push`.
-pub struct Source {
-    pub cluster: Cluster,
-    pub walden: Walden,
-}
-
-impl Deref for Source {
-    type Target = Cluster;
-
-    fn deref(&self) -> &Cluster {
-        &self.cluster
-    }
-}
+pub use crate::support::Source;
 
 impl Source {
+    /// Starts a cluster that archives with `walden wal push`.
     #[track_caller]
     pub fn start(options: Options) -> Self {
         Self::start_major(15, options)
@@ -35,11 +24,9 @@ impl Source {
 
     #[track_caller]
     pub fn start_major(major: u32, options: Options) -> Self {
-        let cluster = Cluster::start_with(major, options);
-        let site = Site::of(&cluster, cluster.data_directory()).bin_directory(&cluster.bin_directory());
-        let walden = Walden::configure(cluster.scratch(), &site);
-        cluster.set_archive_command(&walden.archive_command());
-        Self { cluster, walden }
+        let source = Self::configured(major, options, |_, site| site);
+        source.archive();
+        source
     }
 
     /// Takes a basebackup while everything moves; returns the last commit that was acknowledged.

@@ -3,7 +3,6 @@
 //! looks at finds what the reader meets, and mending brings the segment back.
 
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -14,10 +13,11 @@ use walden::repo::layout::{ObjectName, WalObjectName};
 use walden::repo::wal_object::{
     Archived, Replace, WalKey, archive_in_parts, archive_wal, read_wal, supersede_wal, verify_wal,
 };
-use walden::repo::{ClusterId, Error, ErrorKind, Keyring, KeyringOptions, Repository, RepositoryOptions};
+use walden::repo::{ClusterId, Error, ErrorKind, Keyring, KeyringOptions, Repository};
 use walden::storage::{MemoryStore, ObjectKey, Store};
 
-const SITE: &str = "main";
+use crate::support::repository::{golden_keys, site_options};
+
 const PART_BYTES: usize = 200;
 /// Bytes of a header that tell what a reader has to know: version, features, tags of sections. One bit of them is another
 /// release's object as well as a damaged one, and nobody puts another in the place of that.
@@ -46,8 +46,7 @@ fn content(number: u32) -> Vec<u8> {
 
 /// A host that signs, and takes nobody else's word.
 fn keyring() -> Keyring {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden-1/keys");
-    let pem = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
+    let pem = |name: &str| fs::read_to_string(golden_keys().join(name)).unwrap();
     Keyring::new(KeyringOptions {
         recipients: Vec::new(),
         wal_recipients: Vec::new(),
@@ -64,8 +63,7 @@ impl Archive {
     }
 
     async fn over(store: Arc<MemoryStore>) -> Self {
-        let (site, clock) = (ObjectKey::parse(SITE).unwrap(), Arc::new(SystemClock));
-        let options = RepositoryOptions { store: store.clone(), site, keyring: keyring(), clock };
+        let options = site_options(store.clone(), keyring(), SystemClock);
         let repository = Repository::open_or_create(options).await.unwrap().0;
         let key = WalKey::create(repository.keyring()).unwrap();
         Self { store, repository, key }
@@ -115,7 +113,7 @@ impl Archive {
 
     async fn objects(&self) -> Vec<(ObjectKey, WalObjectName, Bytes)> {
         let mut objects = Vec::new();
-        for object in self.store.list(SITE, None, 1000).await.unwrap() {
+        for object in self.store.list("", None, 1000).await.unwrap() {
             if let Some(ObjectName::Wal(_, name)) = self.repository.layout().parse(&object.key) {
                 let bytes = self.store.get(&object.key, object.size).await.unwrap();
                 objects.push((object.key, name, bytes));

@@ -11,14 +11,13 @@ use std::sync::Arc;
 use walden::clock::SystemClock;
 use walden::codec::{Digest, RecipientPrivateKey, SystemRandom, VerifyKey};
 use walden::repo::entry::{Content, Node};
-use walden::repo::{
-    Basebackup, Error, ErrorKind, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
-};
-use walden::storage::{LocalStore, ObjectKey};
+use walden::repo::{Basebackup, Error, ErrorKind, FileReader, Keyring, KeyringOptions, Repository};
+use walden::storage::LocalStore;
 
 use crate::damage::{At, Damage, write};
 use crate::mounted::{Tree, assert_mount_is_honest};
 use crate::source::Source;
+use crate::support::repository::site_options;
 use crate::support::{Need, Site, require};
 
 /// One row of the matrix.
@@ -267,9 +266,8 @@ async fn open(source: &Source) -> Result<Repository, Error> {
         private_keys: key("test.pem").iter().map(|pem| RecipientPrivateKey::from_pem(pem).unwrap()).collect(),
         random: Arc::new(SystemRandom),
     });
-    let store = Arc::new(LocalStore::open(&source.walden.repository(), &SystemClock).unwrap());
-    let site = ObjectKey::parse("main").unwrap();
-    Repository::open(RepositoryOptions { store, site, keyring, clock: Arc::new(SystemClock) }).await
+    let store = LocalStore::open(&source.walden.repository(), &SystemClock).unwrap();
+    Repository::open(site_options(store, keyring, SystemClock)).await
 }
 
 async fn read_basebackup(repository: &Repository, id: &str, contents: &mut Contents) -> Result<(), Error> {

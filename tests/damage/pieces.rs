@@ -1,19 +1,19 @@
 //! Pieces of the last segment and heads, sealed and signed: each object × each damage × what a recovery asks for.
 
-use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use walden::catalog::ending_segment::read_ending;
 use walden::catalog::{RecoveryStart, RecoveryWindow, TimelineTree, WalCoverage};
 use walden::clock::{Clock, SystemClock};
-use walden::codec::{Compression, RecipientKey, RecipientPrivateKey, SigningKey, SystemRandom, VerifyKey};
+use walden::codec::Compression;
 use walden::pg::{Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{ArchiveHead, WalKey, archive_head, archive_piece, archive_wal, newest_head};
-use walden::repo::{ClusterId, ErrorKind, Keyring, KeyringOptions, Repository, RepositoryOptions};
+use walden::repo::{ClusterId, ErrorKind, Repository};
 use walden::storage::{MemoryStore, ObjectKey, Store};
+
+use crate::support::repository::{golden_keys, keyring_in, site_options};
 
 const PIECES: [(u32, u32); 3] = [(0, 9000), (9000, 12_000), (12_000, 20_000)];
 const END: u32 = 20_000;
@@ -40,31 +40,11 @@ fn written(from: u32, to: u32) -> Vec<u8> {
     (from..to).map(|at| (at.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect()
 }
 
-fn keyring() -> Keyring {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden-1/keys");
-    let pem = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
-    let recipient = || vec![RecipientKey::from_pem(&pem("test.pub.pem")).unwrap()];
-    Keyring::new(KeyringOptions {
-        recipients: recipient(),
-        wal_recipients: recipient(),
-        signer: Some(SigningKey::from_pem(&pem("test.sign.pem")).unwrap()),
-        trusted_signers: vec![VerifyKey::from_pem(&pem("test.verify.pem")).unwrap()],
-        private_keys: vec![RecipientPrivateKey::from_pem(&pem("test.pem")).unwrap()],
-        random: Arc::new(SystemRandom),
-    })
-}
-
 impl Archive {
     /// Whole segments up to 5, three pieces of the next one, and a head that speaks of them.
     async fn make() -> Self {
         let store = Arc::new(MemoryStore::new());
-        let site = ObjectKey::parse("main").unwrap();
-        let options = RepositoryOptions {
-            store: store.clone(),
-            site,
-            keyring: keyring(),
-            clock: Arc::new(SystemClock),
-        };
+        let options = site_options(store.clone(), keyring_in(&golden_keys()), SystemClock);
         let repository = Repository::open_or_create(options).await.unwrap().0;
         let (key, zstd) = (WalKey::create(repository.keyring()).unwrap(), Compression::zstd(1));
         for number in 3..=5 {

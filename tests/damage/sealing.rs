@@ -7,25 +7,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use walden::clock::{ManualClock, SystemClock};
-use walden::codec::{
-    Compression, NewKeys, RecipientKey, RecipientPrivateKey, SealRecorder, SigningKey, SystemRandom,
-    VerifyKey, create_keys,
-};
+use walden::clock::SystemClock;
+use walden::codec::{Compression, NewKeys, SealRecorder, SystemRandom, create_keys};
 use walden::pg::{Lsn, TimelineId};
 use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
-use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{
     Archived, HistoryBranch, WalKey, archive_history, archive_wal, read_history, read_wal,
 };
-use walden::repo::{
-    Basebackup, BasebackupId, Error, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
-};
-use walden::storage::{
-    ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, RetryOptions, Retrying, Rule, Store,
-};
+use walden::repo::{Basebackup, BasebackupId, Error, FileReader, Repository};
+use walden::storage::{ErrorKind, Fault, Faulty, MemoryStore, RetryOptions, Retrying, Rule, Store};
+
+use crate::support::repository::{basebackup, clock, keyring, site_options};
 
 /// A store that fails at one call, the keys, and the witness.
 struct Witness {
@@ -53,20 +47,8 @@ impl Witness {
 
     /// Starts a process: its own keyring, drawn from the system's randomness as in earnest.
     async fn process(&self, store: Arc<dyn Store>) -> Repository {
-        let keys = &self.keys;
-        let keyring = Keyring::new(KeyringOptions {
-            recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-            wal_recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-            signer: Some(SigningKey::from_pem(&keys.sign_pem).unwrap()),
-            trusted_signers: vec![VerifyKey::from_pem(&keys.verify_pem).unwrap()],
-            private_keys: vec![RecipientPrivateKey::from_pem(&keys.private_pem).unwrap()],
-            random: Arc::new(SystemRandom),
-        });
-        let keyring = keyring.observed_by(self.recorder.clone());
-        let clock = Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap()));
-        let site = ObjectKey::parse("main").unwrap();
-        let options = RepositoryOptions { store, site, keyring, clock };
-        Repository::open_or_create(options).await.unwrap().0
+        let keyring = keyring(&self.keys, SystemRandom).observed_by(self.recorder.clone());
+        Repository::open_or_create(site_options(store, keyring, clock())).await.unwrap().0
     }
 
     fn assert_no_nonce_was_used_twice(&self) {
@@ -111,14 +93,7 @@ where
 }
 
 fn options() -> BuilderOptions {
-    BuilderOptions {
-        cluster: "7301234567890123456-16".parse().unwrap(),
-        timeline: TimelineId::FIRST,
-        lsns: (Lsn(0x0200_0028), Lsn(0x0200_0100)),
-        time: "2026-11-20T10:15:00Z".parse().unwrap(),
-        compression: Compression::zstd(1),
-        server: ServerRecord { major: 15, ..ServerRecord::default() },
-    }
+    basebackup(Compression::zstd(1))
 }
 
 /// Bytes that are others in every round.

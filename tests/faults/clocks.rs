@@ -6,21 +6,17 @@ use jiff::{SignedDuration, Timestamp};
 use walden::catalog::basebackups;
 use walden::clock::ManualClock;
 use walden::codec::{Compression, SeededRandom};
-use walden::pg::{Lsn, TimelineId};
 use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
-use walden::repo::documents::ServerRecord;
 use walden::repo::lease::{Lease, Pin};
-use walden::repo::{Basebackup, BasebackupId, Keyring, Repository, RepositoryOptions};
-use walden::storage::{MemoryStore, ObjectKey, Store};
+use walden::repo::{Basebackup, BasebackupId, Repository};
+use walden::storage::{MemoryStore, Store};
+
+use crate::support::repository::{basebackup, site_options, unencrypted};
 
 /// Opens the site as a host with that time would.
 async fn open(store: &Arc<MemoryStore>, time: Timestamp, seed: u64) -> Repository {
-    let options = RepositoryOptions {
-        store: store.clone(),
-        site: ObjectKey::parse("main").unwrap(),
-        keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(seed))),
-        clock: Arc::new(ManualClock::new(time)),
-    };
+    let keyring = unencrypted(SeededRandom::new(seed));
+    let options = site_options(store.clone(), keyring, ManualClock::new(time));
     Repository::open_or_create(options).await.unwrap().0
 }
 
@@ -32,14 +28,7 @@ async fn write(store: &Arc<MemoryStore>, time: &str, parent: Option<BasebackupId
         Some(id) => Some(Arc::new(Basebackup::open(&repository, id).await.unwrap())),
         None => None,
     };
-    let options = BuilderOptions {
-        cluster: "7301234567890123456-16".parse().unwrap(),
-        timeline: TimelineId::FIRST,
-        lsns: (Lsn(0x200_0028), Lsn(0x200_0100)),
-        time,
-        compression: Compression::zstd(1),
-        server: ServerRecord { major: 15, ..ServerRecord::default() },
-    };
+    let options = BuilderOptions { time, ..basebackup(Compression::zstd(1)) };
     let mut builder = BasebackupBuilder::begin(&repository, options, parent).await.unwrap();
     builder.directory("data");
     builder.file("data/PG_VERSION", b"15\n").await.unwrap();

@@ -15,10 +15,11 @@ use walden::instance::create::{CreateOptions, create};
 use walden::monitor::VoidMonitor;
 use walden::replication::{ConnectOptions, ServerRole};
 use walden::repo::entry::TreePath;
-use walden::repo::{Basebackup, ClusterId, FileReader, Keyring, Repository, RepositoryOptions};
-use walden::storage::{ErrorKind, Fault, Faulty, LocalStore, ObjectKey, RetryOptions, Retrying, Rule, Store};
+use walden::repo::{Basebackup, ClusterId, FileReader, Repository};
+use walden::storage::{ErrorKind, Fault, Faulty, LocalStore, RetryOptions, Retrying, Rule, Store};
 
 use crate::site::Faulted;
+use crate::support::repository::{site_options, unencrypted};
 use crate::support::{Need, require};
 
 type TestStore = Arc<Faulty<LocalStore>>;
@@ -38,13 +39,7 @@ fn retrying(store: &TestStore) -> Arc<dyn Store> {
 }
 
 async fn open(store: Arc<dyn Store>) -> Result<Repository, walden::repo::Error> {
-    let options = RepositoryOptions {
-        store,
-        site: ObjectKey::parse("main").unwrap(),
-        keyring: Keyring::unencrypted(Arc::new(SystemRandom)),
-        clock: Arc::new(SystemClock),
-    };
-    Repository::open(options).await
+    Repository::open(site_options(store, unencrypted(SystemRandom), SystemClock)).await
 }
 
 /// No effect, and an effect whose answer was lost.

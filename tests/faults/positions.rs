@@ -6,23 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use walden::catalog::basebackups;
-use walden::clock::{ManualClock, SystemClock};
-use walden::codec::{
-    Compression, NewKeys, RecipientKey, RecipientPrivateKey, SeededRandom, SigningKey, VerifyKey, create_keys,
-};
-use walden::pg::{Lsn, TimelineId};
-use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
-use walden::repo::documents::ServerRecord;
+use walden::clock::SystemClock;
+use walden::codec::{Compression, NewKeys, SeededRandom, create_keys};
+use walden::repo::builder::BasebackupBuilder;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{Replace, WalKey, archive_wal, read_wal, supersede_wal};
-use walden::repo::{
-    Basebackup, ClusterId, Error, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
-};
+use walden::repo::{Basebackup, ClusterId, Error, FileReader, Repository, RepositoryOptions};
 use walden::storage::{
     Call, ErrorKind, Fault, Faulty, MemoryStore, ObjectKey, Recording, RetryOptions, Retrying, Rule, Store,
     Verb,
 };
+
+use crate::support::repository::{basebackup, clock, keyring, site_options};
 
 /// Keys of the site, and a file and a segment of it.
 pub struct Scene {
@@ -51,17 +47,7 @@ impl Scene {
     }
 
     pub fn options(&self, store: Arc<dyn Store>, seed: u64) -> RepositoryOptions {
-        let keys = &self.keys;
-        let keyring = Keyring::new(KeyringOptions {
-            recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-            wal_recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-            signer: Some(SigningKey::from_pem(&keys.sign_pem).unwrap()),
-            trusted_signers: vec![VerifyKey::from_pem(&keys.verify_pem).unwrap()],
-            private_keys: vec![RecipientPrivateKey::from_pem(&keys.private_pem).unwrap()],
-            random: Arc::new(SeededRandom::new(seed)),
-        });
-        let clock = Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap()));
-        RepositoryOptions { store, site: ObjectKey::parse("main").unwrap(), keyring, clock }
+        site_options(store, keyring(&self.keys, SeededRandom::new(seed)), clock())
     }
 
     /// Archives the segment and writes a basebackup, in a site that is created where it is missing.
@@ -70,15 +56,7 @@ impl Scene {
         let key = WalKey::create(repository.keyring())?;
         let zstd = Compression::zstd(1);
         archive_wal(&repository, Self::cluster(), Self::name(), &self.segment, &key, zstd).await?;
-        let options = BuilderOptions {
-            cluster: Self::cluster(),
-            timeline: TimelineId::FIRST,
-            lsns: (Lsn(0x200_0028), Lsn(0x200_0100)),
-            time: "2026-11-20T10:15:00Z".parse().unwrap(),
-            compression: zstd,
-            server: ServerRecord { major: 15, ..ServerRecord::default() },
-        };
-        let mut builder = BasebackupBuilder::begin(&repository, options, None).await?;
+        let mut builder = BasebackupBuilder::begin(&repository, basebackup(zstd), None).await?;
         builder.directory("data").directory("data/base").directory("data/base/5");
         builder.file(FILE, &self.file).await?;
         builder.finish().await?;

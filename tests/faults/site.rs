@@ -1,28 +1,15 @@
 //! A cluster with a table whose content is known, its site, and what a test asks of both.
 
 use std::fs;
-use std::ops::Deref;
 use std::path::Path;
 
 use serde_json::Value;
 use walden::catalog::PLAN_FILE_NAME;
 
-use crate::support::{Cluster, Options, Run, Server, Site, Walden, wait_for};
+use crate::support::{Cluster, Options, Run, Server, Site, Source, wait_for};
 
-/// A cluster and its Walden; nothing is archived yet.
-pub struct Faulted {
-    // Dropped in this order: the server has to be gone before its folder.
-    pub cluster: Cluster,
-    pub walden: Walden,
-}
-
-impl Deref for Faulted {
-    type Target = Cluster;
-
-    fn deref(&self) -> &Cluster {
-        &self.cluster
-    }
-}
+/// A cluster with the table, and its Walden; nothing is archived yet.
+pub type Faulted = Source;
 
 const TABLE: &str = "create table kept as select n, md5(n::text) as text from generate_series(1, 20000) n";
 const CONTENT: &str = "select count(*) || ' ' || md5(string_agg(text, ',' order by n)) from kept";
@@ -30,17 +17,10 @@ const CONTENT: &str = "select count(*) || ' ' || md5(string_agg(text, ',' order 
 impl Faulted {
     /// Starts a cluster with small segments; `adjust` says how the site is configured, knowing the cluster's folder.
     #[track_caller]
-    pub fn start(adjust: impl Fn(&Cluster, Site) -> Site) -> Self {
-        let cluster = Cluster::start_with(15, Options::default().initdb("--wal-segsize=1"));
-        let site = Site::of(&cluster, cluster.data_directory()).bin_directory(&cluster.bin_directory());
-        let walden = Walden::configure(cluster.scratch(), &adjust(&cluster, site));
-        cluster.sql(TABLE);
-        Self { cluster, walden }
-    }
-
-    /// Lets PostgreSQL archive from now on.
-    pub fn archive(&self) {
-        self.set_archive_command(&self.walden.archive_command());
+    pub fn start(adjust: impl FnOnce(&Cluster, Site) -> Site) -> Self {
+        let source = Self::configured(15, Options::default().initdb("--wal-segsize=1"), adjust);
+        source.sql(TABLE);
+        source
     }
 
     /// Lists the basebackups that count.

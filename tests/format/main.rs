@@ -13,52 +13,25 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use walden::clock::ManualClock;
-use walden::codec::{
-    Compression, NewKeys, RecipientKey, RecipientPrivateKey, SeededRandom, SigningKey, VerifyKey, create_keys,
-};
+use walden::codec::{Compression, NewKeys, RecipientPrivateKey, SeededRandom, VerifyKey, create_keys};
 use walden::pg::{Lsn, TimelineId, WalSegmentName};
 use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
-use walden::repo::documents::ServerRecord;
 use walden::repo::entry::TreePath;
 use walden::repo::layout::WalObjectName;
 use walden::repo::wal_object::{
     ArchiveHead, Replace, WalKey, archive_head, archive_in_parts, archive_piece, archive_wal, newest_head,
     read_pieces, read_wal, supersede_wal,
 };
-use walden::repo::{
-    Basebackup, BasebackupId, ClusterId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
-};
+use walden::repo::{Basebackup, BasebackupId, ClusterId, FileReader, Keyring, KeyringOptions, Repository};
 use walden::storage::{MemoryStore, ObjectKey, Store};
+
+use support::repository::{basebackup, clock, keyring, site_options};
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/format.md");
 const BACKUP_LABEL: &[u8] = b"START WAL LOCATION: 0/2000028 (file 000000010000000000000002)\n";
 
-fn keyring(keys: &NewKeys) -> Keyring {
-    Keyring::new(KeyringOptions {
-        recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-        wal_recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-        signer: Some(SigningKey::from_pem(&keys.sign_pem).unwrap()),
-        trusted_signers: vec![VerifyKey::from_pem(&keys.verify_pem).unwrap()],
-        private_keys: vec![RecipientPrivateKey::from_pem(&keys.private_pem).unwrap()],
-        random: Arc::new(SeededRandom::new(1)),
-    })
-}
-
-fn repository_options(store: Arc<MemoryStore>, keys: &NewKeys) -> RepositoryOptions {
-    let clock = Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap()));
-    RepositoryOptions { store, site: ObjectKey::parse("main").unwrap(), keyring: keyring(keys), clock }
-}
-
 fn builder_options() -> BuilderOptions {
-    BuilderOptions {
-        cluster: "7301234567890123456-16".parse().unwrap(),
-        timeline: TimelineId::FIRST,
-        lsns: (Lsn(0x200_0028), Lsn(0x200_0100)),
-        time: "2026-11-20T10:15:00Z".parse().unwrap(),
-        compression: Compression::NONE,
-        server: ServerRecord { major: 15, ..ServerRecord::default() },
-    }
+    basebackup(Compression::NONE)
 }
 
 /// The relation of the example: a zero page, then the beginning of another.
@@ -99,7 +72,8 @@ fn head() -> ArchiveHead {
 
 async fn build() -> (Arc<MemoryStore>, NewKeys) {
     let (store, keys) = (Arc::new(MemoryStore::default()), create_keys(3072).unwrap());
-    let (repository, _) = Repository::open_or_create(repository_options(store.clone(), &keys)).await.unwrap();
+    let options = site_options(store.clone(), keyring(&keys, SeededRandom::new(1)), clock());
+    let (repository, _) = Repository::open_or_create(options).await.unwrap();
     let mut first = BasebackupBuilder::begin(&repository, builder_options(), None).await.unwrap();
     first.directory("data").directory("data/base").directory("data/base/5");
     first.file("data/PG_VERSION", b"15\n").await.unwrap();
@@ -225,7 +199,6 @@ async fn the_example_of_the_page_decodes() {
             store.create(&ObjectKey::parse(key).unwrap(), bytes.into()).await.unwrap();
         }
     }
-    let stranger = create_keys(3072).unwrap();
     let keyring = Keyring::new(KeyringOptions {
         recipients: Vec::new(),
         wal_recipients: Vec::new(),
@@ -234,8 +207,7 @@ async fn the_example_of_the_page_decodes() {
         private_keys: vec![RecipientPrivateKey::from_pem(find(&blocks, "key recipient, private")).unwrap()],
         random: Arc::new(SeededRandom::new(2)),
     });
-    let options = RepositoryOptions { keyring, ..repository_options(store.clone(), &stranger) };
-    let repository = Repository::open(options).await.unwrap();
+    let repository = Repository::open(site_options(store.clone(), keyring, clock())).await.unwrap();
 
     let ids = basebackup_ids(&blocks);
     let [first, second] = ids[..] else { panic!("the example has two basebackups, not {ids:?}") };

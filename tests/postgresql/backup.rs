@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use walden::codec::SeededRandom;
+use walden::clock::SystemClock;
+use walden::codec::SystemRandom;
 use walden::pg::{ControlFile, Lsn};
 use walden::repo::entry::{Node, TreePath};
-use walden::repo::{Basebackup, BasebackupId, FileReader, Keyring, Repository, RepositoryOptions};
-use walden::storage::{LocalStore, ObjectKey};
+use walden::repo::{Basebackup, BasebackupId, FileReader, Repository};
+use walden::storage::LocalStore;
 
 use crate::session::runtime;
+use crate::support::repository::{site_options, unencrypted};
 use crate::support::{
     Account, Chaos, Checksums, Cluster, DebianCluster, Ledger, Need, Options, Pgbench, Run, Scratch, Server,
     Site, Sql, Stop, Walden, require,
@@ -31,12 +33,8 @@ impl Opened {
         let runtime = runtime();
         let id: BasebackupId = id.parse().unwrap();
         let reader = runtime.block_on(async {
-            let options = RepositoryOptions {
-                store: Arc::new(LocalStore::open(repository, &walden::clock::SystemClock).unwrap()),
-                site: ObjectKey::parse("main").unwrap(),
-                keyring: Keyring::unencrypted(Arc::new(SeededRandom::new(1))),
-                clock: Arc::new(walden::clock::SystemClock),
-            };
+            let store = LocalStore::open(repository, &SystemClock).unwrap();
+            let options = site_options(store, unencrypted(SystemRandom), SystemClock);
             let repository = Repository::open(options).await.unwrap();
             FileReader::new(Arc::new(Basebackup::open(&repository, id).await.unwrap()), 64 << 20)
         });

@@ -2,50 +2,25 @@
 //!
 //! The figures are those the issue names; they hold for any store, because they are counts.
 
+#[path = "../support/repository.rs"]
+mod repository;
+
 use std::collections::HashSet;
 use std::process::Command;
 use std::sync::Arc;
 
-use walden::clock::{ManualClock, SystemClock};
-use walden::codec::{
-    Compression, NewKeys, RecipientKey, RecipientPrivateKey, SeededRandom, SigningKey, VerifyKey, create_keys,
-};
-use walden::pg::{Lsn, TimelineId};
-use walden::repo::builder::{BasebackupBuilder, BuilderOptions};
-use walden::repo::documents::ServerRecord;
+use walden::clock::SystemClock;
+use walden::codec::{Compression, RecipientPrivateKey, SeededRandom, create_keys};
+use walden::repo::builder::BasebackupBuilder;
 use walden::repo::entry::{Entry, TreePath};
 use walden::repo::page_map::PAGE_SIZE;
-use walden::repo::{
-    Basebackup, BasebackupId, FileReader, Keyring, KeyringOptions, Repository, RepositoryOptions,
-};
-use walden::storage::{LocalStore, MemoryStore, ObjectKey, Recording, Store};
+use walden::repo::{Basebackup, BasebackupId, FileReader, Keyring, KeyringOptions, Repository};
+use walden::storage::{LocalStore, MemoryStore, Recording, Store};
 
-fn keyring(keys: &NewKeys) -> Keyring {
-    Keyring::new(KeyringOptions {
-        recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-        wal_recipients: vec![RecipientKey::from_pem(&keys.public_pem).unwrap()],
-        signer: Some(SigningKey::from_pem(&keys.sign_pem).unwrap()),
-        trusted_signers: vec![VerifyKey::from_pem(&keys.verify_pem).unwrap()],
-        private_keys: vec![RecipientPrivateKey::from_pem(&keys.private_pem).unwrap()],
-        random: Arc::new(SeededRandom::new(1)),
-    })
-}
+use repository::{basebackup, clock, keyring, site_options};
 
-async fn repository(store: Arc<dyn Store>, keyring: Keyring) -> Repository {
-    let clock = Arc::new(ManualClock::new("2026-11-20T10:15:00Z".parse().unwrap()));
-    let site = ObjectKey::parse("main").unwrap();
-    Repository::open_or_create(RepositoryOptions { store, site, keyring, clock }).await.unwrap().0
-}
-
-fn builder_options() -> BuilderOptions {
-    BuilderOptions {
-        cluster: "7301234567890123456-16".parse().unwrap(),
-        timeline: TimelineId::FIRST,
-        lsns: (Lsn(0x200_0028), Lsn(0x200_0100)),
-        time: "2026-11-20T10:15:00Z".parse().unwrap(),
-        compression: Compression::zstd(1),
-        server: ServerRecord { major: 15, ..ServerRecord::default() },
-    }
+async fn site(store: impl Store + 'static, keyring: Keyring) -> Repository {
+    Repository::open_or_create(site_options(store, keyring, clock())).await.unwrap().0
 }
 
 /// Pages of which half is noise, so that they compress about as badly as a heap may.
@@ -72,9 +47,10 @@ async fn a_page_of_a_cold_relation_of_a_gibibyte_costs_four_requests_and_then_on
     const PAGES: usize = 131_072;
     let store = Recording::new(Arc::new(MemoryStore::new()));
     let keys = create_keys(3072).unwrap();
-    let repository = repository(Arc::new(store.clone()), keyring(&keys)).await;
+    let repository = site(store.clone(), keyring(&keys, SeededRandom::new(1))).await;
     let bytes = noisy_pages(PAGES);
-    let mut builder = BasebackupBuilder::begin(&repository, builder_options(), None).await.unwrap();
+    let mut builder =
+        BasebackupBuilder::begin(&repository, basebackup(Compression::zstd(1)), None).await.unwrap();
     builder.directory("data").directory("data/base").directory("data/base/5");
     // Enough other files that the file table is not fetched whole with the manifest's beginning.
     for n in 0..20_000 {
@@ -121,7 +97,7 @@ async fn child(argument: &str) {
         private_keys: vec![RecipientPrivateKey::from_pem(&std::fs::read_to_string(key).unwrap()).unwrap()],
         random: Arc::new(SeededRandom::new(2)),
     });
-    let repository = repository(store, keyring).await;
+    let repository = site(store, keyring).await;
     let id: BasebackupId = id.parse().unwrap();
     let reader = FileReader::new(Arc::new(Basebackup::open(&repository, id).await.unwrap()), 16 << 20);
     let entry = entry(&reader, "data/base/17/150000").await;
@@ -159,8 +135,9 @@ async fn opening_two_hundred_thousand_files_takes_little_memory() {
     let keys = create_keys(3072).unwrap();
     let key_file = folder.path().join("key.pem");
     std::fs::write(&key_file, keys.private_pem.as_str()).unwrap();
-    let repository = repository(store, keyring(&keys)).await;
-    let mut builder = BasebackupBuilder::begin(&repository, builder_options(), None).await.unwrap();
+    let repository = site(store, keyring(&keys, SeededRandom::new(1))).await;
+    let mut builder =
+        BasebackupBuilder::begin(&repository, basebackup(Compression::zstd(1)), None).await.unwrap();
     builder.directory("data").directory("data/base");
     for database in 1..=20 {
         builder.directory(&format!("data/base/{database}"));

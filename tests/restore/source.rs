@@ -1,33 +1,19 @@
 //! A source with a repository that archives, and restores of it as servers.
 
-use std::ops::Deref;
 use std::path::PathBuf;
 
-use crate::support::{Cluster, Options, Server, Site, Walden, wait_for};
+use crate::support::{Options, Server, wait_for};
 
-/// A cluster that archives with `walden wal push`.
-pub struct Source {
-    pub cluster: Cluster,
-    pub walden: Walden,
-}
-
-impl Deref for Source {
-    type Target = Cluster;
-
-    fn deref(&self) -> &Cluster {
-        &self.cluster
-    }
-}
+pub use crate::support::Source;
 
 impl Source {
+    /// Starts a cluster that archives with `walden wal push`.
     #[track_caller]
     pub fn start(options: Options) -> Self {
-        let cluster = Cluster::start_with(15, options);
-        let site =
-            Site::of(&cluster, cluster.data_directory()).lines("[sites.main.archive]\nfetch_wait = \"2s\"\n");
-        let walden = Walden::configure(cluster.scratch(), &site);
-        cluster.set_archive_command(&walden.archive_command());
-        Self { cluster, walden }
+        let fetch_wait = "[sites.main.archive]\nfetch_wait = \"2s\"\n";
+        let source = Self::configured(15, options, |_, site| site.lines(fetch_wait));
+        source.archive();
+        source
     }
 
     /// Takes a basebackup and returns its id.

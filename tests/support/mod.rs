@@ -18,7 +18,10 @@ mod chaos;
 mod checksum;
 mod pgbench;
 
+mod source;
 mod walden;
+
+pub mod repository;
 
 mod giver;
 mod line;
@@ -43,6 +46,7 @@ pub use s3::{S3, s3_storage};
 pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
 pub use scratch::{Account, Scratch, mounts_below};
 pub use server::{Server, Stop};
+pub use source::Source;
 pub use sql::Sql;
 pub use test_store::StoreKind;
 pub use walden::{Mounted, Running, Site, Walden};
