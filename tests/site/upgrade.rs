@@ -65,6 +65,13 @@ fn pg_upgrade(old: &Cluster) -> Server {
     server
 }
 
+/// Names the new cluster in the configuration, where the old one stood.
+fn name_instead(walden: &Walden, old: &Cluster, new: &Server) {
+    edit(old.scratch(), walden, &old.connection(), &new.connection());
+    let path = |server: &Server| server.data_directory().to_str().unwrap().to_owned();
+    edit(old.scratch(), walden, &path(old), &path(new));
+}
+
 /// Failure 12a: after pg_upgrade the new cluster's timeline 1 collided with the old one's, and archiving stopped.
 #[test]
 fn pg_upgrade_and_a_roll_back_from_it_both_keep_archiving() {
@@ -79,13 +86,7 @@ fn pg_upgrade_and_a_roll_back_from_it_both_keep_archiving() {
 
     let mut new = pg_upgrade(&old);
     new.start();
-    edit(old.scratch(), &walden, &old.connection(), &new.connection());
-    edit(
-        old.scratch(),
-        &walden,
-        old.data_directory().to_str().unwrap(),
-        new.data_directory().to_str().unwrap(),
-    );
+    name_instead(&walden, &old, &new);
     // From here on its archiver fails, tries again, and loses nothing.
     new.set_archive_command(&walden.archive_command());
     let refused = walden.try_run(&["backup"]).expect_code(1).stderr;
@@ -125,13 +126,7 @@ fn a_new_major_version_archives_into_the_same_site() {
 
     // Of the same size of segments, at the same place in the WAL, on the same timeline.
     let new = Cluster::start_with(18, Options::default());
-    edit(old.scratch(), &walden, &old.connection(), &new.connection());
-    edit(
-        old.scratch(),
-        &walden,
-        old.data_directory().to_str().unwrap(),
-        new.data_directory().to_str().unwrap(),
-    );
+    name_instead(&walden, &old, &new);
     let pushed = new.data_directory().join("pg_wal/000000010000000000000001");
     let refused = walden.try_run(&["wal", "push", pushed.to_str().unwrap()]).expect_code(1).stderr;
     assert!(refused.contains("is not of this site"), "{refused}");

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use crate::receive::write_segments;
 use crate::receive_damage::begin_timeline;
-use crate::receive_scene::{Receiver, cluster, segments_between, site};
+use crate::receive_scene::{Receiver, cluster, segments_between};
 use crate::scene::Scene;
-use crate::support::{Need, Stop, Walden, require};
+use crate::support::{Need, Stop, require};
 
 /// Failures 9 and 10 from the side of the archive: a segment and a history that are gone are found, and put back while
 /// the server has them.
@@ -157,8 +157,7 @@ fn forced(scene: &Scene, segment: &str) -> std::path::PathBuf {
 fn what_a_receiver_left_out_is_put_back_once_a_checkpoint_has_passed_it() {
     require!(Need::PostgreSQL(15));
     let mut cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     receiver.walden.run(&["backup"]);
     write_segments(&cluster, 3);

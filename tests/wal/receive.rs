@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::receive_scene::{Receiver, cluster, lsn, site};
+use crate::receive_scene::{Receiver, cluster, lsn};
 use crate::scene::base_backup;
 use crate::support::{Need, Pgbench, Server, Site, Stop, Walden, require, wait_for};
 
@@ -19,8 +19,7 @@ pub fn write_segments(server: &Server, count: usize) {
 fn receives_what_the_server_wrote(major: u32) {
     let cluster = cluster(major);
     Pgbench::initialize(&cluster, 1);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_for_state("streaming", |state| (state["streaming"] == true).then_some(()));
     Pgbench::run(&cluster, &["--no-vacuum", "--client", "4", "--transactions", "1500"]);
     write_segments(&cluster, 2);
@@ -55,7 +54,7 @@ fn every_segment_received_from_the_newest_version_is_the_servers_own() {
 fn the_segment_of_an_idle_server_has_no_final_name_until_it_is_whole() {
     require!(Need::PostgreSQL(15));
     let cluster = cluster(15);
-    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let receiver = Receiver::of(&cluster);
     cluster.sql("create table r (n int)");
     receiver.wait_until_stored(&cluster);
     let open = cluster.sql("select pg_walfile_name(pg_current_wal_lsn())");
@@ -73,8 +72,7 @@ fn a_receiver_killed_at_any_moment_leaves_no_gap() {
     require!(Need::PostgreSQL(15));
     let cluster = cluster(15);
     Pgbench::initialize(&cluster, 1);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_for_state("streaming", |state| (state["streaming"] == true).then_some(()));
     let load = Pgbench::start(&cluster, 2);
     // By bytes of WAL, not by time: each kill falls somewhere else in a segment, a piece and a sync.

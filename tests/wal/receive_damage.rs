@@ -60,8 +60,7 @@ fn goes_on_behind_a_spoiled_history(
 fn a_damaged_history_in_the_store_holds_back_nothing_and_is_replaced_once_it_is_removed() {
     require!(Need::PostgreSQL(15));
     let mut cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     // Its header, by which the timeline is known, is sound.
     let spoil = |receiver: &Receiver, _: &Cluster| flip(receiver, "00000002.history");
     goes_on_behind_a_spoiled_history(&mut cluster, &mut receiver, spoil, Receiver::runs);
@@ -96,8 +95,7 @@ fn a_history_that_nobody_signed_holds_back_nothing() {
 fn a_damaged_segment_in_the_store_is_superseded_by_the_one_that_is_received() {
     require!(Need::PostgreSQL(15));
     let cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     receiver.walden.run(&["backup"]);
     write_segments(&cluster, 5);

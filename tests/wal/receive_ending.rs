@@ -128,8 +128,7 @@ fn the_daemon_ends_in_the_middle_of_an_upload_to_a_store_that_hangs() {
 fn the_command_ends_while_the_repository_is_on_a_dead_mount() {
     require!(Need::PostgreSQL(15), Need::Folder, Need::Fuse, Need::Root);
     let cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     write_segments(&cluster, 2);
     receiver.wait_until_stored(&cluster);
@@ -160,8 +159,7 @@ fn the_command_ends_while_the_repository_is_on_a_dead_mount() {
 fn the_command_ends_while_the_spool_is_on_a_dead_mount() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
     let cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);

@@ -1,8 +1,8 @@
 //! A server recovers what was received through the mount, to the last commit: the end of it is there in pieces only.
 
-use crate::receive_scene::{Receiver, cluster, site};
+use crate::receive_scene::{Receiver, cluster};
 use crate::scene::{base_backup, recover};
-use crate::support::{Need, Server, Walden, require};
+use crate::support::{Need, Server, require};
 
 /// Says which command goes through the mount; that of a recovery comes first.
 const DOCUMENT: &str = include_str!("../../docs/mount.md");
@@ -11,7 +11,7 @@ const DOCUMENT: &str = include_str!("../../docs/mount.md");
 fn a_recovery_by_cp_from_the_mount_has_what_is_in_pieces() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let cluster = cluster(15);
-    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     cluster.sql("create table r (n int)");
     let data = cluster.scratch().path().join("copy");

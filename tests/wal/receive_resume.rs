@@ -3,9 +3,9 @@
 use std::fs;
 
 use crate::receive::write_segments;
-use crate::receive_scene::{Receiver, cluster, lsn, segment_at, segments_between, site};
+use crate::receive_scene::{Receiver, cluster, lsn, segment_at, segments_between};
 use crate::receive_trouble::forgetful;
-use crate::support::{Need, Server, Walden, require, wait_for};
+use crate::support::{Need, Server, require, wait_for};
 
 /// Receives some segments, and returns the last one and the two before.
 #[track_caller]
@@ -37,8 +37,7 @@ fn assert_whole(receiver: &Receiver, server: &Server) {
 fn what_the_slot_keeps_and_the_archive_lacks_is_received_again() {
     require!(Need::PostgreSQL(15));
     let cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     let [_, missing, _] = receive_segments(&receiver, &cluster);
     receiver.stop();
     lose(&receiver, &missing);
@@ -56,8 +55,7 @@ fn what_the_slot_keeps_and_the_archive_lacks_is_received_again() {
 fn what_a_basebackup_needs_and_the_archive_lacks_is_received_again() {
     require!(Need::PostgreSQL(15));
     let cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     receiver.walden.run(&["backup"]);
     let [first, _, third] = receive_segments(&receiver, &cluster);
@@ -75,8 +73,7 @@ fn what_a_basebackup_needs_and_the_archive_lacks_is_received_again() {
 fn what_no_server_has_any_more_is_told_and_what_is_behind_it_is_received() {
     require!(Need::PostgreSQL(15));
     let cluster = forgetful();
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     receiver.walden.run(&["backup"]);
     let [_, missing, behind] = receive_segments(&receiver, &cluster);

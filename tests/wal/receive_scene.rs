@@ -53,6 +53,12 @@ pub fn site(cluster: &Cluster) -> Site {
 }
 
 impl Receiver {
+    /// Starts receiving from a cluster.
+    #[track_caller]
+    pub fn of(cluster: &Cluster) -> Self {
+        Self::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(cluster)))
+    }
+
     /// Starts receiving for a configuration.
     #[track_caller]
     pub fn start(scratch: &Scratch, walden: Walden) -> Self {

@@ -52,7 +52,7 @@ fn a_server_without_a_free_sender_is_asked_until_it_has_one() {
     wait_for("the only sender to be taken", || {
         (cluster.sql("select count(*) from pg_stat_replication") == "1").then_some(())
     });
-    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let receiver = Receiver::of(&cluster);
     receiver.wait_for_state("why nothing comes", |state| {
         let message = state["receive_problem"]["message"].as_str()?;
         message.contains("max_wal_senders").then_some(())
@@ -68,7 +68,7 @@ fn a_server_without_a_free_sender_is_asked_until_it_has_one() {
 fn a_server_that_restarts_or_ends_the_connection_is_received_from_again_without_a_gap() {
     require!(Need::PostgreSQL(15));
     let mut cluster = cluster(15);
-    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     for how in [Stop::Fast, Stop::Immediate, Stop::Kill] {
         write_segments(&cluster, 1);
@@ -195,7 +195,7 @@ fn segments_of_128_mib_are_received_in_pieces_and_stored_in_parts() {
     let options = Options::default().initdb("--wal-segsize=128").setting("max_wal_size", "512MB");
     let options = options.setting("archive_mode", "off").setting("wal_keep_size", "1GB");
     let cluster = Cluster::start_with(15, options);
-    let receiver = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     for megabytes in [100, 20] {
         // Text that does not shrink to nothing, so that there is something to each part.

@@ -33,8 +33,7 @@ fn assert_received(receiver: &Receiver, server: &Server, timeline: u32, at_least
 fn two_switches_while_nobody_receives_are_followed_one_after_the_other() {
     require!(Need::PostgreSQL(15));
     let mut cluster = cluster(15);
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     receiver.walden.run(&["backup"]);
     write_segments(&cluster, 1);

@@ -56,8 +56,7 @@ pub fn stop_before(receiver: &mut Receiver) -> String {
 #[track_caller]
 fn loses_wal(lose: impl FnOnce(&Server)) {
     let cluster = forgetful();
-    let mut receiver =
-        Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &site(&cluster)));
+    let mut receiver = Receiver::of(&cluster);
     receive_something(&receiver, &cluster);
     let next = stop_before(&mut receiver);
     let end = receiver.state()["received"].clone();
@@ -118,9 +117,9 @@ fn a_slot_made_anew_above_what_is_needed_is_noticed() {
     });
 }
 
-#[test]
-fn what_one_server_removed_is_received_from_another_that_has_it() {
-    require!(Need::PostgreSQL(15));
+/// Stops a receiver of two servers, and has the primary remove what it wants next; the standby has all of it.
+#[track_caller]
+fn removed_by_one_of_two() -> (Cluster, Server, Receiver) {
     let primary = forgetful();
     let data = primary.scratch().path().join("standby");
     base_backup(&primary, &data, &["-R"]);
@@ -138,6 +137,13 @@ fn what_one_server_removed_is_received_from_another_that_has_it() {
     wait_for("the standby to have it all", || {
         (standby.sql(&format!("select pg_last_wal_receive_lsn() >= '{end}'")) == "t").then_some(())
     });
+    (primary, standby, receiver)
+}
+
+#[test]
+fn what_one_server_removed_is_received_from_another_that_has_it() {
+    require!(Need::PostgreSQL(15));
+    let (primary, standby, mut receiver) = removed_by_one_of_two();
     receiver.start_again();
     receiver.wait_until_stored(&primary);
     assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
@@ -149,23 +155,7 @@ fn what_one_server_removed_is_received_from_another_that_has_it() {
 #[test]
 fn what_one_server_removed_is_waited_for_while_another_does_not_answer() {
     require!(Need::PostgreSQL(15));
-    let primary = forgetful();
-    let data = primary.scratch().path().join("standby");
-    base_backup(&primary, &data, &["-R"]);
-    let mut standby = Server::new(15, &data, &primary.scratch().folder("run2"));
-    standby.set("wal_keep_size", "1GB").start();
-    let (first, second) = (primary.connection(), standby.connection());
-    let nodes = [(first.as_str(), "primary"), (second.as_str(), "primary")];
-    let site = Site::of(&primary, primary.data_directory()).nodes(&nodes).key("wal = \"receive\"");
-    let mut receiver = Receiver::start(primary.scratch(), Walden::configure(primary.scratch(), &site));
-    receive_something(&receiver, &primary);
-    let next = stop_before(&mut receiver);
-    primary.sql("select pg_drop_replication_slot('walden_main')");
-    write_until_removed(&primary, &next);
-    let end = primary.sql("select pg_current_wal_flush_lsn()");
-    wait_for("the standby to have it all", || {
-        (standby.sql(&format!("select pg_last_wal_receive_lsn() >= '{end}'")) == "t").then_some(())
-    });
+    let (primary, mut standby, mut receiver) = removed_by_one_of_two();
     standby.stop(Stop::Fast);
     receiver.start_again();
     receiver.wait_for_state("what is waited for", |state| {
