@@ -39,6 +39,9 @@ pub struct CheckedServer {
     pub server: Option<(Session, ServerFacts)>,
 }
 
+/// The name of the line.
+const DATA_DIRECTORY: &str = "data directory";
+
 /// Connects to a server and looks at everything that needs no repository.
 pub async fn check_server(options: &NodeOptions) -> CheckedServer {
     let session = match Session::connect(&options.connection).await {
@@ -65,7 +68,7 @@ pub async fn check_server(options: &NodeOptions) -> CheckedServer {
         format!("user \"{user}\" at {address}: PostgreSQL {}, {role}", facts.version_text),
     ));
     items.push(rights.unwrap_or_else(|| rights_of(&facts)));
-    items.extend(check_data_directory(options, &facts));
+    items.extend(check_data_directory(options, &facts).await);
     items.extend(check_settings(&facts, &options.site, options.slot.is_some()));
     if let Some(slot) = &options.slot {
         items.extend(check_receiving(&options.connection, &session, &facts, slot).await);
@@ -152,23 +155,39 @@ fn rights_of(facts: &ServerFacts) -> Item {
     Item::warning("rights", detail, "A member of pg_monitor with EXECUTE on pg_show_all_file_settings() may.")
 }
 
-/// Looks whether the data directory is on this host, is this server's, and can be read with all its tablespaces.
-fn check_data_directory(options: &NodeOptions, facts: &ServerFacts) -> Vec<Item> {
-    let path = options.data_directory.as_deref().unwrap_or_else(|| facts.data_directory());
-    let shown = path.display();
-    if options.has_others && !path.exists() {
-        let detail = format!("\"{shown}\" is not on this host");
-        return vec![Item::warning("data directory", detail, "No basebackup is taken from this node here.")];
-    }
+/// Looks at the data directory, on a thread that may wait for its volumes: thousands of files are opened, and meanwhile
+/// the session goes on.
+async fn check_data_directory(options: &NodeOptions, facts: &ServerFacts) -> Vec<Item> {
+    let path = options.data_directory.as_deref().unwrap_or_else(|| facts.data_directory()).to_owned();
+    let (may_be_elsewhere, facts) = (options.has_others, facts.clone());
+    let looked = tokio::task::spawn_blocking(move || {
+        if may_be_elsewhere && !path.exists() {
+            let detail = format!("\"{}\" is not on this host", path.display());
+            let hint = "No basebackup is taken from this node here.";
+            return vec![Item::warning(DATA_DIRECTORY, detail, hint)];
+        }
+        look_at_data_directory(&path, &facts)
+    });
+    looked.await.unwrap_or_else(|error| {
+        vec![Item::failed(
+            DATA_DIRECTORY,
+            format!("internal error: {error}"),
+            "Report it: walden is at fault.",
+        )]
+    })
+}
+
+/// Looks whether a directory is this server's, and can be read with all its tablespaces.
+fn look_at_data_directory(path: &Path, facts: &ServerFacts) -> Vec<Item> {
     let (directory, files) = match judge_directory(path, facts) {
         Ok(()) => {
             let version = format!("PG_{}_{}", facts.version.number(), facts.catalog_version);
-            let directory = Item::ok("data directory", format!("\"{shown}\" is this server's"));
+            let directory = Item::ok(DATA_DIRECTORY, format!("\"{}\" is this server's", path.display()));
             (directory, check_data_files(path, &version))
         }
         Err((detail, hint)) => {
             let files = Item::skipped(data_files::NAME, "the data directory has to be right first");
-            (Item::failed("data directory", detail, hint), files)
+            (Item::failed(DATA_DIRECTORY, detail, hint), files)
         }
     };
     vec![directory, check_tablespaces(&facts.tablespaces), files]
