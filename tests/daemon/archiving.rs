@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::scene::Scene;
-use crate::support::{Account, Fault, Need, Pgbench, Proxy, Run, S3, Stop, require, s3_storage, wait_for};
+use crate::support::{Account, Fault, Need, Pgbench, RemoteS3, Run, Stop, require, wait_for};
 
 #[test]
 fn every_segment_of_a_load_is_in_the_archive_on_13() {
@@ -164,11 +164,9 @@ fn another_file_under_a_remembered_name_is_looked_at_anew() {
 #[test]
 fn a_site_whose_store_is_dead_does_not_keep_another_waiting() {
     require!(Need::PostgreSQL(15));
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint());
-    let lines = format!("[sites.dead]\n[sites.dead.storage]\n{storage}retry = \"1h\"\ntimeout = \"1h\"\n");
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1h\"\ntimeout = \"1h\"\n");
+    let lines = format!("[sites.dead]\n[sites.dead.storage]\n{storage}");
     let scene = Scene::start(15, |site| site.lines(&lines));
     line.inject("", "", usize::MAX, Fault::Silence);
     let daemon = scene.daemon();

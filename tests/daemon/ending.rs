@@ -5,7 +5,7 @@ use std::process::Stdio;
 use nix::sys::signal::Signal;
 
 use crate::scene::Scene;
-use crate::support::{Fault, Need, Proxy, Run, S3, Stop, require, s3_storage, wait_for};
+use crate::support::{Fault, Need, RemoteS3, Run, Stop, require, wait_for};
 
 /// The store is waited for longer than the tests are: what ends earlier did not wait for it.
 const PATIENT: &str = "retry = \"1h\"\ntimeout = \"1h\"\n";
@@ -13,10 +13,8 @@ const PATIENT: &str = "retry = \"1h\"\ntimeout = \"1h\"\n";
 #[test]
 fn sigterm_ends_it_in_the_middle_of_an_upload_to_a_store_that_hangs() {
     require!(Need::PostgreSQL(15));
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + PATIENT;
+    let line = RemoteS3::start();
+    let storage = line.storage(PATIENT);
     let scene = Scene::start(15, |site| site.storage(&storage));
     let segments = scene.end_segments(4);
     let mut daemon = scene.daemon();
@@ -64,17 +62,15 @@ fn failure_20_the_server_shuts_down_while_the_daemon_hangs() {
 #[test]
 fn a_daemon_that_is_killed_in_mid_request_is_done_without() {
     require!(Need::PostgreSQL(15));
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + PATIENT;
+    let line = RemoteS3::start();
+    let storage = line.storage(PATIENT);
     let scene = Scene::start(15, |site| site.storage(&storage));
     let segments = scene.end_segments(1);
     let daemon = scene.daemon();
     wait_for("the daemon to have opened the site", || {
         line.take_requests().iter().any(|head| head.contains("site.json")).then_some(())
     });
-    wait_for("the site to be there", || folder.path().join("main/site.json").exists().then_some(()));
+    wait_for("the site to be there", || line.folder().join("main/site.json").exists().then_some(()));
     line.inject("PUT", &segments[0], usize::MAX, Fault::Silence);
     let push = scene.push(&segments[0]).stderr(Stdio::piped()).spawn().unwrap();
     let asked = |head: &String| head.starts_with("PUT") && head.contains(&segments[0]);
@@ -92,10 +88,8 @@ fn a_daemon_that_is_killed_in_mid_request_is_done_without() {
 #[test]
 fn a_store_that_fails_is_the_commands_failure_and_no_acknowledgement() {
     require!(Need::PostgreSQL(15));
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + "retry = \"2s\"\n";
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"2s\"\n");
     let scene = Scene::start(15, |site| site.storage(&storage));
     let segments = scene.end_segments(3);
     let daemon = scene.daemon();

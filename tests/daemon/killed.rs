@@ -13,7 +13,7 @@ use serde_json::json;
 use walden::catalog::PLAN_FILE_NAME;
 
 use crate::scene::Scene;
-use crate::support::{Fault, Need, Proxy, Run, S3, require, s3_storage};
+use crate::support::{Fault, Need, RemoteS3, Run, require};
 
 /// Acknowledged pushes, unless `WALDEN_KILL_PUSHES` says how many.
 const PUSHES: usize = 10;
@@ -26,15 +26,13 @@ const FAULT_EVERY: usize = 3;
 fn nothing_that_was_acknowledged_is_missing_after_kill_9_under_a_failing_store() {
     require!(Need::PostgreSQL(15));
     let pushes = std::env::var("WALDEN_KILL_PUSHES").map_or(PUSHES, |text| text.parse().unwrap());
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + "retry = \"3s\"\ntimeout = \"1s\"\n";
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"3s\"\ntimeout = \"1s\"\n");
     let scene = Scene::start(15, |site| site.storage(&storage));
     // The judge has a line of its own, which does not fail.
     let direct = scene.walden.configuration_file().with_file_name("direct.toml");
     let text = fs::read_to_string(scene.walden.configuration_file()).unwrap();
-    fs::write(&direct, text.replace(&line.endpoint(), &store.endpoint())).unwrap();
+    fs::write(&direct, text.replace(&line.endpoint(), &line.server().endpoint())).unwrap();
     fs::set_permissions(&direct, fs::Permissions::from_mode(0o600)).unwrap();
     scene.scratch().account().own(&direct);
     let segments = scene.end_segments(pushes);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::scene::Scene;
-use crate::support::{Fault, Need, Proxy, S3, require, s3_storage, wait_for};
+use crate::support::{Fault, Need, RemoteS3, require, wait_for};
 
 /// Segments of 1 MiB that may wait.
 const WAITING_MAX: usize = 8;
@@ -24,10 +24,8 @@ fn failure_10_the_limit_holds_while_the_command_waits_for_a_store_that_hangs() {
 
 fn failure_10_the_limit_holds(with_daemon: bool) {
     require!(Need::PostgreSQL(15));
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + "retry = \"1h\"\ntimeout = \"1s\"\n";
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1h\"\ntimeout = \"1s\"\n");
     let scene = Scene::start(15, |site| site.storage(&storage).lines(LIMIT));
     let _daemon = with_daemon.then(|| scene.daemon());
     scene.archive();
@@ -65,10 +63,8 @@ fn failure_10_the_limit_holds(with_daemon: bool) {
 #[test]
 fn a_gap_that_cannot_be_noted_is_not_made_and_without_a_limit_there_is_none() {
     require!(Need::PostgreSQL(15));
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + "retry = \"1s\"\ntimeout = \"1s\"\n";
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1s\"\ntimeout = \"1s\"\n");
     let scene = Scene::start(15, |site| site.storage(&storage).lines(LIMIT));
     let segments = scene.end_segments(2 * WAITING_MAX);
     line.inject("", "", usize::MAX, Fault::Silence);
@@ -91,10 +87,8 @@ fn a_gap_that_cannot_be_noted_is_not_made_and_without_a_limit_there_is_none() {
 #[test]
 fn a_history_that_was_left_out_is_archived_once_the_archive_takes_files_again() {
     require!(Need::PostgreSQL(15));
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + "retry = \"1s\"\ntimeout = \"1s\"\n";
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1s\"\ntimeout = \"1s\"\n");
     let scene = Scene::start(15, |site| site.storage(&storage).lines(LIMIT));
     scene.end_segments(2 * WAITING_MAX);
     line.inject("", "", usize::MAX, Fault::Silence);

@@ -42,7 +42,7 @@ pub use needs::{Need, bin_directory, missing, program, unmet};
 pub use pgbench::Pgbench;
 pub use proxy::{Fault, Proxy, header};
 pub use run::Run;
-pub use s3::{S3, s3_storage};
+pub use s3::{RemoteS3, S3, s3_storage};
 pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
 pub use scratch::{Account, Scratch, mounts_below};
 pub use server::{Server, Stop};

@@ -1,11 +1,14 @@
 //! An S3 server over a folder, for tests of the binary: objects are files there, to be looked at and damaged.
 
 use std::fs;
+use std::ops::Deref;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
+use super::Proxy;
 use super::s3_server::{ACCESS_KEY_ID, BUCKET, S3Server, SECRET_ACCESS_KEY};
 
 /// A server; it ends when dropped.
@@ -36,6 +39,45 @@ impl S3 {
     /// Returns the lines of `[storage]` for it.
     pub fn storage(&self) -> String {
         s3_storage(&self.endpoint())
+    }
+}
+
+/// A server over a folder of its own, at the end of a line that can be disturbed.
+pub struct RemoteS3 {
+    // Dropped in this order: who asks goes before who answers, and that before what it answers from.
+    line: Proxy,
+    server: S3,
+    folder: TempDir,
+}
+
+impl Deref for RemoteS3 {
+    type Target = Proxy;
+
+    fn deref(&self) -> &Proxy {
+        &self.line
+    }
+}
+
+impl RemoteS3 {
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let server = S3::over(folder.path());
+        Self { line: Proxy::to(&server.endpoint()), server, folder }
+    }
+
+    /// Returns the lines of `[storage]` for it, with further ones; requests go through the line.
+    pub fn storage(&self, further: &str) -> String {
+        s3_storage(&self.line.endpoint()) + further
+    }
+
+    /// Returns the server itself, past the line.
+    pub fn server(&self) -> &S3 {
+        &self.server
+    }
+
+    /// Returns the folder that is the bucket.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 }
 

@@ -8,7 +8,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, lsn, site};
-use crate::support::{Cluster, Fault, Line, Need, Proxy, S3, Site, Walden, require, s3_storage, wait_for};
+use crate::support::{Cluster, Fault, Line, Need, RemoteS3, Site, Walden, require, wait_for};
 
 const COMMAND: &[&str] = &["-v", "wal", "receive"];
 const DAEMON: &[&str] = &["-v", "daemon"];
@@ -89,11 +89,9 @@ fn the_command_ends_while_the_slot_cannot_be_looked_at() {
 #[track_caller]
 fn ends_while_a_store_is_silent(command: &[&str]) {
     let cluster = cluster(15);
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
+    let line = RemoteS3::start();
     // The store is waited for longer than the test is.
-    let storage = s3_storage(&line.endpoint()) + "retry = \"1h\"\ntimeout = \"1h\"\n";
+    let storage = line.storage("retry = \"1h\"\ntimeout = \"1h\"\n");
     let walden = Walden::configure(cluster.scratch(), &site(&cluster).storage(&storage));
     let mut receiver = Receiver::start_as(cluster.scratch(), walden, command);
     receiver.wait_until_streaming();

@@ -8,8 +8,7 @@ use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, cluster_with, lsn, segment_at, site};
 use crate::scene::base_backup;
 use crate::support::{
-    Cluster, Fault, Need, Options, Pgbench, Proxy, Run, S3, Server, Site, Stop, Walden, require, s3_storage,
-    wait_for,
+    Cluster, Fault, Need, Options, Pgbench, RemoteS3, Run, Server, Site, Stop, Walden, require, wait_for,
 };
 
 /// Makes a cluster that removes WAL as soon as no slot keeps it.
@@ -217,10 +216,8 @@ fn a_primary_that_was_set_back_is_told_and_received_from_once_it_has_come_as_far
 fn a_store_that_is_away_for_long_is_caught_up_with() {
     require!(Need::PostgreSQL(15));
     let cluster = cluster(15);
-    let folder = tempfile::tempdir().unwrap();
-    let store = S3::over(folder.path());
-    let line = Proxy::to(&store.endpoint());
-    let storage = s3_storage(&line.endpoint()) + "retry = \"1s\"\ntimeout = \"1s\"\n";
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1s\"\ntimeout = \"1s\"\n");
     let walden = Walden::configure(cluster.scratch(), &site(&cluster).storage(&storage));
     let mut receiver = Receiver::start(cluster.scratch(), walden);
     receive_something(&receiver, &cluster);
