@@ -3,6 +3,7 @@
 //! Root creates files on behalf of a folder's owner (the state folder, a clone, a `file://` repository);
 //! an ordinary user only ever owns what it creates, so giving to oneself is no system call at all.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -41,13 +42,18 @@ impl Owner {
     }
 
     /// Makes `path` belong to this owner; a symbolic link itself, not what it names.
+    ///
+    /// One who is not root cannot give to a group that he is not in: that of what is his already stays, as it does for
+    /// whatever he makes in a folder that root made for him.
     pub fn give(self, path: &Path) -> Result<(), Error> {
         let metadata = std::fs::symlink_metadata(path).map_err(Error::at("stat", path))?;
         if (metadata.uid(), metadata.gid()) == (self.uid, self.gid) {
             return Ok(());
         }
-        std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid))
-            .map_err(Error::at("change the owner of", path))
+        match std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid)) {
+            Err(error) if error.kind() == ErrorKind::PermissionDenied && metadata.uid() == self.uid => Ok(()),
+            given => given.map_err(Error::at("change the owner of", path)),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Heads of an archive that PostgreSQL's archive_command fills: with a daemon or without, now and then.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -40,6 +41,21 @@ fn how_far_the_archive_reaches_is_noted_with_a_daemon_and_without() {
     fetch.args(["wal", "fetch", &segments[3], "fetched"]).current_dir(scene.data_directory());
     let refused = Run::of(&mut fetch, "").expect_code(200);
     assert!(refused.stderr.contains("is missing"), "{}", refused.stderr);
+}
+
+/// `install -d -o postgres` leaves the group to root, which the daemon can give nothing to.
+#[test]
+fn a_folder_that_root_made_for_postgres_serves() {
+    require!(Need::PostgreSQL(15), Need::Folder, Need::Root);
+    let scene = Scene::start(15, |site| site);
+    let state = scene.walden.configuration_file().with_file_name("state");
+    fs::create_dir_all(&state).unwrap();
+    let owner = fs::metadata(scene.data_directory()).unwrap().uid();
+    std::os::unix::fs::chown(&state, Some(owner), Some(0)).unwrap();
+    let segments = scene.end_segments(1);
+    let pushed = scene.pushed(&segments[0]);
+    assert!(!pushed.stderr.contains("head"), "{}", pushed.stderr);
+    note(&scene);
 }
 
 /// A push is not less of one where this host can remember nothing.
