@@ -7,14 +7,12 @@
 
 use std::future::Future;
 use std::io;
-use std::path::PathBuf;
 use std::pin::pin;
 use std::time::Duration;
 
 use nix::errno::Errno;
 
 use crate::disk::Owner;
-use crate::pg::{RECOVERY_SIGNAL, STANDBY_SIGNAL};
 
 /// How often a waiting call looks whether its caller is being killed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -35,19 +33,6 @@ impl Caller {
     /// Returns the caller for work this process does by itself.
     pub fn internal() -> Self {
         Self { pid: None, owner: Owner::current() }
-    }
-
-    /// Tells whether the caller works for a recovery that ends, and for no standby: PostgreSQL runs a restore_command in
-    /// its data directory. What cannot be seen is a no.
-    pub async fn is_recovery_that_ends(&self) -> bool {
-        let Some(pid) = self.pid else { return false };
-        // Of the caller's own view of the file systems; they may hang.
-        let looked = tokio::task::spawn_blocking(move || {
-            let directory = PathBuf::from(format!("/proc/{pid}/cwd"));
-            let has = |name| directory.join(name).try_exists();
-            Ok::<_, io::Error>(has(RECOVERY_SIGNAL)? && !has(STANDBY_SIGNAL)?)
-        });
-        looked.await.is_ok_and(|seen| seen.unwrap_or(false))
     }
 
     /// Waits for `work`, but no longer than the caller lives.
@@ -107,23 +92,6 @@ mod tests {
         }
         assert!(!has_deadly_signal(&status(0, bit(libc::SIGTERM), bit(libc::SIGTERM))));
         assert!(!has_deadly_signal("garbage"));
-    }
-
-    #[tokio::test]
-    async fn a_recovery_is_known_by_the_signal_file_in_its_directory() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut child = std::process::Command::new("sleep").arg("60").current_dir(&folder).spawn().unwrap();
-        let caller = Caller { pid: Some(child.id()), owner: Owner::current() };
-        assert!(!caller.is_recovery_that_ends().await);
-        std::fs::write(folder.path().join(RECOVERY_SIGNAL), "").unwrap();
-        assert!(caller.is_recovery_that_ends().await);
-        assert!(!Caller::internal().is_recovery_that_ends().await);
-        std::fs::write(folder.path().join(STANDBY_SIGNAL), "").unwrap();
-        assert!(!caller.is_recovery_that_ends().await);
-        std::fs::remove_file(folder.path().join(STANDBY_SIGNAL)).unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(!caller.is_recovery_that_ends().await, "it is gone");
     }
 
     #[tokio::test]

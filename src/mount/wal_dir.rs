@@ -21,10 +21,12 @@ use crate::mount::caller::Caller;
 use crate::mount::fs::{FileKind, Lifetime};
 use crate::mount::lower::LowerError;
 use crate::mount::repo_lower::lower_error;
+use crate::mount::restoring::RestoringServer;
 use crate::mount::virtual_dir::{DynamicDir, Found as FoundItem, Item, StaticFile};
+use crate::mount::wal_beginnings::WalBeginnings;
 use crate::mount::wal_evidence::{Absence, Evidence};
 use crate::mount::wal_file::{EmptyFile, Opened, PartialFile, WalFile};
-use crate::pg::{ArchiveFileName, TimelineId, WalSegmentName, WalSegmentNumber};
+use crate::pg::{ArchiveFileName, Lsn, TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::repo;
 use crate::repo::layout::{ObjectName, WalObjectName};
 
@@ -37,6 +39,7 @@ pub struct WalDir {
     held: Arc<Semaphore>,
     plan: Option<RecoveryPlan>,
     evidence: Evidence,
+    beginnings: WalBeginnings,
 }
 
 /// Which segments are copied, as far as a mount without a plan can tell what is wanted next.
@@ -46,6 +49,27 @@ struct Copies {
     /// Whether a plan tells instead, as soon as a name is looked up.
     planned: bool,
     last: Mutex<Option<WalSegmentNumber>>,
+}
+
+/// What a server is shown of a segment whose beginning alone is in the archive.
+#[derive(Debug)]
+enum Shown {
+    /// It has more of it itself, which it reads when it is told that there is none.
+    Absent,
+    /// The beginning, filled up with zeros.
+    Beginning(Bytes),
+    /// It cannot be told, or must not be.
+    Empty,
+}
+
+impl Shown {
+    fn item(self) -> Option<Item> {
+        match self {
+            Self::Absent => None,
+            Self::Beginning(content) => Some(part_item(content)),
+            Self::Empty => Some(Item::File(Arc::new(EmptyFile))),
+        }
+    }
 }
 
 /// The suffix of the file whose presence proves absence.
@@ -73,6 +97,7 @@ impl WalDir {
             held: Arc::new(Semaphore::new(HELD_MAX)),
             plan,
             evidence: Evidence::default(),
+            beginnings: WalBeginnings::default(),
         }
     }
 
@@ -98,34 +123,76 @@ impl WalDir {
             let found = self.reader.read_ending(segment, end, Patience::Forever).await;
             return self.find_part(segment, found.map_err(|error| lower_error(&error))?);
         }
+        if let Some(shown) = self.shown_before(caller, segment).await {
+            return Ok(shown.item());
+        }
         match self.size_of(segment).await? {
             Found::Present(size) => Ok(Some(self.file(ArchiveFileName::Segment(segment), size))),
             Found::Unreadable(error) => {
                 tracing::error!("WAL segment {segment} is served with length 0: {error}");
-                Ok(Some(Item::File(Arc::new(EmptyFile))))
+                Ok(Shown::Empty.item())
             }
             Found::Absent => match self.absence(segment).await? {
                 Absence::Proven => Ok(None),
-                // A standby may have more of it by streaming, confirmed, and would write over that.
-                Absence::EndsIn(end) if caller.is_recovery_that_ends().await => {
-                    tracing::info!(
-                        "a recovery is served WAL segment {segment} up to {end}, where the archive ends"
-                    );
-                    let found = self.reader.read_ending(segment, end, Patience::Forever).await;
-                    self.find_part(segment, found.map_err(|error| lower_error(&error))?)
-                }
-                Absence::EndsIn(end) => {
-                    tracing::warn!(
-                        "WAL segment {segment} is there up to {end}, in pieces, and served with length 0: whoever asks \
-                         is not seen to run in the data directory of a server that recovers and is no standby"
-                    );
-                    Ok(Some(Item::File(Arc::new(EmptyFile))))
-                }
+                Absence::EndsIn(end) => Ok(self.show_beginning(caller, segment, end).await?.item()),
                 Absence::Hole { evidence } => {
                     tracing::error!("WAL segment {segment} is missing and served with length 0: {evidence}");
-                    Ok(Some(Item::File(Arc::new(EmptyFile))))
+                    Ok(Shown::Empty.item())
                 }
             },
+        }
+    }
+
+    /// Returns what a server is shown of a segment whose beginning it was shown a moment ago, whatever has come since.
+    async fn shown_before(&self, caller: &Caller, segment: WalSegmentName) -> Option<Shown> {
+        let now = self.reader.clock().monotonic();
+        if self.beginnings.is_empty(now) {
+            return None;
+        }
+        let server = RestoringServer::of(caller).await?;
+        let beginning = self.beginnings.find(server.identity(), segment, now)?;
+        Some(self.show_to(&server, segment, beginning).await)
+    }
+
+    /// Shows the segment in which the archive ends. A standby may have more of it by streaming, confirmed, and would write
+    /// over that.
+    async fn show_beginning(
+        &self,
+        caller: &Caller,
+        segment: WalSegmentName,
+        end: Lsn,
+    ) -> Result<Shown, LowerError> {
+        let Some(server) = RestoringServer::of(caller).await else {
+            tracing::warn!(
+                "WAL segment {segment} is there up to {end}, in pieces, and served with length 0: whoever asks is not \
+                 seen to run in the data directory of a server that recovers and is no standby"
+            );
+            return Ok(Shown::Empty);
+        };
+        let found = self.reader.read_ending(segment, end, Patience::Forever).await;
+        let Found::Present(beginning) = found.map_err(|error| lower_error(&error))? else {
+            tracing::error!("WAL segment {segment} is served with length 0: its pieces cannot be read");
+            return Ok(Shown::Empty);
+        };
+        let beginning =
+            self.beginnings.show(server.identity(), segment, beginning, self.reader.clock().monotonic());
+        Ok(self.show_to(&server, segment, beginning).await)
+    }
+
+    /// Shows a beginning to a server that has no more of the segment itself.
+    async fn show_to(&self, server: &RestoringServer, segment: WalSegmentName, beginning: Bytes) -> Shown {
+        match server.has_more_than(&beginning, segment, self.reader.cluster()).await {
+            Ok(false) => Shown::Beginning(beginning),
+            Ok(true) => {
+                tracing::info!(
+                    "a recovery has more of WAL segment {segment}, where the archive ends, itself"
+                );
+                Shown::Absent
+            }
+            Err(error) => {
+                tracing::error!("WAL segment {segment} is served with length 0: the server's own: {error}");
+                Shown::Empty
+            }
         }
     }
 
@@ -183,14 +250,25 @@ impl WalDir {
     }
 
     /// Tells whether recovery may go on without the file.
-    async fn is_proven_absent(&self, name: ArchiveFileName) -> Result<bool, LowerError> {
+    async fn is_proven_absent(&self, caller: &Caller, name: ArchiveFileName) -> Result<bool, LowerError> {
         if self.is_outside_plan(name) {
             return Ok(true);
+        }
+        if let ArchiveFileName::Segment(segment) = name
+            && let Some(shown) = self.shown_before(caller, segment).await
+        {
+            return Ok(matches!(shown, Shown::Absent));
         }
         match self.reader.size(name, Patience::Forever).await.map_err(|error| lower_error(&error))? {
             Found::Present(_) | Found::Unreadable(_) => Ok(false),
             Found::Absent => match name {
-                ArchiveFileName::Segment(segment) => Ok(self.absence(segment).await? == Absence::Proven),
+                ArchiveFileName::Segment(segment) => match self.absence(segment).await? {
+                    Absence::Proven => Ok(true),
+                    Absence::EndsIn(end) => {
+                        Ok(matches!(self.show_beginning(caller, segment, end).await?, Shown::Absent))
+                    }
+                    Absence::Hole { .. } => Ok(false),
+                },
                 _ => Ok(self.says_absent(name)),
             },
         }
@@ -331,7 +409,7 @@ impl DynamicDir for WalDir {
         let Ok(name) = std::str::from_utf8(name) else { return Ok(None) };
         if let Some(name) = name.strip_suffix(ABSENT) {
             let Ok(name) = name.parse() else { return Ok(None) };
-            let proof = self.is_proven_absent(name).await?;
+            let proof = self.is_proven_absent(caller, name).await?;
             let content = format!("{name} is not in the archive\n");
             let file = || Item::File(Arc::new(StaticFile::new(content, Timestamp::UNIX_EPOCH)));
             return Ok(proof.then(|| FoundItem { item: file(), lifetime: Lifetime::Once }));
@@ -392,6 +470,7 @@ mod tests {
     use crate::clock::SystemClock;
     use crate::codec::Compression;
     use crate::mount::fs::IoMode;
+    use crate::mount::restoring::tests::RestoreCommand;
     use crate::pg::Lsn;
     use crate::repo::wal_object::{
         ArchiveHead, HistoryBranch, WalKey, archive_head, archive_history, archive_piece, archive_wal,
@@ -733,32 +812,9 @@ mod tests {
         assert_eq!(see_segment(&archive.dir(Some(standby)), 1, 4).await, Seen::ProvenAbsent);
     }
 
-    /// A process that looks like a server's restore_command.
-    struct Restoring(std::process::Child, tempfile::TempDir);
-
-    impl Restoring {
-        fn new() -> Self {
-            let folder = tempfile::tempdir().unwrap();
-            std::fs::write(folder.path().join("recovery.signal"), "").unwrap();
-            let child = std::process::Command::new("sleep").arg("60").current_dir(&folder).spawn().unwrap();
-            Self(child, folder)
-        }
-
-        fn caller(&self) -> Caller {
-            Caller { pid: Some(self.0.id()), ..Caller::internal() }
-        }
-    }
-
-    impl Drop for Restoring {
-        fn drop(&mut self) {
-            self.0.kill().unwrap();
-            self.0.wait().unwrap();
-        }
-    }
-
     /// What a recovery that ends is shown of a segment, and a standby at the same moment.
     async fn without_a_plan(archive: &Archive, number: u64) -> (Vec<u8>, usize) {
-        let restoring = Restoring::new();
+        let restoring = RestoreCommand::new();
         let (dir, name) = (archive.dir(None), segment(1, number).to_string());
         let content = async |dir: &WalDir| {
             let found = dir.lookup(&restoring.caller(), name.as_bytes()).await.unwrap().unwrap();
@@ -769,7 +825,7 @@ mod tests {
         let shown = content(&dir).await;
         let proof = dir.lookup(&restoring.caller(), format!("{name}{ABSENT}").as_bytes()).await.unwrap();
         assert!(proof.is_none(), "both are there");
-        std::fs::write(restoring.1.path().join("standby.signal"), "").unwrap();
+        std::fs::write(restoring.folder.path().join("standby.signal"), "").unwrap();
         (shown, content(&dir).await.len())
     }
 
@@ -800,6 +856,61 @@ mod tests {
         assert_eq!(without_a_plan(&archive, 4).await, (padded(900), 0));
         archive.piece(5, 0, 10).await;
         assert_eq!(without_a_plan(&archive, 4).await, (vec![], 0));
+    }
+
+    #[tokio::test]
+    async fn a_copy_goes_on_with_what_it_was_shown_first() {
+        let archive = Archive::of(&[(1, 2), (1, 3)], &[]).await;
+        archive.piece(4, 0, 500).await;
+        let (restoring, dir) = (RestoreCommand::new(), archive.dir(None));
+        let identity = async || {
+            let name = segment(1, 4).to_string();
+            let found = dir.lookup(&restoring.caller(), name.as_bytes()).await.unwrap().unwrap();
+            let Item::File(file) = found.item else { panic!("it is no file") };
+            (file.identity(), file.size())
+        };
+        let first = identity().await;
+        archive.piece(4, 500, 900).await;
+        assert_eq!(identity().await, first);
+        // All of it comes, and the next one's beginning.
+        archive.piece(4, 900, MIB as u32).await;
+        archive.piece(5, 0, 10).await;
+        assert_eq!(identity().await, first);
+        // Anybody else sees what there is.
+        let (content, ..) = content_of(&dir, 4).await;
+        assert_eq!(content, vec![7; MIB as usize]);
+    }
+
+    #[tokio::test]
+    async fn a_recovery_that_has_more_of_the_last_segment_itself_reads_its_own() {
+        let mut wal = include_bytes!("../../tests/data/wal/15-start").to_vec();
+        wal[24..32].copy_from_slice(&cluster().system_identifier.0.to_le_bytes());
+        wal.resize(MIB as usize, 0);
+        let archive = Archive::new().await;
+        let key = WalKey::create(archive.repository.keyring()).unwrap();
+        let (nine, zstd) = (segment(1, 9), Compression::zstd(1));
+        archive_piece(&archive.repository, cluster(), nine, 0..9000, &wal[..9000], &key, zstd).await.unwrap();
+        let see = async |own: Option<&[u8]>| {
+            let (restoring, dir) = (RestoreCommand::new(), archive.dir(None));
+            if let Some(own) = own {
+                std::fs::write(restoring.folder.path().join(format!("pg_wal/{nine}")), own).unwrap();
+            }
+            let looked = async |suffix: &str| {
+                let name = format!("{nine}{suffix}");
+                dir.lookup(&restoring.caller(), name.as_bytes()).await.unwrap().is_some()
+            };
+            // Whatever is asked for first.
+            (looked(ABSENT).await, looked("").await, looked(ABSENT).await)
+        };
+        let (served, absent) = ((false, true, false), (true, false, true));
+        assert_eq!(see(None).await, served);
+        assert_eq!(see(Some(&wal)).await, absent);
+        let short = [&wal[..5000], &vec![0; wal.len() - 5000]].concat();
+        assert_eq!(see(Some(&short)).await, served, "it has less");
+        assert_eq!(see(Some(&wal[..9000])).await, served, "it is no whole file");
+        let mut of_another = wal.clone();
+        of_another[24] ^= 1;
+        assert_eq!(see(Some(&of_another)).await, served);
     }
 
     #[tokio::test]
