@@ -279,6 +279,21 @@ impl Spool {
         holes
     }
 
+    /// Returns how far WAL follows from a position on, at most to another one.
+    pub fn reach(&self, from: Position, to: Lsn) -> Lsn {
+        let (index, mut end) = (self.index(), from.lsn);
+        while end < to {
+            let segment = WalSegmentName::containing(from.timeline, end, self.size);
+            let start = Lsn(end.0 - self.size.offset_of(end));
+            let next = start + index.get(&segment).map_or(0, |whole| u64::from(whole.bytes));
+            if next <= end {
+                break;
+            }
+            end = next;
+        }
+        end
+    }
+
     /// Returns the folder.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -470,7 +485,17 @@ mod tests {
         let first = spool.oldest(1)[0].0;
         let file = OpenOptions::new().write(true).open(spool.path(first)).unwrap();
         file.set_len(FRAME_HEADER_BYTES as u64 + 600).unwrap();
-        assert_eq!(open(scratch.path()).holes(), [(at(mib + 500), Lsn(2 * mib))]);
+        let spool = open(scratch.path());
+        assert_eq!(spool.holes(), [(at(mib + 500), Lsn(2 * mib))]);
+        // It can be filled, and nothing but it.
+        let reach = |spool: &Spool| spool.reach(at(mib), Lsn(3 * mib)).0;
+        assert_eq!(reach(&spool), mib + 500);
+        spool.append(at(mib + 500), &wal(mib + 500, 700)).unwrap();
+        assert_eq!(reach(&spool), mib + 1200);
+        let rest = (1 << 20) - 1200;
+        assert!(spool.append(at(mib + 1200), &wal(mib + 1200, rest + 1)).is_err());
+        assert_eq!((reach(&spool), spool.holes()), (3 * mib, vec![]));
+        assert_eq!(spool.read(first, 0..1 << 20).unwrap(), wal(mib, 1 << 20));
     }
 
     #[test]

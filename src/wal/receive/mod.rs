@@ -11,6 +11,7 @@
 //! WAL. Deliberately absent: removing what pieces leave in the store (the sweep), and alerts.
 
 mod gap;
+mod holes;
 mod plan;
 mod removed;
 mod resume;
@@ -36,7 +37,6 @@ use crate::repo::ClusterId;
 use crate::wal::Error;
 use crate::wal::spool::{Position, Spool};
 
-use gap::note_gap;
 use plan::{PieceRule, SlotStep, plan_least_report, plan_slot, plan_start, segment_start};
 use resume::Resume;
 use server::{Candidate, Choice, choose, restart_of, slot_facts, unfit_error};
@@ -126,7 +126,13 @@ pub async fn run(
     let folder = options.spool.join(cluster.to_string());
     let spool = Spool::open(&folder, cluster.segment_size, options.owner)?;
     let shared = Arc::new(Shared::new(spool, remembered_gaps(&options.spool)));
-    note_holes(&shared, cluster, &clock);
+    if let Some(hole) = shared.hole() {
+        tracing::error!(
+            "WAL from {} to {} is missing in the spool: it is asked for again",
+            hole.from.lsn,
+            hole.to
+        );
+    }
     // The storing half stops after the receiving one, so that what came last is stored as well.
     let stop_storing = watch::Sender::new(Stop::No);
     let uploader = Uploader {
@@ -183,14 +189,6 @@ fn plan_end(received: &Result<(), Error>) -> (Stop, Duration) {
     match received {
         Err(Error::OtherCluster { .. }) => (Stop::Emptied, EMPTYING_TIMEOUT),
         _ => (Stop::Soon, STOP_TIMEOUT),
-    }
-}
-
-/// Says what is missing within the spool: a disk that lost what was synced.
-fn note_holes(shared: &Shared, cluster: ClusterId, clock: &Arc<dyn Clock>) {
-    for (Position { timeline, lsn: from }, to) in shared.spool.holes() {
-        tracing::error!("WAL from {from} to {to} is missing in the spool; take a new basebackup");
-        note_gap(&mut shared.state().gaps, Gap { cluster, timeline, from, to, noticed_at: clock.now() });
     }
 }
 
@@ -284,6 +282,8 @@ struct Prepared {
     slot: bool,
     /// The server hears of nothing before this.
     kept_from: Lsn,
+    /// Where what is missing within the spool ends, if that is what is wanted.
+    until: Option<Lsn>,
 }
 
 struct Receiver<'a> {
@@ -309,10 +309,11 @@ impl Receiver<'_> {
         let mut pause = PAUSE_FIRST;
         let mut stop = self.stop.clone();
         while !*stop.borrow() {
+            let hole = self.shared.hole();
             let attempt = self.attempt().await;
             let before = self.here;
             self.here = self.here.max(self.shared.spool.end());
-            if self.here != before {
+            if self.here != before || self.shared.hole() != hole {
                 pause = PAUSE_FIRST;
                 self.removed.clear();
                 (self.resume, self.waiting_since) = (None, None);
@@ -320,7 +321,12 @@ impl Receiver<'_> {
             self.shared.state().streaming = false;
             let error = match attempt {
                 Ok(()) => continue,
-                Err(error) if is_hopeless(&error) => return Err(error),
+                Err(error) if is_hopeless(&error) => {
+                    if matches!(error, Error::OtherCluster { .. }) {
+                        self.give_up_all_spooled();
+                    }
+                    return Err(error);
+                }
                 Err(error) => error,
             };
             if let Error::SetBack { timeline, flushed, here, .. } = error {
@@ -347,7 +353,7 @@ impl Receiver<'_> {
             prepared = self.prepare() => prepared?,
             () = told_to(&mut stop) => return Ok(()),
         };
-        let Some(Prepared { candidate, start, slot, kept_from }) = prepared else { return Ok(()) };
+        let Some(Prepared { candidate, start, slot, kept_from, until }) = prepared else { return Ok(()) };
         let standby = candidate.facts.standby && self.options.nodes.len() > 1;
         let address = candidate.connection.address().to_owned();
         let slot = slot.then_some(self.options.slot.as_str());
@@ -357,6 +363,10 @@ impl Receiver<'_> {
         };
         let stream = match started {
             Ok(Started::Streaming(stream)) => stream,
+            Ok(Started::Ended(..)) if until.is_some() => {
+                self.removed.push(address);
+                return Ok(());
+            }
             Ok(Started::Ended(_, next)) => return self.end_timeline(start, next.switch),
             Err(error) => {
                 if slot.is_some() && is_slot_refused(&error) {
@@ -379,14 +389,17 @@ impl Receiver<'_> {
             kept_from,
             free_bytes_min: self.options.free_bytes_min,
             stop: self.stop.clone(),
+            until,
             look_again: standby.then(|| self.clock.monotonic() + STANDBY_PERIOD),
         };
         match streaming.run(stream, start).await {
+            // A hole that reaches beyond the end of its timeline there is not filled any further.
+            Ok(StreamEnd::Timeline(_)) if until.is_some() => Ok(()),
             Ok(StreamEnd::Timeline(next)) => {
                 let end = self.shared.spool.end().filter(|end| end.timeline == timeline).unwrap_or(start);
                 self.end_timeline(end, next.switch)
             }
-            Ok(StreamEnd::Stopped | StreamEnd::LookAgain) => Ok(()),
+            Ok(StreamEnd::Filled | StreamEnd::Stopped | StreamEnd::LookAgain) => Ok(()),
             Err(Error::Session(error)) if is_removed(&error) => {
                 // Another server may have kept it.
                 self.removed.push(address);
@@ -400,7 +413,7 @@ impl Receiver<'_> {
     async fn prepare(&mut self) -> Result<Option<Prepared>, Error> {
         let nodes = &self.options.nodes;
         let choice = choose(nodes, Some(self.cluster), self.here, &self.removed).await?;
-        let mut candidate = match (choice, self.here) {
+        let mut candidate = match (choice, self.wanted()) {
             (Choice::Removed { candidate, unheard }, Some(here)) => {
                 self.meet_removal(candidate, here, unheard).await?;
                 return Ok(None);
@@ -416,14 +429,21 @@ impl Receiver<'_> {
         if self.here.is_none() {
             self.look_into_archive(&candidate, restart).await?;
         }
-        let start = plan_start(&candidate.facts, self.here, restart)
-            .map_err(|unfit| unfit_error(&candidate, unfit))?;
+        let hole = self.shared.hole();
+        let wanted = hole.map(|hole| hole.from).or(self.here);
+        let start = plan_start(&candidate.facts, wanted, restart);
+        if hole.is_some_and(|hole| start != Ok(hole.from)) {
+            // What is missing is not on its way.
+            self.removed.push(candidate.connection.address().to_owned());
+            return Ok(None);
+        }
+        let start = start.map_err(|unfit| unfit_error(&candidate, unfit))?;
         // A clean slate begins where a segment begins; the spool continues what it has.
-        let continued = self.shared.spool.end() == Some(start);
+        let continued = hole.is_some() || self.shared.spool.end() == Some(start);
         let lsn = if continued { start.lsn } else { segment_start(start.lsn, self.size()) };
         let start = Position { lsn, ..start };
         let kept_from = plan_least_report(restart.filter(|_| slot), candidate.facts.identity.flushed);
-        Ok(Some(Prepared { candidate, start, slot, kept_from }))
+        Ok(Some(Prepared { candidate, start, slot, kept_from, until: hole.map(|hole| hole.to) }))
     }
 
     fn size(&self) -> WalSegmentSize {

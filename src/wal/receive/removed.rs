@@ -30,7 +30,14 @@ impl Receiver<'_> {
         let is_news = self.waiting_since.is_none();
         let since = *self.waiting_since.get_or_insert(now);
         let step = plan_removed(unheard, now.saturating_duration_since(since));
-        if (is_news || step == RemovedStep::JumpOver) && self.look_again(&candidate, here).await? {
+        let is_over = step == RemovedStep::JumpOver;
+        if let Some(hole) = self.shared.hole().filter(|_| is_news || is_over) {
+            let missing = self.missing_of(hole).await?;
+            if is_over || missing.is_empty() {
+                self.give_up_spooled(hole, &missing);
+                return Ok(());
+            }
+        } else if (is_news || is_over) && self.look_again(&candidate, here).await? {
             return Ok(());
         }
         match step {
@@ -68,7 +75,7 @@ impl Receiver<'_> {
         Ok(())
     }
 
-    fn tell_gap(&self, from: Position, to: Lsn) {
+    pub(super) fn tell_gap(&self, from: Position, to: Lsn) {
         tracing::error!(
             "WAL from {} to {to} is not in the archive, and no server has it any more; take a new basebackup",
             from.lsn

@@ -219,7 +219,7 @@ fn plan_resume(
 }
 
 /// Lists what is missing of a timeline from one segment to before another.
-fn holes_of(
+pub(super) fn holes_of(
     timeline: TimelineId,
     held: &TimelineCoverage,
     first: WalSegmentNumber,

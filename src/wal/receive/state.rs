@@ -20,6 +20,7 @@ use crate::pg::{Lsn, TimelineId};
 use crate::repo::{self, Repository};
 use crate::wal::Error;
 use crate::wal::receive::gap::{Gap, keep_newest};
+use crate::wal::receive::holes::SpoolHoles;
 use crate::wal::spool::{Position, Spool};
 
 /// Where the state is written, in the site's spool folder.
@@ -87,6 +88,8 @@ impl Problem {
 /// What both halves share.
 pub(super) struct Shared {
     pub spool: Spool,
+    /// What is missing within it.
+    pub holes: SpoolHoles,
     /// Something was spooled, or the server's timeline ended.
     pub spooled: Notify,
     /// How far the store has everything.
@@ -102,6 +105,7 @@ impl Shared {
     /// Nothing is known but what was found: the spool, and gaps noted earlier.
     pub fn new(spool: Spool, gaps: Vec<Gap>) -> Self {
         Self {
+            holes: SpoolHoles::of(&spool),
             spool,
             spooled: Notify::new(),
             durable: watch::Sender::new(None),

@@ -40,6 +40,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// How a stream ended, apart from errors.
 #[derive(Debug)]
 pub(super) enum StreamEnd {
+    /// All that was wanted is spooled.
+    Filled,
     /// The timeline ended, all of it is spooled.
     Timeline(NextTimeline),
     /// We were told to stop; all that came is spooled.
@@ -57,6 +59,8 @@ pub(super) struct Streaming<'a> {
     pub kept_from: Lsn,
     pub free_bytes_min: u64,
     pub stop: watch::Receiver<bool>,
+    /// Up to where WAL is wanted, if not for good.
+    pub until: Option<Lsn>,
     /// When to end to look for a better server.
     pub look_again: Option<Instant>,
 }
@@ -99,7 +103,7 @@ impl Streaming<'_> {
         let result = self.receive(&mut stream, &mut buffers).await;
         // Whatever ended it, what came is kept: the server may never be able to send it again.
         self.drain(&mut buffers).await?;
-        if matches!(result, Ok(StreamEnd::Stopped | StreamEnd::LookAgain)) {
+        if matches!(result, Ok(StreamEnd::Filled | StreamEnd::Stopped | StreamEnd::LookAgain)) {
             // The server waits for this before it shuts down, and a slot for what it may remove.
             let farewell = self.report(&mut stream, &mut buffers, false);
             let _ = tokio::time::timeout(FAREWELL, farewell).await;
@@ -148,6 +152,9 @@ impl Streaming<'_> {
                         Streamed::Ended(next) => return Ok(StreamEnd::Timeline(next)),
                         Streamed::Message(message) => self.take(stream, buffers, message).await?,
                     }
+                    if self.until.is_some_and(|until| buffers.received >= until) {
+                        return Ok(StreamEnd::Filled);
+                    }
                 }
             }
         }
@@ -161,7 +168,9 @@ impl Streaming<'_> {
     ) -> Result<(), Error> {
         match message {
             WalMessage::Wal { start, bytes, .. } if start == buffers.received => {
-                buffers.pending.extend_from_slice(&bytes);
+                let wanted = self.until.map_or(usize::MAX, |until| until.0.saturating_sub(start.0) as usize);
+                let bytes = &bytes[..bytes.len().min(wanted)];
+                buffers.pending.extend_from_slice(bytes);
                 buffers.received = buffers.received + bytes.len() as u64;
                 Ok(())
             }

@@ -300,12 +300,15 @@ impl Uploader {
         let rule = PieceRule { at_once: self.rule.at_once || stop != Stop::No, ..self.rule };
         let mut begun: Vec<Upload> = progress.in_flight.iter().filter_map(|work| work.upload()).collect();
         let running = begun.len();
-        for (segment, length) in self.shared.spool.oldest(LOOKED_AT_MAX) {
+        let hole = self.shared.hole();
+        // Where something is missing nothing leaves, and all that is behind it has its turn nevertheless.
+        let looked_at = if hole.is_some() { usize::MAX } else { LOOKED_AT_MAX };
+        for (segment, length) in self.shared.spool.oldest(looked_at) {
             if self.is_held_back(progress, segment.timeline()) {
                 continue;
             }
             let stored = progress.stored.get(&segment).copied().unwrap_or_default();
-            let open = newest == Some(segment);
+            let open = newest == Some(segment) || hole.is_some_and(|hole| hole.is_in(segment, size));
             let due = plan_upload((segment, length), stored, age, open, size, rule);
             let is_whole = length == size.bytes();
             let Some(upload) = due.and_then(|upload| progress.spoiled.go_round(upload, is_whole)) else {
@@ -339,7 +342,12 @@ impl Uploader {
     /// Lets segments leave the spool, in order.
     fn let_leave(&self, progress: &mut Progress, stop: Stop) -> Result<(), Error> {
         let size = self.cluster.segment_size;
+        // Looked at first: it gets smaller as the spool gets more.
+        let hole = self.shared.hole().filter(|_| stop != Stop::Emptied);
         while let Some((segment, length)) = self.shared.spool.oldest(1).pop() {
+            if hole.is_some_and(|hole| hole.holds(segment, length, size)) {
+                break;
+            }
             let stored = progress.stored.get(&segment).copied().unwrap_or_default();
             let open = stop != Stop::Emptied && self.shared.spool.newest() == Some(segment);
             if !may_leave(length, stored, open, size) {
@@ -358,10 +366,13 @@ impl Uploader {
 
     /// Says how far the store has everything; the receiving half tells the server where commits wait for it.
     fn publish(&self, progress: &Progress) {
+        let (hole, size) = (self.shared.hole(), self.cluster.segment_size);
+        let is_sure = |segment| hole.is_none_or(|hole| hole.is_behind(segment, size));
         let spooled = self.shared.spool.oldest(LOOKED_AT_MAX).into_iter();
+        let spooled = spooled.take_while(|(segment, _)| is_sure(*segment));
         let spooled =
             spooled.map(|(segment, _)| (segment, progress.stored.get(&segment).copied().unwrap_or_default()));
-        let durable = durable_in_store(spooled, progress.left, self.cluster.segment_size);
+        let durable = durable_in_store(spooled, progress.left, size);
         self.shared.durable.send_if_modified(|known| {
             let changed = durable.is_some() && *known != durable;
             if changed {

@@ -202,7 +202,7 @@ async fn a_history_that_is_none_holds_back_nothing() {
     storing.end().await.unwrap();
 }
 
-/// The disk has lost what was durable. The next start finds out what is left, and says what is missing.
+/// The disk has lost what was durable. The next start finds out what is left, and what is missing.
 #[tokio::test]
 async fn a_spool_that_lost_what_it_held_ends_it_and_is_known_when_it_is_opened_again() {
     let scene = Scene::new();
@@ -221,8 +221,54 @@ async fn a_spool_that_lost_what_it_held_ends_it_and_is_known_when_it_is_opened_a
     let ended = tokio::time::timeout(PATIENCE, storing.task).await.expect("it ends in time").unwrap();
     assert!(matches!(ended, Err(Error::Disk(disk::Error::Malformed { .. }))), "{ended:?}");
     assert_eq!(scene.spool().holes(), [(at(1000), at(MIB).lsn)]);
-    // What is left is stored.
+    // What is left is stored, and what is behind the hole does not count before that is filled, or given up.
+    let wal = segment(1, NUMBER);
+    for is_filled in [false, true] {
+        let storing = scene.start();
+        let hole = storing.shared.hole().unwrap();
+        assert_eq!((hole.from, hole.to), (at(1000), at(MIB).lsn));
+        storing.wait_until_stored(1000).await;
+        let repository = open(scene.store.clone()).await.unwrap();
+        let behind = WalSegmentName::containing(TimelineId::FIRST, at(MIB).lsn, WalSegmentSize::MIN);
+        while read_pieces(&repository, cluster(), behind).await.map_or(0, |wal| wal.len()) < 100 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if is_filled {
+            storing.receive(1000, 2000);
+            storing.wait_until_stored(2000).await;
+            assert_eq!(storing.shared.hole().unwrap().from, at(2000));
+        }
+        storing.end().await.unwrap();
+        if !is_filled {
+            assert_eq!(scene.spool().oldest(2).len(), 2, "only what is around the hole tells of it");
+        }
+    }
     let storing = scene.start();
+    storing.wait_until_stored(2000).await;
+    assert_eq!(storing.shared.snapshot().stored, Some(at(2000).lsn));
+    storing.receive(2000, MIB);
+    storing.wait_until_stored(MIB + 100).await;
+    assert_eq!(storing.shared.hole(), None);
+    storing
+        .wait_for("the segment leaves the spool", |storing| storing.shared.spool.oldest(2).len() == 1)
+        .await;
+    storing.end().await.unwrap();
+    let repository = open(scene.store.clone()).await.unwrap();
+    assert!(read_wal(&repository, cluster(), WalObjectName::Segment(name())).await.unwrap() == wal);
+}
+
+#[tokio::test]
+async fn what_is_behind_a_hole_counts_once_that_is_given_up() {
+    let scene = Scene::new();
+    {
+        let spool = scene.spool();
+        spool.append(at(0), &segment(1, NUMBER)[..1000]).unwrap();
+        spool.append(at(MIB), &segment(1, NUMBER + 1)[..100]).unwrap();
+    }
+    let storing = scene.start();
+    storing.wait_until_stored(1000).await;
+    assert_eq!(storing.shared.snapshot().stored, Some(at(1000).lsn));
+    storing.shared.give_up_hole(storing.shared.hole().unwrap());
     storing.wait_until_stored(MIB + 100).await;
     storing
         .wait_for("the segment leaves the spool", |storing| storing.shared.spool.oldest(2).len() == 1)
