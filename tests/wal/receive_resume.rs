@@ -1,11 +1,13 @@
 //! The spool is lost and the server is not: receiving goes on at the first hole of the archive, and not behind it.
 
 use std::fs;
+use std::path::PathBuf;
 
 use crate::receive::write_segments;
-use crate::receive_scene::{Receiver, cluster, lsn, segment_at, segments_between};
-use crate::receive_trouble::forgetful;
-use crate::support::{Need, Server, require, wait_for};
+use crate::receive_scene::{Receiver, cluster, lsn, segment_at, segments_between, site};
+use crate::receive_trouble::{forgetful, receive_something, write_until_removed};
+use crate::scene::find;
+use crate::support::{Cluster, Fault, Need, RemoteS3, Server, Walden, require, wait_for};
 
 /// Receives some segments, and returns the last one and the two before.
 #[track_caller]
@@ -98,4 +100,68 @@ fn what_no_server_has_any_more_is_told_and_what_is_behind_it_is_received() {
     // What the slot kept was not let go of on the way there.
     let end = "select restart_lsn >= '{kept}' and wal_status <> 'lost' from pg_replication_slots";
     assert_eq!(cluster.sql(&end.replace("{kept}", &kept)), "t");
+}
+
+/// Receives while the store is away, and ends with some segments in the spool, of which the second has lost its end and
+/// the third is gone; returns the receiver, the store and the names of all.
+#[track_caller]
+fn spoil_spool(cluster: &Cluster) -> (Receiver, RemoteS3, Vec<String>) {
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1s\"\ntimeout = \"1s\"\n");
+    let site = site(cluster).storage(&storage).lines("[sites.main.archive]\nack = \"store\"\n");
+    let walden = Walden::configure(cluster.scratch(), &site);
+    let mut receiver = Receiver::start(cluster.scratch(), walden);
+    receive_something(&receiver, cluster);
+    // Not one that lets the store have something after all.
+    line.disturb(1, [Fault::CutRequest]);
+    write_segments(cluster, 5);
+    let end = lsn(&cluster.sql("select pg_current_wal_flush_lsn()"));
+    receiver.wait_for_state("all is spooled", |state| {
+        (state["received"].as_str().map(lsn) >= Some(end)).then_some(())
+    });
+    receiver.kill();
+    let last = segment_at(lsn(receiver.state()["received"].as_str().unwrap()));
+    let first = segments_between("000000010000000000000001", &last).into_iter();
+    let names: Vec<String> = first.filter(|name| spooled(&receiver, name).is_some()).collect();
+    assert!(names.len() >= 5, "{names:?}");
+    let cut = spooled(&receiver, &names[1]).unwrap();
+    let length = cut.metadata().unwrap().len();
+    fs::File::options().write(true).open(&cut).unwrap().set_len(length - 1).unwrap();
+    fs::remove_file(spooled(&receiver, &names[2]).unwrap()).unwrap();
+    (receiver, line, names)
+}
+
+fn spooled(receiver: &Receiver, segment: &str) -> Option<PathBuf> {
+    find(&receiver.spool(), &format!("{segment}.spool"))
+}
+
+/// The disk has lost what was synced, and the server has it still.
+#[test]
+fn what_is_missing_within_the_spool_is_received_again() {
+    require!(Need::PostgreSQL(15));
+    let cluster = cluster(15);
+    let (mut receiver, line, _) = spoil_spool(&cluster);
+    line.heal();
+    receiver.start_again();
+    assert_whole(&receiver, &cluster);
+    assert!(receiver.log().contains("is missing in the spool"), "{}", receiver.log());
+}
+
+/// The same where the slot was lost as well: no more is told than what is missing, and what is behind it is stored.
+#[test]
+fn what_is_missing_within_the_spool_is_told_where_no_server_has_it_any_more() {
+    require!(Need::PostgreSQL(15));
+    let cluster = forgetful();
+    let (mut receiver, line, names) = spoil_spool(&cluster);
+    cluster.sql("select pg_drop_replication_slot('walden_main')");
+    write_until_removed(&cluster, names.last().unwrap());
+    line.heal();
+    receiver.start_again();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    let gap = &receiver.state()["gaps"][0];
+    let ends = ["from", "to"].map(|end| segment_at(lsn(gap[end].as_str().unwrap())));
+    assert_eq!(ends, [names[1].clone(), names[3].clone()], "{}", receiver.log());
+    let runs = receiver.runs(1);
+    assert!(runs.iter().any(|(first, _)| *first == names[3]), "{runs:?}");
 }

@@ -50,7 +50,7 @@ impl Gap {
 
 /// Takes note of a gap: one that goes on where the newest ends makes that one longer, and one that is known is no news.
 pub(super) fn note_gap(gaps: &mut Vec<Gap>, gap: Gap) {
-    if gaps.iter().any(|known| Gap { noticed_at: gap.noticed_at, ..known.clone() } == gap) {
+    if gaps.iter().any(|known| known.holds(&gap)) {
         return;
     }
     match gaps.last_mut().filter(|last| last.reaches(&gap)) {
