@@ -128,6 +128,12 @@ impl Error {
         self.kind() == ErrorKind::Absent
     }
 
+    /// Returns whether the object it is said of can be used by nobody here. What seems to be of a later release may be one
+    /// bit that flipped.
+    pub fn is_unusable(&self) -> bool {
+        matches!(self, Self::NewerFormat { .. }) || self.kind() == ErrorKind::Damaged
+    }
+
     /// Returns what the user should do, where that is not plain from the message.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {

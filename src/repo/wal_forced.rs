@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::codec::{Compression, Digest, Hasher};
 use crate::pg::WalSegmentName;
-use crate::repo::error::{Error, ErrorKind};
+use crate::repo::error::Error;
 use crate::repo::forced_index::ForcedListing;
 use crate::repo::header::Section;
 use crate::repo::id::ClusterId;
@@ -52,7 +52,7 @@ struct Superseded {
 pub enum Replace {
     /// Whatever is not the same.
     Anything,
-    /// What is damaged or not trusted, and nothing else.
+    /// What is damaged, not trusted or, as it seems, of a newer format, and nothing else.
     Damaged,
 }
 
@@ -279,7 +279,7 @@ async fn read_claim(
     });
     match said {
         Ok((digest, supersedes)) => Ok(Claim { name, digest, supersedes: Ok(supersedes) }),
-        Err(error) if error.kind() == ErrorKind::Damaged => {
+        Err(error) if error.is_unusable() => {
             let bytes = repository.store().get(&target.key, WAL_OBJECT_BYTES_MAX).await?;
             Ok(Claim { name, digest: Digest::of(&bytes), supersedes: Err(error.to_string()) })
         }
@@ -306,7 +306,7 @@ fn pick(newest: &[Claim]) -> Option<WalObjectName> {
 }
 
 fn is_replaceable(error: &Error) -> bool {
-    matches!(error, Error::Different { .. }) || error.kind() == ErrorKind::Damaged
+    matches!(error, Error::Different { .. }) || error.is_unusable()
 }
 
 /// Names a superseding object after what it replaces and what it holds: the same content may come back later, and is
@@ -328,7 +328,7 @@ impl Replace {
     fn allows(self, error: &Error) -> bool {
         match self {
             Self::Anything => is_replaceable(error),
-            Self::Damaged => error.kind() == ErrorKind::Damaged,
+            Self::Damaged => error.is_unusable(),
         }
     }
 }

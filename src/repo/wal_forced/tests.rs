@@ -5,6 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::clock::ManualClock;
+use crate::repo::error::ErrorKind;
 use crate::repo::forced_index::LISTING_AGE_MAX;
 use crate::repo::testing;
 use crate::repo::wal_object::{archive_wal, read_wal};
@@ -87,8 +88,22 @@ impl Archive {
         let mut bytes = self.memory.get(&key, 1 << 20).await.unwrap().to_vec();
         let at = if at_end { bytes.len() - 1 } else { 30 };
         bytes[at] ^= 1;
-        self.memory.delete(&key).await.unwrap();
-        self.memory.create(&key, bytes.into()).await.unwrap();
+        self.put(&key, bytes).await;
+    }
+
+    /// Lets an object require a feature that nobody knows.
+    async fn claim_newer_format(&self, name: WalObjectName) {
+        /// Behind magic, kind and version.
+        const FEATURES_AT: usize = 8;
+        let key = self.key_of(name);
+        let mut bytes = self.memory.get(&key, 1 << 20).await.unwrap().to_vec();
+        bytes[FEATURES_AT + 2] ^= 1;
+        self.put(&key, bytes).await;
+    }
+
+    async fn put(&self, key: &ObjectKey, bytes: Vec<u8>) {
+        self.memory.delete(key).await.unwrap();
+        self.memory.create(key, bytes.into()).await.unwrap();
     }
 }
 
@@ -128,6 +143,29 @@ async fn what_is_damaged_is_superseded_and_until_then_refused() {
         assert_eq!(archive.force(b"a").await.unwrap(), Archived::Created);
         assert_eq!(archive.read().await.unwrap(), &b"a"[..]);
         assert_eq!(archive.push(b"a").await.unwrap(), Archived::Identical);
+    }
+    assert_eq!(archive.forced().await.len(), 2);
+}
+
+/// It may be one bit that flipped, and what is received is not to wait for a later release.
+#[tokio::test]
+async fn what_claims_a_newer_format_stays_and_is_superseded() {
+    let archive = Archive::new().await;
+    archive.push(b"a").await.unwrap();
+    for _ in 0..2 {
+        let name = archive.newest_for_test().await;
+        archive.claim_newer_format(name).await;
+        let claiming = archive.memory.get(&archive.key_of(name), 1 << 20).await.unwrap();
+        for refused in [archive.read().await.map(|_| ()), archive.push(b"a").await.map(|_| ())] {
+            assert!(matches!(refused, Err(Error::NewerFormat { .. })), "{refused:?}");
+        }
+        assert_eq!(archive.mend(b"a").await.unwrap(), Archived::Created);
+        assert_eq!(archive.mend(b"a").await.unwrap(), Archived::Identical);
+        assert_eq!(archive.read().await.unwrap(), &b"a"[..]);
+        assert_eq!(archive.push(b"a").await.unwrap(), Archived::Identical);
+        assert!(matches!(archive.push(b"b").await, Err(Error::Different { .. })));
+        assert!(matches!(archive.mend(b"b").await, Err(Error::Different { .. })));
+        assert_eq!(archive.memory.get(&archive.key_of(name), 1 << 20).await.unwrap(), claiming);
     }
     assert_eq!(archive.forced().await.len(), 2);
 }

@@ -404,7 +404,8 @@ struct Sender {
 
 impl Sender {
     /// Stores a segment or a piece; one that is there already is compared. A segment goes beside one that is damaged or
-    /// that nobody trusted has signed, as by `wal check --repair`: nothing behind it leaves the spool before.
+    /// that nobody trusted has signed, or claims a newer format, as by `wal check --repair`: nothing behind it leaves the
+    /// spool before.
     async fn send(self, upload: Upload) -> Result<(), Error> {
         let (cluster, compression) = (self.cluster, self.compression);
         let (segment, range) = match upload {
@@ -432,7 +433,7 @@ impl Sender {
             prepared.await.map_err(|error| repo::Error::Internal(error.to_string()))??;
         let Stored::Taken(place) = sealed.store(&self.repository).await? else { return Ok(()) };
         match (place.compare(&self.repository, &content).await, upload) {
-            (Err(error), Upload::Segment(segment)) if error.kind() == repo::ErrorKind::Damaged => {
+            (Err(error), Upload::Segment(segment)) if error.is_unusable() => {
                 tracing::error!("{error}; segment {segment} is archived beside it");
                 let (repository, replace) = (&self.repository, Replace::Damaged);
                 supersede_wal(repository, cluster, segment, replace, &content, &key, compression).await?;

@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 
 use crate::pg::WalSegmentName;
-use crate::repo;
 use crate::wal::Error;
 use crate::wal::receive::plan::{Upload, plan_around};
 use crate::wal::receive::upload::{Progress, Work};
@@ -51,12 +50,10 @@ impl Progress {
     }
 }
 
-/// Tells whether what stands in the place of a file can be used by nobody. What seems to be of a later release may be one
-/// bit that flipped.
+/// Tells whether what stands in the place of a file can be used by nobody.
 pub(super) fn is_unusable(error: &Error) -> bool {
     match error {
-        Error::Repository(repo::Error::NewerFormat { .. }) => true,
-        Error::Repository(error) => error.kind() == repo::ErrorKind::Damaged,
+        Error::Repository(error) => error.is_unusable(),
         _ => false,
     }
 }
