@@ -22,7 +22,7 @@ fn takes_turns(cluster: &Cluster, user: &str, refusal: &str) {
         .key("wal = \"receive\"")
         .unencrypted()
         .storage(&first.walden.storage());
-    let second = Receiver::start(&host, Walden::configure(&host, &other));
+    let mut second = Receiver::start(&host, Walden::configure(&host, &other));
     second.wait_for_state("that the slot is in use", |state| {
         state["receive_problem"]["message"].as_str()?.contains(refusal).then_some(())
     });
@@ -37,6 +37,16 @@ fn takes_turns(cluster: &Cluster, user: &str, refusal: &str) {
     second.wait_until_stored(cluster);
     assert_eq!(second.state()["gaps"], serde_json::json!([]), "{}", second.log());
     assert_eq!(second.runs(1).len(), 1, "{:?}\n{}", second.runs(1), second.log());
+    // The first one takes it back with the spool it had, behind which the server has removed what the archive has.
+    let next = segment_at(lsn(first.state()["received"].as_str().unwrap()));
+    write_until_removed(cluster, &next);
+    second.wait_until_stored(cluster);
+    second.stop();
+    first.start_again();
+    write_segments(cluster, 1);
+    first.wait_until_stored(cluster);
+    assert_eq!(first.state()["gaps"], serde_json::json!([]), "{}", first.log());
+    assert_eq!(first.runs(1).len(), 1, "{:?}\n{}", first.runs(1), first.log());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::repo::Repository;
 use crate::wal::Error;
 use crate::wal::left_out::RecoveryStart;
 use crate::wal::receive::Receiver;
-use crate::wal::receive::plan::{ServerFacts, segment_start};
+use crate::wal::receive::plan::{ServerFacts, plan_start, segment_start};
 use crate::wal::receive::server::Candidate;
 use crate::wal::spool::Position;
 
@@ -111,7 +111,9 @@ impl Receiver<'_> {
     /// another host may have received until now.
     pub(super) async fn look_again(&mut self, candidate: &Candidate, here: Position) -> Result<bool, Error> {
         let repository = self.shared.repository.borrow().clone();
-        let Some(repository) = repository.filter(|_| self.shared.spool.is_empty()) else { return Ok(false) };
+        let Some(repository) = repository else { return Ok(false) };
+        // On the server's way: what is spooled may end beyond where that left its timeline.
+        let Ok(here) = plan_start(&candidate.facts, Some(here), None) else { return Ok(false) };
         let wanted = Some(here.lsn);
         let archived = load(&repository, &candidate.facts, wanted).await?;
         let resume = plan_resume(&candidate.facts, &archived, wanted);
@@ -254,7 +256,6 @@ fn end_of(held: &TimelineCoverage, size: WalSegmentSize) -> Option<Lsn> {
 mod tests {
     use crate::pg::{SystemIdentifier, TimelineHistory};
     use crate::replication::SystemIdentity;
-    use crate::wal::receive::plan::plan_start;
 
     use super::*;
 
