@@ -102,17 +102,25 @@ impl<'a> QueueLimit<'a> {
             let paths = &self.context.config()?.paths;
             let (path, cluster) = (file_of(&paths.state, &self.site.name), queue.cluster());
             for history in LeftOut::load(&path)?.histories(cluster) {
-                if push(self.path.with_file_name(history.to_string()))? {
-                    let owner = paths.open_state()?.owner;
-                    LeftOut::change(&path, owner, |left_out| left_out.forget_history(cluster, history))?;
-                    tracing::warn!("{history}, which was left out, is archived now");
+                // One that is gone from pg_wal, or another than the archive's, holds up none of the others.
+                match push(self.path.with_file_name(history.to_string())) {
+                    Ok(true) => {
+                        let owner = paths.open_state()?.owner;
+                        LeftOut::change(&path, owner, |left_out| left_out.forget_history(cluster, history))?;
+                        tracing::warn!("{history}, which was left out, is archived now");
+                    }
+                    Ok(false) => {}
+                    Err(error) => tracing::error!(
+                        "{history}, which was left out, is still not archived: {}",
+                        error.message()
+                    ),
                 }
             }
             Ok(())
         };
         if let Err(error) = make_up() {
             tracing::error!(
-                "a timeline history that was left out is still not archived: {}",
+                "timeline histories that were left out are still not archived: {}",
                 error.message()
             );
         }

@@ -28,7 +28,10 @@ pub async fn write(
 ) -> Result<HeadWritten, Error> {
     let newest = newest_head(repository, cluster, timeline).await?.map(|head| head.end);
     let size = cluster.segment_size;
-    let from = newest.map_or(WalSegmentNumber(0), |head| WalSegmentNumber::ending_at(head, size));
+    let from = match newest {
+        Some(head) => WalSegmentNumber::ending_at(head, size),
+        None => newest_log(repository, cluster, timeline).await?,
+    };
     let archived = WalCoverage::load_timeline(repository, cluster, timeline, from).await?.proven_end(size);
     let decided = decide(newest, archived);
     if let HeadWritten::Written(end) = decided {
@@ -36,6 +39,18 @@ pub async fn write(
         archive_head(repository, cluster, &head).await?;
     }
     Ok(decided)
+}
+
+/// Returns the first segment of the newest log of a timeline: where its end lies, however long the archive is.
+async fn newest_log(
+    repository: &Repository,
+    cluster: ClusterId,
+    timeline: TimelineId,
+) -> Result<WalSegmentNumber, Error> {
+    let folder = repository.layout().wal_timeline(cluster, timeline);
+    let logs = repository.store().list_folder(&folder).await?.folders;
+    let log = logs.iter().filter_map(|log| u64::from_str_radix(log.trim_end_matches('/'), 16).ok()).max();
+    Ok(WalSegmentNumber(log.unwrap_or(0) * cluster.segment_size.segments_per_log()))
 }
 
 /// Writes a head, and says what is wrong; returns whether the head says how far the archive reaches now.
@@ -111,5 +126,21 @@ mod tests {
         assert_eq!(head().await, HeadWritten::CutOff { head: Lsn(5 << 20), archived });
         let newest = newest_head(&repository, cluster(), TimelineId::FIRST).await.unwrap().unwrap();
         assert_eq!(newest.end, Lsn(5 << 20));
+    }
+
+    /// The first head of an archive that is years old: in a site with 100 000 segments pages of keys take longer than a
+    /// server waits for its archive_command.
+    #[tokio::test]
+    async fn the_first_head_of_a_long_archive_costs_a_listing_of_its_last_log() {
+        let repository = testing::site(Arc::new(MemoryStore::new()), SystemClock).await;
+        let key = WalKey::create(repository.keyring()).unwrap();
+        for number in [1, 2, 4095, 4096, 3 * 4096 + 1] {
+            let name = WalObjectName::Segment(segment(number));
+            archive_wal(&repository, cluster(), name, b"x", &key, Compression::zstd(1)).await.unwrap();
+        }
+        let from = newest_log(&repository, cluster(), TimelineId::FIRST).await.unwrap();
+        assert_eq!(from, WalSegmentNumber(3 * 4096));
+        let written = write(&repository, cluster(), TimelineId::FIRST).await.unwrap();
+        assert_eq!(written, HeadWritten::Written(Lsn((3 * 4096 + 2) << 20)));
     }
 }
