@@ -185,7 +185,7 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
         {
             return Ok(None);
         }
-        let own_copy = archive == InArchive::Absent && self.has_all_that_is_planned(plan);
+        let own_copy = archive == InArchive::Absent && !plan.standby && self.has_all_that_is_planned(plan);
         match (answer(plan, name, archive, own_copy), found) {
             (Answer::Absent, _) => Ok(None),
             (Answer::Serve, Ok(bytes)) => Ok(Some(bytes)),

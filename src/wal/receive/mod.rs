@@ -494,6 +494,9 @@ impl Receiver<'_> {
         }
         tracing::info!("timeline {} ended at {switch}", end.timeline);
         self.here = Some(end);
+        // Who had removed what came before may have all of the next timeline.
+        self.removed.clear();
+        (self.resume, self.waiting_since) = (None, None);
         self.shared.spooled.notify_one();
         Ok(())
     }
