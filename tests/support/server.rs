@@ -9,7 +9,7 @@ use std::net::TcpListener;
 use std::ops::Deref;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -228,11 +228,29 @@ fn free_port(run_directory: &Path) -> (u16, PathBuf) {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let Some(mut postmaster) = self.postmaster.take() else { return };
-        for process in processes_in(&self.data_directory) {
-            let _ = kill(process, Signal::SIGKILL);
+        if let Some(mut postmaster) = self.postmaster.take() {
+            for process in processes_in(&self.data_directory) {
+                let _ = kill(process, Signal::SIGKILL);
+            }
+            let _ = postmaster.kill();
+            let _ = postmaster.wait();
         }
-        let _ = postmaster.kill();
-        let _ = postmaster.wait();
+        remove_shared_memory(&self.data_directory);
+    }
+}
+
+/// Removes what a server that was killed leaves behind: a System V segment, of which a machine has 4096. After some runs of
+/// all tests no server would start any more.
+fn remove_shared_memory(data_directory: &Path) {
+    let pid_file = fs::read_to_string(data_directory.join("postmaster.pid")).unwrap_or_default();
+    let Some(id) = pid_file.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)) else { return };
+    let segments = fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
+    let is_left = segments.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        // In a copy of a data directory stands the segment of its source, which may still use it.
+        fields.get(1) == Some(&id) && fields.get(6) == Some(&"0")
+    });
+    if is_left {
+        let _ = Command::new("ipcrm").args(["-m", id]).status();
     }
 }
