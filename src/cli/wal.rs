@@ -109,10 +109,13 @@ impl WalPush {
         };
         let pushed = match self.push_unless_over(context, site, &limit)? {
             Ok(pushed) => {
-                limit.make_up(|path| {
-                    let history = Self { path, force: false };
-                    Ok(history.push_unless_over(context, site, &limit)?.is_ok())
-                });
+                // As checked here, or by the daemon.
+                if let Ok(cluster) = pushed.cluster.parse() {
+                    limit.make_up(cluster, |path| {
+                        let history = Self { path, force: false };
+                        Ok(history.push_unless_over(context, site, &limit)?.is_ok())
+                    });
+                }
                 pushed
             }
             Err(overflow) => Pushed::left_out(limit.leave_out(overflow)?),

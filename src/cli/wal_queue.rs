@@ -5,11 +5,14 @@
 //! gap is noted, then the file is reported as archived; what cannot be noted is not left out. Of timeline histories that
 //! were left out, which the server keeps, nothing is lost: they come once the archive takes files again.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::config::SiteConfig;
+use crate::disk;
 use crate::pg::ArchiveFileName;
+use crate::repo::ClusterId;
 use crate::repo::documents::BackupRecord;
 use crate::wal;
 use crate::wal::left_out::{LeftOut, RecoveryStart, file_of};
@@ -94,14 +97,15 @@ impl<'a> QueueLimit<'a> {
         Ok(LeftOutFile { name: name.to_string(), cluster: queue.cluster().to_string() })
     }
 
-    /// Archives the timeline histories that were left out, by `push`, which says whether the archive has one: without
-    /// them nobody finds the way onto their timelines (failure 9). What fails is for the next time.
-    pub(super) fn make_up(&self, push: impl Fn(PathBuf) -> Result<bool, CommandError>) {
-        let Some(queue) = &self.queue else { return };
+    /// Archives the timeline histories of a cluster that were left out, by `push`, which says whether the archive has
+    /// one: without them nobody finds the way onto their timelines (failure 9). What fails is for the next time.
+    ///
+    /// The note says whether there are any, not the limit, which may have been taken away since.
+    pub(super) fn make_up(&self, cluster: ClusterId, push: impl Fn(PathBuf) -> Result<bool, CommandError>) {
         let make_up = || -> Result<(), CommandError> {
             let paths = &self.context.config()?.paths;
-            let (path, cluster) = (file_of(&paths.state, &self.site.name), queue.cluster());
-            for history in LeftOut::load(&path)?.histories(cluster) {
+            let path = file_of(&paths.state, &self.site.name);
+            for history in self.left_out(&path)?.histories(cluster) {
                 // One that is gone from pg_wal, or another than the archive's, holds up none of the others.
                 match push(self.path.with_file_name(history.to_string())) {
                     Ok(true) => {
@@ -125,6 +129,20 @@ impl<'a> QueueLimit<'a> {
             );
         }
     }
+
+    /// Reads the note of what was left out. Who may not look there, and has no limit, has never left anything out.
+    fn left_out(&self, note: &Path) -> Result<LeftOut, wal::Error> {
+        match LeftOut::load(note) {
+            Err(wal::Error::Disk(error)) if self.queue.is_none() && is_refused(&error) => {
+                Ok(LeftOut::default())
+            }
+            left_out => left_out,
+        }
+    }
+}
+
+fn is_refused(error: &disk::Error) -> bool {
+    error.io().is_some_and(|source| source.kind() == io::ErrorKind::PermissionDenied)
 }
 
 /// Forgets what was left out before a basebackup that has just been taken. That is not worth a failure: `check` looks at

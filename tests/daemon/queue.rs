@@ -76,9 +76,7 @@ fn a_gap_that_cannot_be_noted_is_not_made_and_without_a_limit_there_is_none() {
     fs::remove_dir(state_file(&scene)).unwrap();
     let left_out = scene.pushed(&segments[0]);
     assert!(left_out.stderr.contains("NOT ARCHIVED"), "{}", left_out.stderr);
-    let configuration = scene.walden.configuration_file();
-    let text = fs::read_to_string(&configuration).unwrap();
-    fs::write(&configuration, text.replace(LIMIT, "")).unwrap();
+    take_limit_away(&scene);
     let failed = crate::support::Run::of(&mut scene.push(&segments[1]), "").expect_code(4);
     assert!(!failed.stderr.contains("NOT ARCHIVED"), "{}", failed.stderr);
 }
@@ -86,12 +84,25 @@ fn a_gap_that_cannot_be_noted_is_not_made_and_without_a_limit_there_is_none() {
 /// Failure 9: PostgreSQL asks for a history before all else and would get no further, so that it is left out as well.
 #[test]
 fn a_history_that_was_left_out_is_archived_once_the_archive_takes_files_again() {
+    a_history_that_was_left_out_is_archived(|_| {});
+}
+
+/// Whoever has had a gap once may not want the limit any more.
+#[test]
+fn a_history_that_was_left_out_is_archived_where_there_is_no_limit_any_more() {
+    a_history_that_was_left_out_is_archived(take_limit_away);
+}
+
+#[track_caller]
+fn a_history_that_was_left_out_is_archived(then: impl FnOnce(&Scene)) {
     require!(Need::PostgreSQL(15));
     let line = RemoteS3::start();
     let storage = line.storage("retry = \"1s\"\ntimeout = \"1s\"\n");
     let scene = Scene::start(15, |site| site.storage(&storage).lines(LIMIT));
-    scene.end_segments(2 * WAITING_MAX);
+    let segments = scene.end_segments(2 * WAITING_MAX);
     line.inject("", "", usize::MAX, Fault::Silence);
+    let left_out = scene.pushed(&segments[0]);
+    assert!(left_out.stderr.contains("NOT ARCHIVED"), "{}", left_out.stderr);
     let history = "00000002.history";
     fs::write(scene.segment(history), "1\t0/3000000\tno recovery target specified\n").unwrap();
     scene.scratch().account().own(&scene.segment(history));
@@ -99,6 +110,7 @@ fn a_history_that_was_left_out_is_archived_once_the_archive_takes_files_again() 
     assert!(left_out.stderr.contains(&format!("{history} is NOT ARCHIVED")), "{}", left_out.stderr);
     assert!(fs::read_to_string(state_file(&scene)).unwrap().contains(history));
     line.heal();
+    then(&scene);
     scene.archive();
     wait_for("the history to be archived", || {
         let listed = scene.walden.try_run(&["--json", "wal", "list"]);
@@ -119,6 +131,14 @@ fn a_history_that_was_left_out_is_archived_once_the_archive_takes_files_again() 
         "{}",
         scene.log()
     );
+}
+
+#[track_caller]
+fn take_limit_away(scene: &Scene) {
+    let configuration = scene.walden.configuration_file();
+    let text = fs::read_to_string(&configuration).unwrap();
+    assert!(text.contains(LIMIT), "{text}");
+    fs::write(&configuration, text.replace(LIMIT, "")).unwrap();
 }
 
 /// Returns what `walden check` says of WAL that was left out.
