@@ -157,8 +157,10 @@ impl Context {
     }
 }
 
+/// What the documents promise of a service that is told to end, whatever hangs. Its waits are to add up to less.
+pub(super) const ENDING_MAX: Duration = Duration::from_secs(5);
 /// How long threads are waited for at the end of a service, which has waited for what counts before.
-const THREADS_WAIT: Duration = Duration::from_millis(500);
+pub(super) const THREADS_WAIT: Duration = Duration::from_millis(500);
 
 fn no_runtime(error: &std::io::Error) -> CommandError {
     CommandError::new(ExitKind::Failed, format!("could not start the async runtime: {error}"))

@@ -23,7 +23,7 @@ use crate::storage::Traffic;
 use crate::wal;
 use crate::wal::head_notes::HeadNotes;
 
-use super::context::Context;
+use super::context::{Context, ENDING_MAX, THREADS_WAIT};
 use super::error::CommandError;
 use super::exit::ExitKind;
 use super::output::Report;
@@ -42,6 +42,7 @@ pub struct Daemon {}
 const SOCKET: &str = "daemon.sock";
 /// The lock that says whether there is a daemon, beside it.
 const LOCK: &str = "daemon.lock";
+const _: () = assert!(daemon::ENDS_WITHIN.saturating_add(THREADS_WAIT).as_millis() < ENDING_MAX.as_millis());
 /// The share of `[limits] memory` that WAL on its way may take; the rest is for what sealing takes for moments.
 const WAL_SHARE: u64 = 2;
 

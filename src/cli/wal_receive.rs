@@ -18,11 +18,12 @@ use crate::repo::{self, Repository, RepositoryOptions};
 use crate::storage::Traffic;
 use crate::wal::receive::{FREE_BYTES_MIN, OpenRepository, ReceiveOptions, run, spool_of};
 
-use super::context::Context;
+use super::context::{Context, ENDING_MAX, THREADS_WAIT};
 use super::error::CommandError;
 
-/// How long receiving may take to end: with what the runtime's threads are given it is five seconds.
+/// How long receiving may take to end.
 const GRACE: Duration = Duration::from_secs(4);
+const _: () = assert!(GRACE.saturating_add(THREADS_WAIT).as_millis() < ENDING_MAX.as_millis());
 
 /// Receives WAL by streaming until it is told to stop: wal = "receive"
 #[derive(Debug, Args)]

@@ -116,6 +116,8 @@ pub struct Daemon {
 const GRACE: Duration = Duration::from_secs(3);
 /// How long it may then take to tell those who still wait that there is no more waiting.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long a daemon takes to end once it has been told to, at most.
+pub const ENDS_WITHIN: Duration = GRACE.saturating_add(FAREWELL);
 
 impl Daemon {
     /// Takes the lock and listens.
@@ -142,7 +144,7 @@ impl Daemon {
         Ok(Self { listener, sites, receivers, to_receive, _lock: lock })
     }
 
-    /// Works until `stop` resolves, and ends within [`GRACE`] and [`FAREWELL`] whatever stores do.
+    /// Works until `stop` resolves, and ends within [`ENDS_WITHIN`] whatever stores do.
     ///
     /// What is still under way then is left to the runtime to drop: a file that is half on its way was not
     /// acknowledged, and PostgreSQL asks for it again.

@@ -21,7 +21,9 @@ pub struct Receiver {
     process: Option<Child>,
 }
 
-/// Documented are five seconds for a receiver to end. What would hold it up does so for a minute, or for good.
+/// Documented are five seconds for a receiver to end: that what it waits for adds up to less is asserted where those waits
+/// stand, when they are compiled. Here is told apart what would hold it up for a minute or for good, on a machine that is
+/// loaded.
 const ENDING: Duration = Duration::from_secs(25);
 
 fn runs_of(list: &Value, timeline: u64) -> Vec<(String, String)> {
