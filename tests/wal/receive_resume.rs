@@ -1,7 +1,7 @@
 //! The spool is lost and the server is not: receiving goes on at the first hole of the archive, and not behind it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, lsn, segment_at, segments_between, site};
@@ -100,6 +100,69 @@ fn what_no_server_has_any_more_is_told_and_what_is_behind_it_is_received() {
     // What the slot kept was not let go of on the way there.
     let end = "select restart_lsn >= '{kept}' and wal_status <> 'lost' from pg_replication_slots";
     assert_eq!(cluster.sql(&end.replace("{kept}", &kept)), "t");
+}
+
+/// Takes all there is of segments from the archive, pieces as well.
+#[track_caller]
+fn remove_all_of(segments: &[String], folder: &Path) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if path.is_dir() {
+            remove_all_of(segments, &path);
+        } else if segments.iter().any(|segment| name.starts_with(segment)) {
+            fs::remove_file(&path).unwrap();
+        }
+    }
+}
+
+/// The archive lacks two segments, of which the server has removed the first and keeps the second for another slot; the
+/// receiver's is made by `make_slot`.
+#[track_caller]
+fn receives_what_a_server_has_of_a_hole(make_slot: &str) {
+    let cluster = forgetful();
+    let mut receiver = Receiver::of(&cluster);
+    receiver.wait_until_streaming();
+    receiver.walden.run(&["backup"]);
+    receive_segments(&receiver, &cluster);
+    cluster.sql("checkpoint");
+    cluster.sql("select pg_create_physical_replication_slot('other', true)");
+    let kept = cluster.sql("select restart_lsn from pg_replication_slots where slot_name = 'other'");
+    let first = receiver.runs(1)[0].0.clone();
+    let [removed, kept] =
+        segments_between(&first, &segment_at(lsn(&kept))).last_chunk::<2>().unwrap().clone();
+    write_until_removed(&cluster, &removed);
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.stop();
+    let runs = receiver.runs(1);
+    assert!(runs.len() == 1 && runs[0].1 > kept, "{runs:?}");
+    remove_all_of(&[removed.clone(), kept.clone()], &receiver.walden.repository());
+    fs::remove_dir_all(receiver.spool()).unwrap();
+    cluster.sql("select pg_drop_replication_slot('walden_main')");
+    cluster.sql(make_slot);
+    receiver.start_again();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    let gaps = receiver.state()["gaps"].clone();
+    assert_eq!(gaps.as_array().map(Vec::len), Some(1), "{gaps}");
+    let ends = ["from", "to"].map(|end| segment_at(lsn(gaps[0][end].as_str().unwrap())));
+    assert_eq!(ends, [removed, kept.clone()], "{}", receiver.log());
+    let runs = receiver.runs(1);
+    assert_eq!((runs.len(), &runs[1].0), (2, &kept), "{runs:?}");
+}
+
+#[test]
+fn what_the_slot_keeps_of_a_hole_is_received_though_its_beginning_is_gone() {
+    require!(Need::PostgreSQL(15));
+    receives_what_a_server_has_of_a_hole("select pg_copy_physical_replication_slot('other', 'walden_main')");
+}
+
+/// The slot was made anew.
+#[test]
+fn what_a_server_has_of_a_hole_beside_the_slot_is_received_though_its_beginning_is_gone() {
+    require!(Need::PostgreSQL(15));
+    receives_what_a_server_has_of_a_hole("select pg_create_physical_replication_slot('walden_main', true)");
 }
 
 /// Receives while the store is away, and ends with some segments in the spool, of which the second has lost its end and

@@ -414,8 +414,8 @@ impl Receiver<'_> {
         let nodes = &self.options.nodes;
         let choice = choose(nodes, Some(self.cluster), self.here, &self.removed).await?;
         let mut candidate = match (choice, self.wanted()) {
-            (Choice::Removed { candidate, unheard }, Some(here)) => {
-                self.meet_removal(candidate, here, unheard).await?;
+            (Choice::Removed { candidate, oldest, unheard }, Some(here)) => {
+                self.meet_removal(candidate, here, oldest, unheard).await?;
                 return Ok(None);
             }
             (Choice::Server(candidate) | Choice::Removed { candidate, .. }, _) => candidate,

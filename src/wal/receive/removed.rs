@@ -15,8 +15,8 @@ use crate::wal::receive::state::warn_of;
 use crate::wal::spool::Position;
 
 impl Receiver<'_> {
-    /// Decides what becomes of WAL that all those have removed that answer and fit; `candidate` is one of them, and
-    /// `unheard` says why another one cannot tell.
+    /// Decides what becomes of WAL that all those have removed that answer and fit; `candidate` is one of them, `oldest`
+    /// where what they have begins, and `unheard` says why another one cannot tell.
     ///
     /// # Errors
     /// While that one is waited for.
@@ -24,6 +24,7 @@ impl Receiver<'_> {
         &mut self,
         mut candidate: Candidate,
         here: Position,
+        oldest: Option<Lsn>,
         unheard: Option<String>,
     ) -> Result<(), Error> {
         let now = self.clock.monotonic();
@@ -41,7 +42,7 @@ impl Receiver<'_> {
             return Ok(());
         }
         match step {
-            RemovedStep::JumpOver => self.jump_over_gap(&mut candidate, here).await,
+            RemovedStep::JumpOver => self.jump_over_gap(&mut candidate, here, oldest).await,
             RemovedStep::WaitFor(unheard) => {
                 // From now on nothing more is lost.
                 self.see_to_slot(&mut candidate).await?;
@@ -55,8 +56,15 @@ impl Receiver<'_> {
     }
 
     /// Goes on where there is WAL, and says what is missing.
-    async fn jump_over_gap(&mut self, candidate: &mut Candidate, here: Position) -> Result<(), Error> {
-        if let Some(Hole { at, to }) = self.give_up_hole(here) {
+    async fn jump_over_gap(
+        &mut self,
+        candidate: &mut Candidate,
+        here: Position,
+        oldest: Option<Lsn>,
+    ) -> Result<(), Error> {
+        let kept = restart_of(candidate, &self.options.slot).await.into_iter().chain(oldest);
+        let kept = kept.map(|kept| segment_start(kept, self.size())).filter(|kept| *kept > here.lsn).min();
+        if let Some(Hole { at, to }) = self.give_up_hole(here, kept) {
             self.tell_gap(at.end(), to);
             return Ok(());
         }

@@ -3,7 +3,7 @@
 //! Segments are stored side by side, so that the newest one in the archive says nothing of those before it. Holes are
 //! looked for from the slot's position on, because the server was never told that anything behind it is durable, and from
 //! the newest basebackup on, where that is older. WAL behind a hole is received again with it, and found to be there
-//! when it is stored. A hole that no server can fill any more is told as a gap, and the next one is asked for.
+//! when it is stored. What no server has of a hole any more is told as a gap, and what is missing next is asked for.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -57,10 +57,17 @@ impl Resume {
         self.holes.front().map_or(self.end, |hole| hole.at)
     }
 
-    /// Gives up the hole that begins in the segment at a position; nothing where none does.
-    pub(super) fn give_up(&mut self, at: Position) -> Option<Hole> {
-        self.holes.front().filter(|hole| hole.at.start == at)?;
-        self.holes.pop_front()
+    /// Gives up the hole that begins in the segment at a position, and returns what is lost; nothing where none does.
+    ///
+    /// `kept` is where a segment begins from which on a server has WAL still: what of the hole is behind that stays.
+    pub(super) fn give_up(&mut self, at: Position, kept: Option<Lsn>) -> Option<Hole> {
+        let hole = self.holes.front_mut().filter(|hole| hole.at.start == at)?;
+        let Some(lsn) = kept.filter(|kept| at.lsn < *kept && *kept < hole.to) else {
+            return self.holes.pop_front();
+        };
+        let lost = Hole { to: lsn, ..*hole };
+        hole.at = Place { start: Position { lsn, ..at }, stored: lsn };
+        Some(lost)
     }
 }
 
@@ -123,10 +130,11 @@ impl Receiver<'_> {
         Ok(true)
     }
 
-    /// Takes the hole of the archive that begins at `here` for lost, and returns it; goes on at what is missing next.
-    pub(super) fn give_up_hole(&mut self, here: Position) -> Option<Hole> {
+    /// Takes the hole of the archive that begins at `here` for lost, as far as to `kept` where that is within it, and
+    /// returns what is; goes on at what is missing next.
+    pub(super) fn give_up_hole(&mut self, here: Position, kept: Option<Lsn>) -> Option<Hole> {
         let resume = self.resume.as_mut()?;
-        let hole = resume.give_up(here)?;
+        let hole = resume.give_up(here, kept)?;
         let next = resume.next_place();
         self.go_on_at(Some(hole.at), next);
         Some(hole)
@@ -361,11 +369,32 @@ mod tests {
         let archived = [(tli(1), held(&[1, 3, 5], &[]))].into_iter().collect();
         let mut resume = plan_resume(&server(1, ""), &archived, Some(Lsn(SEGMENT))).unwrap();
         let [second, fourth, sixth] = [2, 4, 6].map(|number| at(1, number * SEGMENT));
-        assert_eq!((resume.next_place().start, resume.give_up(fourth)), (second, None));
-        assert_eq!(resume.give_up(second).unwrap().to, Lsn(3 * SEGMENT));
-        assert_eq!((resume.next_place().start, resume.give_up(second)), (fourth, None));
-        assert!(resume.give_up(fourth).is_some());
-        assert_eq!((resume.next_place().start, resume.give_up(sixth)), (sixth, None));
+        assert_eq!((resume.next_place().start, resume.give_up(fourth, None)), (second, None));
+        assert_eq!(resume.give_up(second, None).unwrap().to, Lsn(3 * SEGMENT));
+        assert_eq!((resume.next_place().start, resume.give_up(second, None)), (fourth, None));
+        assert!(resume.give_up(fourth, None).is_some());
+        assert_eq!((resume.next_place().start, resume.give_up(sixth, None)), (sixth, None));
+    }
+
+    #[test]
+    fn of_a_hole_no_more_is_given_up_than_what_the_servers_have_removed() {
+        let archived = [(tli(1), held(&[1, 7, 9], &[(2, 700)]))].into_iter().collect();
+        let plan = || plan_resume(&server(1, ""), &archived, Some(Lsn(SEGMENT))).unwrap();
+        let [second, fifth, eighth] = [2, 5, 8].map(|number| at(1, number * SEGMENT));
+        let mut resume = plan();
+        let lost = resume.give_up(second, Some(fifth.lsn)).unwrap();
+        assert_eq!((lost.at.end(), lost.to), (at(1, 2 * SEGMENT + 700), fifth.lsn));
+        assert_eq!(resume.next_place(), Place { start: fifth, stored: fifth.lsn });
+        // That one was removed since.
+        let lost = resume.give_up(fifth, None).unwrap();
+        assert_eq!((lost.at.end(), lost.to), (fifth, Lsn(7 * SEGMENT)));
+        assert_eq!(resume.next_place().start, eighth);
+        // They have what follows the hole alone, or say of WAL that they have it and do not.
+        for kept in [1, 2, 7, 8].map(|number| Lsn(number * SEGMENT)) {
+            let mut resume = plan();
+            assert_eq!(resume.give_up(second, Some(kept)).unwrap().to, Lsn(7 * SEGMENT), "{kept}");
+            assert_eq!(resume.next_place().start, eighth);
+        }
     }
 
     #[test]
@@ -374,8 +403,8 @@ mod tests {
         let mut resume = plan_resume(&server(1, ""), &archived, Some(Lsn(SEGMENT))).unwrap();
         let second = Place { start: at(1, 2 * SEGMENT), stored: Lsn(2 * SEGMENT + 700) };
         assert_eq!(resume.next_place(), second);
-        assert_eq!(resume.give_up(second.end()), None);
-        assert_eq!(resume.give_up(second.start), Some(Hole { at: second, to: Lsn(3 * SEGMENT) }));
+        assert_eq!(resume.give_up(second.end(), None), None);
+        assert_eq!(resume.give_up(second.start, None), Some(Hole { at: second, to: Lsn(3 * SEGMENT) }));
         assert_eq!(resume.next_place(), Place { start: at(1, 4 * SEGMENT), stored: Lsn(4 * SEGMENT + 500) });
     }
 }

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::pg::{Lsn, TimelineHistory, TimelineId};
+use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentSize};
 use crate::replication::{ConnectOptions, Error as SessionError, Param, ReplicationConnection, Session};
 use crate::repo::ClusterId;
 use crate::wal::Error;
@@ -32,6 +32,8 @@ pub(super) enum Choice {
     /// Those that fit have removed it; this is the first of them, or the first primary.
     Removed {
         candidate: Candidate,
+        /// Where the oldest WAL begins that any of them has behind what is wanted, as far as they tell.
+        oldest: Option<Lsn>,
         /// Why another one, which may have kept it, cannot be asked, if so.
         unheard: Option<String>,
     },
@@ -53,7 +55,7 @@ pub(super) async fn choose(
     removed: &[String],
 ) -> Result<Choice, Error> {
     let (mut standby, mut last_resort, mut failure) = (None, None::<Candidate>, None);
-    let (mut foreign, mut foreign_count, mut unheard) = (None, 0, None);
+    let (mut foreign, mut foreign_count, mut unheard, mut oldest) = (None, 0, None, None);
     for options in nodes {
         let candidate = match ask(options).await {
             Ok(candidate) => candidate,
@@ -81,17 +83,21 @@ pub(super) async fn choose(
                 }
                 failure = worse(failure, error);
             }
-            Ok(_) if is_removed => match &last_resort {
-                // A primary keeps a slot for us.
-                Some(known) if candidate.facts.standby || !known.facts.standby => {}
-                _ => last_resort = Some(candidate),
-            },
+            Ok(wanted) if is_removed => {
+                let has = oldest_behind(options, wanted, found.segment_size).await;
+                oldest = has.into_iter().chain(oldest).min();
+                match &last_resort {
+                    // A primary keeps a slot for us.
+                    Some(known) if candidate.facts.standby || !known.facts.standby => {}
+                    _ => last_resort = Some(candidate),
+                }
+            }
             Ok(_) if !candidate.facts.standby => return Ok(Choice::Server(candidate)),
             Ok(_) => standby = standby.or(Some(candidate)),
         }
     }
     let nobody = || SessionError::Settings { detail: "the site has no connection".into() }.into();
-    let removed = last_resort.map(|candidate| Choice::Removed { candidate, unheard });
+    let removed = last_resort.map(|candidate| Choice::Removed { candidate, oldest, unheard });
     let choice = standby.map(Choice::Server).or(removed);
     choice.ok_or_else(|| match foreign {
         Some((_, error)) if foreign_count == nodes.len() => error,
@@ -197,7 +203,7 @@ async fn histories(
 }
 
 /// Reads what SHOW says of a size, such as `16MB`.
-fn parse_segment_size(text: &str) -> Result<crate::pg::WalSegmentSize, SessionError> {
+fn parse_segment_size(text: &str) -> Result<WalSegmentSize, SessionError> {
     let unexpected = || SessionError::Unexpected { detail: format!("wal_segment_size is \"{text}\"") };
     let (digits, shift) = match (text.strip_suffix("MB"), text.strip_suffix("GB")) {
         (Some(digits), _) => (digits, 20),
@@ -205,7 +211,7 @@ fn parse_segment_size(text: &str) -> Result<crate::pg::WalSegmentSize, SessionEr
         _ => return Err(unexpected()),
     };
     let bytes = digits.parse::<u32>().ok().and_then(|number| number.checked_mul(1 << shift));
-    bytes.and_then(|bytes| crate::pg::WalSegmentSize::new(bytes).ok()).ok_or_else(unexpected)
+    bytes.and_then(|bytes| WalSegmentSize::new(bytes).ok()).ok_or_else(unexpected)
 }
 
 /// What the server says of a slot; nothing where there is none.
@@ -231,6 +237,27 @@ pub(super) async fn restart_of(candidate: &mut Candidate, slot: &str) -> Option<
         Ok(found) => found?.restart,
         // It does not know the command.
         Err(_) => slot_by_sql(&candidate.options, slot).await.ok()??.restart,
+    }
+}
+
+/// Returns where the oldest WAL of a timeline begins that a server has behind a position, whether or not a slot keeps it;
+/// nothing where it does not tell, as to a role that may only replicate.
+async fn oldest_behind(options: &ConnectOptions, at: Position, size: WalSegmentSize) -> Option<Lsn> {
+    let sql = "SELECT min(name COLLATE \"C\") AS oldest FROM pg_ls_waldir() \
+               WHERE name ~ '^[0-9A-F]{24}$' AND left(name, 8) = $1 AND name COLLATE \"C\" > $2";
+    let timeline = at.timeline.hex8();
+    let wanted = WalSegmentName::containing(at.timeline, at.lsn, size).to_string();
+    let asked = async {
+        let session = Session::connect(options).await?;
+        let params = [Param::Text(&timeline), Param::Text(&wanted)];
+        in_time(session.query_one(sql, &params)).await?.text_opt("oldest")
+    };
+    match asked.await {
+        Ok(oldest) => WalSegmentName::parse(&oldest?).ok()?.start_lsn(size).ok(),
+        Err(error) => {
+            tracing::debug!("which WAL the server has is not known: {error}");
+            None
+        }
     }
 }
 
