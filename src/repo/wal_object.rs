@@ -28,7 +28,7 @@ use crate::storage::{self, ErrorKind};
 pub use crate::repo::archive_head::{ArchiveHead, archive_head, newest_head};
 pub use crate::repo::wal_forced::{Replace, is_superseded, newest_wal, supersede_wal};
 pub use crate::repo::wal_parts::{PART_BYTES, archive_in_parts};
-pub use crate::repo::wal_piece::{archive_piece, read_pieces};
+pub use crate::repo::wal_piece::{archive_piece, read_pieces, verified_reach};
 pub use crate::repo::wal_reading::{
     WalHeader, read_history, read_history_branch, read_wal, read_wal_header, verify_wal,
 };

@@ -16,7 +16,7 @@ use crate::repo::error::{Error, ErrorKind};
 use crate::repo::id::ClusterId;
 use crate::repo::layout::{ObjectName, WalObjectName};
 use crate::repo::repository::Repository;
-use crate::repo::wal_object::{Archived, WalKey, archive_wal, read_wal};
+use crate::repo::wal_object::{Archived, WalKey, archive_wal, read_wal, verify_wal};
 
 /// How far the pieces of one segment reach, by their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,6 +48,10 @@ const PIECES_MAX: usize = 1 << 17;
 const PAGE: usize = 1000;
 /// Pieces read at a time: they are small, and the store's latency counts.
 const READS_MAX: usize = 8;
+/// Pieces verified to tell how far they reach: of more than that, bytes stored once more are the cheaper way.
+const VERIFIED_MAX: usize = 256;
+/// Pieces verified at a time, by a receiver that is to take little memory: one may have 16 MiB.
+const VERIFIES_MAX: usize = 4;
 
 /// Archives the bytes `range` of a segment.
 ///
@@ -108,6 +112,39 @@ pub async fn read_pieces(
         Some(error) if (beginning.content.len() as u64) < u64::from(reach.contiguous) => Err(error),
         _ => Ok(beginning.content.into()),
     }
+}
+
+/// Returns how many bytes of a segment there are from its beginning on in pieces that can be used: each is verified as it is
+/// stored, which takes no private key. What is damaged, or behind some hundreds of pieces, counts as not there.
+pub async fn verified_reach(
+    repository: &Repository,
+    cluster: ClusterId,
+    segment: WalSegmentName,
+) -> Result<u32, Error> {
+    let ranges = list_pieces(repository, cluster, segment).await?.into_iter().take(VERIFIED_MAX);
+    let verified = ranges.map(|range| async {
+        let name = WalObjectName::Piece { segment, from: range.start, to: range.end };
+        (range, verify_wal(repository, cluster, name).await)
+    });
+    let mut verified = futures::stream::iter(verified).buffered(VERIFIES_MAX);
+    let mut reach = PieceReach::default();
+    while let Some((range, verified)) = verified.next().await {
+        if range.start > reach.contiguous {
+            break;
+        }
+        match verified {
+            Ok(header) if header.raw_size == u64::from(range.end - range.start) => {
+                reach.add(range.start, range.end);
+            }
+            Ok(header) => {
+                tracing::warn!("the piece {range:?} of WAL segment {segment} has {} bytes", header.raw_size);
+            }
+            Err(error) if error.is_absent() => {}
+            Err(error) if error.is_unusable() => tracing::warn!("{error}"),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(reach.contiguous)
 }
 
 /// Lists the pieces of a segment, ascending by where they begin.
@@ -288,6 +325,8 @@ mod tests {
                         prop_assert!(valid < named);
                     }
                 }
+                let verified = verified_reach(&archive.repository, cluster(), segment()).await.unwrap();
+                prop_assert_eq!(verified, valid);
                 let mut reach = PieceReach::default();
                 let there = of_states(|state| state != 1);
                 there.iter().for_each(|range| reach.add(range.start, range.end));
@@ -310,6 +349,18 @@ mod tests {
         // Under one name there is one content.
         let error = archive.put_bytes(&(0..50), &[0; 50]).await.unwrap_err();
         assert!(matches!(error, Error::Different { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn no_more_pieces_are_verified_than_are_worth_it_and_a_store_that_fails_says_nothing_of_them() {
+        let archive = Archive::new().await;
+        for at in 0..VERIFIED_MAX as u32 + 2 {
+            archive.put(&(at..at + 1)).await;
+        }
+        let reach = || verified_reach(&archive.repository, cluster(), segment());
+        assert_eq!(reach().await.unwrap(), VERIFIED_MAX as u32);
+        archive.store.inject(Rule::on(Verb::Get, Fault::Before(crate::storage::ErrorKind::Unreachable)));
+        assert_eq!(reach().await.unwrap_err().kind(), ErrorKind::Retry);
     }
 
     #[tokio::test]

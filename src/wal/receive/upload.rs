@@ -19,13 +19,13 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
-use crate::catalog::{WalCoverage, basebackups};
+use crate::catalog::basebackups;
 use crate::clock::Clock;
 use crate::codec::Compression;
 use crate::disk;
 use crate::pg::{SEGMENT_HEADER_LEN, TimelineId, WalSegmentName, check_segment_header};
 use crate::repo::layout::WalObjectName;
-use crate::repo::wal_object::{Replace, Stored, seal_wal, supersede_wal};
+use crate::repo::wal_object::{Replace, Stored, seal_wal, supersede_wal, verified_reach, verify_wal};
 use crate::repo::{self, ClusterId, RawContent, Repository};
 use crate::wal::Error;
 use crate::wal::head;
@@ -472,21 +472,23 @@ impl Sender {
     }
 }
 
-/// Returns how much of a segment the store has.
+/// Returns how much the store has of a segment that can be used: what the spool lets go by that may be the only copy.
 async fn stored_of(
     repository: &Repository,
     cluster: ClusterId,
     segment: WalSegmentName,
 ) -> Result<InStore, Error> {
-    let number = segment.number(cluster.segment_size)?;
-    let coverage =
-        WalCoverage::load_segments(repository, cluster, segment.timeline(), number..=number).await?;
-    if coverage.contains(number) {
-        // Perhaps in pieces only: the whole one is still to come.
-        return Ok(InStore { bytes: cluster.segment_size.bytes(), whole: false });
+    let stored = |bytes| Ok(InStore { bytes, whole: false });
+    match verify_wal(repository, cluster, WalObjectName::Segment(segment)).await {
+        // The one that is received is still to come, and is compared then.
+        Ok(_) => return stored(cluster.segment_size.bytes()),
+        Err(error) if error.is_absent() || error.is_unusable() => {}
+        Err(error) => return Err(error.into()),
     }
-    let bytes = coverage.pieces.get(&number).map_or(0, |reach| reach.contiguous);
-    Ok(InStore { bytes, whole: false })
+    match verified_reach(repository, cluster, segment).await {
+        Err(error) if error.is_unusable() => stored(0),
+        reach => stored(reach?),
+    }
 }
 
 fn trouble_of(error: &Error) -> String {

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use crate::clock::SystemClock;
 use crate::codec::SeededRandom;
 use crate::pg::{Lsn, WalSegmentSize};
-use crate::repo::wal_object::{WalKey, archive_piece, read_pieces, read_wal};
+use crate::repo::wal_object::{WalKey, archive_piece, archive_wal, read_pieces, read_wal};
 use crate::repo::{Keyring, RepositoryOptions};
 use crate::storage::{MemoryStore, ObjectKey};
 use crate::wal::spool::Spool;
@@ -99,8 +99,8 @@ impl Scene {
         Storing { shared, stop, task: tokio::spawn(uploader.run()) }
     }
 
-    /// Puts a piece of the segment into the store and spoils it.
-    async fn put_spoiled(&self, from: usize, to: usize) {
+    /// Puts a piece of the segment into the store, and returns its key.
+    async fn put(&self, from: usize, to: usize) -> ObjectKey {
         let repository = open(self.store.clone()).await.unwrap();
         let key = WalKey::create(repository.keyring()).unwrap();
         let bytes = &segment(1, NUMBER)[from..to];
@@ -108,7 +108,13 @@ impl Scene {
         let zstd = Compression::zstd(1);
         archive_piece(&repository, cluster(), name(), range.clone(), bytes, &key, zstd).await.unwrap();
         let piece = WalObjectName::Piece { segment: name(), from: range.start, to: range.end };
-        self.store.tamper(&repository.layout().wal_object(cluster(), piece), |bytes| {
+        repository.layout().wal_object(cluster(), piece)
+    }
+
+    /// The same, and spoils it.
+    async fn put_spoiled(&self, from: usize, to: usize) {
+        let key = self.put(from, to).await;
+        self.store.tamper(&key, |bytes| {
             let mut bytes = bytes.unwrap().to_vec();
             *bytes.last_mut().unwrap() ^= 1;
             Some(bytes.into())
@@ -177,6 +183,55 @@ async fn a_piece_in_the_store_that_nobody_can_use_holds_back_nothing_and_is_told
     storing.wait_for("nothing is told any more", |storing| storing.problem().is_none()).await;
     storing.end().await.unwrap();
     assert!(read_wal(&repository, cluster(), WalObjectName::Segment(name())).await.unwrap() == wal);
+}
+
+/// As where it was killed between meeting the piece and storing its bytes elsewhere: the spool has the only copy.
+#[tokio::test]
+async fn a_piece_in_the_store_that_nobody_can_use_does_not_count_at_the_next_start() {
+    let scene = Scene::new();
+    {
+        let spool = scene.spool();
+        spool.append(at(0), &segment(1, NUMBER)[..200]).unwrap();
+        // The timeline ended there, so that what there is of its last segment may leave.
+        let next = Position { timeline: TimelineId::new(2).unwrap(), ..at(0) };
+        spool.append(next, &segment(2, NUMBER)[..100]).unwrap();
+    }
+    scene.put(0, 100).await;
+    scene.put_spoiled(100, 200).await;
+    let storing = scene.start();
+    storing
+        .wait_for("the segment leaves the spool", |storing| storing.shared.spool.oldest(2).len() == 1)
+        .await;
+    storing.end().await.unwrap();
+    let repository = open(scene.store.clone()).await.unwrap();
+    assert!(read_pieces(&repository, cluster(), name()).await.unwrap() == segment(1, NUMBER)[..200]);
+}
+
+/// Of a segment that is whole in the store as well, by its name, where only its beginning was received.
+#[tokio::test]
+async fn a_segment_in_the_store_that_nobody_can_use_does_not_count_at_the_next_start() {
+    let scene = Scene::new();
+    {
+        let spool = scene.spool();
+        spool.append(at(0), &segment(1, NUMBER)[..200]).unwrap();
+        let next = Position { timeline: TimelineId::new(2).unwrap(), ..at(0) };
+        spool.append(next, &segment(2, NUMBER)[..100]).unwrap();
+    }
+    let repository = open(scene.store.clone()).await.unwrap();
+    let (key, wal) = (WalKey::create(repository.keyring()).unwrap(), segment(1, NUMBER));
+    let whole = WalObjectName::Segment(name());
+    archive_wal(&repository, cluster(), whole, &wal, &key, Compression::zstd(1)).await.unwrap();
+    scene.store.tamper(&repository.layout().wal_object(cluster(), whole), |bytes| {
+        let mut bytes = bytes.unwrap().to_vec();
+        *bytes.last_mut().unwrap() ^= 1;
+        Some(bytes.into())
+    });
+    let storing = scene.start();
+    storing
+        .wait_for("the segment leaves the spool", |storing| storing.shared.spool.oldest(2).len() == 1)
+        .await;
+    storing.end().await.unwrap();
+    assert!(read_pieces(&repository, cluster(), name()).await.unwrap() == wal[..200]);
 }
 
 #[tokio::test]
