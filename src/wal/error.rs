@@ -71,6 +71,12 @@ pub enum Error {
          received already"
     )]
     SetBack { address: String, timeline: TimelineId, flushed: Lsn, here: Lsn },
+    /// A server cannot say how it came to its timeline, and nobody else does.
+    #[error(
+        "the server at {address} cannot be received from: it has no history file of its timeline {timeline}, without which \
+         it sends nothing of those before, and what follows here is not known to be its WAL"
+    )]
+    NoHistory { address: String, timeline: TimelineId },
     /// The replication slot cannot be used.
     #[error("replication slot \"{slot}\" cannot be used: {detail}")]
     Slot { slot: String, detail: String },
@@ -117,7 +123,7 @@ impl Error {
             | Self::Slot { .. }
             | Self::OtherCluster { .. }
             | Self::NoArchive { .. } => ErrorKind::Input,
-            Self::UnfitServer { .. } | Self::SetBack { .. } => ErrorKind::Retry,
+            Self::UnfitServer { .. } | Self::SetBack { .. } | Self::NoHistory { .. } => ErrorKind::Retry,
             Self::SpoolGap { .. } => ErrorKind::Bug,
             Self::Session(error) => match error.kind() {
                 replication::ErrorKind::Retry => ErrorKind::Retry,
@@ -171,6 +177,9 @@ impl Error {
             }
             Self::Missing { .. } => {
                 "Push it again from pg_wal of the server that wrote it, or recover to a point before it."
+            }
+            Self::NoHistory { .. } => {
+                "Copy the file into pg_wal of that server: from another one, or from the archive by walden wal fetch."
             }
             Self::OtherCluster { .. } => {
                 "Let the spool be stored first: start the receiver with the old server's store reachable."

@@ -249,6 +249,12 @@ impl Spool {
         self.waiting_histories().clone()
     }
 
+    /// Returns a timeline's history file, one that waits or was stored since this start.
+    pub fn history(&self, timeline: TimelineId) -> Option<Vec<u8>> {
+        let waiting = self.waiting_histories().get(&timeline).cloned();
+        waiting.or_else(|| self.lock_stored_histories().get(&timeline).cloned())
+    }
+
     /// Tells whether a timeline's history file waits.
     pub fn has_history(&self, timeline: TimelineId) -> bool {
         self.waiting_histories().contains_key(&timeline)

@@ -1,6 +1,7 @@
 //! Receiving over switches of the timeline: while nobody receives, behind what was received, and with commits that wait.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::receive::write_segments;
@@ -122,6 +123,65 @@ fn commits_wait_for_the_store_over_a_switch_and_are_recovered() {
         restored.try_sql("select pg_is_in_recovery()").is_ok_and(|answer| answer == "f").then_some(())
     });
     assert_eq!(restored.sql("select n from r order by 1"), "1\n2", "{}", receiver.log());
+}
+
+/// As the copy of a server that was made without WAL: it needs no history of the timeline it is on.
+#[track_caller]
+fn take_history_away(server: &Server) -> (PathBuf, Vec<u8>) {
+    let history = server.data_directory().join("pg_wal/00000002.history");
+    let content = fs::read(&history).unwrap();
+    fs::remove_file(&history).unwrap();
+    (history, content)
+}
+
+#[test]
+fn a_server_without_the_history_of_its_timeline_is_received_from_on_that_timeline() {
+    require!(Need::PostgreSQL(15));
+    let mut cluster = cluster(15);
+    let mut receiver = Receiver::of(&cluster);
+    receiver.wait_until_streaming();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    begin_timeline(&mut cluster);
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.stop();
+    take_history_away(&cluster);
+    receiver.start_again();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 2, 2);
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
+}
+
+/// What was received is on the timeline before, all of it: where that ended the archive tells.
+#[test]
+fn the_archive_tells_of_the_history_that_a_server_lacks_and_without_it_that_is_said() {
+    require!(Need::PostgreSQL(15));
+    let mut cluster = cluster(15);
+    let mut receiver = Receiver::of(&cluster);
+    receiver.wait_until_streaming();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    // It waits until we have all of it.
+    cluster.stop(Stop::Fast);
+    receiver.stop();
+    begin_timeline(&mut cluster);
+    wait_for("the timeline", || (cluster.sql("select pg_is_in_recovery()") == "f").then_some(()));
+    let (path, content) = take_history_away(&cluster);
+    receiver.start_again();
+    let told = receiver.wait_for_state("what is missing", |state| {
+        let message = state["receive_problem"]["message"].as_str()?;
+        message.contains("no history file of its timeline 2").then(|| message.to_owned())
+    });
+    assert!(told.contains("Copy the file into pg_wal of that server"), "{told}");
+    fs::write(&path, content).unwrap();
+    receiver.walden.run(&["wal", "push", path.to_str().unwrap()]);
+    fs::remove_file(&path).unwrap();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 2, 1);
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
 }
 
 /// Runs a statement in a session of its own, so that a commit that waits for ever fails the test.

@@ -12,6 +12,7 @@
 
 mod gap;
 mod holes;
+mod origin;
 mod plan;
 mod removed;
 mod resume;
@@ -39,8 +40,10 @@ use crate::wal::spool::{Position, Spool};
 
 use plan::{PieceRule, SlotStep, plan_least_report, plan_slot, plan_start, segment_start};
 use resume::Resume;
-use server::{Candidate, Choice, choose, restart_of, slot_facts, unfit_error};
-use state::{Shared, clear, keep_alive, keep_written, note, remembered_gaps, warn_of, write_state};
+use server::{Candidate, Choice, Wanted, choose, restart_of, slot_facts, unfit_error};
+use state::{
+    Shared, clear, keep_alive, keep_written, note, remembered_gaps, warn_of, with_hint, write_state,
+};
 use stream::{StreamEnd, Streaming};
 use upload::{Stop, Uploader};
 
@@ -234,9 +237,10 @@ async fn find_cluster(
     }
     let mut pause = PAUSE_FIRST;
     let mut state = ReceiveState { gaps: remembered_gaps(&options.spool), ..Default::default() };
+    let anybody = Wanted { cluster: None, here: None, removed: &[], shared: None };
     while !*stop.borrow() {
         let chosen = tokio::select! {
-            chosen = choose(&options.nodes, None, None, &[]) => chosen,
+            chosen = choose(&options.nodes, &anybody) => chosen,
             () = told_to(&mut stop) => return Ok(None),
             never = keep_alive(&options.spool, &state, options.owner, &**clock) => match never {},
         };
@@ -334,7 +338,7 @@ impl Receiver<'_> {
             }
             note(
                 &mut self.shared.state().receive_problem,
-                format!("receiving stopped: {error}"),
+                format!("receiving stopped: {}", with_hint(&error)),
                 self.clock.now(),
             );
             tokio::select! {
@@ -411,8 +415,9 @@ impl Receiver<'_> {
 
     /// Chooses a server, keeps its history files and sees to the slot; nothing where a gap has to be jumped over first.
     async fn prepare(&mut self) -> Result<Option<Prepared>, Error> {
-        let nodes = &self.options.nodes;
-        let choice = choose(nodes, Some(self.cluster), self.here, &self.removed).await?;
+        let (cluster, shared) = (Some(self.cluster), Some(&**self.shared));
+        let wanted = Wanted { cluster, here: self.here, removed: &self.removed, shared };
+        let choice = choose(&self.options.nodes, &wanted).await?;
         let mut candidate = match (choice, self.wanted()) {
             (Choice::Removed { candidate, oldest, unheard }, Some(here)) => {
                 self.meet_removal(candidate, here, oldest, unheard).await?;

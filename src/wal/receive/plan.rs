@@ -16,8 +16,10 @@ use crate::wal::spool::Position;
 pub(crate) struct ServerFacts {
     pub identity: SystemIdentity,
     pub segment_size: WalSegmentSize,
-    /// The history of its timeline; the first has none.
+    /// The history of its timeline; the first has none. Of one that lacks the file this is what others tell, if they do.
     pub history: Option<TimelineHistory>,
+    /// Whether it lacks the history file of its timeline, as after a basebackup without WAL: it sends that timeline alone.
+    pub lacks_history: bool,
     pub standby: bool,
     /// Its cluster_name, by which a clone is known.
     pub cluster_name: String,
@@ -42,6 +44,8 @@ pub(crate) enum Unfit {
         "it is on timeline {timeline}, which does not descend from timeline {here}, received up to {lsn}"
     )]
     OtherBranch { timeline: TimelineId, here: TimelineId, lsn: Lsn },
+    #[error("it has no history file of its timeline {timeline}")]
+    NoHistory { timeline: TimelineId },
 }
 
 /// What the server tells of our slot.
@@ -144,11 +148,29 @@ pub(crate) fn plan_start(
     here: Option<Position>,
     slot: Option<Lsn>,
 ) -> Result<Position, Unfit> {
-    if let Some(name) = server.cluster_name.strip_prefix(CLONE_NAME_PREFIX) {
-        return Err(Unfit::Clone { name: name.to_owned() });
+    refuse_clone(server)?;
+    let start = follow(server, here, slot)?;
+    let timeline = server.identity.timeline;
+    // A server that cannot tell of a timeline before its own does not send it.
+    let is_sent = !server.lacks_history || start.timeline == timeline;
+    if is_sent { Ok(start) } else { Err(Unfit::NoHistory { timeline }) }
+}
+
+/// Refuses the server of a clone.
+pub(crate) fn refuse_clone(server: &ServerFacts) -> Result<(), Unfit> {
+    match server.cluster_name.strip_prefix(CLONE_NAME_PREFIX) {
+        Some(name) => Err(Unfit::Clone { name: name.to_owned() }),
+        None => Ok(()),
     }
+}
+
+fn follow(server: &ServerFacts, here: Option<Position>, slot: Option<Lsn>) -> Result<Position, Unfit> {
     let SystemIdentity { timeline, flushed, .. } = server.identity;
+    let is_untold = server.lacks_history && server.history.is_none();
     let Some(here) = here else {
+        if is_untold {
+            return Err(Unfit::NoHistory { timeline });
+        }
         let lsn = segment_start(slot.unwrap_or(flushed), server.segment_size);
         let timeline = server.history.as_ref().map_or(timeline, |history| history.timeline_at(lsn));
         return Ok(Position { timeline, lsn });
@@ -156,6 +178,9 @@ pub(crate) fn plan_start(
     if here.timeline == timeline {
         let behind = Unfit::Behind { timeline, flushed, here: here.lsn };
         return if here.lsn > flushed { Err(behind) } else { Ok(here) };
+    }
+    if is_untold && timeline > here.timeline {
+        return Err(Unfit::NoHistory { timeline });
     }
     let other = Unfit::OtherBranch { timeline, here: here.timeline, lsn: here.lsn };
     // A primary that was left behind, or its standby.
@@ -297,6 +322,7 @@ mod tests {
             },
             segment_size: SIZE,
             history: (timeline > 1).then(|| TimelineHistory::parse(tli(timeline), history).unwrap()),
+            lacks_history: false,
             standby: false,
             cluster_name: String::new(),
         }
@@ -345,6 +371,29 @@ mod tests {
         let old = plan_start(&server(1, 0x900_0000, ""), Some(at(2, 0x600_0000)), None);
         assert!(matches!(old, Err(Unfit::OtherBranch { .. })), "{old:?}");
         let clone = ServerFacts { cluster_name: "walden:try".into(), ..server(1, 0, "") };
+        assert_eq!(plan_start(&clone, None, None), Err(Unfit::Clone { name: "try".into() }));
+    }
+
+    #[test]
+    fn a_server_without_the_history_of_its_timeline_is_received_from_on_that_timeline_alone() {
+        let told = ServerFacts { lacks_history: true, ..server(3, 0x900_0000, THREE) };
+        let untold = ServerFacts { history: None, ..told.clone() };
+        let unknown = Err(Unfit::NoHistory { timeline: tli(3) });
+        for server in [&told, &untold] {
+            assert_eq!(plan_start(server, Some(at(3, 0x880_0000)), None), Ok(at(3, 0x880_0000)));
+            // It would not send it, wherever it knows the way from.
+            assert_eq!(plan_start(server, Some(at(2, 0x7FF_FFFF)), None), unknown);
+            assert_eq!(plan_start(server, Some(at(1, 0x500_0100)), None), unknown);
+            assert_eq!(plan_start(server, None, Some(Lsn(0x612_3456))), unknown);
+            let behind = plan_start(server, Some(at(4, 0x900_0000)), None);
+            assert!(matches!(behind, Err(Unfit::OtherBranch { .. })), "{behind:?}");
+        }
+        // Whether the timeline before is over here only its history says.
+        assert_eq!(plan_start(&told, Some(at(2, 0x800_0000)), None), Ok(at(3, 0x800_0000)));
+        assert_eq!(plan_start(&untold, Some(at(2, 0x800_0000)), None), unknown);
+        assert_eq!(plan_start(&told, None, Some(Lsn(0x812_3456))), Ok(at(3, 0x800_0000)));
+        assert_eq!(plan_start(&untold, None, None), unknown);
+        let clone = ServerFacts { cluster_name: "walden:try".into(), ..untold };
         assert_eq!(plan_start(&clone, None, None), Err(Unfit::Clone { name: "try".into() }));
     }
 

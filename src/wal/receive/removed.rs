@@ -71,8 +71,12 @@ impl Receiver<'_> {
         let wanted =
             plan_start(&candidate.facts, Some(here), None).map_err(|unfit| unfit_error(candidate, unfit))?;
         let restart = self.kept_behind(candidate, wanted.lsn).await?;
-        let next = plan_start(&candidate.facts, None, Some(restart))
-            .map_err(|unfit| unfit_error(candidate, unfit))?;
+        let next = if wanted.timeline == candidate.facts.identity.timeline {
+            Position { lsn: segment_start(restart, self.size()), ..wanted }
+        } else {
+            plan_start(&candidate.facts, None, Some(restart))
+                .map_err(|unfit| unfit_error(candidate, unfit))?
+        };
         if next.lsn <= wanted.lsn {
             return Err(Error::Missing { name: format!("WAL from {} on", wanted.lsn) });
         }

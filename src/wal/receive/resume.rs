@@ -285,7 +285,14 @@ mod tests {
             timeline: tli(timeline),
             flushed: Lsn(0x900_0000),
         };
-        ServerFacts { identity, segment_size: SIZE, history, standby: false, cluster_name: String::new() }
+        ServerFacts {
+            identity,
+            segment_size: SIZE,
+            history,
+            lacks_history: false,
+            standby: false,
+            cluster_name: String::new(),
+        }
     }
 
     fn held(whole: &[u64], pieces: &[(u64, u32)]) -> TimelineCoverage {

@@ -5,13 +5,17 @@
 //! replicate asks for less by READ_REPLICATION_SLOT, and before PostgreSQL 15 goes without: there START_REPLICATION
 //! takes a slot that was lost, and the WAL it should have kept is found to be gone.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentSize};
 use crate::replication::{ConnectOptions, Error as SessionError, Param, ReplicationConnection, Session};
 use crate::repo::ClusterId;
 use crate::wal::Error;
-use crate::wal::receive::plan::{ServerFacts, SlotFacts, Unfit, plan_start};
+use crate::wal::receive::is_removed;
+use crate::wal::receive::origin::{known_history, parse_history};
+use crate::wal::receive::plan::{ServerFacts, SlotFacts, Unfit, plan_start, refuse_clone};
+use crate::wal::receive::state::Shared;
 use crate::wal::spool::Position;
 
 /// A server to receive from.
@@ -43,71 +47,154 @@ pub(super) enum Choice {
 /// replication commands have a limit of their own.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Asks the servers in turn, and returns the first primary that fits, else the first standby; those in `removed` come
-/// last, by their addresses. Servers of another cluster than `cluster` are passed over.
+/// What is wanted of the servers.
+pub(super) struct Wanted<'a> {
+    /// The cluster; else any, and only whose WAL it is.
+    pub cluster: Option<ClusterId>,
+    /// Where what was received ends.
+    pub here: Option<Position>,
+    /// Those that have removed what follows, by address: they come last.
+    pub removed: &'a [String],
+    /// What may tell the histories that servers lack.
+    pub shared: Option<&'a Shared>,
+}
+
+/// What became of the servers that were asked.
+#[derive(Default)]
+struct Asked {
+    standby: Option<Candidate>,
+    last_resort: Option<Candidate>,
+    failure: Option<Error>,
+    foreign: Option<(Candidate, Error)>,
+    foreign_count: usize,
+    unheard: Option<String>,
+    oldest: Option<Lsn>,
+    /// The history files that they have.
+    histories: BTreeMap<TimelineId, Vec<u8>>,
+    /// Those that lack one that nobody has told so far.
+    untold: Vec<Candidate>,
+}
+
+/// Asks the servers in turn, and returns the first primary that fits, else the first standby. Servers of another cluster
+/// are passed over.
 ///
 /// # Errors
 /// `OtherCluster` where all servers are of another; else the last refusal, where none fits.
-pub(super) async fn choose(
-    nodes: &[ConnectOptions],
-    cluster: Option<ClusterId>,
-    here: Option<Position>,
-    removed: &[String],
-) -> Result<Choice, Error> {
-    let (mut standby, mut last_resort, mut failure) = (None, None::<Candidate>, None);
-    let (mut foreign, mut foreign_count, mut unheard, mut oldest) = (None, 0, None, None);
+pub(super) async fn choose(nodes: &[ConnectOptions], wanted: &Wanted<'_>) -> Result<Choice, Error> {
+    let mut asked = Asked::default();
     for options in nodes {
         let candidate = match ask(options).await {
             Ok(candidate) => candidate,
             Err(error) => {
                 tracing::debug!("server passed over: {error}");
-                unheard = Some(error.to_string());
-                failure = worse(failure, error.into());
+                asked.unheard = Some(error.to_string());
+                asked.failure = worse(asked.failure.take(), error.into());
                 continue;
             }
         };
         let found = candidate.facts.cluster();
-        if let Some(expected) = cluster.filter(|expected| *expected != found) {
-            foreign = Some((candidate, Error::OtherCluster { expected, found }));
-            foreign_count += 1;
+        if let Some(expected) = wanted.cluster.filter(|expected| *expected != found) {
+            asked.foreign = Some((candidate, Error::OtherCluster { expected, found }));
+            asked.foreign_count += 1;
             continue;
         }
-        let is_removed = removed.iter().any(|address| address == candidate.connection.address());
-        match plan_start(&candidate.facts, here, None) {
-            Err(unfit) => {
-                // One that was started again does not know what it has before it has replayed it.
-                let may_have_it = candidate.facts.standby && matches!(unfit, Unfit::Behind { .. });
-                let error = unfit_error(&candidate, unfit);
-                if may_have_it {
-                    unheard = Some(error.to_string());
-                }
-                failure = worse(failure, error);
-            }
-            Ok(wanted) if is_removed => {
-                let has = oldest_behind(options, wanted, found.segment_size).await;
-                oldest = has.into_iter().chain(oldest).min();
-                match &last_resort {
-                    // A primary keeps a slot for us.
-                    Some(known) if candidate.facts.standby || !known.facts.standby => {}
-                    _ => last_resort = Some(candidate),
-                }
-            }
-            Ok(_) if !candidate.facts.standby => return Ok(Choice::Server(candidate)),
-            Ok(_) => standby = standby.or(Some(candidate)),
+        asked.histories.extend(candidate.histories.iter().cloned());
+        if let Some(primary) = asked.judge(candidate, wanted, false).await {
+            return Ok(Choice::Server(primary));
         }
     }
-    let nobody = || SessionError::Settings { detail: "the site has no connection".into() }.into();
-    let removed = last_resort.map(|candidate| Choice::Removed { candidate, oldest, unheard });
-    let choice = standby.map(Choice::Server).or(removed);
-    choice.ok_or_else(|| match foreign {
-        Some((_, error)) if foreign_count == nodes.len() => error,
-        // Another one, which does not answer now, may be ours.
-        Some((candidate, error)) => Error::UnfitServer {
-            address: candidate.connection.address().to_owned(),
-            detail: error.to_string(),
-        },
-        None => failure.unwrap_or_else(nobody),
-    })
+    // One that was asked later may have what they lack.
+    for candidate in std::mem::take(&mut asked.untold) {
+        if let Some(primary) = asked.judge(candidate, wanted, true).await {
+            return Ok(Choice::Server(primary));
+        }
+    }
+    asked.conclude(nodes.len())
+}
+
+impl Asked {
+    /// Decides about a server, and returns it where no better one can come; all were asked where `is_last`.
+    async fn judge(
+        &mut self,
+        mut candidate: Candidate,
+        wanted: &Wanted<'_>,
+        is_last: bool,
+    ) -> Option<Candidate> {
+        tell_history(&self.histories, &mut candidate, wanted).await;
+        let facts = &candidate.facts;
+        let start = match wanted.cluster {
+            Some(_) => plan_start(facts, wanted.here, None),
+            None => refuse_clone(facts)
+                .map(|()| Position { timeline: facts.identity.timeline, lsn: facts.identity.flushed }),
+        };
+        let is_removed = wanted.removed.iter().any(|address| address == candidate.connection.address());
+        match start {
+            Err(Unfit::NoHistory { .. }) if facts.history.is_none() && !is_last => {
+                self.untold.push(candidate);
+            }
+            Err(unfit) => {
+                // One that was started again does not know what it has before it has replayed it.
+                let is_starting = facts.standby && matches!(unfit, Unfit::Behind { .. });
+                let may_have_it = is_starting || matches!(unfit, Unfit::NoHistory { .. });
+                let error = unfit_error(&candidate, unfit);
+                if may_have_it {
+                    self.unheard = Some(error.to_string());
+                }
+                self.failure = worse(self.failure.take(), error);
+            }
+            Ok(start) if is_removed => {
+                let has = oldest_behind(&candidate.options, start, facts.segment_size).await;
+                self.oldest = has.into_iter().chain(self.oldest).min();
+                match &self.last_resort {
+                    // A primary keeps a slot for us.
+                    Some(known) if facts.standby || !known.facts.standby => {}
+                    _ => self.last_resort = Some(candidate),
+                }
+            }
+            Ok(_) if !facts.standby => return Some(candidate),
+            Ok(_) => {
+                self.standby.get_or_insert(candidate);
+            }
+        }
+        None
+    }
+
+    /// Returns the best of all, of so many.
+    fn conclude(self, count: usize) -> Result<Choice, Error> {
+        let Self { standby, last_resort, oldest, unheard, .. } = self;
+        let nobody = || SessionError::Settings { detail: "the site has no connection".into() }.into();
+        let removed = last_resort.map(|candidate| Choice::Removed { candidate, oldest, unheard });
+        let choice = standby.map(Choice::Server).or(removed);
+        choice.ok_or_else(|| match self.foreign {
+            Some((_, error)) if self.foreign_count == count => error,
+            // Another one, which does not answer now, may be ours.
+            Some((candidate, error)) => Error::UnfitServer {
+                address: candidate.connection.address().to_owned(),
+                detail: error.to_string(),
+            },
+            None => self.failure.unwrap_or_else(nobody),
+        })
+    }
+}
+
+/// Tells a server the history that it lacks, by what others have, or the spool or the archive; nothing where all of what is
+/// wanted is on its own timeline.
+async fn tell_history(
+    histories: &BTreeMap<TimelineId, Vec<u8>>,
+    candidate: &mut Candidate,
+    wanted: &Wanted<'_>,
+) {
+    let (facts, timeline) = (&candidate.facts, candidate.facts.identity.timeline);
+    let is_there = wanted.here.is_some_and(|here| here.timeline == timeline);
+    if !facts.lacks_history || facts.history.is_some() || is_there {
+        return;
+    }
+    if let Some(content) = histories.get(&timeline) {
+        candidate.facts.history = parse_history(timeline, content).ok();
+        candidate.histories.push((timeline, content.clone()));
+    } else if let Some(shared) = wanted.shared {
+        candidate.facts.history = known_history(shared, facts.cluster(), timeline).await;
+    }
 }
 
 /// Returns what to tell of two failures: that one server was set back, or else the later.
@@ -122,6 +209,7 @@ pub(super) fn unfit_error(candidate: &Candidate, unfit: Unfit) -> Error {
         Unfit::Behind { timeline, flushed, here } if candidate.is_primary => {
             Error::SetBack { address, timeline, flushed, here }
         }
+        Unfit::NoHistory { timeline } => Error::NoHistory { address, timeline },
         unfit => Error::UnfitServer { address, detail: unfit.to_string() },
     }
 }
@@ -140,7 +228,8 @@ async fn ask(options: &ConnectOptions) -> Result<Candidate, SessionError> {
     let (histories, history) = histories(&mut connection, identity.timeline).await?;
     let is_primary = standby == Some(false);
     let standby = standby.unwrap_or(false);
-    let facts = ServerFacts { identity, segment_size, history, standby, cluster_name };
+    let lacks_history = history.is_none() && identity.timeline != TimelineId::FIRST;
+    let facts = ServerFacts { identity, segment_size, history, lacks_history, standby, cluster_name };
     Ok(Candidate { connection, options: options.clone(), facts, is_primary, histories })
 }
 
@@ -173,7 +262,8 @@ async fn in_time<T>(asked: impl Future<Output = Result<T, SessionError>>) -> Res
 
 type Histories = (Vec<(TimelineId, Vec<u8>)>, Option<TimelineHistory>);
 
-/// Fetches the history file of a timeline, and those of its ancestors that the server still has (failure 9).
+/// Fetches the history file of a timeline, and those of its ancestors that the server still has (failure 9). Nothing where
+/// it lacks the first, as the copy of a server does that was made without WAL.
 async fn histories(
     connection: &mut ReplicationConnection,
     timeline: TimelineId,
@@ -181,14 +271,17 @@ async fn histories(
     if timeline == TimelineId::FIRST {
         return Ok((Vec::new(), None));
     }
-    let content = connection.history(timeline).await?.to_vec();
-    let history = TimelineHistory::parse(timeline, &String::from_utf8_lossy(&content))
+    let content = match connection.history(timeline).await {
+        Err(error) if is_removed(&error) => return Ok((Vec::new(), None)),
+        content => content?.to_vec(),
+    };
+    let history = parse_history(timeline, &content)
         .map_err(|error| SessionError::Unexpected { detail: error.to_string() })?;
     let mut files = vec![(timeline, content)];
     for ancestor in history.ancestors().filter(|ancestor| *ancestor != TimelineId::FIRST) {
         match connection.history(ancestor).await {
             // The server itself never looks at it again.
-            Ok(content) => match TimelineHistory::parse(ancestor, &String::from_utf8_lossy(&content)) {
+            Ok(content) => match parse_history(ancestor, &content) {
                 Ok(_) => files.push((ancestor, content.to_vec())),
                 Err(error) => tracing::warn!("the history of timeline {ancestor} is left out: {error}"),
             },

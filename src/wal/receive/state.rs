@@ -154,6 +154,14 @@ pub(super) fn note(known: &mut Option<Problem>, message: String, now: Timestamp)
     }
 }
 
+/// Describes an error for those who read a state or a log, with what can be done.
+pub(super) fn with_hint(error: &Error) -> String {
+    match error.hint() {
+        Some(hint) => format!("{error}. {hint}"),
+        None => error.to_string(),
+    }
+}
+
 /// Ends a trouble, which is said.
 pub(super) fn clear(known: &mut Option<Problem>, what: &str) {
     if known.take().is_some() {
