@@ -4,7 +4,7 @@
 //! Unlike the other jobs it is not dropped where it waits: it is given its moments to store what is spooled. What it
 //! could not begin with, such as a key that is not there yet, is tried again as well.
 
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ impl Receivers {
 
     /// Receives for a site until the daemon's end is wanted.
     pub(super) fn start(&mut self, site: String, prepare: PrepareReceiving, shutdown: Shutdown) {
-        let (clock, failure_of) = (self.clock.clone(), self.failure_of);
+        let (clock, failure_of, prepare) = (self.clock.clone(), self.failure_of, Arc::new(prepare));
         self.tasks.spawn(async move {
             let (stop, stopped) = watch::channel(false);
             let receiving = async {
@@ -70,11 +70,16 @@ impl Receivers {
 }
 
 async fn attempt(
-    prepare: &PrepareReceiving,
+    prepare: &Arc<PrepareReceiving>,
     clock: Arc<dyn Clock>,
     stopped: watch::Receiver<bool>,
     failure_of: fn(wal::Error) -> Failure,
 ) -> Result<(), Failure> {
-    let (options, open) = prepare()?;
+    let prepare = prepare.clone();
+    // It looks at the state folder, whose volume may hang: the other sites need this thread.
+    let (options, open) = match tokio::task::spawn_blocking(move || prepare()).await {
+        Ok(prepared) => prepared?,
+        Err(error) => resume_unwind(error.into_panic()),
+    };
     run(options, open, clock, stopped).await.map_err(failure_of)
 }

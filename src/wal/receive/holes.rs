@@ -102,17 +102,17 @@ impl Receiver<'_> {
     }
 
     /// Goes on without what is missing of a hole, which is told.
-    pub(super) fn give_up_spooled(&self, hole: SpoolHole, missing: &[(Lsn, Lsn)]) {
+    pub(super) async fn give_up_spooled(&self, hole: SpoolHole, missing: &[(Lsn, Lsn)]) {
         for (from, to) in missing {
-            self.tell_gap(Position { lsn: *from, ..hole.from }, *to);
+            self.tell_gap(Position { lsn: *from, ..hole.from }, *to).await;
         }
         self.shared.give_up_hole(hole);
     }
 
     /// The same for all that is missing within the spool: its cluster is gone.
-    pub(super) fn give_up_all_spooled(&self) {
+    pub(super) async fn give_up_all_spooled(&self) {
         while let Some(hole) = self.shared.hole() {
-            self.give_up_spooled(hole, &[(hole.from.lsn, hole.to)]);
+            self.give_up_spooled(hole, &[(hole.from.lsn, hole.to)]).await;
         }
     }
 }

@@ -10,6 +10,7 @@
 //! log and in `receive.json` together with the hole, and receiving goes on behind it: the next basebackup needs that
 //! WAL. Deliberately absent: removing what pieces leave in the store (the sweep), and alerts.
 
+mod disk_work;
 mod gap;
 mod holes;
 mod origin;
@@ -17,6 +18,7 @@ mod plan;
 mod removed;
 mod resume;
 mod server;
+mod start;
 mod state;
 mod stream;
 mod upload;
@@ -29,21 +31,20 @@ use tokio::sync::watch;
 
 use crate::clock::Clock;
 use crate::codec::Compression;
-use crate::disk::durable::{Create, create_dir_all};
-use crate::disk::{self, CloneMarker, LockFile, Owner};
+use crate::disk::{self, Owner};
 use crate::memory;
 use crate::pg::{Lsn, WalSegmentSize};
 use crate::replication::{ConnectOptions, Error as SessionError, ReplicationConnection, Started};
 use crate::repo::ClusterId;
 use crate::wal::Error;
-use crate::wal::spool::{Position, Spool};
+use crate::wal::spool::Position;
 
+use disk_work::on_disk;
 use plan::{PieceRule, SlotStep, plan_least_report, plan_slot, plan_start, segment_start};
 use resume::Resume;
 use server::{Candidate, Choice, Wanted, choose, restart_of, slot_facts, unfit_error};
-use state::{
-    Shared, clear, keep_alive, keep_written, note, remembered_gaps, warn_of, with_hint, write_state,
-};
+use start::{Begun, begin};
+use state::{Shared, clear, keep_written, note, put_all, warn_of, with_hint};
 use stream::{StreamEnd, Streaming};
 use upload::{Stop, Uploader};
 
@@ -100,7 +101,6 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 const EMPTYING_TIMEOUT: Duration = Duration::from_secs(30);
 /// Long enough that a load of single commits does not have its memory taken between them.
 const IDLE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
-const LOCK_FILE: &str = "lock";
 /// Where the spools of all sites are, below the state folder.
 const SPOOL_FOLDER: &str = "spool";
 
@@ -120,15 +120,13 @@ pub async fn run(
     clock: Arc<dyn Clock>,
     stop: watch::Receiver<bool>,
 ) -> Result<(), Error> {
-    refuse_clone(options.data_directory.as_deref())?;
     memory::map_large_things();
-    let folder_of = Create { owner: options.owner, ..Create::PRIVATE_DIRECTORY };
-    create_dir_all(&options.spool, folder_of)?;
-    let _lock = LockFile::acquire(&options.spool.join(LOCK_FILE))?;
-    let Some(cluster) = find_cluster(&options, &clock, stop.clone()).await? else { return Ok(()) };
-    let folder = options.spool.join(cluster.to_string());
-    let spool = Spool::open(&folder, cluster.segment_size, options.owner)?;
-    let shared = Arc::new(Shared::new(spool, remembered_gaps(&options.spool)));
+    let mut told = stop.clone();
+    let begun = tokio::select! {
+        begun = begin(&options, &clock) => begun?,
+        () = told_to(&mut told) => return Ok(()),
+    };
+    let Begun { shared, cluster, lock: _lock } = begun;
     if let Some(hole) = shared.hole() {
         tracing::error!(
             "WAL from {} to {} is missing in the spool: it is asked for again",
@@ -183,7 +181,7 @@ pub async fn run(
             state.receive_problem = Some(Problem::of_end(error, clock.now()));
         }
     }
-    warn_of(shared.write_down(&options.spool, options.owner, clock.now()));
+    warn_of(put_all(&shared, &options.spool, options.owner, clock.now()).await);
     outcome
 }
 
@@ -216,66 +214,6 @@ async fn give_memory_back(shared: &Shared) -> Result<(), Error> {
         }
         before = now;
     }
-}
-
-fn refuse_clone(data_directory: Option<&Path>) -> Result<(), Error> {
-    let Some(path) = data_directory.filter(|path| path.exists()) else { return Ok(()) };
-    match CloneMarker::detect(path)? {
-        Some(marker) => Err(Error::Clone { path: path.to_owned(), name: marker.name }),
-        None => Ok(()),
-    }
-}
-
-/// Returns the cluster whose WAL is in the spool, or else that of the first server that answers; nothing if told to stop.
-async fn find_cluster(
-    options: &ReceiveOptions,
-    clock: &Arc<dyn Clock>,
-    mut stop: watch::Receiver<bool>,
-) -> Result<Option<ClusterId>, Error> {
-    if let Some(cluster) = spooled_cluster(&options.spool) {
-        return Ok(Some(cluster));
-    }
-    let mut pause = PAUSE_FIRST;
-    let mut state = ReceiveState { gaps: remembered_gaps(&options.spool), ..Default::default() };
-    let anybody = Wanted { cluster: None, here: None, removed: &[], shared: None };
-    while !*stop.borrow() {
-        let chosen = tokio::select! {
-            chosen = choose(&options.nodes, &anybody) => chosen,
-            () = told_to(&mut stop) => return Ok(None),
-            never = keep_alive(&options.spool, &state, options.owner, &**clock) => match never {},
-        };
-        let error = match chosen {
-            Ok(Choice::Server(candidate) | Choice::Removed { candidate, .. }) => {
-                return Ok(Some(candidate.facts.cluster()));
-            }
-            Err(error) => error,
-        };
-        let now = clock.now();
-        if is_hopeless(&error) {
-            state.receive_problem = Some(Problem::of_end(&error, now));
-            warn_of(write_state(&options.spool, &state, options.owner, now));
-            return Err(error);
-        }
-        note(&mut state.receive_problem, format!("no server can be received from: {error}"), now);
-        warn_of(write_state(&options.spool, &state, options.owner, now));
-        tokio::select! {
-            _ = tokio::time::sleep(pause) => {}
-            _ = stop.changed() => {}
-        }
-        pause = (pause * 2).min(PAUSE_MAX);
-    }
-    Ok(None)
-}
-
-/// Returns the cluster of which there is WAL in a site's spool folder.
-fn spooled_cluster(folder: &Path) -> Option<ClusterId> {
-    let entries = std::fs::read_dir(folder).ok()?.flatten();
-    let holds_wal = |path: &Path| {
-        let mut files = std::fs::read_dir(path).into_iter().flatten().flatten();
-        files.any(|file| file.file_name().to_string_lossy().ends_with(".spool"))
-    };
-    let clusters = entries.filter(|entry| holds_wal(&entry.path()));
-    clusters.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok()).next()
 }
 
 /// A server that is about to be received from.
@@ -327,14 +265,14 @@ impl Receiver<'_> {
                 Ok(()) => continue,
                 Err(error) if is_hopeless(&error) => {
                     if matches!(error, Error::OtherCluster { .. }) {
-                        self.give_up_all_spooled();
+                        self.give_up_all_spooled().await;
                     }
                     return Err(error);
                 }
                 Err(error) => error,
             };
             if let Error::SetBack { timeline, flushed, here, .. } = error {
-                self.tell_set_back(Position { timeline, lsn: flushed }, here);
+                self.tell_set_back(Position { timeline, lsn: flushed }, here).await;
             }
             note(
                 &mut self.shared.state().receive_problem,
@@ -425,9 +363,11 @@ impl Receiver<'_> {
             }
             (Choice::Server(candidate) | Choice::Removed { candidate, .. }, _) => candidate,
         };
-        for (timeline, content) in &candidate.histories {
-            self.shared.spool.put_history(*timeline, content)?;
-        }
+        let (shared, histories) = (self.shared.clone(), std::mem::take(&mut candidate.histories));
+        on_disk(move || {
+            histories.iter().try_for_each(|(timeline, content)| shared.spool.put_history(*timeline, content))
+        })
+        .await?;
         self.shared.spooled.notify_one();
         // First of all: the server is to remove nothing while the store is waited for.
         let (slot, restart) = self.see_to_slot(&mut candidate).await?;

@@ -11,7 +11,7 @@ use crate::wal::receive::gap::{Gap, note_gap};
 use crate::wal::receive::plan::{RemovedStep, plan_removed, plan_start, segment_start};
 use crate::wal::receive::resume::{Hole, Place, Resume};
 use crate::wal::receive::server::{Candidate, restart_of, slot_facts, unfit_error};
-use crate::wal::receive::state::warn_of;
+use crate::wal::receive::state::{put_all, warn_of};
 use crate::wal::spool::Position;
 
 impl Receiver<'_> {
@@ -35,7 +35,7 @@ impl Receiver<'_> {
         if let Some(hole) = self.shared.hole().filter(|_| is_news || is_over) {
             let missing = self.missing_of(hole).await?;
             if is_over || missing.is_empty() {
-                self.give_up_spooled(hole, &missing);
+                self.give_up_spooled(hole, &missing).await;
                 return Ok(());
             }
         } else if (is_news || is_over) && self.look_again(&candidate, here).await? {
@@ -65,7 +65,7 @@ impl Receiver<'_> {
         let kept = restart_of(candidate, &self.options.slot).await.into_iter().chain(oldest);
         let kept = kept.map(|kept| segment_start(kept, self.size())).filter(|kept| *kept > here.lsn).min();
         if let Some(Hole { at, to }) = self.give_up_hole(here, kept) {
-            self.tell_gap(at.end(), to);
+            self.tell_gap(at.end(), to).await;
             return Ok(());
         }
         let wanted =
@@ -82,22 +82,22 @@ impl Receiver<'_> {
         }
         // Of the segment that the archive ends in there may be pieces.
         let archived = self.resume.as_ref().map(Resume::next_place).filter(|place| place.start == wanted);
-        self.tell_gap(archived.map_or(wanted, Place::end), next.lsn);
+        self.tell_gap(archived.map_or(wanted, Place::end), next.lsn).await;
         (self.here, self.removed) = (Some(next), Vec::new());
         Ok(())
     }
 
-    pub(super) fn tell_gap(&self, from: Position, to: Lsn) {
+    pub(super) async fn tell_gap(&self, from: Position, to: Lsn) {
         tracing::error!(
             "WAL from {} to {to} is not in the archive, and no server has it any more; take a new basebackup",
             from.lsn
         );
-        self.remember(self.gap(from, to));
+        self.remember(self.gap(from, to)).await;
     }
 
     /// Says that a primary has lost WAL that was received, and writes other WAL in its place, as after a return to a
     /// snapshot of its disk: what is in the archive there leads nowhere. Receiving goes on where it has come to.
-    pub(super) fn tell_set_back(&self, from: Position, to: Lsn) {
+    pub(super) async fn tell_set_back(&self, from: Position, to: Lsn) {
         let gap = self.gap(from, to);
         if self.shared.state().gaps.iter().any(|known| known.holds(&gap)) {
             return;
@@ -107,17 +107,18 @@ impl Receiver<'_> {
              take a new basebackup once it has come as far",
             from.lsn
         );
-        self.remember(gap);
+        self.remember(gap).await;
     }
 
     fn gap(&self, Position { timeline, lsn: from }: Position, to: Lsn) -> Gap {
         Gap { cluster: self.cluster, timeline, from, to, noticed_at: self.clock.now() }
     }
 
-    fn remember(&self, gap: Gap) {
+    async fn remember(&self, gap: Gap) {
         note_gap(&mut self.shared.state().gaps, gap);
         // Now: once there is WAL from behind it, nothing else tells of it.
-        warn_of(self.shared.write_down(&self.options.spool, self.options.owner, self.clock.now()));
+        let (folder, owner) = (&self.options.spool, self.options.owner);
+        warn_of(put_all(self.shared, folder, owner, self.clock.now()).await);
     }
 
     /// Returns from where on the server keeps WAL for us behind what it has removed.

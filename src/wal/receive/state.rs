@@ -19,6 +19,7 @@ use crate::disk::{self, Owner, state_file};
 use crate::pg::{Lsn, TimelineId};
 use crate::repo::{self, Repository};
 use crate::wal::Error;
+use crate::wal::receive::disk_work::on_disk;
 use crate::wal::receive::gap::{Gap, keep_newest};
 use crate::wal::receive::holes::SpoolHoles;
 use crate::wal::spool::{Position, Spool};
@@ -240,7 +241,7 @@ pub(super) async fn keep_alive(
 ) -> Infallible {
     loop {
         tokio::time::sleep(ALIVE_INTERVAL).await;
-        warn_of(write_state(site_folder, state, owner, clock.now()));
+        warn_of(put_state(site_folder, state, owner, clock.now()).await);
     }
 }
 
@@ -251,8 +252,29 @@ pub(super) fn warn_of<T>(written: Result<T, Error>) {
     }
 }
 
-/// Writes a state down.
-pub(super) fn write_state(
+/// Writes down what there is to tell of both halves, while others go on.
+pub(super) async fn put_all(
+    shared: &Arc<Shared>,
+    site_folder: &Path,
+    owner: Option<Owner>,
+    now: Timestamp,
+) -> Result<ReceiveState, Error> {
+    let (shared, folder) = (shared.clone(), site_folder.to_owned());
+    on_disk(move || shared.write_down(&folder, owner, now)).await
+}
+
+/// Writes a state down, while others go on.
+pub(super) async fn put_state(
+    site_folder: &Path,
+    state: &ReceiveState,
+    owner: Option<Owner>,
+    now: Timestamp,
+) -> Result<(), Error> {
+    let (folder, state) = (site_folder.to_owned(), state.clone());
+    on_disk(move || write_state(&folder, &state, owner, now)).await
+}
+
+fn write_state(
     site_folder: &Path,
     state: &ReceiveState,
     owner: Option<Owner>,

@@ -32,6 +32,7 @@ use crate::wal::head;
 use crate::wal::head_notes::HEAD_INTERVAL;
 use crate::wal::key_rotation::KeyRotation;
 use crate::wal::left_out::RecoveryStart;
+use crate::wal::receive::disk_work::on_disk;
 use crate::wal::receive::plan::{InStore, PieceRule, Upload, durable_in_store, may_leave, plan_upload};
 use crate::wal::receive::state::{Shared, clear, note};
 use crate::wal::spool::Position;
@@ -131,7 +132,7 @@ impl Uploader {
                 Some((work, result)) = running.next(), if !running.is_empty() => {
                     progress.in_flight.retain(|other| *other != work);
                     let accounted = match result {
-                        Ok(()) => self.account(&mut progress, work),
+                        Ok(()) => self.account(&mut progress, work).await,
                         Err(error) => progress.meet(work, error),
                     };
                     if let (Ok(()), Work::Upload(_)) = (&accounted, work) {
@@ -231,7 +232,7 @@ impl Uploader {
             return histories;
         }
         self.ask_for_first(progress).await?;
-        self.let_leave(progress, stop)?;
+        self.let_leave(progress, stop).await?;
         self.publish(progress);
         for upload in self.plan(progress, stop) {
             self.start(progress, running, Work::Upload(upload));
@@ -323,7 +324,7 @@ impl Uploader {
         begun.split_off(running)
     }
 
-    fn account(&self, progress: &mut Progress, work: Work) -> Result<(), Error> {
+    async fn account(&self, progress: &mut Progress, work: Work) -> Result<(), Error> {
         let Work::Upload(upload) = work else { return Ok(()) };
         let size = self.cluster.segment_size.bytes();
         match upload {
@@ -336,11 +337,12 @@ impl Uploader {
             }
         }
         self.publish(progress);
-        self.let_leave(progress, *self.stop.borrow())
+        let stop = *self.stop.borrow();
+        self.let_leave(progress, stop).await
     }
 
     /// Lets segments leave the spool, in order.
-    fn let_leave(&self, progress: &mut Progress, stop: Stop) -> Result<(), Error> {
+    async fn let_leave(&self, progress: &mut Progress, stop: Stop) -> Result<(), Error> {
         let size = self.cluster.segment_size;
         // Looked at first: it gets smaller as the spool gets more.
         let hole = self.shared.hole().filter(|_| stop != Stop::Emptied);
@@ -357,7 +359,8 @@ impl Uploader {
                 let lsn = start + u64::from(length);
                 progress.left = Some(Position { timeline: segment.timeline(), lsn });
             }
-            self.shared.spool.remove(segment)?;
+            let shared = self.shared.clone();
+            on_disk(move || shared.spool.remove(segment)).await?;
             progress.stored.remove(&segment);
             progress.spoiled.forget(segment);
         }

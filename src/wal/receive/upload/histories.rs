@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crate::pg::{TimelineHistory, TimelineId};
 use crate::repo::wal_object::{HistoryBranch, archive_history};
 use crate::wal::Error;
+use crate::wal::receive::disk_work::on_disk;
 use crate::wal::receive::state::{clear, note};
 use crate::wal::receive::upload::spoiled::is_unusable;
 use crate::wal::receive::upload::{Progress, Uploader, is_final, trouble_of};
@@ -47,7 +48,8 @@ impl Uploader {
             }
             let error = match self.store_history(progress, timeline, &content).await {
                 Ok(()) => {
-                    self.shared.spool.remove_history(timeline)?;
+                    let shared = self.shared.clone();
+                    on_disk(move || shared.spool.remove_history(timeline)).await?;
                     if progress.histories.remove(&timeline).is_some() {
                         let what = format!("the history of timeline {timeline} is stored");
                         clear(&mut self.shared.state().store_problem, &what);
