@@ -1,13 +1,13 @@
 //! A receiver that is told to end while something hangs: a server, a store, a disk. It ends soon, and loses nothing.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::receive::write_segments;
-use crate::receive_scene::{Receiver, cluster, lsn, site};
+use crate::receive_scene::{Receiver, cluster, lsn, segment_at, site};
 use crate::support::{Cluster, Fault, Line, Need, RemoteS3, Site, Walden, require, wait_for};
 
 const COMMAND: &[&str] = &["-v", "wal", "receive"];
@@ -150,6 +150,53 @@ fn the_command_ends_while_the_repository_is_on_a_dead_mount() {
     receiver.start_again();
     receiver.wait_until_stored(&cluster);
     receiver.assert_equals_pg_wal(&cluster, 1, 3);
+}
+
+/// Returns the oldest segment in the spool of the only cluster.
+fn oldest_spooled(receiver: &Receiver) -> Option<String> {
+    let folders = fs::read_dir(receiver.spool()).unwrap().flatten().filter(|entry| entry.path().is_dir());
+    let files = folders.flat_map(|folder| fs::read_dir(folder.path()).unwrap().flatten());
+    files.filter_map(|file| Some(file.file_name().to_str()?.strip_suffix(".spool")?.to_owned())).min()
+}
+
+/// What is on its way to the store is in memory. Once it is there the spool is to let it go, and hangs.
+#[test]
+fn the_command_ends_while_a_spool_on_a_dead_mount_is_to_let_segments_go() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let cluster = cluster(15);
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1h\"\ntimeout = \"1s\"\n");
+    let walden = Walden::configure(cluster.scratch(), &site(&cluster).storage(&storage));
+    let mut receiver = Receiver::start_on_one_thread(cluster.scratch(), walden, COMMAND);
+    receiver.wait_until_streaming();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    line.inject("PUT", "", usize::MAX, Fault::Silence);
+    line.take_requests();
+    write_segments(&cluster, 3);
+    let mut heads = Vec::new();
+    let is_put = |heads: &[String], segment: &str| {
+        let target = |head: &String| Some(head.strip_prefix("PUT ")?.split([' ', '?']).next()?.to_owned());
+        heads.iter().filter_map(target).any(|target| target.ends_with(segment))
+    };
+    let oldest = wait_for("the oldest segment to be on its way, with others behind it", || {
+        heads.extend(line.take_requests());
+        let oldest = oldest_spooled(&receiver)?;
+        let state = receiver.state();
+        let is_newest = state["received"].as_str().is_none_or(|end| segment_at(lsn(end)) == oldest);
+        (!is_newest && is_put(&heads, &oldest)).then_some(oldest)
+    });
+    let dead = DeadMount::over(&receiver.spool());
+    line.heal();
+    wait_for("the store to have it", || {
+        receiver.runs(1).last().is_some_and(|(_, last)| *last >= oldest).then_some(())
+    });
+    receiver.stop_soon();
+    drop(dead);
+    receiver.start_again();
+    receiver.wait_until_stored(&cluster);
+    receiver.assert_equals_pg_wal(&cluster, 1, 4);
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
 }
 
 /// What could not be spooled was not acknowledged, and comes again.

@@ -18,6 +18,8 @@ pub struct Receiver {
     log: PathBuf,
     state: PathBuf,
     command: Vec<String>,
+    /// How many threads the runtime has, if not one for each core.
+    threads: Option<u32>,
     process: Option<Child>,
 }
 
@@ -70,10 +72,21 @@ impl Receiver {
     /// Starts receiving by another command than `wal receive`.
     #[track_caller]
     pub fn start_as(scratch: &Scratch, walden: Walden, command: &[&str]) -> Self {
+        Self::start_on(None, scratch, walden, command)
+    }
+
+    /// Starts receiving on one thread of the runtime, so that whoever holds it up holds up all.
+    #[track_caller]
+    pub fn start_on_one_thread(scratch: &Scratch, walden: Walden, command: &[&str]) -> Self {
+        Self::start_on(Some(1), scratch, walden, command)
+    }
+
+    #[track_caller]
+    fn start_on(threads: Option<u32>, scratch: &Scratch, walden: Walden, command: &[&str]) -> Self {
         let command = command.iter().map(|argument| (*argument).to_owned()).collect();
         let log = scratch.path().join("receive.log");
         let state = scratch.path().join("walden/state/spool/main/receive.json");
-        let mut receiver = Self { walden, log, state, command, process: None };
+        let mut receiver = Self { walden, log, state, command, threads, process: None };
         receiver.start_again();
         receiver
     }
@@ -84,6 +97,9 @@ impl Receiver {
         let log = File::options().create(true).append(true).open(&self.log).unwrap();
         let mut command = self.walden.command();
         command.args(&self.command).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        if let Some(threads) = self.threads {
+            command.env("TOKIO_WORKER_THREADS", threads.to_string());
+        }
         self.process = Some(command.spawn().unwrap());
     }
 
