@@ -141,8 +141,9 @@ mod tests {
             free_bytes_min: 0,
             compression: Compression::zstd(1),
         };
-        let open: OpenRepository =
-            Arc::new(|| Box::pin(async { Err(repo::Error::Internal("there is no store".into())) }));
+        let open: OpenRepository = Arc::new(|| {
+            Box::pin(async { Err::<repo::Repository, _>(repo::Error::Internal("no store".into())) })
+        });
         let (stop, stopped) = watch::channel(false);
         let (ended, end) = mpsc::channel();
         thread::spawn(move || {
