@@ -134,6 +134,11 @@ impl Error {
         matches!(self, Self::NewerFormat { .. }) || self.kind() == ErrorKind::Damaged
     }
 
+    /// Returns whether nobody answered who could tell: the same call may succeed a moment later, whatever the object is.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Store(error) if error.is_retryable())
+    }
+
     /// Returns what the user should do, where that is not plain from the message.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {

@@ -115,7 +115,11 @@ pub async fn read_pieces(
 }
 
 /// Returns how many bytes of a segment there are from its beginning on in pieces that can be used: each is verified as it is
-/// stored, which takes no private key. What is damaged, or behind some hundreds of pieces, counts as not there.
+/// stored, which takes no private key. What cannot be read, or is behind some hundreds of pieces, counts as not
+/// there.
+///
+/// # Errors
+/// Where the store does not answer.
 pub async fn verified_reach(
     repository: &Repository,
     cluster: ClusterId,
@@ -140,8 +144,8 @@ pub async fn verified_reach(
                 tracing::warn!("the piece {range:?} of WAL segment {segment} has {} bytes", header.raw_size);
             }
             Err(error) if error.is_absent() => {}
-            Err(error) if error.is_unusable() => tracing::warn!("{error}"),
-            Err(error) => return Err(error),
+            Err(error) if error.may_pass() => return Err(error),
+            Err(error) => tracing::warn!("{error}"),
         }
     }
     Ok(reach.contiguous)

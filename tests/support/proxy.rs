@@ -131,6 +131,12 @@ impl Proxy {
         self.plan.lock().unwrap().rules.push(rule);
     }
 
+    /// Lets requests of a method, whose target has this part, through, whatever faults are injected after this.
+    pub fn let_through(&self, method: &'static str, part: &str) {
+        let rule = Rule { method, part: part.to_owned(), skip: usize::MAX, times: 1, fault: Fault::Silence };
+        self.plan.lock().unwrap().rules.push(rule);
+    }
+
     /// Lets one request meet a fault: the one after so many others.
     pub fn inject_at(&self, position: usize, fault: Fault) {
         let rule = Rule { method: "", part: String::new(), skip: position, times: 1, fault };

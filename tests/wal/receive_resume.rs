@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, lsn, segment_at, segments_between, site};
-use crate::receive_trouble::{forgetful, receive_something, write_until_removed};
+use crate::receive_trouble::{forgetful, receive_something, stop_before, write_until_removed};
 use crate::scene::find;
 use crate::support::{Cluster, Fault, Need, RemoteS3, Server, Walden, require, wait_for};
 
@@ -163,6 +163,32 @@ fn what_the_slot_keeps_of_a_hole_is_received_though_its_beginning_is_gone() {
 fn what_a_server_has_of_a_hole_beside_the_slot_is_received_though_its_beginning_is_gone() {
     require!(Need::PostgreSQL(15));
     receives_what_a_server_has_of_a_hole("select pg_create_physical_replication_slot('walden_main', true)");
+}
+
+/// What another slot keeps begins before the redo position, where a slot that is made anew begins.
+#[test]
+fn what_a_server_has_beside_the_slot_is_received_behind_what_it_has_removed() {
+    require!(Need::PostgreSQL(15));
+    let cluster = forgetful();
+    let mut receiver = Receiver::of(&cluster);
+    receive_something(&receiver, &cluster);
+    let next = stop_before(&mut receiver);
+    cluster.sql("select pg_drop_replication_slot('walden_main')");
+    write_segments(&cluster, 2);
+    cluster.sql("checkpoint");
+    cluster.sql("select pg_create_physical_replication_slot('other', true)");
+    let kept = cluster.sql("select restart_lsn from pg_replication_slots where slot_name = 'other'");
+    let kept = segment_at(lsn(&kept));
+    assert!(kept > next, "{kept}, {next}");
+    write_until_removed(&cluster, &next);
+    receiver.start_again();
+    write_segments(&cluster, 1);
+    receiver.wait_until_stored(&cluster);
+    let gaps = receiver.state()["gaps"].clone();
+    assert_eq!(gaps.as_array().map(Vec::len), Some(1), "{gaps}");
+    assert_eq!(segment_at(lsn(gaps[0]["to"].as_str().unwrap())), kept, "{}", receiver.log());
+    let runs = receiver.runs(1);
+    assert_eq!((runs.len(), &runs[1].0), (2, &kept), "{runs:?}");
 }
 
 /// Receives while the store is away, and ends with some segments in the spool, of which the second has lost its end and

@@ -169,15 +169,21 @@ fn the_archive_tells_of_the_history_that_a_server_lacks_and_without_it_that_is_s
     begin_timeline(&mut cluster);
     wait_for("the timeline", || (cluster.sql("select pg_is_in_recovery()") == "f").then_some(()));
     let (path, content) = take_history_away(&cluster);
+    cluster.sql("select pg_drop_replication_slot('walden_main')");
     receiver.start_again();
     let told = receiver.wait_for_state("what is missing", |state| {
         let message = state["receive_problem"]["message"].as_str()?;
         message.contains("no history file of its timeline 2").then(|| message.to_owned())
     });
     assert!(told.contains("Copy the file into pg_wal of that server"), "{told}");
+    let slot = "select count(*) from pg_replication_slots where slot_name = 'walden_main'";
+    wait_for("a slot, so that nothing is removed meanwhile", || (cluster.sql(slot) == "1").then_some(()));
+    // While the file is there, nobody is to hear of it from the server.
+    receiver.stop();
     fs::write(&path, content).unwrap();
     receiver.walden.run(&["wal", "push", path.to_str().unwrap()]);
     fs::remove_file(&path).unwrap();
+    receiver.start_again();
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);
     receiver.assert_equals_pg_wal(&cluster, 2, 1);

@@ -40,7 +40,7 @@ use crate::wal::Error;
 use crate::wal::spool::Position;
 
 use disk_work::on_disk;
-use plan::{PieceRule, SlotStep, plan_least_report, plan_slot, plan_start, segment_start};
+use plan::{PieceRule, SlotStep, Unfit, plan_least_report, plan_slot, plan_start, segment_start};
 use resume::Resume;
 use server::{Candidate, Choice, Wanted, choose, restart_of, slot_facts, unfit_error};
 use start::{Begun, begin};
@@ -361,6 +361,11 @@ impl Receiver<'_> {
                 self.meet_removal(candidate, here, oldest, unheard).await?;
                 return Ok(None);
             }
+            (Choice::Untold(mut candidate, error), _) => {
+                // Whoever brings the file may take a night: nothing is to be removed meanwhile.
+                self.see_to_slot(&mut candidate).await?;
+                return Err(error);
+            }
             (Choice::Server(candidate) | Choice::Removed { candidate, .. }, _) => candidate,
         };
         let (shared, histories) = (self.shared.clone(), std::mem::take(&mut candidate.histories));
@@ -377,9 +382,15 @@ impl Receiver<'_> {
         let hole = self.shared.hole();
         let wanted = hole.map(|hole| hole.from).or(self.here);
         let start = plan_start(&candidate.facts, wanted, restart);
-        if hole.is_some_and(|hole| start != Ok(hole.from)) {
-            // What is missing is not on its way.
-            self.removed.push(candidate.connection.address().to_owned());
+        if let Some(hole) = hole.filter(|hole| start != Ok(hole.from)) {
+            if let Err(unfit @ Unfit::NoHistory { .. }) = start {
+                // It may have what is missing, once it can tell.
+                let unheard = unfit_error(&candidate, unfit).to_string();
+                self.meet_removal(candidate, hole.from, None, Some(unheard)).await?;
+            } else {
+                // What is missing is not on its way.
+                self.removed.push(candidate.connection.address().to_owned());
+            }
             return Ok(None);
         }
         let start = start.map_err(|unfit| unfit_error(&candidate, unfit))?;

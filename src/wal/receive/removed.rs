@@ -71,6 +71,9 @@ impl Receiver<'_> {
         let wanted =
             plan_start(&candidate.facts, Some(here), None).map_err(|unfit| unfit_error(candidate, unfit))?;
         let restart = self.kept_behind(candidate, wanted.lsn).await?;
+        // A slot that was made anew keeps less than what is there, by another slot or by wal_keep_size.
+        let restart =
+            oldest.filter(|oldest| *oldest > wanted.lsn).map_or(restart, |oldest| oldest.min(restart));
         let next = if wanted.timeline == candidate.facts.identity.timeline {
             Position { lsn: segment_start(restart, self.size()), ..wanted }
         } else {

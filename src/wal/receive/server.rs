@@ -9,7 +9,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentSize};
-use crate::replication::{ConnectOptions, Error as SessionError, Param, ReplicationConnection, Session};
+use crate::replication::{
+    ConnectOptions, Error as SessionError, ErrorKind, Param, ReplicationConnection, Session,
+};
 use crate::repo::ClusterId;
 use crate::wal::Error;
 use crate::wal::receive::is_removed;
@@ -41,6 +43,8 @@ pub(super) enum Choice {
         /// Why another one, which may have kept it, cannot be asked, if so.
         unheard: Option<String>,
     },
+    /// This primary is the best there is, and does not tell how it came to its timeline: its WAL may be ours.
+    Untold(Candidate, Error),
 }
 
 /// What is asked by SQL is answered from memory. A server that hangs must not keep us from the others (failure 39);
@@ -64,6 +68,7 @@ pub(super) struct Wanted<'a> {
 struct Asked {
     standby: Option<Candidate>,
     last_resort: Option<Candidate>,
+    untold_primary: Option<(Candidate, Error)>,
     failure: Option<Error>,
     foreign: Option<(Candidate, Error)>,
     foreign_count: usize,
@@ -98,7 +103,6 @@ pub(super) async fn choose(nodes: &[ConnectOptions], wanted: &Wanted<'_>) -> Res
             asked.foreign_count += 1;
             continue;
         }
-        asked.histories.extend(candidate.histories.iter().cloned());
         if let Some(primary) = asked.judge(candidate, wanted, false).await {
             return Ok(Choice::Server(primary));
         }
@@ -127,6 +131,10 @@ impl Asked {
             None => refuse_clone(facts)
                 .map(|()| Position { timeline: facts.identity.timeline, lsn: facts.identity.flushed }),
         };
+        if start.is_ok() {
+            // One that is refused may have come to the same timeline in another way.
+            self.histories.extend(candidate.histories.iter().cloned());
+        }
         let is_removed = wanted.removed.iter().any(|address| address == candidate.connection.address());
         match start {
             Err(Unfit::NoHistory { .. }) if facts.history.is_none() && !is_last => {
@@ -136,15 +144,23 @@ impl Asked {
                 // One that was started again does not know what it has before it has replayed it.
                 let is_starting = facts.standby && matches!(unfit, Unfit::Behind { .. });
                 let may_have_it = is_starting || matches!(unfit, Unfit::NoHistory { .. });
+                let is_untold = candidate.is_primary && matches!(unfit, Unfit::NoHistory { .. });
                 let error = unfit_error(&candidate, unfit);
                 if may_have_it {
                     self.unheard = Some(error.to_string());
                 }
-                self.failure = worse(self.failure.take(), error);
+                if is_untold {
+                    self.untold_primary.get_or_insert((candidate, error));
+                } else {
+                    self.failure = worse(self.failure.take(), error);
+                }
             }
             Ok(start) if is_removed => {
-                let has = oldest_behind(&candidate.options, start, facts.segment_size).await;
-                self.oldest = has.into_iter().chain(self.oldest).min();
+                match oldest_behind(&candidate.options, start, facts.segment_size).await {
+                    Ok(has) => self.oldest = has.into_iter().chain(self.oldest).min(),
+                    // It may have WAL that nobody would ask for again.
+                    Err(error) => self.unheard = Some(error.to_string()),
+                }
                 match &self.last_resort {
                     // A primary keeps a slot for us.
                     Some(known) if facts.standby || !known.facts.standby => {}
@@ -161,10 +177,11 @@ impl Asked {
 
     /// Returns the best of all, of so many.
     fn conclude(self, count: usize) -> Result<Choice, Error> {
-        let Self { standby, last_resort, oldest, unheard, .. } = self;
+        let Self { standby, last_resort, untold_primary, oldest, unheard, .. } = self;
         let nobody = || SessionError::Settings { detail: "the site has no connection".into() }.into();
         let removed = last_resort.map(|candidate| Choice::Removed { candidate, oldest, unheard });
-        let choice = standby.map(Choice::Server).or(removed);
+        let untold = untold_primary.map(|(candidate, error)| Choice::Untold(candidate, error));
+        let choice = standby.map(Choice::Server).or(removed).or(untold);
         choice.ok_or_else(|| match self.foreign {
             Some((_, error)) if self.foreign_count == count => error,
             // Another one, which does not answer now, may be ours.
@@ -335,7 +352,14 @@ pub(super) async fn restart_of(candidate: &mut Candidate, slot: &str) -> Option<
 
 /// Returns where the oldest WAL of a timeline begins that a server has behind a position, whether or not a slot keeps it;
 /// nothing where it does not tell, as to a role that may only replicate.
-async fn oldest_behind(options: &ConnectOptions, at: Position, size: WalSegmentSize) -> Option<Lsn> {
+///
+/// # Errors
+/// Where it may tell a moment later.
+async fn oldest_behind(
+    options: &ConnectOptions,
+    at: Position,
+    size: WalSegmentSize,
+) -> Result<Option<Lsn>, SessionError> {
     let sql = "SELECT min(name COLLATE \"C\") AS oldest FROM pg_ls_waldir() \
                WHERE name ~ '^[0-9A-F]{24}$' AND left(name, 8) = $1 AND name COLLATE \"C\" > $2";
     let timeline = at.timeline.hex8();
@@ -346,10 +370,14 @@ async fn oldest_behind(options: &ConnectOptions, at: Position, size: WalSegmentS
         in_time(session.query_one(sql, &params)).await?.text_opt("oldest")
     };
     match asked.await {
-        Ok(oldest) => WalSegmentName::parse(&oldest?).ok()?.start_lsn(size).ok(),
+        Ok(oldest) => {
+            let oldest = oldest.and_then(|name| WalSegmentName::parse(&name).ok());
+            Ok(oldest.and_then(|name| name.start_lsn(size).ok()))
+        }
+        Err(error) if error.kind() == ErrorKind::Retry => Err(error),
         Err(error) => {
             tracing::debug!("which WAL the server has is not known: {error}");
-            None
+            Ok(None)
         }
     }
 }

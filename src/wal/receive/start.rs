@@ -47,7 +47,9 @@ pub(super) async fn begin(options: &ReceiveOptions, clock: &Arc<dyn Clock>) -> R
         None => served_cluster(options, clock, gaps.clone()).await?,
     };
     let (folder, owner) = (options.spool.join(cluster.to_string()), options.owner);
-    let spool = on_disk(move || Spool::open(&folder, cluster.segment_size, owner)).await?;
+    // The lock goes with it: to let it go may wait for the same disk.
+    let opened = on_disk(move || Ok((Spool::open(&folder, cluster.segment_size, owner)?, lock)));
+    let (spool, lock) = opened.await?;
     Ok(Begun { shared: Arc::new(Shared::new(spool, gaps)), cluster, lock })
 }
 
@@ -85,7 +87,9 @@ async fn served_cluster(
             never = keep_alive(&options.spool, &state, options.owner, &**clock) => match never {},
         };
         let error = match chosen {
-            Ok(Choice::Server(candidate) | Choice::Removed { candidate, .. }) => {
+            Ok(
+                Choice::Server(candidate) | Choice::Removed { candidate, .. } | Choice::Untold(candidate, _),
+            ) => {
                 return Ok(candidate.facts.cluster());
             }
             Err(error) => error,

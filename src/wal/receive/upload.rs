@@ -485,12 +485,18 @@ async fn stored_of(
     match verify_wal(repository, cluster, WalObjectName::Segment(segment)).await {
         // The one that is received is still to come, and is compared then.
         Ok(_) => return stored(cluster.segment_size.bytes()),
-        Err(error) if error.is_absent() || error.is_unusable() => {}
-        Err(error) => return Err(error.into()),
+        Err(error) if error.is_absent() => {}
+        Err(error) if error.may_pass() => return Err(error.into()),
+        // It is stored again, and what stands in its place is dealt with then.
+        Err(error) => tracing::warn!("{error}"),
     }
     match verified_reach(repository, cluster, segment).await {
-        Err(error) if error.is_unusable() => stored(0),
-        reach => stored(reach?),
+        Err(error) if error.may_pass() => Err(error.into()),
+        Err(error) => {
+            tracing::warn!("{error}");
+            stored(0)
+        }
+        Ok(reach) => stored(reach),
     }
 }
 

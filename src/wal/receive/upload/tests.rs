@@ -12,7 +12,7 @@ use crate::codec::SeededRandom;
 use crate::pg::{Lsn, WalSegmentSize};
 use crate::repo::wal_object::{WalKey, archive_piece, archive_wal, read_pieces, read_wal};
 use crate::repo::{Keyring, RepositoryOptions};
-use crate::storage::{MemoryStore, ObjectKey};
+use crate::storage::{self, Fault, Faulty, MemoryStore, ObjectKey, Rule, Store};
 use crate::wal::spool::Spool;
 use crate::wal::tests::{MIB, SYSTEM, segment};
 
@@ -50,7 +50,7 @@ fn at(offset: usize) -> Position {
     Position { timeline: TimelineId::FIRST, lsn: Lsn(NUMBER * MIB as u64 + offset as u64) }
 }
 
-async fn open(store: Arc<MemoryStore>) -> Result<Repository, repo::Error> {
+async fn open(store: Arc<dyn Store>) -> Result<Repository, repo::Error> {
     let options = RepositoryOptions {
         store,
         site: ObjectKey::parse("main").unwrap(),
@@ -232,6 +232,28 @@ async fn a_segment_in_the_store_that_nobody_can_use_does_not_count_at_the_next_s
         .await;
     storing.end().await.unwrap();
     assert!(read_pieces(&repository, cluster(), name()).await.unwrap() == wal[..200]);
+}
+
+/// A file that a disk cannot read, or that belongs to somebody else, must not keep all else from being stored.
+#[tokio::test]
+async fn an_object_that_cannot_be_read_counts_as_not_there_unless_the_store_is_away() {
+    let scene = Scene::new();
+    scene.put(0, 100).await;
+    let key = scene.put(100, 200).await;
+    let store = Faulty::new(scene.store.clone());
+    let repository = open(Arc::new(store.clone())).await.unwrap();
+    let stored = async || stored_of(&repository, cluster(), name()).await.map(|stored| stored.bytes);
+    assert_eq!(stored().await.unwrap(), 200);
+    for (unreadable, bytes) in [(key.as_str(), 100), ("", 0)] {
+        for kind in [storage::ErrorKind::Denied, storage::ErrorKind::Invalid, storage::ErrorKind::Other] {
+            store.inject(Rule::always(Fault::Before(kind)).key(unreadable));
+            assert_eq!(stored().await.unwrap(), bytes, "{kind:?}");
+            store.heal();
+        }
+        store.inject(Rule::always(Fault::Before(storage::ErrorKind::Unreachable)).key(unreadable));
+        stored().await.unwrap_err();
+        store.heal();
+    }
 }
 
 #[tokio::test]
