@@ -8,6 +8,11 @@
 #[cfg(target_env = "gnu")]
 const MAPPED_BYTES_MIN: i32 = 512 << 10;
 
+/// So much free memory at the end of an arena stays, until [`give_back`]: the frames of a segment come and go there, and
+/// would each be given back and faulted in again.
+#[cfg(target_env = "gnu")]
+const KEPT_BYTES_MAX: i32 = 4 << 20;
+
 /// Has large things mapped one by one, from now on and in the whole process.
 #[cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "only the C library's allocator can be told"))]
 pub fn map_large_things() {
@@ -15,6 +20,7 @@ pub fn map_large_things() {
     // SAFETY: mallopt takes no pointer, and may be called at any time from any thread.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES_MIN);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES_MAX);
     }
 }
 

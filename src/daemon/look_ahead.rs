@@ -1,7 +1,8 @@
 //! What PostgreSQL will ask for next: the files of `pg_wal` that are marked ready, in the order it takes them.
 //!
 //! Read again only when what was found has been used up and somebody has asked since: a server that is long behind has
-//! tens of thousands of files there. Only the first [`FOUND_MAX`] are kept, whatever there is.
+//! tens of thousands of files there. Only the first [`FOUND_MAX`] are kept, whatever there is; where there were as many,
+//! most of what a look would find is the same until half of them were asked for.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,8 +20,10 @@ const READY: &str = ".ready";
 pub(super) struct Upcoming {
     /// Found and not begun, the next one last.
     found: Vec<ArchiveFileName>,
-    /// Whether somebody has asked since the last look.
-    asked: bool,
+    /// Requests since the last look.
+    asked: usize,
+    /// Whether there were more files at that than it kept.
+    was_full: bool,
     /// How many files may still be begun before somebody asks again.
     allowance: usize,
 }
@@ -42,12 +45,13 @@ pub(super) enum Next {
 impl Upcoming {
     /// Takes note of a request.
     pub(super) fn asked(&mut self) {
-        self.asked = true;
+        self.asked += 1;
         self.allowance = AHEAD_MAX;
     }
 
     /// Takes note of what a look has found, in the order of PostgreSQL.
     pub(super) fn found(&mut self, found: Vec<ArchiveFileName>) {
+        self.was_full = found.len() >= FOUND_MAX;
         self.found = found;
         self.found.reverse();
     }
@@ -64,8 +68,8 @@ impl Upcoming {
         }
         match self.found.pop() {
             Some(name) => Next::Begin(name),
-            None if self.asked => {
-                self.asked = false;
+            None if self.asked >= if self.was_full { FOUND_MAX / 2 } else { 1 } => {
+                self.asked = 0;
                 Next::Look
             }
             None => Next::Rest,
@@ -166,5 +170,27 @@ mod tests {
         assert_eq!(upcoming.next(), Next::Look);
         upcoming.found(Vec::new());
         assert_eq!(upcoming.next(), Next::Rest);
+    }
+
+    #[test]
+    fn where_there_are_more_files_than_a_look_keeps_not_each_request_is_a_reason_for_one() {
+        let files: Vec<ArchiveFileName> =
+            (0..FOUND_MAX).map(|n| name(&format!("0000000100000001{n:08X}"))).collect();
+        let mut upcoming = Upcoming::default();
+        upcoming.asked();
+        for requests in [1, FOUND_MAX / 2, FOUND_MAX / 2] {
+            for _ in 1..requests {
+                assert_eq!(upcoming.next(), Next::Rest);
+                upcoming.asked();
+            }
+            assert_eq!(upcoming.next(), Next::Look);
+            upcoming.found(files.clone());
+            // All of them are known.
+            for file in &files {
+                assert_eq!(upcoming.next(), Next::Begin(*file));
+            }
+            assert_eq!(upcoming.next(), Next::Rest);
+            upcoming.asked();
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! Deliberately absent: a queue. A caller waits for its file and for nothing else, and more callers than
 //! [`CALLERS_MAX`] are turned away, which makes them do the work themselves.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
@@ -69,10 +70,10 @@ impl Callers {
         let Some(service) = self.sites.iter().find(|service| service.name() == site) else {
             return DaemonAnswer::Failed(self.unknown_site(site));
         };
-        let (configured, named) = (service.data_directory(), path.to_owned());
-        let owner = tokio::task::spawn_blocking(move || access::owner_of_site(configured.as_deref(), &named));
-        let owner = owner.await.ok().flatten();
-        let request = Request { caller: uid, own: Owner::current().uid, owner, force: *force };
+        let own = Owner::current().uid;
+        // Whom nothing is refused is not kept waiting for a disk.
+        let owner = if uid == 0 || uid == own { None } else { owner_of(service, path).await };
+        let request = Request { caller: uid, own, owner, force: *force };
         if !request.is_allowed() {
             tracing::warn!(site, "user {uid} asked to archive \"{}\" and may not", path.display());
             return DaemonAnswer::Failed(access::denied(request, site));
@@ -111,4 +112,10 @@ impl Callers {
             )),
         }
     }
+}
+
+async fn owner_of(service: &SitePush, path: &Path) -> Option<u32> {
+    let (configured, named) = (service.data_directory(), path.to_owned());
+    let owner = tokio::task::spawn_blocking(move || access::owner_of_site(configured.as_deref(), &named));
+    owner.await.ok().flatten()
 }

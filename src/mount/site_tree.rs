@@ -57,8 +57,9 @@ struct ClustersDir {
 
 /// How often it is looked whether another cluster is the current one.
 const CURRENT_FOR: Duration = Duration::from_secs(60);
-/// Decoded WAL that is kept for each cluster: some segments, because copies read in small steps.
-const WAL_CACHE_BYTES_MAX: usize = 96 << 20;
+/// Decoded WAL that is kept for each cluster: some segments, because copies read in small steps, and eight on their way
+/// hide a round trip to a far store.
+const WAL_CACHE_BYTES_MAX: usize = 144 << 20;
 
 const BASEBACKUPS: &str = "basebackups";
 const CLUSTERS: &str = "clusters";

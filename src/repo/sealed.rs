@@ -105,7 +105,8 @@ pub struct SealSpec<'a> {
 pub fn seal(spec: &SealSpec<'_>, frames: Vec<CompressedFrame>) -> Result<SealedObject, Error> {
     let salt = spec.keyring.random().array();
     let body = SealedBody::seal(spec, &salt, frames.into_iter().map(Ok))?;
-    Ok(body.join(body.header(spec).finish()))
+    let header = body.header(spec).finish();
+    Ok(body.join(header))
 }
 
 /// Frames that were sealed, and the index of them: an object without its header.
@@ -113,8 +114,15 @@ pub fn seal(spec: &SealSpec<'_>, frames: Vec<CompressedFrame>) -> Result<SealedO
 pub struct SealedBody {
     salt: [u8; 32],
     index: Vec<u8>,
+    /// The frames, behind so many bytes for header and index, which are known last: frames are not copied to join them.
+    room: usize,
     frames: Vec<u8>,
 }
+
+/// Room for a header: its sections, and a key wrapped for some recipients. A longer one costs a copy of the frames.
+const HEADER_ROOM: usize = 8 << 10;
+/// Room for an index is left by what an entry is as a rule: two lengths of at most three bytes, and a codec.
+const INDEX_ENTRY_ROOM: usize = 7;
 
 impl SealedBody {
     /// Seals frames one after the other as they are made.
@@ -125,7 +133,9 @@ impl SealedBody {
     ) -> Result<Self, Error> {
         let key = spec.key.frame_key(salt, spec.identity);
         let last = frames.len() as u64;
-        let mut sealed = Vec::new();
+        let entry = INDEX_ENTRY_ROOM + if key.cipher() == Cipher::None { TAG_LEN } else { 0 };
+        let room = HEADER_ROOM + frames.len() * entry;
+        let mut sealed = vec![0; room];
         let mut index = WireWriter::new();
         index.varint(last);
         for (position, frame) in (1u64..).zip(frames) {
@@ -144,13 +154,13 @@ impl SealedBody {
             }
             sealed.extend_from_slice(&stored);
         }
-        Ok(Self { salt: *salt, index: seal_index(&key, index.finish()), frames: sealed })
+        Ok(Self { salt: *salt, index: seal_index(&key, index.finish()), room, frames: sealed })
     }
 
     /// Computes the BLAKE3 of index and frames as they are stored.
     pub fn digest(&self) -> Digest {
         let mut hasher = Hasher::new();
-        hasher.update(&self.index).update(&self.frames);
+        hasher.update(&self.index).update(&self.frames[self.room..]);
         hasher.finish()
     }
 
@@ -164,7 +174,8 @@ impl SealedBody {
         for (section, bytes) in further {
             header = header.section(section, bytes);
         }
-        self.join(header.finish_signed(spec.keyring, spec.identity))
+        let header = header.finish_signed(spec.keyring, spec.identity);
+        self.join(header)
     }
 
     fn header(&self, spec: &SealSpec<'_>) -> HeaderBuilder {
@@ -178,12 +189,18 @@ impl SealedBody {
             .section(Section::Index, index)
     }
 
-    fn join(&self, mut header: Vec<u8>) -> SealedObject {
-        let head_len = (header.len() + self.index.len()) as u64;
-        header.reserve_exact(self.index.len() + self.frames.len());
-        header.extend_from_slice(&self.index);
-        header.extend_from_slice(&self.frames);
-        SealedObject { bytes: header.into(), head_len }
+    fn join(self, mut head: Vec<u8>) -> SealedObject {
+        let Self { index, room, mut frames, .. } = self;
+        head.extend_from_slice(&index);
+        let head_len = head.len() as u64;
+        let bytes = if let Some(start) = room.checked_sub(head.len()) {
+            frames[start..room].copy_from_slice(&head);
+            Bytes::from(frames).slice(start..)
+        } else {
+            head.extend_from_slice(&frames[room..]);
+            head.into()
+        };
+        SealedObject { bytes, head_len }
     }
 }
 
