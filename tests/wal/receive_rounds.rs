@@ -1,6 +1,7 @@
-//! The server dies and its disk is lost, and with `ack = "store"` the receiver and its spool too: every row whose commit
+//! Receiver and server are killed and the server's disk is lost, with `ack = "store"` the spool too: every row whose commit
 //! was acknowledged is there after a restore.
 //!
+//! What was acknowledged before it was written would be missing: the receiver dies first, and has only what is in files.
 //! `scripts/bench/receive-rounds` does it more often, and measures what synchronous commits cost.
 
 use std::fs::{self, File};
@@ -74,8 +75,8 @@ fn commit_synchronously(server: &Server, names: &str) {
 
 /// One loss; returns how many rows were acknowledged, and which of them are missing after the restore.
 #[track_caller]
-fn lose_everything(acknowledge: &str, as_daemon: bool, rows: usize) -> (usize, Vec<u32>) {
-    let mut cluster = cluster(15);
+fn lose_everything(major: u32, acknowledge: &str, as_daemon: bool, rows: usize) -> (usize, Vec<u32>) {
+    let mut cluster = cluster(major);
     let walden = Walden::configure(cluster.scratch(), &site_with(&cluster, acknowledge));
     let command: &[&str] = if as_daemon { &["-v", "daemon"] } else { &["-v", "wal", "receive"] };
     let mut receiver = Receiver::start_as(cluster.scratch(), walden, command);
@@ -88,25 +89,29 @@ fn lose_everything(acknowledge: &str, as_daemon: bool, rows: usize) -> (usize, V
     let acknowledged = || clients.iter().flat_map(Client::acknowledged).collect::<Vec<u32>>();
     wait_for("rows to be acknowledged", || (acknowledged().len() >= rows).then_some(()));
 
+    // The receiver first: what it acknowledged and had in memory alone nobody gives it again.
+    receiver.kill();
     cluster.stop(Stop::Kill);
     if acknowledge == "store" {
-        receiver.kill();
         fs::remove_dir_all(receiver.spool()).unwrap();
     }
     fs::remove_dir_all(cluster.data_directory()).unwrap();
     let acknowledged = acknowledged();
     drop(clients);
     if acknowledge == "spool" {
+        let killed = receiver.state();
+        receiver.start_again();
         receiver.wait_for_state("all of the spool is stored", |state| {
+            let told_since = state["written_at"] != killed["written_at"];
             let all = state["streaming"] == false && state["stored"] == state["received"];
-            (all && state["received"].is_string()).then_some(())
+            (told_since && all && state["received"].is_string()).then_some(())
         });
         receiver.stop();
     }
 
     let place = cluster.scratch().path().join("restored");
     receiver.walden.run(&["restore", "--target-dir", place.to_str().unwrap()]);
-    let mut restored = Server::new(15, &place, &cluster.scratch().folder("run2"));
+    let mut restored = Server::new(major, &place, &cluster.scratch().folder("run2"));
     restored.set("archive_mode", "off");
     restored.start();
     wait_for("recovery to end", || {
@@ -133,7 +138,7 @@ fn rounds(acknowledge: &str) {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         // Every other time it is the daemon that receives.
         let as_daemon = (round % 2 == 0) == (acknowledge == "store");
-        let lost = lose_everything(acknowledge, as_daemon, 50 + (seed >> 33) as usize % 1500);
+        let lost = lose_everything(15, acknowledge, as_daemon, 50 + (seed >> 33) as usize % 1500);
         acknowledged += lost.0;
         missing += lost.1.len();
     }
@@ -152,6 +157,26 @@ fn acknowledged_by_the_spool_is_recovered_without_the_server_and_its_disk() {
 fn acknowledged_by_the_store_is_recovered_without_server_receiver_and_their_disks() {
     require!(Need::PostgreSQL(15));
     rounds("store");
+}
+
+/// Either way to acknowledge once, on another major version than the rounds.
+#[track_caller]
+fn lose_everything_of(major: u32) {
+    for acknowledge in ["spool", "store"] {
+        lose_everything(major, acknowledge, acknowledge == "spool", 100);
+    }
+}
+
+#[test]
+fn acknowledged_by_either_is_recovered_on_the_oldest_version() {
+    require!(Need::PostgreSQL(13));
+    lose_everything_of(13);
+}
+
+#[test]
+fn acknowledged_by_either_is_recovered_on_the_newest_version() {
+    require!(Need::PostgreSQL(18));
+    lose_everything_of(18);
 }
 
 /// Returns the position behind the last byte that is in the store under any name.
