@@ -3,10 +3,19 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, cluster, cluster_with, site};
+use crate::segment_sizes::{ONE_OBJECT_MIB, asked_for, report};
 use crate::support::{Cluster, Line, Need, Options, Run, Running, Site, Stop, Walden, require, wait_for};
+
+/// A part of a segment that is stored in parts.
+const PART_MIB: u32 = 32;
+/// What a receiver may take beside one segment: a part of it raw and sealed, pieces, and itself.
+const BESIDE_SEGMENT_MIB: u64 = 172;
+/// Of one message: far below what PostgreSQL takes, and stored within the patience of a test.
+const MESSAGE_BYTES_MAX: u64 = 32 << 20;
 
 #[test]
 fn a_server_of_another_cluster_is_passed_over_beside_ours_and_refused_alone() {
@@ -190,37 +199,66 @@ fn a_service_and_a_password_file_are_enough_for_a_role_that_may_only_replicate()
 /// Above 64 MiB a segment is stored in parts, one at a time in memory.
 #[test]
 fn segments_of_128_mib_are_received_in_pieces_and_stored_in_parts() {
+    large_segments_are_received(128);
+}
+
+/// Sizes in MiB come from `scripts/bench/wal-segsize`, each a run with a line of the report.
+#[test]
+fn segments_of_the_sizes_that_the_script_asks_for_are_received() {
+    asked_for().into_iter().for_each(large_segments_are_received);
+}
+
+#[track_caller]
+fn large_segments_are_received(mib: u32) {
     require!(Need::PostgreSQL(15));
-    const SEGMENT_BYTES: usize = 128 << 20;
-    let options = Options::default().initdb("--wal-segsize=128").setting("max_wal_size", "512MB");
-    let options = options.setting("archive_mode", "off").setting("wal_keep_size", "1GB");
+    let options = Options::default().initdb(&format!("--wal-segsize={mib}"));
+    // A server refuses to keep less WAL than two segments.
+    let options = options.setting("max_wal_size", &format!("{}MB", (4 * mib).max(256)));
+    let options = options.setting("archive_mode", "off").setting("wal_keep_size", &format!("{}MB", 8 * mib));
     let cluster = Cluster::start_with(15, options);
     let receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
-    for megabytes in [100, 20] {
-        // Text that does not shrink to nothing, so that there is something to each part.
-        cluster.sql(&format!(
-            "select pg_logical_emit_message(false, 'test', string_agg(md5(n::text), '')) from generate_series(1, {}) n",
-            megabytes * (1 << 20) / 32
-        ));
-        receiver.wait_until_stored(&cluster);
+    let segment_bytes = u64::from(mib) << 20;
+    let began = Instant::now();
+    // Neither is full: what is behind a switch is received and stored as well.
+    for bytes in [segment_bytes / 4 * 3, segment_bytes / 8] {
+        write_text(&cluster, &receiver, bytes);
         cluster.sql("select pg_switch_wal()");
     }
     receiver.wait_until_stored(&cluster);
+    let received_in = began.elapsed().as_secs_f64();
     let (first, last) = receiver.runs(1)[0].clone();
     assert_ne!(first, last, "{}", receiver.log());
     for segment in [&first, &last] {
         let own = fs::read(cluster.data_directory().join("pg_wal").join(segment)).unwrap();
-        assert_eq!(own.len(), SEGMENT_BYTES);
+        assert_eq!(own.len() as u64, segment_bytes);
         assert!(receiver.fetch(&cluster, segment).as_deref() == Some(&own[..]), "{segment} differs");
     }
     let mut find = Command::new("find");
     let found =
         Run::of(find.arg(receiver.walden.repository()).args(["-name", "*.part"]), "").expect_success();
-    assert_eq!(found.stdout.lines().count(), 8, "two segments of four parts\n{}", found.stdout);
-    // The segment, and a part of it raw and sealed.
+    let parts = if mib > ONE_OBJECT_MIB { mib / PART_MIB } else { 0 };
+    assert_eq!(found.stdout.lines().count() as u32, 2 * parts, "two segments in parts\n{}", found.stdout);
     let taken = receiver.memory_mib("VmHWM:");
-    assert!(taken < 300, "{taken} MiB");
+    assert!(taken < u64::from(mib) + BESIDE_SEGMENT_MIB, "{taken} MiB");
     // A release build keeps to 40 MiB, as the bench says.
     wait_for("the memory to go back", || (receiver.memory_mib("VmRSS:") < 64).then_some(()));
+    report(&format!(
+        r#"{{"segment_mib":{mib},"received_seconds":{received_in:.1},"memory_mib":{taken},"received":true}}"#
+    ));
+}
+
+/// Writes text that does not shrink to nothing, so that there is something to each part, and has it stored as it comes.
+#[track_caller]
+fn write_text(cluster: &Cluster, receiver: &Receiver, bytes: u64) {
+    let mut left = bytes;
+    while left > 0 {
+        let now = left.min(MESSAGE_BYTES_MAX);
+        cluster.sql(&format!(
+            "select pg_logical_emit_message(false, 'test', string_agg(md5(n::text), '')) from generate_series(1, {}) n",
+            now / 32
+        ));
+        receiver.wait_until_stored(cluster);
+        left -= now;
+    }
 }

@@ -1,7 +1,7 @@
 //! Segments of other sizes than 16 MiB, out of a server, into a basebackup and back (failures 6 and 7).
 //!
 //! Each server begins just before the end of a log, so that the successor of its last segment (`FF` at 16 MiB) is met.
-//! `scripts/bench/wal-segsize` runs the last test on sizes that are too large for every day.
+//! `scripts/bench/wal-segsize` asks for sizes that are too large for every day; `receive_servers` does the same by streaming.
 
 use std::env;
 use std::fs::{self, OpenOptions};
@@ -17,7 +17,7 @@ use crate::support::{Need, Stop, require, wait_for};
 const SEGMENTS: usize = 3;
 const LOG_MIB: u32 = 4096;
 /// Above this size a segment is stored in parts.
-const ONE_OBJECT_MIB: u32 = 64;
+pub const ONE_OBJECT_MIB: u32 = 64;
 
 #[test]
 fn segments_of_1_mib_come_back_across_the_end_of_a_log() {
@@ -37,10 +37,13 @@ fn segments_of_128_mib_come_back_from_their_parts_across_the_end_of_a_log() {
 /// Sizes in MiB come from the script, each a run with a line of the report.
 #[test]
 fn segments_of_the_sizes_that_the_script_asks_for_come_back() {
+    asked_for().into_iter().for_each(come_back);
+}
+
+/// Returns the sizes in MiB that the script asks for.
+pub fn asked_for() -> Vec<u32> {
     let sizes = env::var("WALDEN_WAL_SEGSIZES").unwrap_or_default();
-    for mib in sizes.split(' ').filter(|size| !size.is_empty()) {
-        come_back(mib.parse().unwrap());
-    }
+    sizes.split(' ').filter(|size| !size.is_empty()).map(|mib| mib.parse().unwrap()).collect()
 }
 
 /// Failure 17 for a push: between any two parts of a segment, and between the last one and the index.
@@ -106,7 +109,9 @@ fn come_back(mib: u32) {
     let mut copied = scene.assert_recovers(scene.recovering("copied", &scene.cp()));
     copied.stop(Stop::Fast);
     drop(mount);
-    report(mib, pushed, fetched_in);
+    report(&format!(
+        r#"{{"segment_mib":{mib},"segments":{SEGMENTS},"push_seconds":{pushed:.1},"recovery_seconds":{fetched_in:.1},"recovered":true}}"#
+    ));
 }
 
 #[track_caller]
@@ -121,11 +126,8 @@ fn assert_listed_without_a_hole(scene: &Scene, mib: u32) {
 }
 
 /// Writes a line for the script, which is there only if everything before it was as it should be.
-fn report(mib: u32, pushed: f64, fetched: f64) {
+pub fn report(line: &str) {
     let Ok(path) = env::var("WALDEN_WAL_SEGSIZE_REPORT") else { return };
     let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
-    let line = format!(
-        r#"{{"segment_mib":{mib},"segments":{SEGMENTS},"push_seconds":{pushed:.1},"recovery_seconds":{fetched:.1},"recovered":true}}"#
-    );
     writeln!(file, "{line}").unwrap();
 }
