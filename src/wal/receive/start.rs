@@ -127,6 +127,44 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
+    fn options(spool: &Path, data_directory: Option<&Path>) -> ReceiveOptions {
+        ReceiveOptions {
+            nodes: Vec::new(),
+            data_directory: data_directory.map(Path::to_owned),
+            slot: "walden_main".into(),
+            acknowledge: Acknowledge::Spool,
+            spool: spool.to_owned(),
+            owner: None,
+            free_bytes_min: 0,
+            compression: Compression::zstd(1),
+        }
+    }
+
+    fn no_store() -> OpenRepository {
+        Arc::new(|| Box::pin(async { Err::<repo::Repository, _>(repo::Error::Internal("no store".into())) }))
+    }
+
+    /// Its marker decides before anything is asked of a server or made in the state folder.
+    #[tokio::test]
+    async fn failure_8_nothing_of_a_clone_is_received() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (data, spool) = (scratch.path().join("data"), scratch.path().join("spool"));
+        fs::create_dir(&data).unwrap();
+        let marker = CloneMarker { name: "yesterday".into(), ..CloneMarker::default() };
+        marker.write(&data, Create::PRIVATE_FILE).unwrap();
+        let (_stop, stopped) = watch::channel(false);
+        let options = options(&spool, Some(&data));
+        let receiving = run(options, no_store(), Arc::new(SystemClock), stopped);
+        // A receiver that does not mind would ask for a server for ever.
+        let outcome = tokio::time::timeout(PATIENCE, receiving).await.expect("it ends by itself");
+        let error = outcome.unwrap_err();
+        assert!(
+            matches!(&error, Error::Clone { path, name } if *path == data && name == "yesterday"),
+            "{error}"
+        );
+        assert!(!spool.exists());
+    }
+
     /// A pipe that nobody writes into stands in the spool: whoever opens it to read waits, as for a volume that hangs.
     #[test]
     fn a_spool_that_hangs_holds_up_nobody_who_is_told_to_stop() {
@@ -135,19 +173,7 @@ mod tests {
         fs::create_dir(&folder).unwrap();
         let hanging = folder.join("000000010000000000000009.spool");
         nix::unistd::mkfifo(&hanging, Mode::S_IRWXU).unwrap();
-        let options = ReceiveOptions {
-            nodes: Vec::new(),
-            data_directory: None,
-            slot: "walden_main".into(),
-            acknowledge: Acknowledge::Spool,
-            spool: scratch.path().to_owned(),
-            owner: None,
-            free_bytes_min: 0,
-            compression: Compression::zstd(1),
-        };
-        let open: OpenRepository = Arc::new(|| {
-            Box::pin(async { Err::<repo::Repository, _>(repo::Error::Internal("no store".into())) })
-        });
+        let (options, open) = (options(scratch.path(), None), no_store());
         let (stop, stopped) = watch::channel(false);
         let (ended, end) = mpsc::channel();
         thread::spawn(move || {
