@@ -7,6 +7,7 @@ mod scene;
 
 mod archiving;
 mod callers;
+mod clones;
 mod ending;
 mod heads;
 mod killed;
