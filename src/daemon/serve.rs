@@ -119,3 +119,96 @@ async fn owner_of(service: &SitePush, path: &Path) -> Option<u32> {
     let owner = tokio::task::spawn_blocking(move || access::owner_of_site(configured.as_deref(), &named));
     owner.await.ok().flatten()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use tokio::sync::watch;
+    use tokio::task::JoinHandle;
+
+    use crate::clock::SystemClock;
+    use crate::codec::Compression;
+    use crate::control::{self, Destination, ask_daemon};
+    use crate::daemon::shutdown::ShutdownSource;
+    use crate::daemon::site_push::Workers;
+    use crate::daemon::threads::Threads;
+    use crate::daemon::{OpenRepository, SiteOptions};
+    use crate::repo::Repository;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn failure(message: &str) -> Failure {
+        Failure { kind: "failed".to_owned(), message: message.to_owned(), hint: None }
+    }
+
+    fn destination() -> Destination {
+        Destination { repository: "main in memory://".to_owned(), recipients: None }
+    }
+
+    fn site(open: OpenRepository) -> Arc<SitePush> {
+        let options = SiteOptions {
+            name: "main".to_owned(),
+            data_directory: None,
+            destination: destination(),
+            head_notes: None,
+            compression: Compression::zstd(1),
+            open,
+            receive: None,
+        };
+        let workers = Workers {
+            threads: Threads::new(1),
+            clock: Arc::new(SystemClock),
+            failure_of: |error| failure(&error.to_string()),
+        };
+        Arc::new(SitePush::new(options, workers, 1, 0))
+    }
+
+    /// Asks as the command does, which waits as long as it is told that the daemon is at work.
+    fn ask(socket: PathBuf, path: PathBuf) -> JoinHandle<Result<DaemonAnswer, control::Error>> {
+        let request = PushRequest { site: "main".to_owned(), path, force: false, destination: destination() };
+        tokio::task::spawn_blocking(move || ask_daemon(&socket, &DaemonRequest::Push(request), || true))
+    }
+
+    #[tokio::test]
+    async fn one_caller_too_many_is_turned_away_at_once_and_the_others_are_answered() {
+        let folder = tempfile::tempdir().unwrap();
+        let (socket, file) = (folder.path().join("daemon.sock"), folder.path().join("segment"));
+        std::fs::write(&file, "what a store is waited for with").unwrap();
+        // A store that nobody hears of before it is let answer.
+        let (gate, gated) = watch::channel(false);
+        let open: OpenRepository = Box::new(move || {
+            let mut gated = gated.clone();
+            Box::pin(async move {
+                let _ = gated.wait_for(|open| *open).await;
+                Err::<Repository, _>(failure("no store"))
+            })
+        });
+        let source = ShutdownSource::default();
+        let callers = Arc::new(Callers::new(vec![site(open)], source.shutdown()));
+        let taking = tokio::spawn(callers.clone().take(DaemonListener::bind(&socket).unwrap()));
+        let served: Vec<_> = (0..CALLERS_MAX).map(|_| ask(socket.clone(), file.clone())).collect();
+        let all_taken = async {
+            while callers.room.available_permits() > 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, all_taken).await.expect("as many callers as there is room for");
+
+        let turned_away = ask(socket.clone(), file.clone()).await.unwrap();
+        assert!(matches!(turned_away, Err(control::Error::Io { .. })), "{turned_away:?}");
+
+        gate.send_replace(true);
+        let told: Result<_, String> = Ok(DaemonAnswer::Failed(failure("no store")));
+        for served in served {
+            assert_eq!(served.await.unwrap().map_err(|error| error.to_string()), told);
+        }
+        callers.all_answered().await;
+        let after = ask(socket, file).await.unwrap();
+        assert_eq!(after.map_err(|error| error.to_string()), told);
+        taking.abort();
+    }
+}
