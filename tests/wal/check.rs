@@ -199,6 +199,55 @@ fn what_a_receiver_left_out_is_put_back_once_a_checkpoint_has_passed_it() {
     );
 }
 
+/// Who looks after the archive need not be able to read it: names, headers, signatures, digests and continuity.
+#[test]
+fn without_a_private_key_all_is_told_that_can_be_told_with_one() {
+    require!(Need::PostgreSQL(15), Need::Folder);
+    let mut cluster = cluster(15);
+    let mut receiver = Receiver::of(&cluster);
+    receiver.wait_until_streaming();
+    receiver.walden.run(&["backup"]);
+    write_segments(&cluster, 3);
+    receiver.wait_until_stored(&cluster);
+    receiver.stop();
+    begin_timeline(&mut cluster);
+    receiver.start_again();
+    write_segments(&cluster, 3);
+    receiver.wait_until_stored(&cluster);
+    receiver.stop();
+    let file = receiver.walden.configuration_file();
+    let configuration = fs::read_to_string(&file).unwrap();
+    let without = configuration.replace("private_key_file = \"test.pem\"\n", "");
+    assert_ne!(without, configuration);
+    fs::write(&file, without).unwrap();
+    let whole = receiver.walden.json(&["wal", "check", "--bodies"]);
+    assert_eq!(whole["ok"], true, "{whole:#}");
+
+    let segment = |timeline: u64, from_last: usize| {
+        let (first, last) = receiver.runs(timeline).pop().unwrap();
+        segments_between(&first, &last).into_iter().nth_back(from_last).unwrap()
+    };
+    let (signature, header) = (segment(1, 2), segment(1, 1));
+    let (body, missing) = (segment(2, 2), segment(2, 1));
+    let damaged = [(&signature, Place::Signature), (&header, Place::Header), (&body, Place::Body)];
+    damaged.into_iter().for_each(|(segment, place)| flip(&receiver.object(segment), place));
+    fs::remove_file(receiver.object(&missing)).unwrap();
+    for (bodies, found) in
+        [(None, vec![&signature, &header]), (Some("--bodies"), vec![&signature, &header, &body])]
+    {
+        let arguments: Vec<&str> = ["--output", "json", "wal", "check"].into_iter().chain(bodies).collect();
+        let run = receiver.walden.try_run(&arguments).expect_code(3);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        let cluster = &report["clusters"][0];
+        assert_eq!(names(&cluster["damaged"]), found, "{cluster:#}");
+        let hole = (&cluster["missing"][0]["first"], &cluster["missing"][0]["last"]);
+        assert_eq!(hole, (&json!(missing), &json!(missing)), "{cluster:#}");
+    }
+    // Nothing of it can be read.
+    let shown = receiver.walden.try_run(&["show", "latest", "--files"]);
+    assert!(!shown.success() && shown.stderr.contains("private key"), "{shown:?}");
+}
+
 #[test]
 fn every_field_is_documented() {
     require!(Need::PostgreSQL(15));
