@@ -382,7 +382,7 @@ mod tests {
         assert_eq!(behind("000000010000000000000007"), ["1/08", "1/09"]);
     }
 
-    /// Failure 2: the successor of `…FF` is the next log's `…00`, with 16 MiB alone.
+    /// Failure 7: the successor of `…FF` is the next log's `…00`, with 16 MiB alone.
     #[test]
     fn the_successor_of_the_last_segment_of_a_log_depends_on_the_size() {
         for (mib, name, next) in [

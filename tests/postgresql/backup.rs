@@ -313,7 +313,7 @@ fn a_lost_session_fails_the_backup_while_it_copies() {
 }
 
 #[test]
-fn a_basebackup_of_a_standby_starts_after_replay() {
+fn failure_19_a_basebackup_of_a_standby_starts_after_replay_and_ends_where_nobody_writes() {
     require!(Need::PostgreSQL(15));
     let cluster = Cluster::start(15);
     let walden = archiving(&cluster);
@@ -342,7 +342,7 @@ fn a_basebackup_of_a_standby_starts_after_replay() {
     drop(copy);
 
     // Both answer and both directories are here, so the role decides, and then the order. Nobody writes any more: the
-    // primary is asked to end the segment, where it is among the nodes (failure 19).
+    // primary is asked to end the segment, where it is among the nodes: this is what failure 19 waited for.
     let dead = format!("host={} port=1", scratch.path().display());
     let (of_cluster, of_standby) = (cluster.connection(), standby.connection());
     for (nodes, expected) in [
