@@ -742,6 +742,48 @@ mod tests {
         assert_eq!(see_segment(&dir, 1, 5).await, Seen::Bytes(300_000));
     }
 
+    /// Failure 7: the successor of `…FF` was computed wrongly.
+    #[tokio::test]
+    async fn failure_7_without_a_plan_what_is_read_ahead_goes_on_behind_the_end_of_a_log() {
+        let cluster: ClusterId = "7301234567890123456-16".parse().unwrap();
+        let names = ["2000000FD", "2000000FE", "2000000FF", "300000000", "300000001"]
+            .map(|end| format!("00000001{end:0>16}"));
+        let archive = Archive::new().await;
+        let key = WalKey::create(archive.repository.keyring()).unwrap();
+        for name in &names {
+            let (object, raw) = (WalObjectName::Segment(name.parse().unwrap()), vec![1; 1000]);
+            let zstd = Compression::zstd(1);
+            archive_wal(&archive.repository, cluster, object, &raw, &key, zstd).await.unwrap();
+        }
+        let cache = 8 * cluster.segment_size.bytes() as usize;
+        let reader = WalReader::new(archive.repository.clone(), cluster, Arc::new(SystemClock), cache);
+        let dir = WalDir::new(Arc::new(reader), None);
+        let bodies = || {
+            let calls = archive.store.calls().into_iter().filter(|call| call.verb == Verb::Get);
+            let mut keys: Vec<String> = calls.map(|call| call.key).collect();
+            keys.sort();
+            keys
+        };
+        archive.store.take_calls();
+        assert_eq!(see(&dir, &names[0]).await, Seen::Bytes(1000));
+        assert_eq!(see(&dir, &names[1]).await, Seen::Bytes(1000));
+        while bodies().len() < names.len() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        tokio::task::yield_now().await;
+        // Each once, and nothing that is not there.
+        for (key, name) in bodies().iter().zip(&names) {
+            assert!(key.ends_with(name), "{key} for {name}");
+        }
+        assert_eq!(bodies().len(), names.len());
+        archive.store.take_calls();
+        for name in &names[2..] {
+            assert_eq!(see(&dir, name).await, Seen::Bytes(1000), "{name}");
+        }
+        assert_eq!(bodies(), Vec::<String>::new());
+        assert_eq!(see(&dir, "000000010000000300000002").await, Seen::ProvenAbsent);
+    }
+
     #[tokio::test]
     async fn with_a_plan_the_plan_decides_where_the_archive_ends() {
         let archive = Archive::of(&[(1, 2), (1, 3), (1, 5), (1, 6)], &[]).await;

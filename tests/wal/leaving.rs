@@ -1,5 +1,6 @@
 //! Two standbys leave one timeline, one after the other, while a third follows the archive: each promotion takes a
-//! timeline of its own, every `.partial` is kept and none is taken for a segment (failures 2, 3, 9, 12b).
+//! timeline of its own, every `.partial` is kept and none is taken for a segment (failures 2, 3, 9, 12b). Then the same with a
+//! store that is silent whenever somebody is promoted, and a standby of the first that is promoted as well.
 //!
 //! Copies are made with the server stopped, because not every version that the tests have comes with pg_basebackup.
 
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use crate::outage_report::report;
 use crate::receive_scene::Receiver;
 use crate::scene::{Scene, recover};
-use crate::support::{Need, Server, Stop, require, wait_for};
+use crate::support::{Fault, Need, Proxy, RemoteS3, Server, Stop, require, wait_for};
 
 #[test]
 fn failure_12b_two_standbys_leave_one_timeline_on_13() {
@@ -94,11 +95,119 @@ fn two_standbys_leave_one_timeline(major: u32) {
     daemon.stop();
 }
 
+#[test]
+fn failure_12b_standbys_are_promoted_while_the_store_is_silent_on_13() {
+    require!(Need::PostgreSQL(13));
+    standbys_are_promoted_while_the_store_is_silent(13);
+}
+
+#[test]
+fn failure_12b_standbys_are_promoted_while_the_store_is_silent_on_15() {
+    require!(Need::PostgreSQL(15));
+    standbys_are_promoted_while_the_store_is_silent(15);
+}
+
+#[test]
+fn failure_12b_standbys_are_promoted_while_the_store_is_silent_on_18() {
+    require!(Need::PostgreSQL(18));
+    standbys_are_promoted_while_the_store_is_silent(18);
+}
+
+/// 1 is left by the first and the second, and the first's timeline by a standby of it: 1→2→3 and 1→4.
+fn standbys_are_promoted_while_the_store_is_silent(major: u32) {
+    let line = RemoteS3::start();
+    let mut scene = Scene::in_store(&line.storage(IMPATIENT_STORE), major, 2);
+    let mut daemon = Receiver::start_as(scene.cluster.scratch(), scene.walden.clone(), &["-vv", "daemon"]);
+    let (mut first, mut second) = (streaming(&scene, "first"), streaming(&scene, "second"));
+    let mut third = streaming_from(&first, &scene, "third");
+    scene.cluster.sql("insert into r values (2)");
+    for standby in [&first, &second, &third] {
+        wait_for_rows(standby, &["0", "1", "2"]);
+    }
+    second.stop(Stop::Fast);
+    scene.cluster.sql("insert into r values (3)");
+    for standby in [&first, &third] {
+        wait_for_rows(standby, &["0", "1", "2", "3"]);
+    }
+
+    line.inject_only(Fault::Silence);
+    scene.cluster.stop(Stop::Kill);
+    promote_in_silence(&first, "2", &line);
+    first.sql("insert into r values (10)");
+    assert!(first.archive_wal().starts_with("00000002"));
+    // It stands in a segment that nobody archives whole.
+    first.sql("insert into r values (11)");
+    wait_for_rows(&third, &["0", "1", "2", "3", "10", "11"]);
+
+    line.inject_only(Fault::Silence);
+    first.stop(Stop::Kill);
+    promote_in_silence(&third, "3", &line);
+    third.sql("insert into r values (30)");
+    assert!(third.archive_wal().starts_with("00000003"));
+
+    second.set("recovery_target_timeline", "current");
+    second.start();
+    wait_for_rows(&second, &["0", "1", "2"]);
+    // PostgreSQL takes a history that its restore_command fails to fetch for a number that is free, and this server has
+    // none of them itself: so it is told, and what it archives meets the silence.
+    line.let_through("GET", "");
+    line.let_through("HEAD", "");
+    line.inject("", "", usize::MAX, Fault::Silence);
+    line.take_requests();
+    promote(&second);
+    wait_for("something to be archived in vain", || {
+        line.take_requests().iter().any(|head| head.starts_with("PUT ")).then_some(())
+    });
+    line.heal();
+    assert_eq!(timeline(&second), "4", "{}", second.log());
+    for (server, row, timeline) in [(&second, "20", "00000004"), (&third, "31", "00000003")] {
+        server.sql(&format!("insert into r values ({row})"));
+        assert!(server.archive_wal().starts_with(timeline));
+    }
+
+    assert_ways(&scene, &[(2, 1), (3, 2), (4, 1)], &[2, 1, 0, 0]);
+    assert!(daemon.log().contains("00000004.history"), "not through the daemon:\n{}", daemon.log());
+    for server in [&mut second, &mut third] {
+        server.stop(Stop::Fast);
+    }
+    let ways = [("3", vec!["0", "1", "2", "3", "10", "11", "30", "31"]), ("4", vec!["0", "1", "2", "20"])];
+    for (target, rows) in &ways {
+        let mut server = scene.recovering(&format!("recovered-{target}"), &scene.walden.restore_command());
+        server.set("recovery_target_timeline", target);
+        recover(&mut server).unwrap_or_else(|log| panic!("{log}"));
+        assert_eq!(rows_of(&server), *rows, "{target}: {}", server.log());
+        assert_eq!(timeline(&server), "5", "{target}: {}", server.log());
+        server.stop(Stop::Fast);
+    }
+    report(&json!({
+        "what": "standbys promoted while the store is silent", "major": major, "promotions": 3, "missing": 0,
+        "promotions_by_error": 0,
+    }));
+    daemon.stop();
+}
+
+/// As short as the silence.
+const IMPATIENT_STORE: &str = "timeout = \"1s\"\nretry = \"2s\"\n";
+
+/// Promotes a standby that the store says nothing to, and brings the store back.
+#[track_caller]
+fn promote_in_silence(standby: &Server, number: &str, line: &Proxy) {
+    promote(standby);
+    assert!(line.heal() > 0, "nothing was asked of the store while it was silent");
+    assert_eq!(timeline(standby), number, "{}", standby.log());
+}
+
 /// Starts a standby that streams, and archives once it is promoted.
 #[track_caller]
 pub fn streaming(scene: &Scene, name: &str) -> Server {
+    streaming_from(&scene.cluster, scene, name)
+}
+
+/// The same with another primary, which may be a standby itself.
+#[track_caller]
+fn streaming_from(primary: &Server, scene: &Scene, name: &str) -> Server {
     let mut standby = scene.standby(name, &scene.walden.restore_command());
-    standby.set("primary_conninfo", &scene.cluster.connection()).set("archive_mode", "on");
+    standby.set("primary_conninfo", &primary.connection()).set("archive_mode", "on");
     standby.start();
     standby
 }
@@ -134,21 +243,31 @@ fn wait_for_rows(standby: &Server, rows: &[&str]) {
 /// Checks that the archive has both ways without a hole, their history files, and what each left of the old timeline.
 #[track_caller]
 fn assert_archived(scene: &Scene) {
-    let listed = scene.walden.json(&["wal", "list"]);
-    let timelines = listed["clusters"][0]["timelines"].as_array().unwrap();
-    let of = |timeline: &Value| (timeline["timeline"].clone(), timeline["parent"].clone());
-    let ways: Vec<(Value, Value)> = timelines.iter().map(of).collect();
-    assert_eq!(ways[1..], [(json!(2), json!(1)), (json!(3), json!(1))], "{listed:#}");
-    for timeline in &timelines[1..] {
-        assert_eq!(timeline["history"], true, "{listed:#}");
-        assert_eq!(timeline["runs"].as_array().unwrap().len(), 1, "{listed:#}");
-    }
-    let partials = timelines[0]["partials"].as_array().unwrap();
-    assert_eq!(partials.len(), 2, "each standby has another beginning of the segment: {listed:#}");
-    let check = scene.walden.json(&["wal", "check"]);
-    assert_eq!(check["ok"], true, "{check:#}");
+    // Each standby has another beginning of the segment.
+    assert_ways(scene, &[(2, 1), (3, 1)], &[2, 0, 0]);
     let history = |server: &str, timeline: &str| {
         fs::read(scene.cluster.scratch().path().join(format!("{server}/pg_wal/{timeline}.history"))).unwrap()
     };
     assert_ne!(history("first", "00000002"), history("second", "00000003"));
+}
+
+/// Checks that the archive has these timelines behind the first, each with its parent, its history and no hole, and so many
+/// `.partial`s of each, the first too.
+#[track_caller]
+fn assert_ways(scene: &Scene, expected: &[(u32, u32)], partials: &[usize]) {
+    let listed = scene.walden.json(&["wal", "list"]);
+    let timelines = listed["clusters"][0]["timelines"].as_array().unwrap();
+    let of = |timeline: &Value| (timeline["timeline"].clone(), timeline["parent"].clone());
+    let ways: Vec<(Value, Value)> = timelines.iter().map(of).collect();
+    let expected: Vec<(Value, Value)> =
+        expected.iter().map(|(number, parent)| (json!(number), json!(parent))).collect();
+    assert_eq!(ways[1..], expected, "{listed:#}");
+    for timeline in &timelines[1..] {
+        assert_eq!(timeline["history"], true, "{listed:#}");
+        assert_eq!(timeline["runs"].as_array().unwrap().len(), 1, "{listed:#}");
+    }
+    let left = timelines.iter().map(|timeline| timeline["partials"].as_array().map_or(0, Vec::len));
+    assert_eq!(left.collect::<Vec<_>>(), partials, "{listed:#}");
+    let check = scene.walden.json(&["wal", "check"]);
+    assert_eq!(check["ok"], true, "{check:#}");
 }

@@ -1,7 +1,8 @@
 //! One round of WAL on each major version: out of a server through the daemon, back by `wal fetch` and by `cp` from the mount,
 //! over a promotion with its history file and its `.partial`, and received from the new primary.
 //!
-//! The oldest and the newest version are in every run of the tests; `scripts/bench/wal-majors` asks for all there are.
+//! The oldest and the newest version are in every run of the tests; `scripts/bench/wal-majors` asks for all there are, here, of
+//! the failures that must not promote and of the standby that follows a store that fails.
 
 use std::env;
 use std::fs;
@@ -32,12 +33,16 @@ fn a_round_of_wal_on_18() {
 /// Majors come from the script, each with a line of the report.
 #[test]
 fn a_round_of_wal_on_the_majors_that_the_script_asks_for() {
-    let majors = env::var("WALDEN_WAL_MAJORS").unwrap_or_default();
-    for major in majors.split(' ').filter(|major| !major.is_empty()) {
-        let major = major.parse().unwrap();
+    for major in asked_for() {
         require!(Need::PostgreSQL(major), Need::Fuse);
         round(major);
     }
+}
+
+/// Returns the majors that `scripts/bench/wal-majors` asks for.
+pub fn asked_for() -> Vec<u32> {
+    let majors = env::var("WALDEN_WAL_MAJORS").unwrap_or_default();
+    majors.split_whitespace().map(|major| major.parse().unwrap()).collect()
 }
 
 fn round(major: u32) {

@@ -8,8 +8,26 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use serde_json::json;
+
+use crate::majors::asked_for;
+use crate::outage_report::report;
 use crate::scene::{Scene, kill_mount, shell};
 use crate::support::{Need, Server, Stop, require, wait_for};
+
+/// Majors come from the script, each with a line of the report.
+#[test]
+fn nothing_ends_a_recovery_early_on_the_majors_that_the_script_asks_for() {
+    for major in asked_for() {
+        require!(Need::PostgreSQL(major), Need::Fuse);
+        a_damaged_segment_stops_recovery(major);
+        a_segment_of_its_own_that_ends_early_is_not_the_end(major);
+        a_store_that_is_away(major);
+        a_mount_that_is_dead_or_not_there(major);
+        a_standby_outlives_everything(major);
+        report(&json!({ "what": "never promotes", "major": major, "promotions_by_error": 0 }));
+    }
+}
 
 #[test]
 fn a_damaged_segment_stops_recovery_on_13() {
@@ -168,11 +186,25 @@ fn a_mount_that_is_dead_or_not_there(major: u32) {
     drop(again);
 }
 
-/// Failure 1a: an exit status above 125 shut a standby down on a healthy archive.
 #[test]
-fn a_standby_outlives_everything_and_goes_on() {
-    require!(Need::PostgreSQL(15), Need::Fuse);
-    let mut scene = Scene::new(15, 2);
+fn a_standby_outlives_everything_and_goes_on_on_13() {
+    a_standby_outlives_everything(13);
+}
+
+#[test]
+fn a_standby_outlives_everything_and_goes_on_on_15() {
+    a_standby_outlives_everything(15);
+}
+
+#[test]
+fn a_standby_outlives_everything_and_goes_on_on_18() {
+    a_standby_outlives_everything(18);
+}
+
+/// Failure 1a: an exit status above 125 shut a standby down on a healthy archive.
+fn a_standby_outlives_everything(major: u32) {
+    require!(Need::PostgreSQL(major), Need::Fuse);
+    let mut scene = Scene::new(major, 2);
     let mount = scene.mount();
     let mut standbys =
         [scene.standby("cp", &scene.plain_cp()), scene.standby("fetch", &scene.walden.restore_command())];

@@ -1,6 +1,5 @@
 //! Recoveries whose fetches leave a prefetcher behind: killed at any moment, stuck, or before a store that comes and goes.
 
-use std::collections::VecDeque;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -10,10 +9,12 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
-use crate::scene::{Scene, base_backup, copy_all, recover, shell};
-use crate::support::{Cluster, Fault, Need, Options, Proxy, Run, S3, Server, Site, Stop, Walden, require};
-use crate::support::{s3_storage, wait_for};
+use crate::majors::asked_for;
+use crate::outage_report::report;
+use crate::scene::{Scene, copy_all, recover, shell};
+use crate::support::{Fault, Need, RemoteS3, Run, Stop, Walden, require, wait_for};
 
 /// Returns the processes that read ahead for a data directory.
 pub fn prefetchers(data_directory: &Path) -> Vec<Pid> {
@@ -143,43 +144,92 @@ fn a_data_directory_that_is_made_anew_in_its_place_gets_what_is_archived_now() {
     });
 }
 
+#[test]
+fn a_standby_follows_a_live_archive_through_a_flapping_store_on_13() {
+    require!(Need::PostgreSQL(13));
+    a_standby_follows(13, Way::Fetch);
+}
+
+#[test]
+fn a_standby_follows_a_live_archive_through_a_flapping_store_on_15() {
+    require!(Need::PostgreSQL(15));
+    a_standby_follows(15, Way::Fetch);
+}
+
+#[test]
+fn a_standby_follows_a_live_archive_through_a_flapping_store_on_18() {
+    require!(Need::PostgreSQL(18));
+    a_standby_follows(18, Way::Fetch);
+}
+
+#[test]
+fn a_standby_follows_by_plain_cp_from_a_mount_of_a_flapping_store_on_13() {
+    require!(Need::PostgreSQL(13), Need::Fuse);
+    a_standby_follows(13, Way::Cp);
+}
+
+#[test]
+fn a_standby_follows_by_plain_cp_from_a_mount_of_a_flapping_store_on_15() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    a_standby_follows(15, Way::Cp);
+}
+
+#[test]
+fn a_standby_follows_by_plain_cp_from_a_mount_of_a_flapping_store_on_18() {
+    require!(Need::PostgreSQL(18), Need::Fuse);
+    a_standby_follows(18, Way::Cp);
+}
+
+/// Majors come from the script, each with a line of the report.
+#[test]
+fn a_standby_follows_on_the_majors_that_the_script_asks_for() {
+    for major in asked_for() {
+        require!(Need::PostgreSQL(major), Need::Fuse);
+        a_standby_follows(major, Way::Fetch);
+        a_standby_follows(major, Way::Cp);
+        report(&json!({ "what": "flapping store", "major": major, "missing": 0, "promotions_by_error": 0 }));
+    }
+}
+
+/// What the restore_command of a standby is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// `wal fetch`.
+    Fetch,
+    /// The documented `cp` from the mount.
+    Cp,
+}
+
+/// Rows that come while the standby follows, each in a segment of its own.
+const ROWS: usize = 16;
+/// Segments that are pushed side by side, the last one first.
+const BATCH: usize = 4;
+
 /// Failure 1a, the other way round: a standby follows an archive that is written in any order, through a store that
 /// fails every few requests, and neither stops nor promotes.
-#[test]
-fn a_standby_follows_a_live_archive_through_a_flapping_store() {
-    require!(Need::PostgreSQL(15));
-    let options = Options::default().initdb("--wal-segsize=1").setting("wal_keep_size", "1GB");
-    let mut cluster = Cluster::start_with(15, options);
-    let s3 = S3::over(&cluster.scratch().folder("objects"));
-    let line = Proxy::to(&s3.endpoint());
-    let storage = s3_storage(&line.endpoint()) + "timeout = \"1s\"\nretry = \"5s\"\n";
-    let site = Site::of(&cluster, cluster.data_directory())
-        .storage(&storage)
-        .lines("[sites.main.archive]\nfetch_wait = \"1s\"\n");
-    let walden = Walden::configure(cluster.scratch(), &site);
-    cluster.sql("create table r (n int)");
-    let data = cluster.scratch().path().join("standby");
-    base_backup(&cluster, &data, &["-X", "stream"]);
-    cluster.scratch().file("standby/standby.signal", "");
-    let mut standby = Server::new(15, &data, &cluster.scratch().folder("run-standby"));
-    standby.set("restore_command", &walden.restore_command()).set("hot_standby", "on");
-    standby.set("wal_retrieve_retry_interval", "100ms").set("archive_mode", "off");
+fn a_standby_follows(major: u32, way: Way) {
+    let line = RemoteS3::start();
+    let scene = Scene::in_store(&line.storage("timeout = \"1s\"\nretry = \"5s\"\n"), major, 1);
+    // Segments are pushed by the test from here on.
+    scene.cluster.set_archive_command("false");
+    let mount = (way == Way::Cp).then(|| scene.mount());
+    let command = if way == Way::Cp { scene.plain_cp() } else { scene.walden.restore_command() };
+    let mut standby = scene.standby("standby", &command);
     let push = |segment: &str| {
-        let mut command = walden.command();
-        command.args(["wal", "push", &format!("pg_wal/{segment}")]).current_dir(cluster.data_directory());
+        let mut command = scene.walden.command();
+        command
+            .args(["wal", "push", &format!("pg_wal/{segment}")])
+            .current_dir(scene.cluster.data_directory());
         Run::of(&mut command, "").code()
     };
-    let first = cluster.sql("select pg_walfile_name(pg_current_wal_lsn())");
-    cluster.sql("select pg_switch_wal()");
-    assert_eq!(push(&first), Some(0));
     standby.spawn();
-    let faults = || [Fault::CutAnswer, Fault::refusal("503 Slow Down", "", "SlowDown"), Fault::LoseAnswer];
-    line.disturb(3, faults());
-    let mut waiting = VecDeque::new();
-    for round in 0..24 {
-        cluster.sql(&format!("insert into r values ({round})"));
-        waiting.push_back(cluster.sql("select pg_walfile_name(pg_switch_wal())"));
-        if waiting.len() == 4 {
+    let faults = [Fault::CutAnswer, Fault::refusal("503 Slow Down", "", "SlowDown"), Fault::LoseAnswer];
+    line.disturb(3, faults);
+    let mut waiting = Vec::new();
+    for row in 1..=ROWS {
+        scene.cluster.sql(&format!("insert into r values ({row})"));
+        waiting.push(scene.cluster.sql("select pg_walfile_name(pg_switch_wal())"));
+        if waiting.len() == BATCH {
             // Side by side and the last one first.
             let batch: Vec<String> = waiting.drain(..).rev().collect();
             thread::scope(|scope| {
@@ -192,11 +242,11 @@ fn a_standby_follows_a_live_archive_through_a_flapping_store() {
     }
     wait_for("the standby to catch up", || {
         assert!(standby.is_running(), "{}", standby.log());
-        (standby.answers() && Scene::rows(&standby) == 24).then_some(())
+        (standby.answers() && Scene::rows(&standby) == 1 + ROWS).then_some(())
     });
     assert!(line.heal() > 0, "no request was disturbed");
     assert_eq!(standby.sql("select pg_is_in_recovery()"), "t");
     assert!(!standby.log().contains("archive recovery complete"), "{}", standby.log());
     standby.stop(Stop::Fast);
-    cluster.stop(Stop::Fast);
+    drop(mount);
 }

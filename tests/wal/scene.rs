@@ -26,9 +26,26 @@ impl Scene {
         Self::with_segments_of(1, major, segments, None)
     }
 
+    /// The same with the repository elsewhere: the lines of `[storage]`.
+    #[track_caller]
+    pub fn in_store(storage: &str, major: u32, segments: usize) -> Self {
+        Self::of_site(1, major, segments, None, |site| site.storage(storage))
+    }
+
     /// The same with segments of another size, in MiB; where `first` is given, the server is set to that segment and begins behind it.
     #[track_caller]
     pub fn with_segments_of(mib: u32, major: u32, segments: usize, first: Option<&str>) -> Self {
+        Self::of_site(mib, major, segments, first, |site| site)
+    }
+
+    #[track_caller]
+    fn of_site(
+        mib: u32,
+        major: u32,
+        segments: usize,
+        first: Option<&str>,
+        placed: impl FnOnce(Site) -> Site,
+    ) -> Self {
         // A server refuses to keep less WAL than two segments.
         let max_wal_size = format!("{}MB", (4 * mib).max(256));
         let options =
@@ -37,7 +54,7 @@ impl Scene {
         let site = Site::of(&cluster, cluster.data_directory())
             .bin_directory(&cluster.bin_directory())
             .lines("[sites.main.archive]\nfetch_wait = \"2s\"\n");
-        let walden = Walden::configure(cluster.scratch(), &site);
+        let walden = Walden::configure(cluster.scratch(), &placed(site));
         cluster.set_archive_command(&walden.archive_command());
         cluster.sql("create table r (n int)");
         let copy = cluster.scratch().path().join("copy");
