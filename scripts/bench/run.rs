@@ -1,27 +1,38 @@
 //! Runs a command and says what it took, as one line of JSON at the end of a file.
 //!
 //!   bench-run FILE COMMAND [ARGUMENT...]
+//!   bench-run --each FILE COMMAND [ARGUMENT...]
 //!
 //! `seconds` by the clock, `cpu_seconds` (user and system) of the command and all the children it has waited for, and
 //! `peak_rss_bytes`: the largest sum of the resident memory of the command and its descendants, looked at fifty times
 //! a second. The status is the command's.
+//!
+//! With `--each` the command is run for each line of standard input, which is its last argument, one after the other, and
+//! each has a line with `ms`, from its start until it has ended. The first one that fails is the last, with its status.
 
-use std::fs;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
 use std::io::Write;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1);
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    let each = arguments.next_if(|argument| argument == "--each").is_some();
     let (Some(file), Some(program)) = (arguments.next(), arguments.next()) else {
-        eprintln!("usage: bench-run FILE COMMAND [ARGUMENT...]");
+        eprintln!("usage: bench-run [--each] FILE COMMAND [ARGUMENT...]");
         return ExitCode::from(2);
     };
+    let arguments: Vec<OsString> = arguments.collect();
+    let mut file = File::options().create(true).append(true).open(file).expect("FILE can be written");
+    if each { run_each(&mut file, &program, &arguments) } else { run_once(&mut file, &program, &arguments) }
+}
+
+fn run_once(file: &mut File, program: &OsStr, arguments: &[OsString]) -> ExitCode {
     let started = Instant::now();
-    let mut command = Command::new(program);
-    let mut child = command.args(arguments).spawn().expect("the command can be started");
+    let mut child = Command::new(program).args(arguments).spawn().expect("the command can be started");
     let mut peak = 0;
     let status = loop {
         if let Some(status) = child.try_wait().expect("the child is ours") {
@@ -33,8 +44,26 @@ fn main() -> ExitCode {
     let seconds = started.elapsed().as_secs_f64();
     let cpu = cpu_of_children();
     let line = format!("{{\"seconds\":{seconds:.3},\"cpu_seconds\":{cpu:.2},\"peak_rss_bytes\":{peak}}}\n");
-    let mut file = fs::OpenOptions::new().create(true).append(true).open(file).expect("FILE can be written");
     file.write_all(line.as_bytes()).expect("FILE can be written");
+    code_of(status)
+}
+
+fn run_each(file: &mut File, program: &OsStr, arguments: &[OsString]) -> ExitCode {
+    for last in std::io::stdin().lines() {
+        let mut command = Command::new(program);
+        command.args(arguments).arg(last.expect("standard input is text")).stdin(Stdio::null());
+        let started = Instant::now();
+        let status = command.status().expect("the command can be started");
+        let ms = started.elapsed().as_secs_f64() * 1000.0;
+        if !status.success() {
+            return code_of(status);
+        }
+        writeln!(file, "{{\"ms\":{ms:.3}}}").expect("FILE can be written");
+    }
+    ExitCode::SUCCESS
+}
+
+fn code_of(status: ExitStatus) -> ExitCode {
     ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
