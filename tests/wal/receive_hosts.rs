@@ -5,7 +5,7 @@ use std::fs;
 use crate::receive::write_segments;
 use crate::receive_scene::{Receiver, lsn, segment_at, site};
 use crate::receive_trouble::{forgetful, write_until_removed};
-use crate::support::{Cluster, Need, Scratch, Site, Walden, require};
+use crate::support::{Cluster, Fault, Need, RemoteS3, Scratch, Site, Walden, require};
 
 /// The second host's connection is `user`'s, and it is told `refusal`.
 #[track_caller]
@@ -65,4 +65,37 @@ fn a_second_host_that_may_only_replicate_waits_until_the_slot_is_free() {
     fs::write(cluster.data_directory().join("pg_hba.conf"), hba).unwrap();
     cluster.restart();
     takes_turns(&cluster, "walden", "is active");
+}
+
+/// The spool lets receiving begin before the store has answered, and the archive has what another host received.
+#[test]
+fn a_store_that_is_away_at_the_start_is_waited_for_before_a_gap_is_told() {
+    require!(Need::PostgreSQL(15));
+    let cluster = forgetful();
+    let line = RemoteS3::start();
+    let storage = line.storage("retry = \"1h\"\ntimeout = \"1s\"\n");
+    let own = site(&cluster).unencrypted().storage(&storage);
+    let mut first = Receiver::start(cluster.scratch(), Walden::configure(cluster.scratch(), &own));
+    first.wait_until_streaming();
+    write_segments(&cluster, 1);
+    first.wait_until_stored(&cluster);
+    first.stop();
+    let host = Scratch::new();
+    let mut second = Receiver::start(&host, Walden::configure(&host, &own));
+    second.wait_until_streaming();
+    let next = segment_at(lsn(first.state()["received"].as_str().unwrap()));
+    write_until_removed(&cluster, &next);
+    second.wait_until_stored(&cluster);
+    second.stop();
+    line.inject("", "", usize::MAX, Fault::Silence);
+    first.start_again();
+    first.wait_for_state("that the archive is waited for", |state| {
+        let message = state["receive_problem"]["message"].as_str()?;
+        message.contains("the archive could not be opened so far").then_some(())
+    });
+    line.heal();
+    write_segments(&cluster, 1);
+    first.wait_until_stored(&cluster);
+    assert_eq!(first.state()["gaps"], serde_json::json!([]), "{}", first.log());
+    assert_eq!(first.runs(1).len(), 1, "{:?}\n{}", first.runs(1), first.log());
 }

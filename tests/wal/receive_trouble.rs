@@ -160,7 +160,7 @@ fn what_one_server_removed_is_waited_for_while_another_does_not_answer() {
     receiver.start_again();
     receiver.wait_for_state("what is waited for", |state| {
         let message = state["receive_problem"]["message"].as_str()?;
-        message.contains("which another server may have").then_some(())
+        message.contains("whether that is elsewhere is not known yet").then_some(())
     });
     assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
     // Nothing more is lost while it waits.

@@ -14,6 +14,8 @@ use crate::wal::receive::server::{Candidate, restart_of, slot_facts, unfit_error
 use crate::wal::receive::state::{put_all, warn_of};
 use crate::wal::spool::Position;
 
+const UNOPENED: &str = "the archive could not be opened so far";
+
 impl Receiver<'_> {
     /// Decides what becomes of WAL that all those have removed that answer and fit; `candidate` is one of them, `oldest`
     /// where what they have begins, and `unheard` says why another one cannot tell.
@@ -30,7 +32,9 @@ impl Receiver<'_> {
         let now = self.clock.monotonic();
         let is_news = self.waiting_since.is_none();
         let since = *self.waiting_since.get_or_insert(now);
-        let step = plan_removed(unheard, now.saturating_duration_since(since));
+        // The archive may have it, from another host, and is looked at before anything is told.
+        let unopened = || self.shared.repository.borrow().is_none().then(|| UNOPENED.to_owned());
+        let step = plan_removed(unheard.or_else(unopened), now.saturating_duration_since(since));
         let is_over = step == RemovedStep::JumpOver;
         if let Some(hole) = self.shared.hole().filter(|_| is_news || is_over) {
             let missing = self.missing_of(hole).await?;
@@ -47,7 +51,7 @@ impl Receiver<'_> {
                 // From now on nothing more is lost.
                 self.see_to_slot(&mut candidate).await?;
                 let detail = format!(
-                    "it has removed WAL from {} on, which another server may have: {unheard}",
+                    "it has removed WAL from {} on, and whether that is elsewhere is not known yet: {unheard}",
                     here.lsn
                 );
                 Err(Error::UnfitServer { address: candidate.connection.address().to_owned(), detail })
