@@ -24,6 +24,7 @@ use crate::repo::{self, Repository, RepositoryOptions};
 use crate::wal;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::{FetchOptions, Fetched, fetch};
+use crate::wal::last_request::is_last_request;
 use crate::wal::push::{OnConflict, check_file, push};
 use crate::wal::queue::Overflow;
 
@@ -257,7 +258,8 @@ impl WalFetch {
             target: self.path.clone(),
             wait: site.fetch_wait,
         };
-        let place = Place::of(context, site, &options.data_directory);
+        // Who waits for ever does that alone.
+        let place = Place::of(context, site, &options.data_directory).filter(|_| !is_last_request(&options));
         let asked_at = context.clock().monotonic();
         let fetched = match place.as_ref().map_or(Asked::Nobody, |place| place.ask(&options)) {
             Asked::Answer(fetched) => fetched,

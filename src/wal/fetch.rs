@@ -22,6 +22,7 @@ use crate::storage::{self, Verb};
 use crate::wal::Error;
 use crate::wal::archive::{Archive, Held};
 use crate::wal::data_directory::{cluster_of, read_at_most, read_control_file};
+use crate::wal::last_request::LastRequest;
 use crate::wal::plan_file::{self, owned_like};
 use crate::wal::push::check_segment;
 
@@ -79,7 +80,36 @@ where
     O: AsyncFn() -> Result<Repository, repo::Error>,
 {
     let control = read_control_file(&options.data_directory)?;
-    let patience = Patience::Until(archive.clock().monotonic() + options.wait);
+    let until = Patience::Until(archive.clock().monotonic() + options.wait);
+    match LastRequest::of(options, &control) {
+        None => find_with(options, archive, control, until).await,
+        Some(LastRequest::First) => Ok(None),
+        Some(LastRequest::OwnCopy) => find_with(options, archive, control, until).await.or_else(|error| {
+            tracing::warn!("the server's own {} is taken: {error}", options.name);
+            Ok(None)
+        }),
+        Some(LastRequest::Nothing) => {
+            let mut pauses = Pauses::new();
+            loop {
+                match find_with(options, archive, control.clone(), Patience::Forever).await {
+                    Err(error) => tracing::error!("recovery waits for {}: {error}", options.name),
+                    found => return found,
+                }
+                pauses.pause(Patience::Forever, archive.clock()).await;
+            }
+        }
+    }
+}
+
+async fn find_with<O>(
+    options: &FetchOptions,
+    archive: &Archive<O>,
+    control: ControlFile,
+    patience: Patience,
+) -> Result<Option<Bytes>, Error>
+where
+    O: AsyncFn() -> Result<Repository, repo::Error>,
+{
     let known = known_plan(options, &control)?;
     if known.as_ref().is_some_and(|plan| is_outside(plan, options.name)) {
         return Ok(None);
@@ -117,10 +147,13 @@ where
 
 /// Returns the plan to go by; none where the first fetch has yet to make it.
 fn known_plan(options: &FetchOptions, control: &ControlFile) -> Result<Option<RecoveryPlan>, Error> {
-    match options.data_directory.join(STANDBY_SIGNAL).exists() {
-        true => Ok(Some(plan_file::standby_plan(cluster_of(control)))),
-        false => plan_file::read(&options.data_directory, control),
+    let standby = || Some(plan_file::standby_plan(cluster_of(control)));
+    if options.data_directory.join(STANDBY_SIGNAL).exists() {
+        return Ok(standby());
     }
+    let known = plan_file::read(&options.data_directory, control)?;
+    // Whoever has none by then was a standby, and is to get none.
+    Ok(if LastRequest::of(options, control).is_some() { known.or_else(standby) } else { known })
 }
 
 /// A damaged object is read once more, in case the way was at fault and not the store.

@@ -16,6 +16,7 @@ pub mod fetch;
 pub mod head;
 pub mod head_notes;
 pub mod key_rotation;
+pub mod last_request;
 pub mod left_out;
 pub mod list;
 pub mod plan_file;

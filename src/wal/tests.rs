@@ -1,6 +1,7 @@
 //! Push and fetch on a data directory that is made up, over stores that fail as told: every way in and every way out.
 
 mod held;
+mod last_request;
 mod own_copy;
 
 use std::fs;
