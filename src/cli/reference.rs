@@ -29,6 +29,8 @@ filter such as `walden::storage=debug`.
 
 `wal fetch` is PostgreSQL's restore_command and exits by its rules whatever goes wrong, a mistyped option and a broken
 configuration included: 0 restored, 1 proven absent, 200 anything else; where `standby.signal` is present 1 instead of 200.
+The history that a server asks for when it ends its recovery, without a signal file by then, is 1 too where the server has it
+itself and the store cannot tell; where it has not, the store is waited for.
 ";
 
 fn reference() -> String {

@@ -22,7 +22,7 @@ pub(super) struct Upcoming {
     found: Vec<ArchiveFileName>,
     /// Requests since the last look.
     asked: usize,
-    /// Whether there were more files at that than it kept.
+    /// Whether that found as many files as it keeps.
     was_full: bool,
     /// How many files may still be begun before somebody asks again.
     allowance: usize,
