@@ -27,6 +27,19 @@ fn lose(receiver: &Receiver, segment: &str) {
     fs::remove_dir_all(receiver.spool()).unwrap();
 }
 
+/// Checks that one gap is told, and that the archive has two runs, of which the second begins with the segment in which the
+/// gap ends; returns the segment that the gap begins in.
+#[track_caller]
+fn gap_before(receiver: &Receiver, segment: &str) -> String {
+    let gaps = receiver.state()["gaps"].clone();
+    assert_eq!(gaps.as_array().map(Vec::len), Some(1), "{gaps}");
+    let [from, to] = ["from", "to"].map(|end| segment_at(lsn(gaps[0][end].as_str().unwrap())));
+    assert_eq!(to, segment, "{}", receiver.log());
+    let runs = receiver.runs(1);
+    assert_eq!((runs.len(), runs[1].0.as_str()), (2, segment), "{runs:?}");
+    from
+}
+
 #[track_caller]
 fn assert_whole(receiver: &Receiver, server: &Server) {
     write_segments(server, 1);
@@ -91,12 +104,7 @@ fn what_no_server_has_any_more_is_told_and_what_is_behind_it_is_received() {
     receiver.start_again();
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);
-    let gaps = receiver.state()["gaps"].clone();
-    assert_eq!(gaps.as_array().map(Vec::len), Some(1), "{gaps}");
-    let ends = ["from", "to"].map(|end| segment_at(lsn(gaps[0][end].as_str().unwrap())));
-    assert_eq!(ends, [missing.clone(), behind.clone()]);
-    let runs = receiver.runs(1);
-    assert_eq!((runs.len(), &runs[1].0), (2, &behind), "{runs:?}");
+    assert_eq!(gap_before(&receiver, &behind), missing, "{}", receiver.log());
     // What the slot kept was not let go of on the way there.
     let end = "select restart_lsn >= '{kept}' and wal_status <> 'lost' from pg_replication_slots";
     assert_eq!(cluster.sql(&end.replace("{kept}", &kept)), "t");
@@ -144,12 +152,7 @@ fn receives_what_a_server_has_of_a_hole(make_slot: &str) {
     receiver.start_again();
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);
-    let gaps = receiver.state()["gaps"].clone();
-    assert_eq!(gaps.as_array().map(Vec::len), Some(1), "{gaps}");
-    let ends = ["from", "to"].map(|end| segment_at(lsn(gaps[0][end].as_str().unwrap())));
-    assert_eq!(ends, [removed, kept.clone()], "{}", receiver.log());
-    let runs = receiver.runs(1);
-    assert_eq!((runs.len(), &runs[1].0), (2, &kept), "{runs:?}");
+    assert_eq!(gap_before(&receiver, &kept), removed, "{}", receiver.log());
 }
 
 #[test]
@@ -184,11 +187,7 @@ fn what_a_server_has_beside_the_slot_is_received_behind_what_it_has_removed() {
     receiver.start_again();
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);
-    let gaps = receiver.state()["gaps"].clone();
-    assert_eq!(gaps.as_array().map(Vec::len), Some(1), "{gaps}");
-    assert_eq!(segment_at(lsn(gaps[0]["to"].as_str().unwrap())), kept, "{}", receiver.log());
-    let runs = receiver.runs(1);
-    assert_eq!((runs.len(), &runs[1].0), (2, &kept), "{runs:?}");
+    gap_before(&receiver, &kept);
 }
 
 /// Receives while the store is away, and ends with some segments in the spool, of which the second has lost its end and
