@@ -2,14 +2,17 @@
 //!
 //! This is the seam between the mount and the repository. A basebackup implements it over its manifest and page
 //! maps; tests implement it in memory and count what is fetched. The contract: nothing a `Lower` answers ever
-//! changes while it lives, `fetch` covers what it was asked for or fails, and bytes it returns are authenticated.
+//! changes while it lives, a fetch covers what it was asked for or fails, and bytes it hands on are authenticated.
 //! Deliberately absent: retries (`patience`), caching of contents and single-flight (the callers), owners.
 
 use std::fmt::Debug;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
+use std::sync::Mutex;
 
 use bytes::Bytes;
 use jiff::Timestamp;
+
+use crate::repo::Urgency;
 
 /// A directory, file or symbolic link of one lower.
 ///
@@ -49,6 +52,16 @@ pub struct Piece {
     pub bytes: Bytes,
 }
 
+/// Takes pieces as they come.
+pub trait PieceSink: Send + Sync {
+    /// Takes some, and says whether more are wanted.
+    fn take(&self, pieces: Vec<Piece>) -> ControlFlow<()>;
+}
+
+/// Keeps all pieces, for who waits for all of them.
+#[derive(Debug, Default)]
+struct Collected(Mutex<Vec<Piece>>);
+
 /// An entry of a directory.
 pub type Child = (Vec<u8>, NodeId, Node);
 
@@ -70,12 +83,41 @@ pub trait Lower: Send + Sync + Debug {
     /// Returns where a symbolic link points.
     async fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LowerError>;
 
-    /// Fetches what covers `range` of a file.
+    /// Fetches what covers `ranges` of a file, which ascend, and hands it on as it comes.
     ///
     /// The pieces are whole as stored (a chunk's slots that belong to this file), in any order, and may reach
-    /// beyond the range on both sides; together they cover all of it that lies below the file's size. Pages that
-    /// are all zero come as pieces of zeros.
-    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError>;
+    /// beyond the ranges on both sides; together they cover all of them that lies below the file's size. Each begins
+    /// and ends at a multiple of 4 KiB or at the end of the file, so that it can be kept without its neighbours.
+    /// Pages that are all zero come as pieces of zeros. A fetch that fails may have handed on some; one whose sink
+    /// wants no more has not failed.
+    async fn fetch_each(
+        &self,
+        node: NodeId,
+        ranges: &[Range<u64>],
+        urgency: Urgency,
+        sink: &dyn PieceSink,
+    ) -> Result<(), LowerError>;
+
+    /// Fetches what covers `range` of a file, for somebody who needs all of it at once.
+    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError> {
+        let (all, ranges) = (Collected::default(), [range]);
+        self.fetch_each(node, &ranges, Urgency::Foreground, &all).await?;
+        Ok(all.0.into_inner().expect("no holder of this lock panics"))
+    }
+}
+
+impl PieceSink for Collected {
+    fn take(&self, pieces: Vec<Piece>) -> ControlFlow<()> {
+        self.0.lock().expect("no holder of this lock panics").extend(pieces);
+        ControlFlow::Continue(())
+    }
+}
+
+impl Piece {
+    /// Returns the range of the file that the piece holds.
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.bytes.len() as u64)
+    }
 }
 
 /// Why a lower could not answer.

@@ -20,6 +20,7 @@ use crate::mount::fs::{
 };
 use crate::mount::lower::{Lower, LowerError, Node, NodeId, NodeKind, Piece};
 use crate::mount::single_flight::Flights;
+use crate::repo::Urgency;
 
 /// What is cached as one, PostgreSQL's page.
 const PAGE: u64 = 8192;
@@ -37,7 +38,7 @@ pub struct LowerVolume {
 struct Shared {
     lower: Arc<dyn Lower>,
     owner: Owner,
-    flights: Arc<Flights>,
+    flights: Flights,
     pages: Mutex<LruCache<(NodeId, u64), Bytes>>,
 }
 
@@ -145,7 +146,7 @@ impl Shared {
         loop {
             self.take_cached(node, first, &mut got);
             let Some(missing) = missing_range(first, &got, size) else { break };
-            let claim = self.flights.claim(node, missing).await;
+            let claim = self.flights.claim(node, missing, Urgency::Foreground).await;
             // Somebody else's flight may have landed while we waited for ours.
             self.take_cached(node, first, &mut got);
             let Some(missing) = missing_range(first, &got, size) else { break };

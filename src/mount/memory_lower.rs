@@ -2,17 +2,18 @@
 //!
 //! The byte at offset `o` of a node is a function of both, never zero, so that a test tells the right byte from a
 //! hole and from another file's. Contents come in pieces of [`PIECE`] bytes cut on its multiples, as a full
-//! basebackup's chunks do.
+//! basebackup's chunks do, each handed on by itself.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::mount::lower::{Child, Lower, LowerError, Node, NodeId, NodeKind, Piece};
+use crate::mount::lower::{Child, Lower, LowerError, Node, NodeId, NodeKind, Piece, PieceSink};
+use crate::repo::Urgency;
 
 /// The size of one piece.
 pub const PIECE: u64 = 64 * 1024;
@@ -24,6 +25,9 @@ pub struct MemoryLower {
     fetches: AtomicU64,
     bytes: AtomicU64,
     failures_left: AtomicU32,
+    /// After how many pieces the next fetch fails.
+    failing_after: Mutex<Option<usize>>,
+    urgencies: Mutex<Vec<Urgency>>,
     /// Drops pieces from answers, to see whether somebody believes a partial fetch.
     pub short: std::sync::atomic::AtomicBool,
     damaged: Mutex<Option<NodeId>>,
@@ -115,9 +119,42 @@ impl MemoryLower {
         self.failures_left.store(count, Ordering::SeqCst);
     }
 
+    /// Makes the store go away once, when the next fetch has handed on so many pieces.
+    pub fn fail_after_pieces(&self, pieces: usize) {
+        *self.failing_after.lock().expect("no holder of this lock panics") = Some(pieces);
+    }
+
+    /// Returns how urgent each fetch was.
+    pub fn urgencies(&self) -> Vec<Urgency> {
+        self.urgencies.lock().expect("no holder of this lock panics").clone()
+    }
+
     /// Makes every fetch of a file fail authentication.
     pub fn damage(&self, path: &str) {
         *self.damaged.lock().expect("no holder of this lock panics") = Some(self.at(path));
+    }
+
+    /// Returns the pieces that cover ranges, none twice.
+    fn pieces(&self, node: NodeId, ranges: &[Range<u64>]) -> Result<Vec<Piece>, LowerError> {
+        let size = self.entry(node)?.node.size;
+        let (mut pieces, mut covered) = (Vec::new(), 0);
+        for range in ranges {
+            let mut start = (range.start / PIECE * PIECE).max(covered);
+            while start < range.end.min(size) {
+                let end = (start + PIECE).min(size);
+                let bytes: Vec<u8> = (start..end).map(|offset| Self::byte(node, offset)).collect();
+                self.bytes.fetch_add(end - start, Ordering::SeqCst);
+                pieces.push(Piece { offset: start, bytes: Bytes::from(bytes) });
+                (start, covered) = (end, end);
+            }
+        }
+        if self.short.load(Ordering::SeqCst)
+            && let Some(piece) = pieces.pop()
+        {
+            let cut = piece.bytes.slice(..piece.bytes.len() / 2);
+            pieces.push(Piece { bytes: cut, ..piece });
+        }
+        Ok(pieces)
     }
 
     fn entry(&self, node: NodeId) -> Result<&Entry, LowerError> {
@@ -159,7 +196,14 @@ impl Lower for MemoryLower {
         Ok(self.entry(node)?.target.clone())
     }
 
-    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError> {
+    async fn fetch_each(
+        &self,
+        node: NodeId,
+        ranges: &[Range<u64>],
+        urgency: Urgency,
+        sink: &dyn PieceSink,
+    ) -> Result<(), LowerError> {
+        self.urgencies.lock().expect("no holder of this lock panics").push(urgency);
         self.fetches.fetch_add(1, Ordering::SeqCst);
         let _open = self.gate.read().await;
         // Another task gets its turn here, as it would while a request is under way.
@@ -172,22 +216,16 @@ impl Lower for MemoryLower {
             self.failures_left.fetch_sub(1, Ordering::SeqCst);
             return Err(LowerError::Unreachable { object, detail: "made so".into() });
         }
-        let size = self.entry(node)?.node.size;
-        let mut pieces = Vec::new();
-        let mut start = range.start / PIECE * PIECE;
-        while start < range.end.min(size) {
-            let end = (start + PIECE).min(size);
-            let bytes: Vec<u8> = (start..end).map(|offset| Self::byte(node, offset)).collect();
-            self.bytes.fetch_add(end - start, Ordering::SeqCst);
-            pieces.push(Piece { offset: start, bytes: Bytes::from(bytes) });
-            start = end;
+        let failing_after = self.failing_after.lock().expect("no holder of this lock panics").take();
+        for (n, piece) in self.pieces(node, ranges)?.into_iter().enumerate() {
+            if failing_after == Some(n) {
+                return Err(LowerError::Unreachable { object, detail: "made so on the way".into() });
+            }
+            if sink.take(vec![piece]) == ControlFlow::Break(()) {
+                break;
+            }
+            tokio::task::yield_now().await;
         }
-        if self.short.load(Ordering::SeqCst)
-            && let Some(piece) = pieces.pop()
-        {
-            let cut = piece.bytes.slice(..piece.bytes.len() / 2);
-            pieces.push(Piece { bytes: cut, ..piece });
-        }
-        Ok(pieces)
+        Ok(())
     }
 }

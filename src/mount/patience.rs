@@ -4,16 +4,19 @@
 //! that takes queries waits until a deadline; a stop waits a moment. `PatienceSwitch` holds the answer of the moment
 //! and `PatientLower` applies it in front of any lower, so that neither the tree nor the upper knows about retries.
 //! The deadline counts from the first attempt and cuts off the one under way: the store has patience of its own.
-//! Only errors that waiting can cure are retried; damage is reported at once.
+//! Only errors that waiting can cure are retried; damage is reported at once. A fetch is repeated for what of it has
+//! not come yet. One that nobody waits for is not repeated at all: it would keep others from what it has claimed, and
+//! who comes to wait for the same brings a patience that counts from then.
 
-use std::ops::Range;
-use std::sync::Arc;
+use std::ops::{ControlFlow, Range};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 use crate::clock::Clock;
-use crate::mount::lower::{Child, Lower, LowerError, Node, NodeId, Piece};
+use crate::mount::lower::{Child, Lower, LowerError, Node, NodeId, Piece, PieceSink};
+use crate::repo::Urgency;
 
 /// The pause after the first failure; it doubles up to [`PAUSE_MAX`].
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
@@ -136,16 +139,65 @@ impl Lower for PatientLower {
         self.repeat(node, || self.inner.read_link(node)).await
     }
 
-    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError> {
-        self.repeat(node, || self.inner.fetch(node, range.clone())).await
+    async fn fetch_each(
+        &self,
+        node: NodeId,
+        ranges: &[Range<u64>],
+        urgency: Urgency,
+        sink: &dyn PieceSink,
+    ) -> Result<(), LowerError> {
+        if urgency < Urgency::Foreground {
+            return self.inner.fetch_each(node, ranges, urgency, sink).await;
+        }
+        let rest = Remainder { sink, left: Mutex::new(ranges.to_vec()) };
+        let rest = &rest;
+        let attempt = move || {
+            let left = rest.left().clone();
+            async move { self.inner.fetch_each(node, &left, urgency, rest).await }
+        };
+        self.repeat(node, attempt).await
     }
+}
+
+/// Hands pieces on and remembers what has not come yet.
+struct Remainder<'a> {
+    sink: &'a dyn PieceSink,
+    left: Mutex<Vec<Range<u64>>>,
+}
+
+impl Remainder<'_> {
+    fn left(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+        self.left.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl PieceSink for Remainder<'_> {
+    fn take(&self, pieces: Vec<Piece>) -> ControlFlow<()> {
+        {
+            let mut left = self.left();
+            for piece in &pieces {
+                *left = without(&left, &piece.range());
+            }
+        }
+        self.sink.take(pieces)
+    }
+}
+
+/// Takes a range out of ranges that ascend.
+fn without(ranges: &[Range<u64>], taken: &Range<u64>) -> Vec<Range<u64>> {
+    let parts = |range: &Range<u64>| {
+        let before = range.start..range.end.min(taken.start);
+        let after = range.start.max(taken.end)..range.end;
+        if taken.is_empty() { [range.clone(), 0..0] } else { [before, after] }
+    };
+    ranges.iter().flat_map(parts).filter(|part| !part.is_empty()).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::clock::{ManualClock, SystemClock};
-    use crate::mount::memory_lower::MemoryLower;
+    use crate::mount::memory_lower::{MemoryLower, PIECE};
 
     fn lower() -> (Arc<MemoryLower>, NodeId) {
         let lower = MemoryLower::build(&[("f", 8192)]);
@@ -214,6 +266,48 @@ mod tests {
         assert_eq!(patient.repeat(node, || async { Ok(1) }).await, Ok(1));
         let hangs = || std::future::pending::<Result<(), LowerError>>();
         assert!(patient.repeat(node, hangs).await.unwrap_err().is_transient());
+    }
+
+    #[tokio::test]
+    async fn what_came_before_the_store_went_away_is_not_fetched_again() {
+        let lower = MemoryLower::build(&[("f", 5 * PIECE)]);
+        let node = lower.at("f");
+        let inner = Arc::new(lower);
+        inner.fail_after_pieces(3);
+        let patient = patient(&inner, &PatienceSwitch::new(Patience::Forever), Arc::new(SystemClock));
+        let mut pieces = patient.fetch(node, 0..5 * PIECE).await.unwrap();
+        pieces.sort_by_key(|piece| piece.offset);
+        let offsets: Vec<u64> = pieces.iter().map(|piece| piece.offset / PIECE).collect();
+        assert_eq!(offsets, [0, 1, 2, 3, 4]);
+        assert_eq!(inner.fetches(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_fetch_that_nobody_waits_for_is_not_repeated() {
+        struct Nowhere;
+        impl PieceSink for Nowhere {
+            fn take(&self, _: Vec<Piece>) -> ControlFlow<()> {
+                ControlFlow::Continue(())
+            }
+        }
+        let (inner, node) = lower();
+        inner.fail_next_fetches(u32::MAX);
+        let patient = patient(&inner, &PatienceSwitch::new(Patience::Forever), Arc::new(SystemClock));
+        for (n, urgency) in (1..).zip([Urgency::Background, Urgency::Ahead]) {
+            let ranges = [0..8192];
+            assert!(patient.fetch_each(node, &ranges, urgency, &Nowhere).await.unwrap_err().is_transient());
+            assert_eq!(inner.fetches(), n);
+        }
+    }
+
+    #[test]
+    fn a_range_is_taken_out_of_others() {
+        let left = [0..10, 20..30, 40..50];
+        assert_eq!(without(&left, &(5..25)), [0..5, 25..30, 40..50]);
+        assert_eq!(without(&left, &(22..24)), [0..10, 20..22, 24..30, 40..50]);
+        assert_eq!(without(&left, &(10..20)), left);
+        assert_eq!(without(&left, &(3..3)), left);
+        assert!(without(&left, &(0..100)).is_empty());
     }
 
     #[tokio::test]

@@ -6,15 +6,15 @@
 //! `tablespace_map` is never shown: with it the server would make links to the source's directories.
 
 use std::fmt::Debug;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::mount::lower::{Child, Lower, LowerError, Node, NodeId, NodeKind, Piece};
+use crate::mount::lower::{Child, Lower, LowerError, Node, NodeId, NodeKind, Piece, PieceSink};
 use crate::repo::entry::{self, Entry, TreePath};
 use crate::repo::manifest::Tablespace;
-use crate::repo::{self, ErrorKind, FileReader};
+use crate::repo::{self, ErrorKind, FileReader, Urgency};
 use crate::storage;
 
 /// Gives the reader of one basebackup, opening it if need be.
@@ -163,11 +163,20 @@ impl Lower for RepoLower {
         }
     }
 
-    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError> {
+    async fn fetch_each(
+        &self,
+        node: NodeId,
+        ranges: &[Range<u64>],
+        urgency: Urgency,
+        sink: &dyn PieceSink,
+    ) -> Result<(), LowerError> {
         let reader = self.reader().await?;
         let entry = entry_of(&reader, node).await?;
-        let pieces = reader.fetch(&entry, range).await.map_err(|error| lower_error(&error))?;
-        Ok(pieces.into_iter().map(|repo::Piece { offset, bytes }| Piece { offset, bytes }).collect())
+        let take = |pieces: Vec<repo::Piece>| -> ControlFlow<()> {
+            let piece = |repo::Piece { offset, bytes }| Piece { offset, bytes };
+            sink.take(pieces.into_iter().map(piece).collect())
+        };
+        reader.fetch_each(&entry, ranges, urgency, &take).await.map_err(|error| lower_error(&error))
     }
 }
 

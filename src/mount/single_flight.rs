@@ -1,63 +1,52 @@
 //! One fetch at a time for one stretch of a file, whoever asks.
 //!
 //! A file is cut into windows of one chunk. Who wants bytes claims the windows that nobody fetches and waits for
-//! the others. Chunks may gather pages from anywhere, so two windows can still name one chunk; that costs a
-//! second request at worst, never a wrong byte. A claim ends when it is dropped, so a reader that is killed or
-//! fails hands its windows to whoever waits.
+//! the others, by the rules of [`repo::Flights`]. Chunks may gather pages from anywhere, so two windows can still name
+//! one chunk; the file reader sees to that. A window is let go as soon as it is local, not when the whole of a long
+//! fetch is.
 
-use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
-
-use tokio::sync::Notify;
+use std::sync::Arc;
 
 use crate::mount::lower::NodeId;
+use crate::repo::{self, Urgency};
 
 /// The stretch that is fetched as one: a full basebackup's chunk.
 pub const WINDOW: u64 = 64 * 1024;
 
+type Window = (NodeId, u64);
+
 /// The fetches under way.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone)]
 pub struct Flights {
-    busy: Mutex<HashSet<(NodeId, u64)>>,
-    landed: Notify,
+    windows: Arc<repo::Flights<Window>>,
 }
 
 /// Windows that only the holder fetches, until it drops this.
 #[derive(Debug)]
 pub struct Claim {
-    flights: Arc<Flights>,
-    node: NodeId,
-    windows: Vec<u64>,
+    windows: repo::Claim<Window>,
 }
 
 impl Flights {
     /// Creates the table.
-    pub fn new() -> Arc<Self> {
-        Arc::default()
+    pub fn new() -> Self {
+        Self { windows: repo::Flights::new() }
     }
 
     /// Claims the windows touching `range` that nobody fetches; waits until there is at least one.
     ///
     /// The caller looks again at what is missing once it holds the claim: the wait may have cured it.
-    pub async fn claim(self: &Arc<Self>, node: NodeId, range: Range<u64>) -> Claim {
-        loop {
-            let landed = self.landed.notified();
-            let mut landed = std::pin::pin!(landed);
-            // Registered before looking, or a flight that lands in between would not wake us.
-            landed.as_mut().enable();
-            let windows = self.claim_free(node, &range);
-            if !windows.is_empty() {
-                return Claim { flights: self.clone(), node, windows };
-            }
-            landed.await;
-        }
+    pub async fn claim(&self, node: NodeId, range: Range<u64>, urgency: Urgency) -> Claim {
+        let windows = range.start / WINDOW..range.end.div_ceil(WINDOW).max(range.start / WINDOW + 1);
+        let windows: Vec<Window> = windows.map(|window| (node, window)).collect();
+        Claim { windows: self.windows.claim(&windows, urgency).await }
     }
 
-    fn claim_free(&self, node: NodeId, range: &Range<u64>) -> Vec<u64> {
-        let mut busy = self.busy.lock().expect("no holder of this lock panics");
-        let windows = range.start / WINDOW..range.end.div_ceil(WINDOW).max(range.start / WINDOW + 1);
-        windows.filter(|window| busy.insert((node, *window))).collect()
+    /// Tells whether nothing is being fetched.
+    #[cfg(test)]
+    pub fn is_idle(&self) -> bool {
+        self.windows.is_idle()
     }
 }
 
@@ -65,7 +54,7 @@ impl Claim {
     /// Returns the claimed part of `range` as maximal runs, in order.
     pub fn runs_in(&self, range: &Range<u64>) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
-        for window in &self.windows {
+        for (_, window) in self.windows.keys() {
             let start = (window * WINDOW).max(range.start);
             let end = ((window + 1) * WINDOW).min(range.end);
             match runs.last_mut() {
@@ -76,16 +65,13 @@ impl Claim {
         }
         runs
     }
-}
 
-impl Drop for Claim {
-    fn drop(&mut self) {
-        let mut busy = self.flights.busy.lock().expect("no holder of this lock panics");
-        for window in &self.windows {
-            busy.remove(&(self.node, *window));
-        }
-        drop(busy);
-        self.flights.landed.notify_waiters();
+    /// Lets go of those windows that touch `come` and are local by now.
+    pub fn land(&mut self, come: &Range<u64>, is_local: impl Fn(&Range<u64>) -> bool) {
+        self.windows.land(|(_, window)| {
+            let bytes = window * WINDOW..(window + 1) * WINDOW;
+            bytes.start < come.end && come.start < bytes.end && is_local(&bytes)
+        });
     }
 }
 
@@ -94,36 +80,49 @@ mod tests {
     use super::*;
 
     const NODE: NodeId = NodeId(1);
+    const NOW: Urgency = Urgency::Foreground;
 
     #[tokio::test]
     async fn two_readers_of_one_window_take_turns_and_others_do_not() {
         let flights = Flights::new();
-        let first = flights.claim(NODE, 0..8192).await;
+        let first = flights.claim(NODE, 0..8192, NOW).await;
         let second = tokio::spawn({
             let flights = flights.clone();
-            async move { flights.claim(NODE, 8192..16384).await.runs_in(&(8192..16384)) }
+            async move { flights.claim(NODE, 8192..16384, NOW).await.runs_in(&(8192..16384)) }
         });
         tokio::task::yield_now().await;
         assert!(!second.is_finished());
-        let elsewhere = flights.claim(NODE, WINDOW..WINDOW + 1).await;
-        let other_file = flights.claim(NodeId(2), 0..1).await;
+        let elsewhere = flights.claim(NODE, WINDOW..WINDOW + 1, NOW).await;
+        let other_file = flights.claim(NodeId(2), 0..1, NOW).await;
         assert!(!second.is_finished());
         drop(first);
         assert_eq!(second.await.unwrap(), [8192..16384]);
         drop((elsewhere, other_file));
-        assert!(flights.busy.lock().unwrap().is_empty());
+        assert!(flights.is_idle());
     }
 
     #[tokio::test]
     async fn a_wide_range_takes_what_is_free() {
         let flights = Flights::new();
-        let middle = flights.claim(NODE, WINDOW..2 * WINDOW).await;
-        let wide = flights.claim(NODE, 100..3 * WINDOW).await;
+        let middle = flights.claim(NODE, WINDOW..2 * WINDOW, NOW).await;
+        let wide = flights.claim(NODE, 100..3 * WINDOW, NOW).await;
         assert_eq!(wide.runs_in(&(100..3 * WINDOW)), [100..WINDOW, 2 * WINDOW..3 * WINDOW]);
         drop(middle);
         drop(wide);
-        let all = flights.claim(NODE, 100..3 * WINDOW).await;
+        let all = flights.claim(NODE, 100..3 * WINDOW, NOW).await;
         assert_eq!(all.runs_in(&(100..3 * WINDOW)), [100..3 * WINDOW]);
+    }
+
+    #[tokio::test]
+    async fn a_window_that_has_come_is_let_go_while_the_others_are_under_way() {
+        let flights = Flights::new();
+        let mut wide = flights.claim(NODE, 0..4 * WINDOW, NOW).await;
+        // The third came in part, and the first did not come now.
+        wide.land(&(WINDOW..2 * WINDOW + 8192), |window| window.end <= 2 * WINDOW);
+        let others = flights.claim(NODE, 0..4 * WINDOW, NOW).await;
+        assert_eq!(others.runs_in(&(0..4 * WINDOW)), [WINDOW..2 * WINDOW]);
+        drop((wide, others));
+        assert!(flights.is_idle());
     }
 
     #[tokio::test]
@@ -132,13 +131,13 @@ mod tests {
         let abandoned = tokio::spawn({
             let flights = flights.clone();
             async move {
-                let _claim = flights.claim(NODE, 0..1).await;
+                let _claim = flights.claim(NODE, 0..1, NOW).await;
                 std::future::pending::<()>().await;
             }
         });
         tokio::task::yield_now().await;
         abandoned.abort();
         assert!(abandoned.await.is_err());
-        assert_eq!(flights.claim(NODE, 0..1).await.runs_in(&(0..1)), [0..1]);
+        assert_eq!(flights.claim(NODE, 0..1, NOW).await.runs_in(&(0..1)), [0..1]);
     }
 }

@@ -1,26 +1,34 @@
-//! The bytes of files: which chunks cover a range, fetched once, decoded once, handed out in pieces.
+//! The bytes of files: which chunks cover a range, fetched once, decoded once, handed on in pieces as they come.
 //!
-//! `fetch` returns whole pieces, everything of a chunk that belongs to the file, so that a writable mount can keep
-//! what it has paid for. Chunks that lie side by side in a pack come by one request. One fetch of a chunk is under
-//! way at a time: whoever needs it meanwhile waits for that one.
+//! ```text
+//! ranges ─▶ FetchPlan ─▶ Flights (nobody else fetches these) ─▶ runs of neighbours in a pack
+//!   run ─▶ Transfers (a place, room) ─▶ one request ─▶ CPU pool (authenticate, inflate) ─▶ pieces ─▶ taker
+//! ```
+//! Pieces are whole, everything of a chunk that belongs to the file, so that a writable mount can keep what it has paid
+//! for. Runs are fetched side by side and handed on in the order in which they come. What is damaged keeps nothing else
+//! from being handed on: the fetch then ends with that error.
 
-use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
+use std::collections::{BTreeMap, HashSet};
+use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
-use lru::LruCache;
-use tokio::sync::OnceCell;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 
 use crate::repo::basebackup::Basebackup;
 use crate::repo::chunk::ChunkRef;
+use crate::repo::chunk_cache::ChunkCache;
+use crate::repo::chunk_runs::{ChunkRun, RunLimits, StoredRun, plan_runs_within};
 use crate::repo::entry::{BlobRef, Content, Entry, Node};
 use crate::repo::error::{Error, ErrorKind};
+use crate::repo::fetch_plan::{ChunkKey, FetchPlan, WantedChunk};
+use crate::repo::flights::{Claim, Flights};
 use crate::repo::id::PackId;
 use crate::repo::manifest::PackRange;
-use crate::repo::pack::open_chunk;
-use crate::repo::page_map::{MAP_BLOCK_BYTES, MapBlock, PAGE_SIZE, PageSource};
+use crate::repo::page_map::{MAP_BLOCK_BYTES, MapBlock};
 use crate::repo::sealed::FrameKind;
+use crate::repo::transfers::{Transfers, Urgency};
 
 /// Part of a file's content, at its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,52 +39,48 @@ pub struct Piece {
     pub bytes: Bytes,
 }
 
+/// Takes pieces as they come, and says whether more are wanted.
+pub type PieceTaker<'a> = dyn Fn(Vec<Piece>) -> ControlFlow<()> + Send + Sync + 'a;
+
 /// Reads file contents of one basebackup; shared by all its users.
 #[derive(Debug)]
 pub struct FileReader {
     basebackup: Arc<Basebackup>,
-    raw: Mutex<RawCache>,
-    /// Stored bytes fetched ahead, by pack and offset.
-    ahead: Mutex<BTreeMap<(PackId, u32), Ahead>>,
-    flights: Mutex<HashMap<ChunkKey, Arc<OnceCell<Bytes>>>>,
+    cache: Mutex<ChunkCache>,
+    /// The start-up set as stored, by pack and offset. It is read in no order, so it stays.
+    start_set: Mutex<BTreeMap<(PackId, u32), Bytes>>,
+    flights: Arc<Flights<ChunkKey>>,
+    transfers: Transfers,
     damage: OnceLock<String>,
 }
 
-type ChunkKey = (PackId, u32);
-
-/// A run of chunks as stored.
-#[derive(Debug)]
-struct Ahead {
-    bytes: Bytes,
-    /// Whether it stays when its last chunk has been taken: the start-up set is read in no order.
-    stays: bool,
-}
-
-#[derive(Debug)]
-struct RawCache {
-    chunks: LruCache<ChunkKey, Bytes>,
-    bytes: usize,
-    bytes_max: usize,
-}
-
-/// Two chunks this close in a pack are fetched by one request: a gap costs less than a round trip.
-const COALESCE_GAP_BYTES: u32 = 16 << 10;
-/// One request fetches at most this much, so that the first byte is not kept waiting.
-const REQUEST_BYTES_MAX: u32 = 4 << 20;
+/// Chunks this close in a pack are fetched by one request: a gap costs less than a round trip. Requests are no longer
+/// than what a line of 100 MB/s brings in the time of two round trips of 20 ms, so that the first byte is not kept
+/// waiting; and what they bring is no more when it is open than a hydrator's largest part.
+const LIMITS: RunLimits = RunLimits { bytes_max: 4 << 20, gap_bytes_max: 16 << 10, raw_bytes_max: 8 << 20 };
+/// A job on the pool opens so many chunks, a mebibyte: little enough to come soon, enough to be worth handing over.
+const CHUNKS_PER_JOB: usize = 16;
+/// So few chunks are opened where they arrive: handing them over would cost more than it spreads.
+const CHUNKS_OPENED_HERE: usize = 2;
 /// Zero pages come in pieces of this size, cut from one static block.
 const ZERO_PIECE_BYTES: usize = 1 << 20;
 
 impl FileReader {
     /// Creates a reader that keeps at most `cache_bytes_max` of decoded chunks.
     pub fn new(basebackup: Arc<Basebackup>, cache_bytes_max: usize) -> Self {
-        let raw = RawCache { chunks: LruCache::unbounded(), bytes: 0, bytes_max: cache_bytes_max };
         Self {
             basebackup,
-            raw: Mutex::new(raw),
-            ahead: Mutex::new(BTreeMap::new()),
-            flights: Mutex::new(HashMap::new()),
+            cache: Mutex::new(ChunkCache::new(cache_bytes_max)),
+            start_set: Mutex::new(BTreeMap::new()),
+            flights: Flights::new(),
+            transfers: Transfers::default(),
             damage: OnceLock::new(),
         }
+    }
+
+    /// Shares the bounds of what is under way, and the threads, with other readers.
+    pub fn sharing(self, transfers: Transfers) -> Self {
+        Self { transfers, ..self }
     }
 
     /// Returns the basebackup.
@@ -119,39 +123,38 @@ impl FileReader {
 
     /// Returns pieces that together cover `range` (within the file) and may reach beyond it, never overlapping.
     pub async fn fetch(&self, entry: &Entry, range: Range<u64>) -> Result<Vec<Piece>, Error> {
-        let Node::File { size, content } = &entry.node else {
-            return Err(Error::Internal(format!("{} is not a file", entry.path)));
+        let fetched = Mutex::new(Vec::new());
+        let take = |pieces: Vec<Piece>| -> ControlFlow<()> {
+            fetched.lock().expect("no holder of this lock panics").extend(pieces);
+            ControlFlow::Continue(())
         };
-        let range = range.start.min(*size)..range.end.min(*size);
-        if range.is_empty() {
-            return Ok(Vec::new());
+        let ranges = [range];
+        self.fetch_each(entry, &ranges, Urgency::Foreground, &take).await?;
+        Ok(fetched.into_inner().expect("no holder of this lock panics"))
+    }
+
+    /// Hands on pieces as [`fetch`](Self::fetch) returns them, for ranges that ascend, until nobody wants more.
+    ///
+    /// Dropping the future ends what it has under way and leaves it to whoever wants the same.
+    pub async fn fetch_each(
+        &self,
+        entry: &Entry,
+        ranges: &[Range<u64>],
+        urgency: Urgency,
+        take: &PieceTaker<'_>,
+    ) -> Result<(), Error> {
+        let outcome = self.fetch_all(entry, ranges, urgency, take).await;
+        if let Err(error) = &outcome
+            && error.kind() == ErrorKind::Damaged
+        {
+            self.damage.get_or_init(|| error.to_string());
         }
-        match content {
-            Content::Inline(bytes) => Ok(vec![Piece { offset: 0, bytes: bytes.clone() }]),
-            Content::Part(blob) => {
-                Ok(vec![Piece { offset: 0, bytes: self.blob(FrameKind::Data, blob).await? }])
-            }
-            Content::Map(block) => self.fetch_pages(block, 0, *size, range).await,
-            Content::Blocks(blobs) => {
-                let mut pieces = Vec::new();
-                for n in range.start / MAP_BLOCK_BYTES..=(range.end - 1) / MAP_BLOCK_BYTES {
-                    let blob = blobs.get(n as usize).ok_or_else(|| hole(entry))?;
-                    let block = self.map_block(blob, entry).await?;
-                    let base = n * MAP_BLOCK_BYTES;
-                    let part = range.start.max(base)..range.end.min(base + MAP_BLOCK_BYTES);
-                    pieces.extend(self.fetch_pages(&block, base, *size, part).await?);
-                }
-                Ok(pieces)
-            }
-        }
+        outcome
     }
 
     /// Returns one block of a file's page map.
     pub async fn map_block(&self, blob: &BlobRef, entry: &Entry) -> Result<MapBlock, Error> {
-        let bytes = self.blob(FrameKind::Map, blob).await?;
-        let object = || format!("the page map of {} in {}", entry.path, blob.chunk.pack);
-        let block = MapBlock::decode(&bytes).map_err(|error| Error::damaged(object(), error))?;
-        Ok(block)
+        self.map_block_as(blob, entry, Urgency::Foreground).await
     }
 
     /// Fetches the start-up set ahead, at most `bytes_max` stored bytes of it, with few requests.
@@ -165,159 +168,220 @@ impl FileReader {
             }
             let bytes = self.basebackup.pack_bytes(range.pack, range.from..range.to).await?;
             fetched += bytes.len() as u64;
-            let run = Ahead { bytes, stays: true };
-            self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), run);
+            let mut start_set = self.start_set.lock().expect("no holder of this lock panics");
+            start_set.insert((range.pack, range.from), bytes);
         }
         Ok(fetched)
     }
 
-    async fn blob(&self, kind: FrameKind, blob: &BlobRef) -> Result<Bytes, Error> {
-        let raw = self.chunk(kind, &blob.chunk).await?;
-        let (from, to) = (blob.at as usize, blob.at as usize + blob.len as usize);
-        if to > raw.len() {
-            return Err(Error::damaged(
-                blob.chunk.pack,
-                format!("chunk {} is too short", blob.chunk.position),
-            ));
-        }
-        Ok(raw.slice(from..to))
-    }
-
-    async fn fetch_pages(
+    async fn fetch_all(
         &self,
-        block: &MapBlock,
-        base: u64,
-        size: u64,
-        range: Range<u64>,
-    ) -> Result<Vec<Piece>, Error> {
-        let first = ((range.start - base) / PAGE_SIZE) as u32;
-        let end = (range.end - base).div_ceil(PAGE_SIZE) as u32;
-        let mut pieces = Vec::new();
-        let mut chunks: Vec<ChunkRef> = Vec::new();
-        for extent in block.overlapping(first, end) {
-            match &extent.source {
-                PageSource::Zero => {
-                    let (from, to) = (extent.first.max(first), (extent.first + extent.count).min(end));
-                    let to = (base + u64::from(to) * PAGE_SIZE).min(size);
-                    push_zeros(&mut pieces, base + u64::from(from) * PAGE_SIZE..to);
+        entry: &Entry,
+        ranges: &[Range<u64>],
+        urgency: Urgency,
+        take: &PieceTaker<'_>,
+    ) -> Result<(), Error> {
+        let Node::File { size, content } = &entry.node else {
+            return Err(Error::Internal(format!("{} is not a file", entry.path)));
+        };
+        let cut = ranges.iter().map(|range| range.start.min(*size)..range.end.min(*size));
+        let ranges: Vec<Range<u64>> = cut.filter(|range| !range.is_empty()).collect();
+        if ranges.is_empty() {
+            return Ok(());
+        }
+        let mut plan = FetchPlan::default();
+        match content {
+            Content::Inline(bytes) => {
+                let _ = take(vec![Piece { offset: 0, bytes: bytes.clone() }]);
+            }
+            Content::Part(blob) => plan.add_blob(blob),
+            Content::Map(block) => plan.add_block(block, 0, *size, &ranges),
+            Content::Blocks(blobs) => {
+                for n in blocks_of(&ranges) {
+                    let blob = blobs.get(n as usize).ok_or_else(|| hole(entry))?;
+                    let block = self.map_block_as(blob, entry, urgency).await?;
+                    plan.add_block(&block, n * MAP_BLOCK_BYTES, *size, &ranges);
                 }
-                PageSource::Chunk { chunk, .. } if !chunks.contains(chunk) => chunks.push(*chunk),
-                PageSource::Chunk { .. } => {}
             }
         }
-        let raw = self.chunks(FrameKind::Data, &chunks).await?;
-        for (chunk, raw) in chunks.iter().zip(raw) {
-            for (extent, slot) in block.extents_in(chunk) {
-                let offset = base + u64::from(extent.first) * PAGE_SIZE;
-                let len = (u64::from(extent.count) * PAGE_SIZE).min(size.saturating_sub(offset));
-                let from = slot as usize * PAGE_SIZE as usize;
-                let bytes = raw.get(from..from + len as usize).map(|_| raw.slice(from..from + len as usize));
-                let bytes = bytes.ok_or_else(|| {
-                    Error::damaged(chunk.pack, format!("chunk {} is shorter than its pages", chunk.position))
-                })?;
-                pieces.push(Piece { offset, bytes });
-            }
+        let FetchPlan { zeros, chunks } = plan.finish();
+        let zeros: Vec<Piece> = zeros.into_iter().flat_map(zero_pieces).collect();
+        if !zeros.is_empty() && take(zeros).is_break() {
+            return Ok(());
         }
-        Ok(pieces)
+        self.fetch_chunks(chunks, urgency, take).await
     }
 
-    /// Returns decoded chunks, neighbours in a pack fetched together.
-    async fn chunks(&self, kind: FrameKind, chunks: &[ChunkRef]) -> Result<Vec<Bytes>, Error> {
-        self.fetch_runs_ahead(chunks).await?;
-        let mut raw = Vec::with_capacity(chunks.len());
-        for chunk in chunks {
-            raw.push(self.chunk(kind, chunk).await?);
-        }
-        Ok(raw)
+    async fn map_block_as(&self, blob: &BlobRef, entry: &Entry, urgency: Urgency) -> Result<MapBlock, Error> {
+        let raw = self.chunk(FrameKind::Map, &blob.chunk, urgency).await?;
+        let bytes = raw.get(blob.at as usize..blob.at as usize + blob.len as usize);
+        let bytes = bytes.ok_or_else(|| too_short(&blob.chunk))?;
+        let object = || format!("the page map of {} in {}", entry.path, blob.chunk.pack);
+        MapBlock::decode(bytes).map_err(|error| Error::damaged(object(), error))
     }
 
-    async fn chunk(&self, kind: FrameKind, chunk: &ChunkRef) -> Result<Bytes, Error> {
+    /// Returns one decoded chunk.
+    async fn chunk(&self, kind: FrameKind, chunk: &ChunkRef, urgency: Urgency) -> Result<Bytes, Error> {
         let key = (chunk.pack, chunk.position);
-        if let Some(raw) = self.raw.lock().expect("no holder of this lock panics").get(key) {
+        if let Some(raw) = self.cached(key) {
             return Ok(raw);
         }
-        let flight =
-            self.flights.lock().expect("no holder of this lock panics").entry(key).or_default().clone();
-        let result = flight.get_or_try_init(|| self.fetch_chunk(kind, chunk)).await.cloned();
-        if let Err(error) = &result
-            && error.kind() == ErrorKind::Damaged
-        {
-            self.damage.get_or_init(|| error.to_string());
+        let _claim = self.flights.claim(&[key], urgency).await;
+        if let Some(raw) = self.cached(key) {
+            return Ok(raw);
         }
-        self.flights.lock().expect("no holder of this lock panics").remove(&key);
-        result
-    }
-
-    async fn fetch_chunk(&self, kind: FrameKind, chunk: &ChunkRef) -> Result<Bytes, Error> {
-        let stored = match self.take_ahead(chunk) {
+        let stored = match self.in_start_set(chunk)? {
             Some(stored) => stored,
             None => {
-                self.basebackup.pack_bytes(chunk.pack, chunk.offset..chunk.offset + chunk.stored_len).await?
+                let bytes = u64::from(chunk.stored_len) + u64::from(chunk.raw_len);
+                let _permit = self.transfers.admit(urgency, bytes).await;
+                let range = chunk.offset..chunk.offset.saturating_add(chunk.stored_len);
+                self.basebackup.fetch_run(&ChunkRun { pack: chunk.pack, range, chunks: 0..1 }).await?
             }
         };
-        let key = self.basebackup.pack_key(chunk.pack)?;
-        let raw = Bytes::from(open_chunk(&key, kind, chunk, &stored)?);
-        self.raw
-            .lock()
-            .expect("no holder of this lock panics")
-            .put((chunk.pack, chunk.position), raw.clone());
+        let raw = Bytes::from(stored.open(kind, chunk)?);
+        self.keep(key, &raw);
         Ok(raw)
     }
 
-    /// Fetches runs of two and more chunks that are in no cache yet.
-    async fn fetch_runs_ahead(&self, chunks: &[ChunkRef]) -> Result<(), Error> {
-        let mut missing: Vec<&ChunkRef> = chunks.iter().filter(|chunk| !self.is_at_hand(chunk)).collect();
-        missing.sort_by_key(|chunk| (chunk.pack, chunk.offset));
-        let mut run: Option<(PackRange, usize)> = None;
-        let mut runs = Vec::new();
-        for chunk in missing {
-            let end = chunk.offset + chunk.stored_len;
-            match &mut run {
-                Some((range, count))
-                    if range.pack == chunk.pack
-                        && chunk.offset <= range.to + COALESCE_GAP_BYTES
-                        && end - range.from <= REQUEST_BYTES_MAX =>
-                {
-                    range.to = range.to.max(end);
-                    *count += 1;
-                }
-                _ => {
-                    let next = PackRange { pack: chunk.pack, from: chunk.offset, to: end };
-                    runs.extend(run.replace((next, 1)));
-                }
+    /// Fetches data chunks: those that nobody fetches first, then those that others have fetched meanwhile.
+    async fn fetch_chunks(
+        &self,
+        mut wanted: Vec<WantedChunk>,
+        urgency: Urgency,
+        take: &PieceTaker<'_>,
+    ) -> Result<(), Error> {
+        let mut damage = None;
+        while !wanted.is_empty() {
+            let keys: Vec<ChunkKey> = wanted.iter().map(WantedChunk::key).collect();
+            let claim = self.flights.claim(&keys, urgency).await;
+            let held: HashSet<ChunkKey> = claim.keys().iter().copied().collect();
+            let (mine, others): (Vec<_>, Vec<_>) =
+                wanted.into_iter().partition(|chunk| held.contains(&chunk.key()));
+            if noted(&mut damage, self.fetch_mine(mine, claim, urgency, take).await)?.is_break() {
+                return Ok(());
+            }
+            wanted = others;
+        }
+        damage.map_or(Ok(()), Err)
+    }
+
+    /// Fetches the chunks of a claim, in the claim's order.
+    async fn fetch_mine(
+        &self,
+        mine: Vec<WantedChunk>,
+        mut claim: Claim<ChunkKey>,
+        urgency: Urgency,
+        take: &PieceTaker<'_>,
+    ) -> Result<ControlFlow<()>, Error> {
+        let mut damage = None;
+        let mut far = Vec::new();
+        for chunk in mine {
+            let at_hand = if let Some(raw) = self.cached(chunk.key()) {
+                hand_on([(chunk, raw)], take)
+            } else if let Some(stored) = self.in_start_set(&chunk.chunk)? {
+                self.keep_and_hand_on(open_chunks(&stored, vec![chunk]), take)
+            } else {
+                far.push(chunk);
+                continue;
+            };
+            if noted(&mut damage, at_hand)?.is_break() {
+                return Ok(ControlFlow::Break(()));
             }
         }
-        runs.extend(run);
-        for (range, _) in runs.into_iter().filter(|(_, count)| *count > 1) {
-            let bytes = self.basebackup.pack_bytes(range.pack, range.from..range.to).await?;
-            let run = Ahead { bytes, stays: false };
-            self.ahead.lock().expect("no holder of this lock panics").insert((range.pack, range.from), run);
+        let missing: HashSet<ChunkKey> = far.iter().map(WantedChunk::key).collect();
+        claim.land(|key| !missing.contains(key));
+        let runs = plan_runs_within(LIMITS, far.iter().map(|chunk| &chunk.chunk));
+        let mut far = far.into_iter();
+        let mut fetches = FuturesUnordered::new();
+        for run in runs {
+            let chunks: Vec<WantedChunk> = far.by_ref().take(run.chunks.len()).collect();
+            let claim = claim.split_front(chunks.len());
+            fetches.push(self.fetch_run(run, chunks, claim, urgency, take));
         }
-        Ok(())
-    }
-
-    fn is_at_hand(&self, chunk: &ChunkRef) -> bool {
-        self.raw.lock().expect("no holder of this lock panics").contains((chunk.pack, chunk.position))
-            || self.ahead_run(chunk).is_some()
-    }
-
-    fn ahead_run(&self, chunk: &ChunkRef) -> Option<((PackId, u32), Bytes)> {
-        let ahead = self.ahead.lock().expect("no holder of this lock panics");
-        let (key, Ahead { bytes, .. }) = ahead.range(..=(chunk.pack, chunk.offset)).next_back()?;
-        let from = (chunk.offset - key.1.min(chunk.offset)) as usize;
-        let held = key.0 == chunk.pack && from + chunk.stored_len as usize <= bytes.len();
-        held.then(|| (*key, bytes.slice(from..from + chunk.stored_len as usize)))
-    }
-
-    fn take_ahead(&self, chunk: &ChunkRef) -> Option<Bytes> {
-        let (key, stored) = self.ahead_run(chunk)?;
-        let mut ahead = self.ahead.lock().expect("no holder of this lock panics");
-        // A run is let go when its last chunk has been taken.
-        let end = chunk.offset + chunk.stored_len;
-        if ahead.get(&key).is_some_and(|run| !run.stays && key.1 + run.bytes.len() as u32 == end) {
-            ahead.remove(&key);
+        while let Some(outcome) = fetches.next().await {
+            if noted(&mut damage, outcome)?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
         }
-        Some(stored)
+        damage.map_or(Ok(ControlFlow::Continue(())), Err)
+    }
+
+    /// Fetches a run by one request, and hands its chunks on as they are opened.
+    async fn fetch_run(
+        &self,
+        run: ChunkRun,
+        chunks: Vec<WantedChunk>,
+        claim: Claim<ChunkKey>,
+        urgency: Urgency,
+        take: &PieceTaker<'_>,
+    ) -> Result<ControlFlow<()>, Error> {
+        let mut permit = self.transfers.admit(urgency, bytes_of(&run, &chunks)).await;
+        let stored = Arc::new(self.basebackup.fetch_run(&run).await?);
+        permit.answered();
+        let is_spread = chunks.len() > CHUNKS_OPENED_HERE;
+        let mut opening = FuturesUnordered::new();
+        for group in chunks.chunks(CHUNKS_PER_JOB) {
+            opening.push(self.open(stored.clone(), group.to_vec(), is_spread));
+        }
+        let mut damage = None;
+        while let Some(opened) = opening.next().await {
+            if noted(&mut damage, self.keep_and_hand_on(opened?, take))?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        // Only now: who waits for one of these finds it in the cache.
+        drop(claim);
+        damage.map_or(Ok(ControlFlow::Continue(())), Err)
+    }
+
+    async fn open(
+        &self,
+        stored: Arc<StoredRun>,
+        chunks: Vec<WantedChunk>,
+        is_spread: bool,
+    ) -> Result<Opened, Error> {
+        match self.transfers.pool().filter(|_| is_spread) {
+            Some(pool) => Ok(pool.run(move || open_chunks(&stored, chunks)).await?),
+            None => Ok(open_chunks(&stored, chunks)),
+        }
+    }
+
+    fn keep_and_hand_on(&self, opened: Opened, take: &PieceTaker<'_>) -> Result<ControlFlow<()>, Error> {
+        for (wanted, raw) in &opened.chunks {
+            self.keep(wanted.key(), raw);
+        }
+        let mut damage = opened.damage;
+        let flow = noted(&mut damage, hand_on(opened.chunks, take))?;
+        if flow.is_break() { Ok(flow) } else { damage.map_or(Ok(flow), Err) }
+    }
+
+    fn cached(&self, key: ChunkKey) -> Option<Bytes> {
+        self.cache.lock().expect("no holder of this lock panics").get(key)
+    }
+
+    fn keep(&self, key: ChunkKey, raw: &Bytes) {
+        self.cache.lock().expect("no holder of this lock panics").put(key, raw.clone());
+    }
+
+    /// Returns a chunk of the start-up set as stored, if it was fetched ahead.
+    fn in_start_set(&self, chunk: &ChunkRef) -> Result<Option<StoredRun>, Error> {
+        let stored = {
+            let start_set = self.start_set.lock().expect("no holder of this lock panics");
+            let Some(((pack, from), bytes)) = start_set.range(..=(chunk.pack, chunk.offset)).next_back()
+            else {
+                return Ok(None);
+            };
+            // The last one at or before it: of the same pack, `from` is not beyond the chunk.
+            let at = chunk.offset.saturating_sub(*from) as usize;
+            let end = at + chunk.stored_len as usize;
+            if *pack != chunk.pack || end > bytes.len() {
+                return Ok(None);
+            }
+            bytes.slice(at..end)
+        };
+        let key = self.basebackup.pack_key(chunk.pack)?;
+        Ok(Some(StoredRun::at_hand(chunk.offset, stored, key)))
     }
 }
 
@@ -328,37 +392,85 @@ impl Piece {
     }
 }
 
-impl RawCache {
-    fn get(&mut self, key: ChunkKey) -> Option<Bytes> {
-        self.chunks.get(&key).cloned()
-    }
+/// Chunks that were opened together, and the first that could not be.
+struct Opened {
+    chunks: Vec<(WantedChunk, Bytes)>,
+    damage: Option<Error>,
+}
 
-    fn contains(&self, key: ChunkKey) -> bool {
-        self.chunks.contains(&key)
+fn open_chunks(stored: &StoredRun, wanted: Vec<WantedChunk>) -> Opened {
+    let mut opened = Opened { chunks: Vec::with_capacity(wanted.len()), damage: None };
+    for wanted in wanted {
+        match stored.open(FrameKind::Data, &wanted.chunk) {
+            Ok(raw) => opened.chunks.push((wanted, Bytes::from(raw))),
+            Err(error) => {
+                opened.damage.get_or_insert(error);
+            }
+        }
     }
+    opened
+}
 
-    fn put(&mut self, key: ChunkKey, raw: Bytes) {
-        self.bytes += raw.len();
-        if let Some(replaced) = self.chunks.put(key, raw) {
-            self.bytes -= replaced.len();
+/// Cuts chunks into pieces and hands these on together.
+fn hand_on(
+    chunks: impl IntoIterator<Item = (WantedChunk, Bytes)>,
+    take: &PieceTaker<'_>,
+) -> Result<ControlFlow<()>, Error> {
+    let (mut pieces, mut damage) = (Vec::new(), None);
+    for (wanted, raw) in chunks {
+        for place in &wanted.places {
+            let range = place.at as usize..place.at as usize + place.len as usize;
+            if range.end <= raw.len() {
+                pieces.push(Piece { offset: place.offset, bytes: raw.slice(range) });
+            } else {
+                damage.get_or_insert_with(|| too_short(&wanted.chunk));
+            }
         }
-        while self.bytes > self.bytes_max {
-            let Some((_, evicted)) = self.chunks.pop_lru() else {
-                break;
-            };
-            self.bytes -= evicted.len();
+    }
+    if !pieces.is_empty() && take(pieces).is_break() {
+        return Ok(ControlFlow::Break(()));
+    }
+    damage.map_or(Ok(ControlFlow::Continue(())), Err)
+}
+
+/// Takes note of the first damage and goes on: what is whole beside it is handed on. Any other error is the end.
+fn noted(
+    damage: &mut Option<Error>,
+    outcome: Result<ControlFlow<()>, Error>,
+) -> Result<ControlFlow<()>, Error> {
+    match outcome {
+        Err(error) if error.kind() == ErrorKind::Damaged => {
+            damage.get_or_insert(error);
+            Ok(ControlFlow::Continue(()))
         }
+        outcome => outcome,
     }
 }
 
-fn push_zeros(pieces: &mut Vec<Piece>, range: Range<u64>) {
+/// Returns the bytes that a run takes, as stored and when its chunks are open.
+fn bytes_of(run: &ChunkRun, chunks: &[WantedChunk]) -> u64 {
+    let raw: u64 = chunks.iter().map(|wanted| u64::from(wanted.chunk.raw_len)).sum();
+    u64::from(run.range.end - run.range.start) + raw
+}
+
+/// Returns the blocks of a page map that hold any of `ranges`, ascending and none twice.
+fn blocks_of(ranges: &[Range<u64>]) -> Vec<u64> {
+    let blocks = |range: &Range<u64>| range.start / MAP_BLOCK_BYTES..=(range.end - 1) / MAP_BLOCK_BYTES;
+    let mut all: Vec<u64> = ranges.iter().flat_map(blocks).collect();
+    all.dedup();
+    all
+}
+
+fn zero_pieces(range: Range<u64>) -> impl Iterator<Item = Piece> {
     static ZEROS: [u8; ZERO_PIECE_BYTES] = [0; ZERO_PIECE_BYTES];
-    let mut offset = range.start;
-    while offset < range.end {
+    range.clone().step_by(ZERO_PIECE_BYTES).map(move |offset| {
         let len = (range.end - offset).min(ZERO_PIECE_BYTES as u64);
-        pieces.push(Piece { offset, bytes: Bytes::from_static(&ZEROS[..len as usize]) });
-        offset += len;
-    }
+        Piece { offset, bytes: Bytes::from_static(&ZEROS[..len as usize]) }
+    })
+}
+
+fn too_short(chunk: &ChunkRef) -> Error {
+    Error::damaged(chunk.pack, format!("chunk {} is shorter than what is named of it", chunk.position))
 }
 
 fn hole(entry: &Entry) -> Error {

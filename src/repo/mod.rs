@@ -38,9 +38,13 @@ mod repository;
 mod basebackup;
 mod basebackup_writer;
 pub mod builder;
+mod chunk_cache;
 mod chunk_runs;
+mod fetch_plan;
 mod file_reader;
+mod flights;
 pub mod lease;
+mod transfers;
 pub mod wal_object;
 
 mod archive_head;
@@ -54,6 +58,8 @@ mod wal_target;
 
 mod error;
 #[cfg(test)]
+mod fetch_tests;
+#[cfg(test)]
 pub mod testing;
 #[cfg(test)]
 mod tests;
@@ -62,9 +68,12 @@ mod writing_tests;
 
 pub use basebackup::{BLOCKS_AHEAD, Basebackup, read_outcome, read_refs};
 pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
-pub use chunk_runs::{ChunkRun, RUN_BYTES_MAX, StoredRun, plan_runs, runs_expected};
+pub use chunk_runs::{
+    ChunkRun, RUN_BYTES_MAX, RunLimits, StoredRun, plan_runs, plan_runs_within, runs_expected,
+};
 pub use error::{Error, ErrorKind};
-pub use file_reader::{FileReader, Piece};
+pub use file_reader::{FileReader, Piece, PieceTaker};
+pub use flights::{Claim, Flights};
 pub use id::{BasebackupId, ClusterId, HeadId, PackId};
 pub use keyring::{Keyring, KeyringOptions};
 pub use map_writer::{FileMap, MapWriter};
@@ -75,3 +84,4 @@ pub use raw_content::RawContent;
 pub use refs::{PackRecord, Refs};
 pub use repository::{Repository, RepositoryOptions};
 pub use sealed::{CompressedFrame, FrameKind};
+pub use transfers::{Transfers, Urgency};

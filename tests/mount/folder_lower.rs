@@ -11,7 +11,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use jiff::Timestamp;
-use walden::mount::lower::{Child, Lower, LowerError, Node, NodeId, NodeKind, Piece};
+use walden::mount::lower::{Child, Lower, LowerError, Node, NodeId, NodeKind, Piece, PieceSink};
+use walden::repo::Urgency;
 
 /// The size of one piece.
 const PIECE: u64 = 64 * 1024;
@@ -82,20 +83,30 @@ impl Lower for FolderLower {
         Ok(fs::read_link(self.path(node)).unwrap().into_os_string().into_vec())
     }
 
-    async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, LowerError> {
+    async fn fetch_each(
+        &self,
+        node: NodeId,
+        ranges: &[Range<u64>],
+        _: Urgency,
+        sink: &dyn PieceSink,
+    ) -> Result<(), LowerError> {
         // Another task gets its turn, as while a request is under way.
         tokio::task::yield_now().await;
         let file = fs::File::open(self.path(node)).unwrap();
         let size = file.metadata().unwrap().len();
-        let mut pieces = Vec::new();
-        let mut offset = range.start / PIECE * PIECE;
-        while offset < range.end.min(size) {
-            let mut bytes = vec![0; (size - offset).min(PIECE) as usize];
-            file.read_exact_at(&mut bytes, offset).unwrap();
-            self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            pieces.push(Piece { offset, bytes: bytes.into() });
-            offset += PIECE;
+        let mut offset = 0;
+        for range in ranges {
+            offset = offset.max(range.start / PIECE * PIECE);
+            while offset < range.end.min(size) {
+                let mut bytes = vec![0; (size - offset).min(PIECE) as usize];
+                file.read_exact_at(&mut bytes, offset).unwrap();
+                self.fetched_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                if sink.take(vec![Piece { offset, bytes: bytes.into() }]).is_break() {
+                    return Ok(());
+                }
+                offset += PIECE;
+            }
         }
-        Ok(pieces)
+        Ok(())
     }
 }

@@ -1,28 +1,45 @@
 //! Getting content from the lower: the core that FUSE, a hydrator and another adapter stand on.
 //!
 //! `ensure_range` makes a range local: claim its windows, so that nobody else fetches them; look again, because
-//! somebody just may have; fetch what is missing; write it where it is still missing; and check that it now is local,
-//! because an answer that falls short must be an error and never zeros (failure 36). When the disk is full, a read is
-//! answered from what was fetched without keeping it: PostgreSQL's own writes need the room more.
+//! somebody just may have; fetch what is missing; write each piece, as it comes, where it is still missing, and let go
+//! of its window; and check that all of it now is local, because an answer that falls short must be an error and never
+//! zeros (failure 36). When the disk is full, a read is answered from what was fetched without keeping it: PostgreSQL's
+//! own writes need the room more.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
+use std::sync::Mutex;
 
 use bytes::Bytes;
 use nix::errno::Errno;
 
 use crate::mount::caller::Caller;
 use crate::mount::errno;
-use crate::mount::lower::{LowerError, NodeId, Piece};
+use crate::mount::lower::{LowerError, NodeId, Piece, PieceSink};
+use crate::mount::single_flight::Claim;
 use crate::mount::upper::Shared;
 use crate::mount::upper::content::{Content, Written};
 use crate::mount::upper::namespace::of_io;
 use crate::mount::upper::node::Node;
 use crate::mount::upper::stats::Counters;
 use crate::mount::upper::volume::UpperFile;
+use crate::repo::Urgency;
 
 impl UpperFile {
     /// Makes a range of the file local; what lies beyond what the lower has is local already.
     pub async fn ensure_range(&self, caller: &Caller, range: Range<u64>) -> Result<(), Errno> {
+        self.ensure_range_as(Urgency::Foreground, caller, range).await
+    }
+
+    /// Makes a range local like [`ensure_range`](Self::ensure_range), behind what is waited for more.
+    ///
+    /// What nobody waits for fails at the first failure of the store, whatever the patience of the moment, and with
+    /// `ENOENT` once the file has no name any more.
+    pub async fn ensure_range_as(
+        &self,
+        urgency: Urgency,
+        caller: &Caller,
+        range: Range<u64>,
+    ) -> Result<(), Errno> {
         let content = content_of(&self.node)?;
         if !content.is_mapped() {
             self.shared.lock().materialize_file(self.node.id)?;
@@ -32,31 +49,56 @@ impl UpperFile {
         if content.first_missing(&range).is_none() {
             return Ok(());
         }
-        Counters::add(&self.shared.counters.waits, 1);
-        caller.killable(self.fetch_missing(node, content, range)).await
+        if urgency == Urgency::Foreground {
+            Counters::add(&self.shared.counters.waits, 1);
+        }
+        caller.killable(self.fetch_missing(urgency, node, content, range)).await
     }
 
-    async fn fetch_missing(&self, node: NodeId, content: &Content, range: Range<u64>) -> Result<(), Errno> {
+    async fn fetch_missing(
+        &self,
+        urgency: Urgency,
+        node: NodeId,
+        content: &Content,
+        range: Range<u64>,
+    ) -> Result<(), Errno> {
         while let (Some(first), Some(last)) = {
             let missing = content.missing(&range);
             (missing.first().cloned(), missing.last().cloned())
         } {
             let hull = first.start..last.end;
-            let claim = self.shared.flights.claim(node, hull.clone()).await;
-            for claimed in claim.runs_in(&hull) {
-                for run in content.missing(&claimed) {
-                    let pieces = self.shared.fetch(node, run.clone()).await?;
-                    self.shared.lock().materialize_file(self.node.id)?;
-                    let filled = content.fill(&pieces).map_err(of_io)?;
-                    Counters::add(&self.shared.counters.filled_bytes, filled);
-                    if let Some(gap) = content.first_missing(&run) {
-                        let detail = format!("a fetch of bytes {run:?} of {node:?} left {gap:?} uncovered");
-                        return Err(errno::of_lower(&LowerError::Contract { detail }));
-                    }
-                }
+            let claim = self.shared.flights.claim(node, hull.clone(), urgency).await;
+            let claimed = claim.runs_in(&hull);
+            let runs: Vec<Range<u64>> = claimed.iter().flat_map(|part| content.missing(part)).collect();
+            // The wait for the claim may have cured it.
+            if !runs.is_empty() {
+                let filling = Filling {
+                    file: self,
+                    content,
+                    urgency,
+                    claim: Mutex::new(claim),
+                    failed: Mutex::default(),
+                };
+                self.fill(node, &runs, &filling).await?;
             }
         }
         Ok(())
+    }
+
+    /// Fetches runs that are missing, and makes sure that they are not any more.
+    async fn fill(&self, node: NodeId, runs: &[Range<u64>], filling: &Filling<'_>) -> Result<(), Errno> {
+        Counters::add(&self.shared.counters.fetches, 1);
+        let outcome = self.shared.lower.fetch_each(node, runs, filling.urgency, filling).await;
+        // Why no more was wanted comes before whatever the lower makes of that.
+        filling.outcome()?;
+        outcome.map_err(|error| errno::of_lower(&error))?;
+        match runs.iter().find_map(|run| filling.content.first_missing(run)) {
+            None => Ok(()),
+            Some(gap) => {
+                let detail = format!("a fetch of bytes {runs:?} of {node:?} left {gap:?} uncovered");
+                Err(errno::of_lower(&LowerError::Contract { detail }))
+            }
+        }
     }
 
     /// Reads without keeping what has to be fetched for it.
@@ -89,15 +131,59 @@ impl UpperFile {
     }
 }
 
+/// Writes pieces into the upper as they come, for the holder of a claim.
+struct Filling<'a> {
+    file: &'a UpperFile,
+    content: &'a Content,
+    urgency: Urgency,
+    claim: Mutex<Claim>,
+    failed: Mutex<Option<Errno>>,
+}
+
+impl Filling<'_> {
+    fn fill(&self, pieces: &[Piece]) -> Result<(), Errno> {
+        let (shared, id) = (&self.file.shared, self.file.node.id);
+        shared.counters.came(pieces);
+        {
+            let mut namespace = shared.lock();
+            // Who still reads a file that was removed waits for it; nobody else needs it.
+            if self.urgency < Urgency::Foreground && namespace.table.get(id)?.names.is_empty() {
+                return Err(Errno::ENOENT);
+            }
+            namespace.materialize_file(id)?;
+        }
+        let filled = self.content.fill(pieces).map_err(of_io)?;
+        Counters::add(&shared.counters.filled_bytes, filled);
+        let start = pieces.iter().map(|piece| piece.offset).min().unwrap_or(0);
+        let end = pieces.iter().map(|piece| piece.range().end).max().unwrap_or(0);
+        let mut claim = self.claim.lock().expect("no holder of this lock panics");
+        claim.land(&(start..end), |window| self.content.first_missing(window).is_none());
+        Ok(())
+    }
+
+    /// Returns why it wanted no more, if so.
+    fn outcome(&self) -> Result<(), Errno> {
+        self.failed.lock().expect("no holder of this lock panics").map_or(Ok(()), Err)
+    }
+}
+
+impl PieceSink for Filling<'_> {
+    fn take(&self, pieces: Vec<Piece>) -> ControlFlow<()> {
+        match self.fill(&pieces) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(errno) => {
+                *self.failed.lock().expect("no holder of this lock panics") = Some(errno);
+                ControlFlow::Break(())
+            }
+        }
+    }
+}
+
 impl Shared {
     async fn fetch(&self, node: NodeId, range: Range<u64>) -> Result<Vec<Piece>, Errno> {
         Counters::add(&self.counters.fetches, 1);
         let pieces = self.lower.fetch(node, range).await.map_err(|error| errno::of_lower(&error))?;
-        Counters::add(&self.counters.pieces, pieces.len() as u64);
-        Counters::add(
-            &self.counters.fetched_bytes,
-            pieces.iter().map(|piece| piece.bytes.len() as u64).sum(),
-        );
+        self.counters.came(&pieces);
         Ok(pieces)
     }
 

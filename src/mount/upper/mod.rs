@@ -8,8 +8,9 @@
 //!
 //! ```text
 //! volume      operations: ask the lower, then change under the lock      fetch     ensure_range, single-flight
+//! sequential  who reads on from where?       read_ahead   fetching what follows     make_local   whole trees, unasked
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
-//! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
+//! content     one file: fill, write, cut     local_map   which units are local
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls
 //! ```
 
@@ -24,7 +25,9 @@ mod make_local;
 mod namespace;
 mod node;
 mod origin;
+mod read_ahead;
 mod real_disk;
+mod sequential;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -43,6 +46,7 @@ use crate::mount::upper::journal::NamesJournal;
 use crate::mount::upper::local_disk::{LocalDisk, Times};
 use crate::mount::upper::namespace::Namespace;
 use crate::mount::upper::node::LowerNode;
+use crate::mount::upper::read_ahead::ReadAheads;
 use crate::mount::upper::real_disk::RealDisk;
 use crate::mount::upper::stats::Counters;
 
@@ -88,7 +92,8 @@ pub(crate) struct Shared {
     lower: Arc<dyn Lower>,
     disk: Arc<dyn LocalDisk>,
     namespace: Mutex<Namespace>,
-    flights: Arc<Flights>,
+    flights: Flights,
+    read_aheads: ReadAheads,
     counters: Arc<Counters>,
     _lock: Option<LockFile>,
 }
@@ -138,8 +143,9 @@ impl Upper {
         let (owner, holds_back) = (options.owner, options.holds_back);
         let namespace = Namespace::new(disk.clone(), journal, root, owner, holds_back, counters.clone());
         let namespace = Mutex::new(namespace.map_err(|errno| io(errno.into()))?);
-        let flights = Flights::new();
-        Ok(Self { shared: Arc::new(Shared { lower, disk, namespace, flights, counters, _lock: lock }) })
+        let (flights, read_aheads) = (Flights::new(), ReadAheads::new());
+        let shared = Shared { lower, disk, namespace, flights, read_aheads, counters, _lock: lock };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Returns what was fetched since the upper was opened.

@@ -4,6 +4,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::mount::lower::Piece;
+
 /// The counters, shared by everyone who counts.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
@@ -14,6 +16,7 @@ pub(crate) struct Counters {
     pub(crate) waits: AtomicU64,
     pub(crate) materialized: AtomicU64,
     pub(crate) read_through: AtomicU64,
+    pub(crate) read_aheads: AtomicU64,
 }
 
 /// What an upper has fetched since it was opened.
@@ -33,12 +36,20 @@ pub struct UpperStats {
     pub materialized: u64,
     /// Reads answered from the lower without keeping the bytes, because the disk was full.
     pub read_through: u64,
+    /// Times something was fetched because it followed what was read.
+    pub read_aheads: u64,
 }
 
 impl Counters {
     /// Adds to a counter.
     pub(crate) fn add(counter: &AtomicU64, count: u64) {
         counter.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Counts pieces that the lower answered with.
+    pub(crate) fn came(&self, pieces: &[Piece]) {
+        Self::add(&self.pieces, pieces.len() as u64);
+        Self::add(&self.fetched_bytes, pieces.iter().map(|piece| piece.bytes.len() as u64).sum());
     }
 
     /// Returns the figures of this moment.
@@ -52,6 +63,7 @@ impl Counters {
             waits: get(&self.waits),
             materialized: get(&self.materialized),
             read_through: get(&self.read_through),
+            read_aheads: get(&self.read_aheads),
         }
     }
 }

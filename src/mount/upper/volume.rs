@@ -4,10 +4,11 @@
 //! when the caller is killed; then one synchronous step on the namespace or the content, which always runs to its
 //! end. Steps that sync run on a blocking thread, so that one slow disk does not stop the dispatcher.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use nix::errno::Errno;
+use tokio::task::JoinSet;
 
 use crate::mount::caller::Caller;
 use crate::mount::errno;
@@ -31,6 +32,8 @@ const NAME_BYTES_MAX: usize = 255;
 pub struct UpperFile {
     pub(super) shared: Arc<Shared>,
     pub(super) node: Arc<Node>,
+    /// What is being fetched because it follows what was read here; ends with the file.
+    pub(super) ahead: Mutex<JoinSet<()>>,
 }
 
 impl Upper {
@@ -46,7 +49,8 @@ impl Upper {
             FileKind::Fifo | FileKind::Socket => return Err(Errno::ENXIO),
         }
         record.handles += 1;
-        Ok(Arc::new(UpperFile { shared: self.shared.clone(), node: record.node.clone() }))
+        let (shared, node) = (self.shared.clone(), record.node.clone());
+        Ok(Arc::new(UpperFile { shared, node, ahead: Mutex::default() }))
     }
 
     /// Finds a name and enters it into the table; the caller's references are not counted.
@@ -411,12 +415,17 @@ impl UpperFile {
 impl OpenFile for UpperFile {
     async fn read(&self, caller: &Caller, offset: u64, length: u32) -> Result<Bytes, Errno> {
         let range = offset..offset.saturating_add(u64::from(length));
+        // First, so that what follows is under way while this is waited for.
+        self.read_ahead(&range);
         match self.ensure_range(caller, range).await {
             Ok(()) => {
                 self.open_if_local()?;
                 self.content()?.read(offset, length).map_err(of_io)
             }
-            Err(Errno::ENOSPC | Errno::EDQUOT) => self.read_through(caller, offset, length).await,
+            Err(Errno::ENOSPC | Errno::EDQUOT) => {
+                self.stop_reading_ahead();
+                self.read_through(caller, offset, length).await
+            }
             Err(errno) => Err(errno),
         }
     }

@@ -1,0 +1,241 @@
+//! One fetch at a time for one thing, whoever asks.
+//!
+//! Who wants several things claims those that nobody fetches, fetches them, and comes back for the others: so nobody
+//! who waits holds anything that somebody waits for. A claim ends when it is dropped, so a reader that is killed or
+//! fails hands its things to whoever waits. Who is waited for does not wait long for a fetch that nobody waits for: that
+//! may stand behind many others, so after a while it is taken over, at the price of a second request.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Sleep;
+
+use crate::repo::transfers::Urgency;
+
+/// How long one waits for a fetch that is less urgent: more than the largest request takes at 10 MB/s.
+const TAKE_OVER_AFTER: Duration = Duration::from_millis(500);
+
+/// The fetches under way.
+#[derive(Debug)]
+pub struct Flights<K> {
+    busy: Mutex<Busy<K>>,
+    landed: Notify,
+}
+
+#[derive(Debug)]
+struct Busy<K> {
+    flights: HashMap<K, Flight>,
+    claims: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Flight {
+    claim: u64,
+    urgency: Urgency,
+}
+
+/// What only the holder fetches, until it drops this.
+#[derive(Debug)]
+pub struct Claim<K: Copy + Eq + Hash> {
+    flights: Arc<Flights<K>>,
+    id: u64,
+    keys: Vec<K>,
+}
+
+/// What came of trying to claim.
+struct Attempt<K> {
+    id: u64,
+    taken: Vec<K>,
+    /// Whether something was left to a fetch that is less urgent.
+    outranks: bool,
+}
+
+impl<K: Copy + Eq + Hash> Flights<K> {
+    /// Creates the table.
+    pub fn new() -> Arc<Self> {
+        let busy = Mutex::new(Busy { flights: HashMap::new(), claims: 0 });
+        Arc::new(Self { busy, landed: Notify::new() })
+    }
+
+    /// Claims those of `keys` that nobody fetches, in their order; waits until there is at least one.
+    ///
+    /// The caller looks again at what is missing once it holds the claim: the wait may have cured it.
+    pub async fn claim(self: &Arc<Self>, keys: &[K], urgency: Urgency) -> Claim<K> {
+        let mut patience: Option<Pin<Box<Sleep>>> = None;
+        let mut is_overdue = false;
+        loop {
+            let mut landed = std::pin::pin!(self.landed.notified());
+            // Registered before looking, or a flight that lands in between would not wake us.
+            landed.as_mut().enable();
+            let Attempt { id, taken, outranks } = self.attempt(keys, urgency, is_overdue);
+            if !taken.is_empty() || keys.is_empty() {
+                return Claim { flights: self.clone(), id, keys: taken };
+            }
+            if outranks {
+                let patience = patience.get_or_insert_with(|| Box::pin(tokio::time::sleep(TAKE_OVER_AFTER)));
+                tokio::select! {
+                    () = landed => {}
+                    () = patience.as_mut() => is_overdue = true,
+                }
+            } else {
+                landed.await;
+            }
+        }
+    }
+
+    fn attempt(&self, keys: &[K], urgency: Urgency, is_overdue: bool) -> Attempt<K> {
+        let mut busy = self.lock();
+        let id = busy.claims;
+        busy.claims += 1;
+        let (mut taken, mut outranks) = (Vec::new(), false);
+        for key in keys {
+            let is_free = match busy.flights.get(key) {
+                None => true,
+                Some(flight) if flight.urgency < urgency => {
+                    outranks = true;
+                    is_overdue
+                }
+                Some(_) => false,
+            };
+            if is_free {
+                busy.flights.insert(*key, Flight { claim: id, urgency });
+                taken.push(*key);
+            }
+        }
+        Attempt { id, taken, outranks }
+    }
+
+    /// Ends the flights of a claim, but for those that somebody took over.
+    fn land(&self, claim: u64, keys: &[K]) {
+        if keys.is_empty() {
+            return;
+        }
+        let mut busy = self.lock();
+        for key in keys {
+            if busy.flights.get(key).is_some_and(|flight| flight.claim == claim) {
+                busy.flights.remove(key);
+            }
+        }
+        drop(busy);
+        self.landed.notify_waiters();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Busy<K>> {
+        self.busy.lock().expect("no holder of this lock panics")
+    }
+
+    /// Tells whether nothing is being fetched.
+    #[cfg(test)]
+    pub fn is_idle(&self) -> bool {
+        self.lock().flights.is_empty()
+    }
+}
+
+impl<K: Copy + Eq + Hash> Claim<K> {
+    /// Returns what is claimed, in the order in which it was asked for.
+    pub fn keys(&self) -> &[K] {
+        &self.keys
+    }
+
+    /// Lets go of what has come already, so that nobody waits for the rest.
+    pub fn land(&mut self, mut has_come: impl FnMut(&K) -> bool) {
+        let landed: Vec<K> = self.keys.extract_if(.., |key| has_come(key)).collect();
+        self.flights.land(self.id, &landed);
+    }
+
+    /// Parts with the first `count` of what is claimed.
+    pub fn split_front(&mut self, count: usize) -> Self {
+        let keys = self.keys.drain(..count.min(self.keys.len())).collect();
+        Self { flights: self.flights.clone(), id: self.id, keys }
+    }
+}
+
+impl<K: Copy + Eq + Hash> Drop for Claim<K> {
+    fn drop(&mut self) {
+        self.flights.land(self.id, &self.keys);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::poll;
+
+    use super::*;
+
+    const NOW: Urgency = Urgency::Foreground;
+
+    #[tokio::test]
+    async fn what_is_free_is_claimed_and_the_rest_waited_for_with_empty_hands() {
+        let flights: Arc<Flights<u32>> = Flights::new();
+        let middle = flights.claim(&[2], NOW).await;
+        let wide = flights.claim(&[1, 2, 3], NOW).await;
+        assert_eq!(wide.keys(), [1, 3]);
+        let mut rest = Box::pin(flights.claim(&[2], NOW));
+        assert!(poll!(rest.as_mut()).is_pending());
+        drop(wide);
+        assert!(poll!(rest.as_mut()).is_pending());
+        drop(middle);
+        let rest = rest.await;
+        assert_eq!(rest.keys(), [2]);
+        drop(rest);
+        assert!(flights.is_idle());
+    }
+
+    #[tokio::test]
+    async fn what_has_come_is_let_go_before_the_rest() {
+        let flights: Arc<Flights<u32>> = Flights::new();
+        let mut claim = flights.claim(&[1, 2, 3, 4], NOW).await;
+        let front = claim.split_front(2);
+        assert_eq!((front.keys(), claim.keys()), (&[1, 2][..], &[3, 4][..]));
+        drop(front);
+        claim.land(|key| *key == 4);
+        let others = flights.claim(&[1, 2, 3, 4], NOW).await;
+        assert_eq!(others.keys(), [1, 2, 4]);
+        drop((claim, others));
+        assert!(flights.is_idle());
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_gives_up_frees_what_it_claimed_and_one_that_waits_leaves_nothing() {
+        let flights: Arc<Flights<u32>> = Flights::new();
+        let abandoned = tokio::spawn({
+            let flights = flights.clone();
+            async move {
+                let _claim = flights.claim(&[1], NOW).await;
+                std::future::pending::<()>().await;
+            }
+        });
+        while flights.is_idle() {
+            tokio::task::yield_now().await;
+        }
+        let mut waits = Box::pin(flights.claim(&[1], NOW));
+        assert!(poll!(waits.as_mut()).is_pending());
+        drop(waits);
+        abandoned.abort();
+        assert!(abandoned.await.is_err());
+        assert_eq!(flights.claim(&[1], NOW).await.keys(), [1]);
+        assert!(flights.is_idle());
+    }
+
+    #[tokio::test]
+    async fn who_is_waited_for_takes_over_what_nobody_waits_for_and_nothing_else() {
+        let flights: Arc<Flights<u32>> = Flights::new();
+        let slow = flights.claim(&[1, 2], Urgency::Background).await;
+        let equal = flights.claim(&[3], NOW).await;
+        let taken = flights.claim(&[1, 3], NOW).await;
+        assert_eq!(taken.keys(), [1]);
+        // The one who was overtaken ends without ending the flight of who came after.
+        drop(slow);
+        let mut again = Box::pin(flights.claim(&[1], Urgency::Background));
+        assert!(poll!(again.as_mut()).is_pending());
+        assert_eq!(flights.claim(&[2], Urgency::Background).await.keys(), [2]);
+        drop(taken);
+        assert_eq!(again.await.keys(), [1]);
+        drop(equal);
+        assert!(flights.is_idle());
+    }
+}
