@@ -33,6 +33,8 @@ pub struct MemoryLower {
     damaged: Mutex<Option<NodeId>>,
     /// While held for writing, fetches wait: the store does not answer.
     pub gate: Arc<tokio::sync::RwLock<()>>,
+    /// While held for writing, fetches stop when they have handed on a piece and there are more.
+    pub between: Arc<tokio::sync::RwLock<()>>,
 }
 
 #[derive(Debug)]
@@ -218,6 +220,9 @@ impl Lower for MemoryLower {
         }
         let failing_after = self.failing_after.lock().expect("no holder of this lock panics").take();
         for (n, piece) in self.pieces(node, ranges)?.into_iter().enumerate() {
+            if n > 0 {
+                drop(self.between.read().await);
+            }
             if failing_after == Some(n) {
                 return Err(LowerError::Unreachable { object, detail: "made so on the way".into() });
             }
