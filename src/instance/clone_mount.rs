@@ -30,7 +30,7 @@ use crate::mount::virtual_dir::{Item, StaticDir};
 use crate::mount::wal_dir::WalDir;
 use crate::pg::ArchiveFileName;
 use crate::repo::entry::TreePath;
-use crate::repo::{self, Basebackup, FileReader, Repository};
+use crate::repo::{self, Basebackup, FileReader, Repository, Transfers};
 
 /// A clone's mount.
 #[derive(Debug)]
@@ -108,7 +108,8 @@ impl CloneMount {
         if basebackup.record().manifest.digest.to_string() != spec.manifest_digest {
             return Err(MountFailure::OtherBasebackup(spec.basebackup));
         }
-        let reader = Arc::new(FileReader::new(basebackup.clone(), CHUNK_CACHE_BYTES));
+        let reader = FileReader::new(basebackup.clone(), CHUNK_CACHE_BYTES).sharing(Transfers::per_core());
+        let reader = Arc::new(reader);
         reader.prefetch_start_set(START_SET_BYTES).await?;
         let owner = Owner { uid: spec.owner.0, gid: spec.owner.1 };
         let switch = PatienceSwitch::new(RUNNING_PATIENCE);

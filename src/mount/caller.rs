@@ -27,12 +27,19 @@ pub struct Caller {
     pub pid: Option<u32>,
     /// Who new files belong to.
     pub owner: Owner,
+    /// Nobody waits for what is done for it: it gives way to all others.
+    pub is_background: bool,
 }
 
 impl Caller {
     /// Returns the caller for work this process does by itself.
     pub fn internal() -> Self {
-        Self { pid: None, owner: Owner::current() }
+        Self { pid: None, owner: Owner::current(), is_background: false }
+    }
+
+    /// Returns the caller for work of this process that nobody waits for.
+    pub fn background() -> Self {
+        Self { is_background: true, ..Self::internal() }
     }
 
     /// Waits for `work`, but no longer than the caller lives.
@@ -96,7 +103,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_living_caller_gets_its_answer() {
-        let caller = Caller { pid: Some(std::process::id()), owner: Owner::current() };
+        let caller = Caller { pid: Some(std::process::id()), ..Caller::internal() };
         assert_eq!(caller.killable(async { Ok(7) }).await, Ok(7));
         assert_eq!(caller.killable(async { Err::<(), _>(Errno::EIO) }).await, Err(Errno::EIO));
     }

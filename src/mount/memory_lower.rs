@@ -5,7 +5,7 @@
 //! basebackup's chunks do, each handed on by itself.
 
 use std::collections::BTreeMap;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -136,25 +136,22 @@ impl MemoryLower {
         *self.damaged.lock().expect("no holder of this lock panics") = Some(self.at(path));
     }
 
-    /// Returns the pieces that cover ranges, none twice.
-    fn pieces(&self, node: NodeId, ranges: &[Range<u64>]) -> Result<Vec<Piece>, LowerError> {
+    /// Returns which pieces cover ranges, none twice.
+    fn pieces(&self, node: NodeId, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, LowerError> {
         let size = self.entry(node)?.node.size;
         let (mut pieces, mut covered) = (Vec::new(), 0);
         for range in ranges {
             let mut start = (range.start / PIECE * PIECE).max(covered);
             while start < range.end.min(size) {
                 let end = (start + PIECE).min(size);
-                let bytes: Vec<u8> = (start..end).map(|offset| Self::byte(node, offset)).collect();
-                self.bytes.fetch_add(end - start, Ordering::SeqCst);
-                pieces.push(Piece { offset: start, bytes: Bytes::from(bytes) });
+                pieces.push(start..end);
                 (start, covered) = (end, end);
             }
         }
         if self.short.load(Ordering::SeqCst)
-            && let Some(piece) = pieces.pop()
+            && let Some(last) = pieces.last_mut()
         {
-            let cut = piece.bytes.slice(..piece.bytes.len() / 2);
-            pieces.push(Piece { bytes: cut, ..piece });
+            last.end = last.start + (last.end - last.start) / 2;
         }
         Ok(pieces)
     }
@@ -219,14 +216,16 @@ impl Lower for MemoryLower {
             return Err(LowerError::Unreachable { object, detail: "made so".into() });
         }
         let failing_after = self.failing_after.lock().expect("no holder of this lock panics").take();
-        for (n, piece) in self.pieces(node, ranges)?.into_iter().enumerate() {
+        for (n, range) in self.pieces(node, ranges)?.into_iter().enumerate() {
             if n > 0 {
                 drop(self.between.read().await);
             }
             if failing_after == Some(n) {
                 return Err(LowerError::Unreachable { object, detail: "made so on the way".into() });
             }
-            if sink.take(vec![piece]) == ControlFlow::Break(()) {
+            let bytes: Vec<u8> = range.clone().map(|offset| Self::byte(node, offset)).collect();
+            self.bytes.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+            if sink.take(vec![Piece { offset: range.start, bytes: Bytes::from(bytes) }]).is_break() {
                 break;
             }
             tokio::task::yield_now().await;

@@ -14,13 +14,14 @@ use lru::LruCache;
 
 use crate::mount::repo_lower::ReaderSource;
 use crate::repo::lease::{LEASE_RENEWAL_SECONDS, Lease};
-use crate::repo::{self, Basebackup, BasebackupId, FileReader, Repository};
+use crate::repo::{self, Basebackup, BasebackupId, FileReader, Repository, Transfers};
 
 /// The open basebackups of a mount.
 #[derive(Debug)]
 pub(crate) struct OpenBasebackups {
     repository: Repository,
     readers: Mutex<LruCache<BasebackupId, Arc<FileReader>>>,
+    transfers: Transfers,
     opening: tokio::sync::Mutex<()>,
     leases: tokio::sync::Mutex<HashMap<BasebackupId, Lease>>,
     told_of_no_lease: AtomicBool,
@@ -43,6 +44,7 @@ impl OpenBasebackups {
         Self {
             repository,
             readers: Mutex::new(LruCache::new(OPEN_MAX)),
+            transfers: Transfers::per_core(),
             opening: tokio::sync::Mutex::default(),
             leases: tokio::sync::Mutex::default(),
             told_of_no_lease: AtomicBool::new(false),
@@ -60,7 +62,8 @@ impl OpenBasebackups {
         }
         self.hold(id).await?;
         let basebackup = Arc::new(Basebackup::open(&self.repository, id).await?);
-        let reader = Arc::new(FileReader::new(basebackup, CACHE_BYTES_MAX));
+        let reader = FileReader::new(basebackup, CACHE_BYTES_MAX).sharing(self.transfers.clone());
+        let reader = Arc::new(reader);
         self.readers.lock().expect("no holder of this lock panics").put(id, reader.clone());
         Ok(reader)
     }

@@ -55,6 +55,11 @@ impl WantedChunk {
 }
 
 impl FetchPlan {
+    /// Adds a chunk of which nothing is handed on: it is to be at hand.
+    pub(crate) fn add_chunk(&mut self, chunk: ChunkRef) {
+        self.chunks.push(WantedChunk { chunk, places: Vec::new() });
+    }
+
     /// Adds a file that is one part of a chunk.
     pub(crate) fn add_blob(&mut self, blob: &BlobRef) {
         let place = Place { offset: 0, at: blob.at, len: blob.len };

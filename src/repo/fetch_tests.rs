@@ -231,6 +231,29 @@ async fn who_wants_no_more_is_not_given_more() {
 }
 
 #[tokio::test]
+async fn chunks_of_many_small_files_are_loaded_by_one_request() {
+    let store = Recording::new(Faulty::new(MemoryStore::new()));
+    let repository = testing::site(store.clone(), testing::clock()).await;
+    let mut builder = BasebackupBuilder::begin(&repository, testing::basebackup(), None).await.unwrap();
+    builder.directory("data");
+    let content = |n: u8| vec![n + 1; 1000 + usize::from(n) * 1000];
+    for n in 0..20 {
+        builder.file(&format!("data/{n:02}"), &content(n)).await.unwrap();
+    }
+    let id = builder.finish().await.unwrap().id;
+    let reader = FileReader::new(Arc::new(Basebackup::open(&repository, id).await.unwrap()), 1 << 20);
+    let children = reader.basebackup().children(&TreePath::new("data").unwrap()).await.unwrap();
+    let entries: Vec<Entry> = children.into_iter().map(|(_, entry)| entry).collect();
+    store.take_calls();
+    reader.load_together(&entries).await.unwrap();
+    assert_eq!(store.take_calls().len(), 1);
+    for (n, entry) in (0..).zip(&entries) {
+        assert_eq!(reader.read(entry, 0..entry.size()).await.unwrap(), content(n), "{}", entry.path);
+    }
+    assert!(store.take_calls().is_empty());
+}
+
+#[tokio::test]
 async fn a_pool_opens_the_same_bytes() {
     let Scene { store, reader, entry, bytes } = Scene::new().await;
     let reader = FileReader::new(reader.basebackup().clone(), 1 << 20);

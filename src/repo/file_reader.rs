@@ -26,7 +26,7 @@ use crate::repo::fetch_plan::{ChunkKey, FetchPlan, WantedChunk};
 use crate::repo::flights::{Claim, Flights};
 use crate::repo::id::PackId;
 use crate::repo::manifest::PackRange;
-use crate::repo::page_map::{MAP_BLOCK_BYTES, MapBlock};
+use crate::repo::page_map::{MAP_BLOCK_BYTES, MapBlock, PageSource};
 use crate::repo::sealed::FrameKind;
 use crate::repo::transfers::{Transfers, Urgency};
 
@@ -172,6 +172,30 @@ impl FileReader {
             start_set.insert((range.pack, range.from), bytes);
         }
         Ok(fetched)
+    }
+
+    /// Gets chunks of small files ready, neighbours in a pack by one request, for whoever reads the files next.
+    ///
+    /// What is decoded must fit the cache of chunks, or some of it is fetched again.
+    pub async fn load_together(&self, entries: &[Entry]) -> Result<(), Error> {
+        let mut plan = FetchPlan::default();
+        for entry in entries {
+            let Node::File { content, .. } = &entry.node else { continue };
+            match content {
+                Content::Part(blob) => plan.add_chunk(blob.chunk),
+                Content::Map(block) => {
+                    for extent in block.extents() {
+                        if let PageSource::Chunk { chunk, .. } = &extent.source {
+                            plan.add_chunk(*chunk);
+                        }
+                    }
+                }
+                // The first is here, and the others are not small.
+                Content::Inline(_) | Content::Blocks(_) => {}
+            }
+        }
+        let take = |_: Vec<Piece>| -> ControlFlow<()> { ControlFlow::Continue(()) };
+        self.fetch_chunks(plan.finish().chunks, Urgency::Background, &take).await
     }
 
     async fn fetch_all(

@@ -86,6 +86,11 @@ impl Transfers {
         Self { pool: Some(pool), ..Self::default() }
     }
 
+    /// Opens chunks on threads of its own, one for each core.
+    pub fn per_core() -> Self {
+        Self::new(CpuPool::per_core())
+    }
+
     /// Bounds what is under way.
     fn bounded(requests_max: usize, bytes_max: u64) -> Self {
         let gate = Gate { requests_max: requests_max.max(1), bytes_max, state: Mutex::default() };

@@ -121,7 +121,8 @@ impl Adapter {
         F: Future<Output = Result<T, Errno>> + Send + 'static,
     {
         let pid = Some(request.pid()).filter(|pid| *pid != 0);
-        let caller = Caller { pid, owner: Owner { uid: request.uid(), gid: request.gid() } };
+        let owner = Owner { uid: request.uid(), gid: request.gid() };
+        let caller = Caller { pid, owner, is_background: false };
         self.answer(operation(self.tree.clone(), caller), reply);
     }
 }

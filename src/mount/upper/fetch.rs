@@ -27,7 +27,8 @@ use crate::repo::Urgency;
 impl UpperFile {
     /// Makes a range of the file local; what lies beyond what the lower has is local already.
     pub async fn ensure_range(&self, caller: &Caller, range: Range<u64>) -> Result<(), Errno> {
-        self.ensure_range_as(Urgency::Foreground, caller, range).await
+        let urgency = if caller.is_background { Urgency::Background } else { Urgency::Foreground };
+        self.ensure_range_as(urgency, caller, range).await
     }
 
     /// Makes a range local like [`ensure_range`](Self::ensure_range), behind what is waited for more.

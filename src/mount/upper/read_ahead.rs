@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use lru::LruCache;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 use crate::mount::caller::Caller;
 use crate::mount::fs::LocalId;
@@ -31,6 +32,10 @@ pub(crate) struct ReadAheads {
     files: Mutex<LruCache<LocalId, Sequential>>,
     places: Arc<Semaphore>,
 }
+
+/// What is under way for one open file, until this is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct TasksAhead(Mutex<JoinSet<()>>);
 
 impl ReadAheads {
     pub(crate) fn new() -> Self {
@@ -56,6 +61,14 @@ impl ReadAheads {
     }
 }
 
+impl TasksAhead {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static, runtime: &Handle) {
+        let mut tasks = self.0.lock().expect("no holder of this lock panics");
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(task, runtime);
+    }
+}
+
 impl UpperFile {
     /// Takes note of a read, and begins to fetch what is likely to be read next.
     pub(super) fn read_ahead(&self, read: &Range<u64>) {
@@ -77,15 +90,13 @@ impl UpperFile {
         let Ok(file) = (Upper { shared: self.shared.clone() }).open_file(id) else { return };
         Counters::add(&self.shared.counters.read_aheads, 1);
         let fetch = async move {
-            let outcome = file.ensure_range_as(Urgency::Ahead, &Caller::internal(), range.clone()).await;
+            let outcome = file.ensure_range_as(Urgency::Ahead, &Caller::background(), range.clone()).await;
             if let Err(errno) = outcome {
                 tracing::debug!(?range, "could not read ahead: {errno}");
             }
             drop(place);
         };
-        let mut tasks = self.ahead.lock().expect("no holder of this lock panics");
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn_on(fetch, &runtime);
+        self.ahead.spawn(fetch, &runtime);
     }
 
     /// Forgets who reads on in this file: there is no room for what follows.

@@ -4,11 +4,10 @@
 //! when the caller is killed; then one synchronous step on the namespace or the content, which always runs to its
 //! end. Steps that sync run on a blocking thread, so that one slow disk does not stop the dispatcher.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use nix::errno::Errno;
-use tokio::task::JoinSet;
 
 use crate::mount::caller::Caller;
 use crate::mount::errno;
@@ -22,6 +21,7 @@ use crate::mount::upper::content::Content;
 use crate::mount::upper::local_disk::Times;
 use crate::mount::upper::namespace::{Below, Entered, Namespace, of_io};
 use crate::mount::upper::node::{LowerNode, Node};
+use crate::mount::upper::read_ahead::TasksAhead;
 use crate::mount::upper::{Shared, Upper};
 
 /// The longest name Linux has.
@@ -33,7 +33,7 @@ pub struct UpperFile {
     pub(super) shared: Arc<Shared>,
     pub(super) node: Arc<Node>,
     /// What is being fetched because it follows what was read here; ends with the file.
-    pub(super) ahead: Mutex<JoinSet<()>>,
+    pub(super) ahead: TasksAhead,
 }
 
 impl Upper {
@@ -50,7 +50,7 @@ impl Upper {
         }
         record.handles += 1;
         let (shared, node) = (self.shared.clone(), record.node.clone());
-        Ok(Arc::new(UpperFile { shared, node, ahead: Mutex::default() }))
+        Ok(Arc::new(UpperFile { shared, node, ahead: TasksAhead::default() }))
     }
 
     /// Finds a name and enters it into the table; the caller's references are not counted.
