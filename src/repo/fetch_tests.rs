@@ -20,7 +20,8 @@ type TestStore = Recording<Faulty<MemoryStore>>;
 const CHUNK: u64 = 64 << 10;
 /// A chunk that is neither compressed nor encrypted, and its tag.
 const STORED: u64 = CHUNK + 16;
-const REQUEST_BYTES_MAX: u64 = 4 << 20;
+/// 64 chunks that do not get smaller.
+const REQUEST_BYTES_MAX: u64 = (4 << 20) + (4 << 10);
 const CHUNKS: u64 = 128;
 const SIZE: u64 = CHUNKS * CHUNK;
 

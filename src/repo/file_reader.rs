@@ -54,10 +54,13 @@ pub struct FileReader {
     damage: OnceLock<String>,
 }
 
-/// Chunks this close in a pack are fetched by one request: a gap costs less than a round trip. Requests are no longer
-/// than what a line of 100 MB/s brings in the time of two round trips of 20 ms, so that the first byte is not kept
-/// waiting; and what they bring is no more when it is open than a hydrator's largest part.
-const LIMITS: RunLimits = RunLimits { bytes_max: 4 << 20, gap_bytes_max: 16 << 10, raw_bytes_max: 8 << 20 };
+/// Chunks this close in a pack are fetched by one request: a gap costs less than a round trip. What a request brings is
+/// no more when it is open than the largest part anybody asks for.
+const LIMITS: RunLimits =
+    RunLimits { bytes_max: REQUEST_BYTES_MAX, gap_bytes_max: 16 << 10, raw_bytes_max: 8 << 20 };
+/// Requests are no longer than what a line of 100 MB/s brings in two round trips of 20 ms, so that the first byte is not
+/// kept waiting: 4 MiB of pages that do not compress, and the tags of their chunks.
+const REQUEST_BYTES_MAX: u32 = (4 << 20) + (4 << 10);
 /// A job on the pool opens so many chunks, a mebibyte: little enough to come soon, enough to be worth handing over.
 const CHUNKS_PER_JOB: usize = 16;
 /// So few chunks are opened where they arrive: handing them over would cost more than it spreads.

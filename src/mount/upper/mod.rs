@@ -7,8 +7,7 @@
 //! data directory.
 //!
 //! ```text
-//! volume      operations: ask the lower, then change under the lock      fetch     ensure_range, single-flight
-//! sequential  who reads on from where     read_ahead   fetching what follows them
+//! volume      ask the lower, then change under the lock     fetch, read_ahead   ensure_range, and what follows a scan
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
 //! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls

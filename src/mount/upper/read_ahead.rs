@@ -9,8 +9,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use lru::LruCache;
+use nix::errno::Errno;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::mount::caller::Caller;
@@ -61,6 +62,36 @@ impl ReadAheads {
     }
 }
 
+/// A window that is being fetched. What did not come, because of a failure or because the file was closed, is taken
+/// back, so that another reader of the stream is not left to fetch it page by page.
+#[derive(Debug)]
+struct Window {
+    file: Arc<UpperFile>,
+    range: Range<u64>,
+    has_come: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Window {
+    async fn fetch(mut self) {
+        let (range, caller) = (self.range.clone(), Caller::background());
+        let outcome = self.file.ensure_range_as(Urgency::Ahead, &caller, range).await;
+        match outcome {
+            Ok(()) => self.has_come = true,
+            Err(Errno::ENOSPC | Errno::EDQUOT) => self.file.stop_reading_ahead(),
+            Err(errno) => tracing::debug!(range = ?self.range, "could not read ahead: {errno}"),
+        }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        if !self.has_come {
+            self.file.shared.read_aheads.take_back(self.file.node.id, &self.range);
+        }
+    }
+}
+
 impl TasksAhead {
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static, runtime: &Handle) {
         let mut tasks = self.0.lock().expect("no holder of this lock panics");
@@ -89,14 +120,8 @@ impl UpperFile {
         // A handle of its own, so that this one can be closed, which ends the task.
         let Ok(file) = (Upper { shared: self.shared.clone() }).open_file(id) else { return };
         Counters::add(&self.shared.counters.read_aheads, 1);
-        let fetch = async move {
-            let outcome = file.ensure_range_as(Urgency::Ahead, &Caller::background(), range.clone()).await;
-            if let Err(errno) = outcome {
-                tracing::debug!(?range, "could not read ahead: {errno}");
-            }
-            drop(place);
-        };
-        self.ahead.spawn(fetch, &runtime);
+        let window = Window { file, range, has_come: false, _place: place };
+        self.ahead.spawn(window.fetch(), &runtime);
     }
 
     /// Forgets who reads on in this file: there is no room for what follows.
