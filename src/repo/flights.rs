@@ -2,8 +2,8 @@
 //!
 //! Who wants several things claims those that nobody fetches, fetches them, and comes back for the others: so nobody
 //! who waits holds anything that somebody waits for. A claim ends when it is dropped, so a reader that is killed or
-//! fails hands its things to whoever waits. Who is waited for does not wait long for a fetch that nobody waits for: that
-//! may stand behind many others, so after a while it is taken over, at the price of a second request.
+//! fails hands its things to whoever waits. Who is waited for does not wait long for a fetch that nobody waits for:
+//! that may stand behind many others, so after a while it is taken over, at the price of a second request.
 
 use std::collections::HashMap;
 use std::hash::Hash;

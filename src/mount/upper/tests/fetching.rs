@@ -6,11 +6,16 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::mount::fs::OpenFile;
+use crate::disk::Owner;
+use crate::mount::fs::{OpenFile, Volume};
 use crate::mount::memory_lower::{MemoryLower, PIECE};
-use crate::mount::upper::UpperFile;
-use crate::mount::upper::tests::world::{World, caller, open, same};
-use crate::repo::Urgency;
+use crate::mount::repo_lower::RepoLower;
+use crate::mount::upper::tests::world::{World, binding, caller, open, same};
+use crate::mount::upper::{Upper, UpperFile, UpperOptions};
+use crate::repo::builder::BasebackupBuilder;
+use crate::repo::entry::TreePath;
+use crate::repo::{Basebackup, FileReader, Urgency, testing};
+use crate::storage::{MemoryStore, Recording, Verb};
 
 const FILE: &str = "16384";
 const SIZE: u64 = 128 * PIECE;
@@ -177,6 +182,41 @@ async fn a_scan_is_read_ahead_of_in_few_fetches() {
     assert_eq!(urgencies, [[Urgency::Ahead; 6].as_slice(), &[Urgency::Foreground; 2]].concat());
     assert_eq!(world.lower.fetched_bytes(), SIZE);
     assert_eq!((world.upper.stats().read_aheads, world.upper.stats().waits > 1), (6, true));
+}
+
+#[tokio::test]
+async fn a_scan_of_a_basebackup_costs_a_request_for_each_window() {
+    let scratch = tempfile::tempdir().unwrap();
+    let store = Recording::new(MemoryStore::new());
+    let repository = testing::site(store.clone(), testing::clock()).await;
+    let content: Vec<u8> = (0..SIZE).map(|n| (n / 13 + n / PAGE) as u8 | 1).collect();
+    let mut builder = BasebackupBuilder::begin(&repository, testing::basebackup(), None).await.unwrap();
+    builder.directory("data").file("data/16384", &content).await.unwrap();
+    let id = builder.finish().await.unwrap().id;
+    let reader = FileReader::new(Arc::new(Basebackup::open(&repository, id).await.unwrap()), 1 << 20);
+    let lower = RepoLower::new(Arc::new(reader), TreePath::new("data").unwrap());
+    let options = UpperOptions {
+        directory: scratch.path().to_owned(),
+        binding: binding(),
+        owner: Owner::current(),
+        holds_back: false,
+    };
+    let upper = Upper::open(Arc::new(lower), options).await.unwrap();
+    let found = upper.lookup(&caller(), upper.root(), FILE.as_bytes()).await.unwrap();
+    let file = upper.open_file(found.id).unwrap();
+    store.take_calls();
+    for page in 0..SIZE / PAGE {
+        let got = file.read(&caller(), page * PAGE, PAGE as u32).await.unwrap();
+        let range = (page * PAGE) as usize..((page + 1) * PAGE) as usize;
+        same(&got, &content[range], &format!("page {page}"));
+        tokio::task::yield_now().await;
+    }
+    // The page map, two chunks until the scan is believed, six windows; pages are stored as they are.
+    let calls = store.take_calls();
+    assert!(calls.iter().all(|call| call.verb == Verb::GetRange), "{calls:?}");
+    assert_eq!((calls.len(), upper.stats().read_aheads), (1 + 2 + 6, 6), "{calls:?}");
+    let bytes: u64 = calls.iter().map(|call| call.bytes).sum();
+    assert!((SIZE..SIZE + (64 << 10)).contains(&bytes), "{bytes}");
 }
 
 #[tokio::test]
