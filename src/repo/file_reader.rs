@@ -46,6 +46,8 @@ pub type PieceTaker<'a> = dyn Fn(Vec<Piece>) -> ControlFlow<()> + Send + Sync + 
 #[derive(Debug)]
 pub struct FileReader {
     basebackup: Arc<Basebackup>,
+    /// Page maps have a cache of their own: all that is read of a large file passes by the other one.
+    maps: Mutex<ChunkCache>,
     cache: Mutex<ChunkCache>,
     /// The start-up set as stored, by pack and offset. It is read in no order, so it stays.
     start_set: Mutex<BTreeMap<(PackId, u32), Bytes>>,
@@ -73,7 +75,8 @@ impl FileReader {
     pub fn new(basebackup: Arc<Basebackup>, cache_bytes_max: usize) -> Self {
         Self {
             basebackup,
-            cache: Mutex::new(ChunkCache::new(cache_bytes_max)),
+            maps: Mutex::new(ChunkCache::new(cache_bytes_max / 4)),
+            cache: Mutex::new(ChunkCache::new(cache_bytes_max - cache_bytes_max / 4)),
             start_set: Mutex::new(BTreeMap::new()),
             flights: Flights::new(),
             transfers: Transfers::default(),
@@ -240,21 +243,22 @@ impl FileReader {
     }
 
     async fn map_block_as(&self, blob: &BlobRef, entry: &Entry, urgency: Urgency) -> Result<MapBlock, Error> {
-        let raw = self.chunk(FrameKind::Map, &blob.chunk, urgency).await?;
+        let raw = self.map_chunk(&blob.chunk, urgency).await?;
         let bytes = raw.get(blob.at as usize..blob.at as usize + blob.len as usize);
         let bytes = bytes.ok_or_else(|| too_short(&blob.chunk))?;
         let object = || format!("the page map of {} in {}", entry.path, blob.chunk.pack);
         MapBlock::decode(bytes).map_err(|error| Error::damaged(object(), error))
     }
 
-    /// Returns one decoded chunk.
-    async fn chunk(&self, kind: FrameKind, chunk: &ChunkRef, urgency: Urgency) -> Result<Bytes, Error> {
+    /// Returns a decoded chunk of page maps.
+    async fn map_chunk(&self, chunk: &ChunkRef, urgency: Urgency) -> Result<Bytes, Error> {
         let key = (chunk.pack, chunk.position);
-        if let Some(raw) = self.cached(key) {
+        let cached = || self.maps.lock().expect("no holder of this lock panics").get(key);
+        if let Some(raw) = cached() {
             return Ok(raw);
         }
         let _claim = self.flights.claim(&[key], urgency).await;
-        if let Some(raw) = self.cached(key) {
+        if let Some(raw) = cached() {
             return Ok(raw);
         }
         let stored = match self.in_start_set(chunk)? {
@@ -266,8 +270,8 @@ impl FileReader {
                 self.basebackup.fetch_run(&ChunkRun { pack: chunk.pack, range, chunks: 0..1 }).await?
             }
         };
-        let raw = Bytes::from(stored.open(kind, chunk)?);
-        self.keep(key, &raw);
+        let raw = Bytes::from(stored.open(FrameKind::Map, chunk)?);
+        self.maps.lock().expect("no holder of this lock panics").put(key, raw.clone());
         Ok(raw)
     }
 
