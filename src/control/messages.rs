@@ -82,12 +82,49 @@ pub struct CloneStatus {
     pub hydrated_bytes: u64,
     /// Bytes of the basebackup.
     pub total_bytes: u64,
+    /// How the rest of the basebackup comes.
+    #[serde(default)]
+    pub hydration: HydrationStatus,
     /// Bytes read from the store, manifest, keys and WAL included.
     pub bytes_fetched: u64,
     /// Requests to the store.
     pub requests: u64,
     /// From the request to create or start it until it answered.
     pub seconds_to_ready: Option<f64>,
+}
+
+/// How the rest of a basebackup comes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HydrationStatus {
+    /// What is done about it.
+    pub state: HydrationState,
+    /// What it waits for, or why it failed.
+    pub reason: Option<String>,
+    /// The most bytes that become local in a second.
+    pub rate_limit: Option<u64>,
+    /// Bytes that became local in a second, over the last seconds.
+    pub bytes_per_second: u64,
+    /// Time that the rest takes at this rate.
+    pub seconds_left: Option<u64>,
+    /// Files that could not be made local.
+    pub failed_files: u64,
+}
+
+/// What is done about the rest of a basebackup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HydrationState {
+    /// Nothing: what is read is fetched when it is read.
+    #[default]
+    Off,
+    /// It is to come, and waits.
+    Waiting,
+    /// It is being fetched.
+    Running,
+    /// Everything is local and on stable storage.
+    Done,
+    /// Something could not be made local.
+    Failed,
 }
 
 /// A setting of a clone's server.
@@ -99,6 +136,18 @@ pub struct CloneSetting {
     pub value: String,
     /// Why the clone needs it.
     pub reason: String,
+}
+
+impl std::fmt::Display for HydrationState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Off => "off",
+            Self::Waiting => "waiting",
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+        })
+    }
 }
 
 impl std::fmt::Display for CloneState {

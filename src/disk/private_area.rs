@@ -7,6 +7,7 @@
 //! .walden/binding.json      the basebackup this directory belongs to
 //! .walden/lock              held by the process that fills it
 //! .walden/names.journal     names of the lower that are gone (mount::upper)
+//! .walden/whole             everything is local and on stable storage (mount::upper::hydrate)
 //! .walden/held/…            PG_VERSION and pg_control, so that PostgreSQL refuses the bare directory
 //! .walden/tmp/…             files on their way to their place; emptied by whoever opens it
 //! ```

@@ -3,7 +3,7 @@
 //! ```text
 //! <clones>/<name>/clone.json    what it was made from and how it is run
 //!                 plan.json     what its recovery may ask of the archive
-//!                 state.json, settings.json   how it ended and what its server was told, for when nothing of it runs
+//!                 state.json, settings.json, hydration.json   how it ended, for when nothing of it runs
 //!                 upper/        what differs from the basebackup
 //!                 mnt/          the mount: data, tablespaces, wal
 //!                 pg_wal/       WAL of the clone itself, not through the mount
@@ -16,6 +16,7 @@
 
 use std::error::Error as StdError;
 use std::io;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -84,8 +85,39 @@ pub struct CloneSpec {
     /// What its user should know of it.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// How the rest of the basebackup comes.
+    #[serde(default)]
+    pub hydrate: HydrateSpec,
     /// When it was made.
     pub created_at: Timestamp,
+}
+
+/// How the rest of a clone's basebackup comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HydrateSpec {
+    /// Whether it comes in the background.
+    pub in_background: bool,
+    /// The most bytes of it that become local in a second.
+    pub rate: Option<NonZeroU64>,
+}
+
+/// How much of a clone's basebackup was local when its supervisor last wrote it down.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LastHydration {
+    /// Bytes that were local.
+    pub hydrated_bytes: u64,
+    /// Bytes that the basebackup has.
+    pub total_bytes: u64,
+    /// Whether everything was local and on stable storage.
+    pub is_done: bool,
+}
+
+impl Default for HydrateSpec {
+    fn default() -> Self {
+        Self { in_background: true, rate: None }
+    }
 }
 
 /// How a clone ended, or that it is still on its way.
@@ -289,6 +321,20 @@ impl CloneFolder {
     /// Returns what the server was told last; nothing before its first start.
     pub fn read_settings(&self) -> Vec<CloneSetting> {
         state_file::read_document(&self.settings_file(), "the settings of a clone").unwrap_or_default()
+    }
+
+    /// Remembers how much of the basebackup is local.
+    pub fn write_hydration(&self, hydration: &LastHydration) -> Result<(), disk::Error> {
+        write_json(&self.hydration_file(), hydration, "the progress of a clone")
+    }
+
+    /// Returns how much of the basebackup was local; nothing before the first start.
+    pub fn read_hydration(&self) -> LastHydration {
+        state_file::read_document(&self.hydration_file(), "the progress of a clone").unwrap_or_default()
+    }
+
+    fn hydration_file(&self) -> PathBuf {
+        self.path.join("hydration.json")
     }
 
     fn settings_file(&self) -> PathBuf {

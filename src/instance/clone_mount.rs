@@ -7,7 +7,8 @@
 //! ```
 //! A dead mount that a killed supervisor left is detached first; the caller holds the folder's lock, so nobody else
 //! can be behind it. Closing syncs every upper before the mount goes.
-//! How long reads wait for the store is the supervisor's to say: it knows whether there is recovery to lose.
+//! How long reads wait for the store is the supervisor's to say: it knows whether there is recovery to lose. It also says
+//! when the hydrator begins, which brings what nobody has asked for.
 
 use std::os::unix::ffi::OsStringExt;
 use std::sync::Arc;
@@ -17,14 +18,18 @@ use futures::future::try_join_all;
 
 use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_reader::WalReader;
+use crate::control::HydrationStatus;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Binding, Owner};
-use crate::instance::clone_folder::{CloneFolder, CloneSpec};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastHydration};
+use crate::instance::hydration;
 use crate::mount::lower::Lower;
 use crate::mount::mounting::{self, MountError, MountOptions, Mounted};
+use crate::mount::pack_order::PackOrder;
 use crate::mount::patience::{Patience, PatienceSwitch, PatientLower};
 use crate::mount::repo_lower::RepoLower;
 use crate::mount::tree::Tree;
+use crate::mount::upper::hydrate::{HydrateOptions, Hydrator};
 use crate::mount::upper::{OpenError, Upper, UpperOptions};
 use crate::mount::virtual_dir::{Item, StaticDir};
 use crate::mount::wal_dir::WalDir;
@@ -39,6 +44,10 @@ pub struct CloneMount {
     uppers: Vec<Upper>,
     reader: Arc<FileReader>,
     switch: Arc<PatienceSwitch>,
+    hydrator: Arc<Hydrator>,
+    hydrate_options: HydrateOptions,
+    /// What was local when this mount began, as far as the last one knew.
+    local_before: u64,
 }
 
 /// Why a clone's mount is not there.
@@ -139,7 +148,11 @@ impl CloneMount {
             tokio::task::spawn_blocking(move || mounting::mount(tree, &mount_point, &options, &runtime))
                 .await
                 .map_err(|error| MountFailure::Internal(error.to_string()))??;
-        Ok(Self { mounted: Some(mounted), uppers, reader, switch })
+        let hydrate_options = HydrateOptions { is_on: spec.hydrate.in_background, rate: spec.hydrate.rate };
+        let order = Arc::new(PackOrder::new(reader.clone()));
+        let hydrator = Hydrator::new(uppers.clone(), order, repository.shared_clock(), hydrate_options);
+        let local_before = folder.read_hydration().hydrated_bytes;
+        Ok(Self { mounted: Some(mounted), uppers, reader, switch, hydrator, hydrate_options, local_before })
     }
 
     /// Makes everything that was written durable.
@@ -170,9 +183,40 @@ impl CloneMount {
         self.reader.damage()
     }
 
-    /// Returns how many bytes of the basebackup are in the upper since this mount began.
+    /// Returns the work of bringing what is not local yet, apart from this mount's life; it may be dropped at any time.
+    pub fn hydrate(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.hydrator.clone().run()
+    }
+
+    /// Tells whether everything is local and on stable storage.
+    pub fn is_hydrated(&self) -> bool {
+        self.uppers.iter().all(Upper::is_hydrated)
+    }
+
+    /// Returns how many bytes of the basebackup are local or no longer needed.
     pub fn hydrated_bytes(&self) -> u64 {
-        self.uppers.iter().map(|upper| upper.stats().filled_bytes).sum()
+        let total = self.total_bytes();
+        match self.hydrator.report().missing_bytes {
+            Some(missing) => total.saturating_sub(missing),
+            None => {
+                let filled: u64 = self.uppers.iter().map(|upper| upper.stats().filled_bytes).sum();
+                self.local_before.saturating_add(filled).min(total)
+            }
+        }
+    }
+
+    /// Returns how the rest of the basebackup comes.
+    pub fn hydration(&self) -> HydrationStatus {
+        hydration::status_of(self.hydrator.report(), self.hydrate_options.rate)
+    }
+
+    /// Returns what is to be remembered of it for when nothing of the clone runs.
+    pub fn last_hydration(&self) -> LastHydration {
+        LastHydration {
+            hydrated_bytes: self.hydrated_bytes(),
+            total_bytes: self.total_bytes(),
+            is_done: self.is_hydrated(),
+        }
     }
 
     /// Returns how many bytes the basebackup has.

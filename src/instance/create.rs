@@ -14,7 +14,7 @@ use crate::catalog::{RecoveryPlan, RecoveryTarget, TargetAction};
 use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
-use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, HydrateSpec, LastState, write_json};
 use crate::instance::isolation::{config_files, socket_path};
 use crate::instance::preload::{Preload, is_in, plan_preload};
 use crate::repo::documents::ServerRecord;
@@ -48,6 +48,8 @@ pub struct CreateOptions {
     pub host: Host,
     /// Libraries to preload that the user vouches for.
     pub preload: Vec<String>,
+    /// How the rest of the basebackup comes.
+    pub hydrate: HydrateSpec,
 }
 
 impl CreateOptions {
@@ -172,6 +174,7 @@ pub async fn create(
         limits: scan.limits,
         stand_ins: stand_ins(folder, &basebackup, &scan),
         warnings,
+        hydrate: options.hydrate,
         created_at: repository.clock().now(),
     };
     match write_folder(folder, &spec, &plan, options.owner) {

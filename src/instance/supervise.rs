@@ -4,7 +4,8 @@
 //! stop → sync → unmount. The order on the way down is what makes everything that was fsynced be there at the next
 //! start. When this process is killed PostgreSQL dies with it (`launch`), and the next start begins with detaching
 //! the dead mount. Reads wait for the store for ever while there is recovery to lose, and until what must never fail
-//! to be read is local; after that until a deadline. A recovery that ended for want of the store is started again
+//! to be read is local; after that until a deadline. The rest of the basebackup comes once the server answers and has
+//! ended its recovery, or waits in it. A recovery that ended for want of the store is started again
 //! (`store_wait`). Deliberately absent: starting again after any other failure.
 
 use std::error::Error as StdError;
@@ -24,6 +25,7 @@ use crate::disk::durable::{self, Create};
 use crate::disk::{self, CloneMarker, LockFile, Owner, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
 use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::hydration::{self, Hydrating};
 use crate::instance::isolation::{CloneFacts, Setting, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
 use crate::instance::orphans;
@@ -167,6 +169,7 @@ async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) ->
         Some(damage) => SuperviseError::Damaged { damage: damage.to_owned(), error: Box::new(error) },
         None => error,
     });
+    hydration::remember(folder, &mount, Ok(()));
     // Whatever happened, what PostgreSQL was told is durable is made so, and nothing stays mounted.
     let closed = mount.close().await;
     let (stopped_by, ()) = (outcome?, closed?);
@@ -226,6 +229,7 @@ struct Run<'a> {
     session: Option<Session>,
     state: CloneState,
     seconds_to_ready: Option<f64>,
+    hydrating: Hydrating,
 }
 
 /// Runs PostgreSQL once; returns the request that stopped it, if it was one.
@@ -249,6 +253,7 @@ async fn run_server<T: Future<Output = ()>>(
                     break Err(error.into());
                 }
             }
+            Some(ended) = run.hydrating.ended() => hydration::remember(&options.folder, mount, ended),
             pending = listener.next() => match pending.request {
                 Request::Stop => break Ok(Some(pending)),
                 Request::Status => {
@@ -266,6 +271,7 @@ async fn run_server<T: Future<Output = ()>>(
             break Err(error);
         }
     };
+    run.hydrating.stop().await;
     // A server that waits for the store has to hear that it is to stop.
     mount.wait_for_store(STOPPING_PATIENCE);
     run.session = None;
@@ -291,23 +297,45 @@ impl<'a> Run<'a> {
         let server = Server::start(&launch(options, spec, &settings), endpoint).await?;
         let settings = settings.into_iter().map(listed).collect();
         let (state, session) = (CloneState::Recovering, None);
-        Ok(Self { options, spec, mount, server, settings, session, state, seconds_to_ready: None })
+        Ok(Self {
+            options,
+            spec,
+            mount,
+            server,
+            settings,
+            session,
+            state,
+            seconds_to_ready: None,
+            hydrating: Hydrating::default(),
+        })
     }
 
     /// Lets the store's absence be an error once there is no recovery to lose, and tells that the server answers.
     async fn ready(&mut self) -> Result<(), SuperviseError> {
-        if !is_recovering(&self.options.folder) {
-            self.mount.wait_for_store(RUNNING_PATIENCE);
+        self.allow_missing_store();
+        if !self.hydrating.has_begun() {
+            self.look().await;
+            // Recovery may have ended in between, and whoever sees it running does not look again.
+            self.allow_missing_store();
+            // A recovery that goes on has the store for itself.
+            if self.state != CloneState::Recovering {
+                self.hydrating.begin(self.mount);
+            }
         }
         if self.seconds_to_ready.is_some() {
             return Ok(());
         }
-        self.look().await;
         let now = self.options.repository.clock().monotonic();
         self.seconds_to_ready = Some(now.saturating_duration_since(self.options.asked_at).as_secs_f64());
         self.options.folder.write_settings(&self.settings)?;
         self.options.folder.write_state(&LastState::sound(self.state))?;
         Ok(())
+    }
+
+    fn allow_missing_store(&self) {
+        if !is_recovering(&self.options.folder) {
+            self.mount.wait_for_store(RUNNING_PATIENCE);
+        }
     }
 
     /// Asks the server how it is; what it does not answer in time, its directory tells.
@@ -333,6 +361,7 @@ impl<'a> Run<'a> {
             settings: self.settings.clone(),
             hydrated_bytes: mount.hydrated_bytes(),
             total_bytes: mount.total_bytes(),
+            hydration: mount.hydration(),
             bytes_fetched: options.spent_bytes + traffic.bytes_read,
             requests: options.spent_requests + traffic.requests(),
             seconds_to_ready: self.seconds_to_ready,
@@ -343,6 +372,7 @@ impl<'a> Run<'a> {
 
 /// Returns the status of a clone of which nothing runs.
 pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) -> CloneStatus {
+    let last_hydration = folder.read_hydration();
     CloneStatus {
         name: spec.name.clone(),
         state: last.state,
@@ -361,8 +391,9 @@ pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) 
         server_pid: None,
         warnings: spec.warnings.clone(),
         settings: folder.read_settings(),
-        hydrated_bytes: 0,
-        total_bytes: 0,
+        hydrated_bytes: last_hydration.hydrated_bytes,
+        total_bytes: last_hydration.total_bytes,
+        hydration: hydration::resting_status(spec, &last_hydration),
         bytes_fetched: 0,
         requests: 0,
         seconds_to_ready: None,

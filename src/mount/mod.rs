@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Everything below `fuse` runs without a mount and is tested so. The mount never interprets WAL to change data:
-//! PostgreSQL replays it. Deliberately absent so far: the hydrator, passthrough, and any prefetch; `upper` has
-//! `ensure_range` for them to stand on.
+//! PostgreSQL replays it. `upper::hydrate` brings the rest of a basebackup in the background, in the order that
+//! `pack_order` knows. Deliberately absent so far: passthrough, and prefetch by what the WAL will read.
 
 pub mod fs;
 pub mod lower;
@@ -25,6 +25,7 @@ pub mod virtual_dir;
 mod basebackup_dir;
 mod inventory;
 mod open_basebackups;
+pub mod pack_order;
 pub mod repo_lower;
 mod restoring;
 pub mod site_tree;

@@ -10,7 +10,7 @@ use walden::catalog::{RecoveryTarget, TargetAction, basebackups};
 use walden::clock::SystemClock;
 use walden::codec::{Compression, CpuPool, SystemRandom};
 use walden::disk::Owner;
-use walden::instance::clone_folder::CloneFolder;
+use walden::instance::clone_folder::{CloneFolder, HydrateSpec};
 use walden::instance::create::{CreateOptions, create};
 use walden::monitor::VoidMonitor;
 use walden::replication::{ConnectOptions, ServerRole};
@@ -158,6 +158,7 @@ async fn making_a_clone_survives_a_fault_at_every_call_or_fails_and_leaves_nothi
         user: Owner::current(),
         host: Host::here(None),
         preload: Vec::new(),
+        hydrate: HydrateSpec::default(),
     };
     for (fault, retried) in rounds() {
         let mut failures = 0;

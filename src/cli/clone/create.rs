@@ -10,13 +10,14 @@ use clap::Args;
 use crate::catalog::host::Host;
 use crate::config::{KeyPurpose, OwnedFolder};
 use crate::disk::Owner;
-use crate::instance::clone_folder::CloneFolder;
+use crate::instance::clone_folder::{CloneFolder, HydrateSpec};
 use crate::instance::create::{CreateOptions, create, default_action};
 use crate::instance::programs::libc_version;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::recovery_target::TargetArguments;
+use super::hydrate_arguments::HydrateArguments;
 use super::start::{HandedOver, start};
 use super::status::StatusReport;
 
@@ -52,6 +53,9 @@ pub(super) struct CloneCreate {
     /// Preloads a library of an extension, without which its WAL cannot be replayed
     #[arg(long, value_name = "LIBRARY")]
     preload: Vec<String>,
+
+    #[command(flatten)]
+    hydrate: HydrateArguments,
 }
 
 impl CloneCreate {
@@ -75,6 +79,7 @@ impl CloneCreate {
             user: Owner::current(),
             host: Host::here(libc_version()),
             preload: self.preload.clone(),
+            hydrate: self.hydrate.change(HydrateSpec::default()),
         };
         let status = context.block_on(async {
             let repository = context.open_repository(site, KeyPurpose::Read).await?;

@@ -5,6 +5,7 @@
 
 mod create;
 mod delete;
+mod hydrate_arguments;
 mod log;
 mod psql;
 mod start;

@@ -16,6 +16,7 @@ use crate::instance::clone_folder::CloneFolder;
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::exit::ExitKind;
+use super::hydrate_arguments::HydrateArguments;
 use super::status::StatusReport;
 use super::{existing, is_supervised, status_of};
 
@@ -24,6 +25,9 @@ use super::{existing, is_supervised, status_of};
 pub(super) struct CloneStart {
     /// The name of the clone
     name: String,
+
+    #[command(flatten)]
+    hydrate: HydrateArguments,
 }
 
 /// What was spent before the supervisor began.
@@ -50,7 +54,13 @@ impl CloneStart {
         if is_supervised(&folder)? {
             return Err(CommandError::failed(format!("clone \"{}\" is running already", self.name)));
         }
-        let site = folder.read_spec()?.site;
+        let mut spec = folder.read_spec()?;
+        let hydrate = self.hydrate.change(spec.hydrate);
+        if hydrate != spec.hydrate {
+            spec.hydrate = hydrate;
+            folder.write_spec(&spec)?;
+        }
+        let site = spec.site;
         let status = context.block_on(async {
             start(context, &folder, &site, HandedOver::of(context, asked_at)).await?;
             status_of(&folder).await

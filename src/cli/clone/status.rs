@@ -2,17 +2,18 @@
 //! Field names of the JSON are those of `control::CloneStatus`, which scripts rely on.
 
 use std::fmt::{self, Write};
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
 
-use crate::control::CloneStatus;
+use crate::control::{CloneStatus, HydrationState};
 use crate::instance::clone_folder::CloneFolder;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::output::Report;
-use super::super::text::{Align, TextStyle, TextTable, size};
+use super::super::text::{Align, TextStyle, TextTable, duration, size};
 use super::{existing, status_of};
 
 /// Shows how a clone is
@@ -88,8 +89,38 @@ impl Report for StatusReport {
             writeln!(out, "  first answer  after {seconds:.2} s")?;
             writeln!(out, "  fetched       {fetched} in {} requests, of {total}", status.requests)?;
         }
+        if status.total_bytes > 0 {
+            writeln!(out, "  local         {}", local_text(status))?;
+        }
         Ok(())
     }
+}
+
+/// Says how much of the basebackup is local, and what becomes of the rest.
+fn local_text(status: &CloneStatus) -> String {
+    let hydration = &status.hydration;
+    let (local, total) = (size(status.hydrated_bytes), size(status.total_bytes));
+    let reason = hydration.reason.as_deref().unwrap_or("for no reason it tells");
+    let mut text = match hydration.state {
+        HydrationState::Done => return format!("all of {total}"),
+        HydrationState::Off => format!("{local} of {total}; the rest comes when it is read"),
+        HydrationState::Waiting => format!("{local} of {total}; the rest waits: {reason}"),
+        HydrationState::Failed => format!("{local} of {total}; the rest has failed: {reason}"),
+        HydrationState::Running => {
+            format!("{local} of {total}; the rest comes at {}/s", size(hydration.bytes_per_second))
+        }
+    };
+    if hydration.state == HydrationState::Running
+        && let Some(seconds) = hydration.seconds_left
+    {
+        text += &format!(" in {}", duration(Duration::from_secs(seconds)));
+    }
+    match hydration.failed_files {
+        0 => {}
+        1 => text += "; one file could not come",
+        files => text += &format!("; {files} files could not come"),
+    }
+    text
 }
 
 impl Report for ListReport {
@@ -117,5 +148,73 @@ impl Report for ListReport {
         }
         table.write(out);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{CloneState, HydrationStatus};
+
+    fn status(hydrated_bytes: u64, hydration: HydrationStatus) -> CloneStatus {
+        CloneStatus {
+            name: "one".to_owned(),
+            state: CloneState::Running,
+            message: None,
+            site: "main".to_owned(),
+            basebackup: "20261120T101500Z-3fa9".to_owned(),
+            target: "the end of the archive".to_owned(),
+            port: 5432,
+            socket_directory: "/run".into(),
+            data_directory: "/data".into(),
+            superuser: "postgres".to_owned(),
+            supervisor_pid: None,
+            server_pid: None,
+            warnings: Vec::new(),
+            settings: Vec::new(),
+            hydrated_bytes,
+            total_bytes: 4 << 20,
+            hydration,
+            bytes_fetched: 0,
+            requests: 0,
+            seconds_to_ready: None,
+        }
+    }
+
+    #[test]
+    fn the_rest_is_told_with_rate_time_and_what_keeps_it() {
+        let running = HydrationStatus {
+            state: HydrationState::Running,
+            bytes_per_second: 1 << 20,
+            seconds_left: Some(2),
+            ..HydrationStatus::default()
+        };
+        let text = |hydration: &HydrationStatus| local_text(&status(2 << 20, hydration.clone()));
+        assert_eq!(text(&running), "2.00 MiB of 4.00 MiB; the rest comes at 1.00 MiB/s in 2.0 s");
+        let reason = Some("the disk is full".to_owned());
+        let waiting = HydrationStatus { state: HydrationState::Waiting, reason, ..running.clone() };
+        assert_eq!(text(&waiting), "2.00 MiB of 4.00 MiB; the rest waits: the disk is full");
+        let failed = HydrationStatus { state: HydrationState::Failed, failed_files: 2, ..waiting };
+        let told = "2.00 MiB of 4.00 MiB; the rest has failed: the disk is full; 2 files could not come";
+        assert_eq!(text(&failed), told);
+        let done = HydrationStatus { state: HydrationState::Done, ..HydrationStatus::default() };
+        assert_eq!(text(&done), "all of 4.00 MiB");
+        let off = "2.00 MiB of 4.00 MiB; the rest comes when it is read";
+        assert_eq!(text(&HydrationStatus::default()), off);
+    }
+
+    #[test]
+    fn an_answer_of_a_supervisor_reads_back() {
+        let hydration = HydrationStatus {
+            state: HydrationState::Failed,
+            reason: Some("a pack is damaged".to_owned()),
+            rate_limit: Some(10),
+            ..HydrationStatus::default()
+        };
+        let sent = status(1, hydration);
+        let json = serde_json::to_value(&sent).unwrap();
+        assert_eq!(json["hydration"]["state"], "failed");
+        assert_eq!(json["hydration"]["seconds_left"], serde_json::Value::Null);
+        assert_eq!(serde_json::from_value::<CloneStatus>(json).unwrap(), sent);
     }
 }

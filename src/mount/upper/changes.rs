@@ -16,7 +16,7 @@ use crate::mount::lower::Child;
 use crate::mount::upper::content::Content;
 use crate::mount::upper::local_disk::LocalFile;
 use crate::mount::upper::namespace::{Below, Namespace, of_io};
-use crate::mount::upper::node::Node;
+use crate::mount::upper::node::{Node, Record};
 
 /// A name, with what the lower has there.
 #[derive(Debug, Clone, Copy)]
@@ -151,6 +151,7 @@ impl Namespace {
         let from = self.place_of(id)?;
         let place = self.new_place(to)?;
         self.disk.link(&from, &place).map_err(of_io)?;
+        self.note_move(id);
         self.table.add_name(id, to.directory, to.name.to_vec());
         self.table.get_mut(id)?.durable = false;
         self.close_unless_used(id)
@@ -198,6 +199,7 @@ impl Namespace {
         }
         let (source, place) = (self.place(from.directory, from.name)?, self.place(to.directory, to.name)?);
         self.disk.rename(&source, &place).map_err(of_io)?;
+        self.note_move(id);
         if let Some(old) = old {
             self.take_name(to, old)?;
         }
@@ -207,6 +209,13 @@ impl Namespace {
         self.close_unless_used(id)?;
         self.table.collect(id);
         Ok(())
+    }
+
+    /// Counts what a walk through the tree may have missed at its old name and at its new one.
+    fn note_move(&mut self, id: LocalId) {
+        let matters =
+            |record: &Record| record.node.lower.is_some() || record.node.kind == FileKind::Directory;
+        self.moves += u64::from(self.table.get(id).is_ok_and(matters));
     }
 
     fn check_replaceable(&self, id: LocalId, old: LocalId, below: &[Child]) -> Result<(), Errno> {

@@ -53,6 +53,7 @@ impl UpperFile {
         if urgency == Urgency::Foreground {
             Counters::add(&self.shared.counters.waits, 1);
         }
+        let _waiting = self.shared.foreground.enter(caller, self.node.id);
         caller.killable(self.fetch_missing(urgency, node, content, range)).await
     }
 

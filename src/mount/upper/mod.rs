@@ -10,6 +10,7 @@
 //! volume      ask the lower, then change under the lock     fetch, read_ahead   ensure_range, and what follows a scan
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
 //! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
+//! hydrate     all the rest, in the background
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls
 //! ```
 
@@ -17,6 +18,7 @@ mod changes;
 mod content;
 mod fetch;
 pub mod file_system;
+pub mod hydrate;
 mod journal;
 mod local_disk;
 mod local_map;
@@ -33,6 +35,7 @@ mod tests;
 mod volume;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
@@ -41,6 +44,7 @@ use crate::disk::{self, Binding, LockFile, Owner, PrivateArea};
 use crate::mount::errno;
 use crate::mount::lower::{Lower, LowerError};
 use crate::mount::single_flight::Flights;
+use crate::mount::upper::hydrate::heat::ForegroundReads;
 use crate::mount::upper::journal::NamesJournal;
 use crate::mount::upper::local_disk::{LocalDisk, Times};
 use crate::mount::upper::namespace::Namespace;
@@ -94,6 +98,9 @@ pub(crate) struct Shared {
     flights: Flights,
     read_aheads: ReadAheads,
     counters: Arc<Counters>,
+    foreground: ForegroundReads,
+    /// Everything is local and on stable storage.
+    is_whole: AtomicBool,
     _lock: Option<LockFile>,
 }
 
@@ -142,8 +149,17 @@ impl Upper {
         let (owner, holds_back) = (options.owner, options.holds_back);
         let namespace = Namespace::new(disk.clone(), journal, root, owner, holds_back, counters.clone());
         let namespace = Mutex::new(namespace.map_err(|errno| io(errno.into()))?);
-        let (flights, read_aheads) = (Flights::new(), ReadAheads::new());
-        let shared = Shared { lower, disk, namespace, flights, read_aheads, counters, _lock: lock };
+        let shared = Shared {
+            is_whole: AtomicBool::new(hydrate::is_marked_whole(&*disk).map_err(io)?),
+            lower,
+            disk,
+            namespace,
+            flights: Flights::new(),
+            read_aheads: ReadAheads::new(),
+            counters,
+            foreground: ForegroundReads::default(),
+            _lock: lock,
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 

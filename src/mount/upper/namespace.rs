@@ -49,6 +49,8 @@ pub(crate) struct Namespace {
     pub(super) owner: Owner,
     pub(super) holds_back: bool,
     pub(super) counters: Arc<Counters>,
+    /// Names that came to lead to something of the lower, or to a directory with such things in it.
+    pub(super) moves: u64,
     next_temporary: u64,
 }
 
@@ -64,7 +66,8 @@ impl Namespace {
     ) -> Result<Self, Errno> {
         let id = Table::id_of(root.id)?;
         let root = Node { id, kind: FileKind::Directory, lower: Some(root), content: None };
-        Ok(Self { disk, journal, table: Table::new(root), owner, holds_back, counters, next_temporary: 0 })
+        let (table, moves, next_temporary) = (Table::new(root), 0, 0);
+        Ok(Self { disk, journal, table, owner, holds_back, counters, moves, next_temporary })
     }
 
     /// Returns the path in the lower of a directory's name, if it could be visible from there.
@@ -183,7 +186,7 @@ impl Namespace {
     }
 
     /// Returns the names the upper has in a directory, those held back included.
-    fn upper_names(&self, id: LocalId) -> Result<Vec<(Vec<u8>, FileKind)>, Errno> {
+    pub(super) fn upper_names(&self, id: LocalId) -> Result<Vec<(Vec<u8>, FileKind)>, Errno> {
         let record = self.table.get(id)?;
         if record.names.is_empty() && !self.is_root(id) {
             return Ok(Vec::new());

@@ -40,7 +40,7 @@ const PATHS: [&str; 20] = [
 const REACH: usize = 300_000;
 
 #[derive(Debug, Clone)]
-enum Operation {
+pub(super) enum Operation {
     Read(usize, usize, usize),
     Write(usize, usize, usize),
     Truncate(usize, usize),
@@ -59,7 +59,7 @@ enum Operation {
     Reopen,
 }
 
-fn operation() -> impl Strategy<Value = Operation> {
+pub(super) fn operation() -> impl Strategy<Value = Operation> {
     use Operation::*;
     let path = || 0..PATHS.len();
     let slot = || 0..3usize;
@@ -88,16 +88,16 @@ fn operation() -> impl Strategy<Value = Operation> {
 /// A file that is open in both.
 type Slot = Option<(Arc<dyn OpenFile>, model::Bytes)>;
 
-struct Run {
-    scratch: tempfile::TempDir,
-    world: World,
-    model: Model,
+pub(super) struct Run {
+    pub(super) scratch: tempfile::TempDir,
+    pub(super) world: World,
+    pub(super) model: Model,
     slots: [Slot; 3],
     stamp: u8,
 }
 
 impl Run {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         // In memory where there is room for it: opening syncs the whole file system, which others write to.
         let scratch = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let world = World::new(scratch.path()).await;
@@ -111,7 +111,7 @@ impl Run {
         vec![self.stamp; length]
     }
 
-    async fn apply(&mut self, operation: &Operation) {
+    pub(super) async fn apply(&mut self, operation: &Operation) {
         use Operation::*;
         let (world, model) = (&self.world, &mut self.model);
         match *operation {
@@ -199,7 +199,7 @@ impl Run {
     }
 
     /// Opens the upper anew, as the next process does.
-    async fn reopen(self) -> Self {
+    pub(super) async fn reopen(self) -> Self {
         let Self { scratch, world, model, slots, stamp } = self;
         drop(slots);
         let lower = world.lower.clone();

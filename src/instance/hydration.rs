@@ -1,0 +1,84 @@
+//! The rest of a clone's basebackup while its server runs: when it begins to come, and what is told of it.
+//!
+//! The work is `mount::upper::hydrate`'s. Here it gets a task, which ends before the server is stopped, so that a stop
+//! has the store and the disk for itself. How far it came is written into the clone's folder, for when nobody answers.
+
+use std::num::NonZeroU64;
+
+use tokio::task::{JoinError, JoinSet};
+
+use crate::control::{HydrationState, HydrationStatus};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastHydration};
+use crate::instance::clone_mount::CloneMount;
+use crate::mount::upper::hydrate::{self, HydrationReport};
+
+/// The hydrator of a server that runs.
+#[derive(Debug, Default)]
+pub(super) struct Hydrating {
+    task: JoinSet<()>,
+    has_begun: bool,
+}
+
+impl Hydrating {
+    /// Lets the hydrator begin, once.
+    pub(super) fn begin(&mut self, mount: &CloneMount) {
+        if !self.has_begun {
+            self.task.spawn(mount.hydrate());
+            self.has_begun = true;
+        }
+    }
+
+    /// Tells whether it has begun.
+    pub(super) fn has_begun(&self) -> bool {
+        self.has_begun
+    }
+
+    /// Waits until the hydrator comes to its end; nothing where none works.
+    pub(super) async fn ended(&mut self) -> Option<Result<(), JoinError>> {
+        self.task.join_next().await
+    }
+
+    /// Ends the hydrator, wherever it is.
+    pub(super) async fn stop(&mut self) {
+        self.task.shutdown().await;
+    }
+}
+
+/// Writes down how far the hydrator came; `ended` is how its task did, if it has.
+pub(super) fn remember(folder: &CloneFolder, mount: &CloneMount, ended: Result<(), JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!("the hydrator ended: {error}");
+    }
+    if let Err(error) = folder.write_hydration(&mount.last_hydration()) {
+        tracing::warn!("{error}");
+    }
+}
+
+/// Returns what is told of a hydrator.
+pub(super) fn status_of(report: HydrationReport, rate: Option<NonZeroU64>) -> HydrationStatus {
+    HydrationStatus {
+        state: match report.state {
+            hydrate::HydrationState::Off => HydrationState::Off,
+            hydrate::HydrationState::Waiting => HydrationState::Waiting,
+            hydrate::HydrationState::Running => HydrationState::Running,
+            hydrate::HydrationState::Done => HydrationState::Done,
+            hydrate::HydrationState::Failed => HydrationState::Failed,
+        },
+        reason: report.reason,
+        rate_limit: rate.map(NonZeroU64::get),
+        bytes_per_second: report.bytes_per_second,
+        seconds_left: report.seconds_left,
+        failed_files: report.failed_files,
+    }
+}
+
+/// Returns what is told of a clone that does not run.
+pub(super) fn resting_status(spec: &CloneSpec, last: &LastHydration) -> HydrationStatus {
+    let (state, reason) = match (last.is_done, spec.hydrate.in_background) {
+        (true, _) => (HydrationState::Done, None),
+        (false, true) => (HydrationState::Waiting, Some("the clone does not run".to_owned())),
+        (false, false) => (HydrationState::Off, None),
+    };
+    let rate_limit = spec.hydrate.rate.map(NonZeroU64::get);
+    HydrationStatus { state, reason, rate_limit, ..HydrationStatus::default() }
+}

@@ -1,0 +1,564 @@
+//! Brings everything that is not local yet, in the background and behind everybody else.
+//!
+//! survey → plan → files side by side → survey again, until one finds nothing; then everything is put on stable storage,
+//! and a mark in the private area says so. Allocation is the record: whoever begins anew surveys and goes on.
+//!
+//! Before each request stands a gate: no request while a read of somebody else waits for bytes, none beyond the rate,
+//! none while the store is away, none while the disk has less room than a reserve. Files that cannot come for another
+//! reason are told, counted and left. Deliberately absent: relations that are dropped before a recovery target; the
+//! hydrator begins when recovery has ended, and they are gone by then.
+//!
+//! ```text
+//! survey   what is missing      plan     in which order      heat   who waits, and for what
+//! file     one file             bucket   how fast            progress   how far
+//! ```
+
+mod bucket;
+mod file;
+pub(crate) mod heat;
+mod plan;
+mod progress;
+mod survey;
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::clock::Clock;
+use crate::disk::private_area::DIRECTORY_NAME;
+use crate::mount::errno;
+use crate::mount::fs::{Capacity, FileKind, LocalId};
+use crate::mount::lower::NodeId;
+use crate::mount::single_flight::WINDOW;
+use crate::mount::upper::Upper;
+use crate::mount::upper::hydrate::bucket::{Backoff, TokenBucket};
+use crate::mount::upper::hydrate::plan::{Plan, Wanted};
+use crate::mount::upper::hydrate::progress::Watch;
+use crate::mount::upper::hydrate::survey::{Survey, Trouble};
+use crate::mount::upper::local_disk::LocalDisk;
+
+pub use plan::{Place, StoredOrder};
+pub use progress::{HydrationReport, HydrationState};
+
+/// How a hydrator goes about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HydrateOptions {
+    /// Whether it fetches at all; else it only finds out how much is missing.
+    pub is_on: bool,
+    /// The most bytes that become local in a second.
+    pub rate: Option<NonZeroU64>,
+}
+
+/// Fetches what is missing of some uppers that are filled from one store.
+#[derive(Debug)]
+pub struct Hydrator {
+    uppers: Vec<Upper>,
+    order: Arc<dyn StoredOrder>,
+    clock: Arc<dyn Clock>,
+    options: HydrateOptions,
+    pauses: Pauses,
+    part_bytes: u64,
+    requests: Semaphore,
+    bucket: Option<Mutex<TokenBucket>>,
+    backoff: Mutex<Backoff>,
+    failures: Mutex<Failures>,
+    watch: Watch,
+}
+
+/// What could not be made local.
+#[derive(Debug, Default)]
+struct Failures {
+    files: HashSet<(usize, LocalId)>,
+    first: Option<String>,
+}
+
+/// How long a hydrator waits for what.
+#[derive(Debug, Clone, Copy)]
+struct Pauses {
+    /// Between two looks whether reads still wait, and at the rate.
+    gate: Duration,
+    /// Between two looks at a disk without room.
+    room: Duration,
+    /// After the first failure of the store; it doubles up to the next one.
+    store_first: Duration,
+    store_longest: Duration,
+    /// After this a request that is under way is told of as waiting.
+    slow: Duration,
+    /// Between two surveys.
+    survey: Duration,
+}
+
+/// A server's read takes milliseconds, and the hydrator is to go on soon after; statements that wait for the rate or for
+/// a disk are told as fast as a person looks.
+const PAUSES: Pauses = Pauses {
+    gate: Duration::from_millis(2),
+    room: Duration::from_secs(10),
+    store_first: Duration::from_secs(1),
+    store_longest: Duration::from_secs(60),
+    slow: Duration::from_secs(5),
+    survey: Duration::from_secs(1),
+};
+/// The longest sleep at the gate, so that what has changed is seen.
+const GATE_SLEEP_MAX: Duration = Duration::from_secs(1);
+
+/// Requests that are on their way at once: enough to fill a line of 1 Gbit/s at 20 ms, and each holds a part in memory,
+/// stored and decoded: 64 MiB in all at most.
+const REQUESTS_AT_ONCE: usize = 8;
+/// Files or groups of small files that are taken up at once.
+const JOBS_AT_ONCE: usize = 8;
+/// A large file comes in parts of this size; with a rate, in parts of a second's worth.
+const PART_BYTES: u64 = 4 << 20;
+/// Files of one survey: some 150 bytes each. What is beyond comes with the next one.
+const WANTED_MAX: usize = 500_000;
+/// Surveys that bring nothing further although nothing was moved, before they are given up.
+const IDLE_SURVEYS_MAX: u32 = 3;
+/// Attempts at what fails for no reason that anybody gives.
+const UNCLEAR_ATTEMPTS_MAX: u32 = 3;
+/// Room that is left to the server: a PostgreSQL of default settings writes `max_wal_size`, 1 GB, between two
+/// checkpoints, and stops for good when a write of WAL finds no room.
+const RESERVE_BYTES: u64 = 1 << 30;
+/// On a small disk the reserve is this part of it.
+const RESERVE_PART: u64 = 20;
+
+/// Says in the private area that everything is local and on stable storage.
+const WHOLE_MARK: &str = "whole";
+
+const NOT_STARTED: &str = "the server does not answer yet";
+const NO_ROOM: &str = "the disk has no room beyond what the server may need";
+const GIVES_WAY: &str = "the server's own reads come first";
+
+impl Hydrator {
+    /// Creates a hydrator that does nothing before [`Self::run`].
+    pub fn new(
+        uppers: Vec<Upper>,
+        order: Arc<dyn StoredOrder>,
+        clock: Arc<dyn Clock>,
+        options: HydrateOptions,
+    ) -> Arc<Self> {
+        Arc::new(Self::with_pauses(uppers, order, clock, options, PAUSES))
+    }
+
+    fn with_pauses(
+        uppers: Vec<Upper>,
+        order: Arc<dyn StoredOrder>,
+        clock: Arc<dyn Clock>,
+        options: HydrateOptions,
+        pauses: Pauses,
+    ) -> Self {
+        let watch = match (uppers.iter().all(Upper::is_hydrated), options.is_on) {
+            (true, _) => Watch::new(HydrationState::Done, None),
+            (false, true) => Watch::new(HydrationState::Waiting, Some(NOT_STARTED.to_owned())),
+            (false, false) => Watch::new(HydrationState::Off, None),
+        };
+        Self {
+            uppers,
+            order,
+            clock,
+            options,
+            pauses,
+            part_bytes: part_bytes(options.rate),
+            requests: Semaphore::new(REQUESTS_AT_ONCE),
+            bucket: options.rate.map(|rate| Mutex::new(TokenBucket::new(rate))),
+            backoff: Mutex::new(Backoff::new(pauses.store_first, pauses.store_longest)),
+            failures: Mutex::default(),
+            watch,
+        }
+    }
+
+    /// Works until everything is local, or what is left cannot become so; may be dropped at any time and run again.
+    pub async fn run(self: Arc<Self>) {
+        if self.uppers.iter().all(Upper::is_hydrated) {
+            return self.watch.ends(HydrationState::Done, None);
+        }
+        *self.failures() = Failures::default();
+        if self.options.is_on {
+            self.watch.begins();
+        }
+        match self.hydrate().await {
+            Ok(state) => self.watch.ends(state, None),
+            Err(reason) => {
+                tracing::error!("hydration has failed: {reason}");
+                self.watch.ends(HydrationState::Failed, Some(reason));
+            }
+        }
+    }
+
+    /// Returns how far it is.
+    pub fn report(&self) -> HydrationReport {
+        self.watch.report(self.filled_bytes(), self.clock.monotonic())
+    }
+
+    async fn hydrate(self: &Arc<Self>) -> Result<HydrationState, String> {
+        let mut places = None;
+        let (mut idle, mut last) = (0, None);
+        loop {
+            let moves = self.moves();
+            let mut surveys = self.survey().await?;
+            let missing: u64 = surveys.iter().map(Survey::bytes).sum();
+            self.watch.surveyed(missing, self.filled_bytes());
+            if !self.options.is_on {
+                return Ok(HydrationState::Off);
+            }
+            let is_complete = surveys.iter().all(|survey| survey.is_complete);
+            let mut wanted: Vec<Wanted> =
+                surveys.iter_mut().flat_map(|survey| std::mem::take(&mut survey.wanted)).collect();
+            {
+                let failures = self.failures();
+                wanted.retain(|wanted| !failures.files.contains(&(wanted.upper, wanted.id)));
+            }
+            let is_still = self.moves() == moves;
+            if wanted.is_empty() && is_still {
+                let failure = self.failures().first.clone();
+                return match failure {
+                    Some(failure) => Err(failure),
+                    None if is_complete => self.finish().await.map(|()| HydrationState::Done),
+                    None => Err("there are more files than a survey takes".to_owned()),
+                };
+            }
+            let found = Some((moves, wanted.len(), missing));
+            idle = if is_still && found == last { idle + 1 } else { 0 };
+            if idle == IDLE_SURVEYS_MAX {
+                return Err("what is missing does not become local".to_owned());
+            }
+            last = found;
+            if places.is_none() {
+                places = Some(self.places().await);
+            }
+            let plan = Plan::new(wanted, places.as_ref().unwrap_or(&HashMap::new()));
+            self.work(plan).await;
+            // The directories of what was wanted are held until here.
+            drop(surveys);
+            tokio::time::sleep(self.pauses.survey).await;
+        }
+    }
+
+    /// Surveys every upper, waiting for what can be waited for.
+    async fn survey(&self) -> Result<Vec<Survey>, String> {
+        let mut unclear = 0;
+        loop {
+            match self.try_survey().await {
+                Ok(surveys) => return Ok(surveys),
+                Err(Trouble::Lasting(reason)) => return Err(reason),
+                Err(Trouble::Unclear(reason)) if unclear == UNCLEAR_ATTEMPTS_MAX => return Err(reason),
+                Err(Trouble::Unclear(_)) => unclear += 1,
+                Err(trouble) => self.note(&trouble).await,
+            }
+        }
+    }
+
+    async fn try_survey(&self) -> Result<Vec<Survey>, Trouble> {
+        self.pass(0).await;
+        let mut surveys = Vec::new();
+        for (number, upper) in self.uppers.iter().enumerate() {
+            surveys.push(upper.survey(number, self.options.is_on, WANTED_MAX).await?);
+        }
+        self.store_answers();
+        Ok(surveys)
+    }
+
+    async fn places(&self) -> HashMap<NodeId, Place> {
+        self.order.places().await.unwrap_or_else(|error| {
+            tracing::warn!("hydration goes by directories: {error}");
+            HashMap::new()
+        })
+    }
+
+    /// Comes to the end of a plan.
+    async fn work(self: &Arc<Self>, mut plan: Plan) {
+        let mut jobs = JoinSet::new();
+        loop {
+            while jobs.len() < JOBS_AT_ONCE
+                && let Some(job) = self.next_job(&mut plan)
+            {
+                jobs.spawn(self.clone().run_job(job));
+            }
+            match jobs.join_next().await {
+                Some(Ok(())) => {}
+                Some(Err(error)) => tracing::error!("a part of the hydration ended: {error}"),
+                None => return,
+            }
+        }
+    }
+
+    fn next_job(&self, plan: &mut Plan) -> Option<Vec<Wanted>> {
+        if let Some(job) = plan.take_of_start_set() {
+            return Some(job);
+        }
+        let hottest = || {
+            let uppers = self.uppers.iter().enumerate();
+            let hot = uppers.filter_map(|(n, upper)| Some((upper.shared.foreground.hottest()?, n)));
+            hot.max().map(|((_, file), n)| (n, file))
+        };
+        while let Some((upper, file)) = hottest() {
+            self.uppers[upper].shared.foreground.forget(file);
+            if let Some(wanted) = plan.take(upper, file) {
+                return Some(vec![wanted]);
+            }
+        }
+        plan.take_next()
+    }
+
+    async fn run_job(self: Arc<Self>, job: Vec<Wanted>) {
+        let is_group = job.len() > 1;
+        if is_group {
+            let _permit = self.requests.acquire().await;
+            self.gate(job[0].upper, job.iter().map(|wanted| wanted.bytes).sum()).await;
+            let files = job.iter().filter(|wanted| wanted.kind == FileKind::File && wanted.bytes > 0);
+            let nodes: Vec<NodeId> = files.map(Wanted::node).collect();
+            // Each file is asked for again, and says what is wrong.
+            if let Err(error) = self.order.load(&nodes).await {
+                tracing::debug!("small files come one by one: {error}");
+            }
+        }
+        for wanted in &job {
+            self.make_whole(wanted, !is_group).await;
+        }
+    }
+
+    /// Makes something whole, however long that takes, or notes why it cannot be.
+    async fn make_whole(&self, wanted: &Wanted, is_charged: bool) {
+        let (mut left, mut unclear) = (wanted.bytes, 0);
+        loop {
+            let lasting = match self.try_make_whole(wanted, is_charged, &mut left).await {
+                Ok(()) => break,
+                Err(Trouble::Lasting(reason)) => reason,
+                Err(Trouble::Unclear(reason)) if unclear == UNCLEAR_ATTEMPTS_MAX => reason,
+                Err(Trouble::Unclear(_)) => {
+                    unclear += 1;
+                    continue;
+                }
+                Err(trouble) => {
+                    self.note(&trouble).await;
+                    self.gate(wanted.upper, 0).await;
+                    continue;
+                }
+            };
+            let name = String::from_utf8_lossy(&wanted.name);
+            tracing::error!("file \"{name}\" cannot be made local: {lasting}");
+            let mut failures = self.failures();
+            failures.files.insert((wanted.upper, wanted.id));
+            failures.first.get_or_insert(lasting);
+            self.watch.file_failed();
+            return;
+        }
+        self.watch.settled(left, self.filled_bytes());
+    }
+
+    /// Takes note of a trouble that passes, and of a full disk waits until somebody may have made room.
+    async fn note(&self, trouble: &Trouble) {
+        match trouble {
+            Trouble::Store(error) => {
+                tracing::warn!("hydration waits for the store: {error}");
+                self.backoff().failed(self.clock.monotonic());
+            }
+            _ => {
+                self.watch.waits(NO_ROOM);
+                tokio::time::sleep(self.pauses.room).await;
+            }
+        }
+    }
+
+    /// Waits until a request for so many bytes may be made.
+    async fn gate(&self, upper: usize, bytes: u64) {
+        loop {
+            // A disk that cannot be asked is tried.
+            let has_room = self.uppers[upper].shared.disk.capacity().map_or(true, |room| has_room(&room));
+            if has_room {
+                self.pass(bytes).await;
+                return;
+            }
+            self.watch.waits(NO_ROOM);
+            tokio::time::sleep(self.pauses.room).await;
+        }
+    }
+
+    /// Waits for all but the disk.
+    async fn pass(&self, bytes: u64) {
+        loop {
+            let now = self.clock.monotonic();
+            let away = self.backoff().left(now);
+            let pause = if self.uppers.iter().any(|upper| upper.shared.foreground.are_waiting()) {
+                self.watch.waits(GIVES_WAY);
+                self.pauses.gate
+            } else if !away.is_zero() {
+                self.watch.waits("the store does not answer");
+                away
+            } else {
+                self.watch.goes_on();
+                let pause = self.spend(bytes, now);
+                if pause.is_zero() {
+                    return;
+                }
+                pause
+            };
+            tokio::time::sleep(pause.min(GATE_SLEEP_MAX)).await;
+        }
+    }
+
+    /// Lets bytes through the bucket, or returns how long to wait for that.
+    fn spend(&self, bytes: u64, now: std::time::Instant) -> Duration {
+        let Some(bucket) = self.bucket.as_ref().filter(|_| bytes > 0) else { return Duration::ZERO };
+        let mut bucket = bucket.lock().expect("no holder of this lock panics");
+        let wait = bucket.wait(now);
+        if wait.is_zero() {
+            bucket.spend(bytes, now);
+        }
+        wait
+    }
+
+    fn store_answers(&self) {
+        self.backoff().succeeded();
+        self.watch.goes_on();
+    }
+
+    /// Puts everything on stable storage and says so.
+    async fn finish(self: &Arc<Self>) -> Result<(), String> {
+        loop {
+            let this = self.clone();
+            let finish = move || this.uppers.iter().try_for_each(Upper::finish);
+            match tokio::task::spawn_blocking(finish).await.unwrap_or(Err(Errno::EIO)) {
+                Err(Errno::ENOSPC | Errno::EDQUOT) => self.note(&Trouble::Room).await,
+                outcome => return outcome.map_err(|errno| format!("could not sync the files: {errno}")),
+            }
+        }
+    }
+
+    fn moves(&self) -> u64 {
+        self.uppers.iter().map(Upper::moves).sum()
+    }
+
+    fn filled_bytes(&self) -> u64 {
+        self.uppers.iter().map(|upper| upper.stats().filled_bytes).sum()
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Failures> {
+        self.failures.lock().expect("no holder of this lock panics")
+    }
+
+    fn backoff(&self) -> MutexGuard<'_, Backoff> {
+        self.backoff.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl Upper {
+    /// Tells whether everything is local and on stable storage: the upper, with what is held back, is an ordinary
+    /// directory.
+    pub fn is_hydrated(&self) -> bool {
+        self.shared.is_whole.load(Ordering::Acquire)
+    }
+
+    /// Puts everything on stable storage, and then marks the upper as whole: it stays so, whatever is done to it.
+    fn finish(&self) -> Result<(), Errno> {
+        self.sync_all()?;
+        mark_whole(&*self.shared.disk).map_err(|error| errno::of_io(&error))?;
+        self.shared.is_whole.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// Tells whether an upper was marked as whole.
+pub(super) fn is_marked_whole(disk: &dyn LocalDisk) -> std::io::Result<bool> {
+    Ok(disk.stat(&Path::new(DIRECTORY_NAME).join(WHOLE_MARK))?.is_some())
+}
+
+fn mark_whole(disk: &dyn LocalDisk) -> std::io::Result<()> {
+    let area = Path::new(DIRECTORY_NAME);
+    if disk.stat(&area.join(WHOLE_MARK))?.is_none() {
+        disk.create(&area.join(WHOLE_MARK), 0o600)?;
+    }
+    disk.sync_directory(area)
+}
+
+/// Tells whether a disk has room beyond the reserve; one that does not tell its size has.
+fn has_room(capacity: &Capacity) -> bool {
+    let unit = u64::from(capacity.block_size);
+    let (total, free) =
+        (capacity.blocks.saturating_mul(unit), capacity.blocks_available.saturating_mul(unit));
+    total == 0 || free > RESERVE_BYTES.min(total / RESERVE_PART)
+}
+
+/// Returns how large the parts of a large file are: no more than a second's worth, and whole windows.
+fn part_bytes(rate: Option<NonZeroU64>) -> u64 {
+    let second = rate.map_or(PART_BYTES, NonZeroU64::get);
+    second.clamp(WINDOW, PART_BYTES) / WINDOW * WINDOW
+}
+
+/// Nothing is known of how files are stored.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) struct NoOrder;
+
+#[cfg(test)]
+#[async_trait::async_trait]
+impl StoredOrder for NoOrder {
+    async fn places(&self) -> Result<HashMap<NodeId, Place>, crate::mount::lower::LowerError> {
+        Ok(HashMap::new())
+    }
+
+    async fn load(&self, _: &[NodeId]) -> Result<(), crate::mount::lower::LowerError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+impl Hydrator {
+    /// Creates a hydrator that waits for nothing longer than a test does.
+    pub(crate) fn hasty(upper: &Upper) -> Arc<Self> {
+        Self::of_a_test(upper, true)
+    }
+
+    /// Creates one that only finds out how much is missing.
+    pub(crate) fn counting(upper: &Upper) -> Arc<Self> {
+        Self::of_a_test(upper, false)
+    }
+
+    fn of_a_test(upper: &Upper, is_on: bool) -> Arc<Self> {
+        let short = Duration::from_micros(100);
+        let pauses = Pauses {
+            gate: short,
+            room: short,
+            store_first: short,
+            store_longest: short,
+            survey: short,
+            ..PAUSES
+        };
+        let clock = Arc::new(crate::clock::SystemClock);
+        let options = HydrateOptions { is_on, rate: None };
+        Arc::new(Self::with_pauses(vec![upper.clone()], Arc::new(NoOrder), clock, options, pauses))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reserve_is_left_to_the_server_and_on_a_small_disk_a_smaller_one() {
+        let disk = |blocks: u64, blocks_available: u64| Capacity {
+            block_size: 4096,
+            blocks,
+            blocks_available,
+            ..Capacity::default()
+        };
+        let blocks = |bytes: u64| bytes / 4096;
+        assert!(has_room(&disk(blocks(1 << 40), blocks(2 << 30))));
+        assert!(!has_room(&disk(blocks(1 << 40), blocks(1 << 30))));
+        assert!(has_room(&disk(1000, 51)));
+        assert!(!has_room(&disk(1000, 50)));
+        assert!(has_room(&Capacity::default()), "a disk that does not tell");
+    }
+
+    #[test]
+    fn parts_are_a_second_s_worth_of_whole_windows() {
+        let of = |rate| part_bytes(NonZeroU64::new(rate));
+        assert_eq!((of(0), of(1), of(WINDOW + 1)), (PART_BYTES, WINDOW, WINDOW));
+        assert_eq!((of(10 * WINDOW), of(1 << 40)), (10 * WINDOW, PART_BYTES));
+    }
+}
