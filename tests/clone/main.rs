@@ -9,6 +9,7 @@ mod site;
 mod equal;
 mod holes;
 mod hostile;
+mod hydration;
 mod life;
 mod pieces;
 mod store_away;

@@ -106,6 +106,10 @@ fn local_text(status: &CloneStatus) -> String {
         HydrationState::Off => format!("{local} of {total}; the rest comes when it is read"),
         HydrationState::Waiting => format!("{local} of {total}; the rest waits: {reason}"),
         HydrationState::Failed => format!("{local} of {total}; the rest has failed: {reason}"),
+        // Nothing is known of its pace in the first moments.
+        HydrationState::Running if hydration.bytes_per_second == 0 => {
+            format!("{local} of {total}; the rest is coming")
+        }
         HydrationState::Running => {
             format!("{local} of {total}; the rest comes at {}/s", size(hydration.bytes_per_second))
         }

@@ -97,7 +97,8 @@ impl Watch {
     /// Takes note of what the hydrator waits for.
     pub(crate) fn waits(&self, reason: &str) {
         let mut inner = self.lock();
-        if inner.reason.as_deref() != Some(reason) {
+        let is_on = inner.state != HydrationState::Off;
+        if is_on && inner.reason.as_deref() != Some(reason) {
             (inner.state, inner.reason) = (HydrationState::Waiting, Some(reason.to_owned()));
         }
     }

@@ -125,10 +125,10 @@ async fn everything_comes_and_what_is_left_is_an_ordinary_directory() {
     // All as it was in the lower, and nothing shows that it was only just written.
     let metadata = |path: &str| fs::symlink_metadata(scratch.path().join(path)).unwrap();
     let directories = ["base", "base/1", "base/2", "pg_stat"];
-    for path in [RELATION, "base/1/16385", "top", "empty", "link"].iter().chain(&directories) {
+    for path in [RELATION, "base/1/16385", "top", "empty", "link"].into_iter().chain(directories) {
         let found = metadata(path);
         assert_eq!((found.mtime(), found.mtime_nsec()), (1_700_000_000, 123_456_789), "{path}");
-        let mode = if directories.contains(path) { 0o700 } else { 0o600 };
+        let mode = if directories.contains(&path) { 0o700 } else { 0o600 };
         assert!(found.is_symlink() || found.permissions().mode() & 0o7777 == mode, "{path}");
     }
 }
@@ -303,6 +303,32 @@ proptest! {
             run = run.reopen().await;
             assert_eq!(run.world.shape().await, run.model.shape());
             assert_eq!(run.world.lower.fetches(), fetches);
+        });
+    }
+
+    #[test]
+    fn after_a_power_cut_the_mark_is_there_only_with_what_it_vouches_for(
+        calls in 40u64..700,
+        chances in prop::collection::vec(any::<u64>(), 1..100),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let disk = SimulatedDisk::new(calls);
+            let start = disk.copy();
+            let world = World::on(&disk).await;
+            let (lower, model) = (world.lower.clone(), Model::new(&world.lower));
+            let report = Hydrating::start(&world.upper).end().await;
+            assert!(disk.is_dead() || report.state == HydrationState::Done, "{report:?}");
+            let mut chances = chances.iter().copied().cycle();
+            let disk = disk.after_power_cut(&start, || chances.next().unwrap_or(0));
+            let world = World::of(lower, &disk).await;
+            let fetches = world.lower.fetches();
+            if world.upper.is_hydrated() {
+                assert_eq!(world.shape().await, model.shape());
+                assert_eq!(world.lower.fetches(), fetches, "it is marked, and not whole");
+            }
+            assert_eq!(Hydrating::start(&world.upper).end().await.state, HydrationState::Done);
+            assert_eq!(world.shape().await, model.shape());
         });
     }
 }
