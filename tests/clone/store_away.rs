@@ -54,7 +54,8 @@ impl Scene {
         source.backup_at_rest();
         source.sql("delete from changed where n = 1");
         source.archive_wal();
-        let clone = source.clone(name, &["--no-start"]);
+        // What nobody has read is to be missed.
+        let clone = source.clone(name, &["--no-start", "--no-hydrate"]);
         Self { source, clone }
     }
 

@@ -9,7 +9,8 @@ use crate::support::{Need, Run, Site, require};
 
 /// Where PostgreSQL's sockets of these clones are does not matter: they are asked through `clone psql`.
 fn create(source: &Source, name: &str) -> Run {
-    source.walden.as_root().try_run(&["clone", "create", name])
+    // It is met by what the server reads.
+    source.walden.as_root().try_run(&["clone", "create", name, "--no-hydrate"])
 }
 
 #[test]

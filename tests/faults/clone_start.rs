@@ -52,7 +52,8 @@ impl Scene {
     /// Starts a new clone while the request at a position meets a fault; returns what came of it, what was asked, and
     /// whether the fault was met.
     fn start(&self, position: usize, fault: &Fault) -> (Run, Vec<String>, bool) {
-        self.walden.run(&["clone", "create", NAME, "--no-start"]);
+        // A start has as many requests each time only without what comes in the background.
+        self.walden.run(&["clone", "create", NAME, "--no-start", "--no-hydrate"]);
         self.line.take_requests();
         self.line.inject_at(position, fault.clone());
         let run = self.walden.try_run(&["clone", "start", NAME]);

@@ -133,7 +133,8 @@ impl Stage {
     /// Creates a clone at the end of the archive.
     pub(super) async fn create_clone(&mut self, name: &str) -> Result<CloneDocument, DemoError> {
         self.clones.push(name.to_owned());
-        self.walden.run(As::Caller, &["clone", "create", name]).await
+        // What it costs is what the queries cost.
+        self.walden.run(As::Caller, &["clone", "create", name, "--no-hydrate"]).await
     }
 
     /// Asks a clone how it is.

@@ -14,13 +14,15 @@ pub(crate) struct TokenBucket {
     free_at: Option<Instant>,
 }
 
-/// A pause that doubles from failure to failure.
+/// A pause that doubles from failure to failure. After it one goes ahead, and the others wait for what comes of that.
 #[derive(Debug, Clone)]
 pub(crate) struct Backoff {
     first: Duration,
     longest: Duration,
     pause: Duration,
     until: Option<Instant>,
+    /// Somebody has gone ahead.
+    is_tried: bool,
 }
 
 impl TokenBucket {
@@ -46,21 +48,35 @@ impl TokenBucket {
 impl Backoff {
     /// Creates a pause that has not begun.
     pub(crate) fn new(first: Duration, longest: Duration) -> Self {
-        Self { first, longest, pause: Duration::ZERO, until: None }
+        Self { first, longest, pause: Duration::ZERO, until: None, is_tried: false }
     }
 
-    /// Takes note of a failure; those that fail during a pause are the same one.
-    pub(crate) fn failed(&mut self, now: Instant) {
-        if self.left(now).is_zero() {
+    /// Takes note of a failure, and tells whether it begins a pause: those that fail during one are the same.
+    pub(crate) fn failed(&mut self, now: Instant) -> bool {
+        let begins = self.is_tried || self.left(now).is_zero();
+        if begins {
             self.pause = if self.pause.is_zero() { self.first } else { (self.pause * 2).min(self.longest) };
             self.until = Some(now + self.pause);
+            self.is_tried = false;
         }
+        begins
+    }
+
+    /// Returns how long to wait; whoever need not, and is told so after a pause, goes ahead alone.
+    pub(crate) fn wait(&mut self, now: Instant) -> Duration {
+        let left = self.left(now);
+        if left.is_zero() && !self.pause.is_zero() {
+            self.until = Some(now + self.longest);
+            self.is_tried = true;
+        }
+        left
     }
 
     /// Takes note that it works again.
     pub(crate) fn succeeded(&mut self) {
         self.pause = Duration::ZERO;
         self.until = None;
+        self.is_tried = false;
     }
 
     /// Returns what is left of the pause.
@@ -110,8 +126,7 @@ mod tests {
         let second = Duration::from_secs(1);
         let mut backoff = Backoff::new(second, 3 * second);
         assert_eq!(backoff.left(now), Duration::ZERO);
-        backoff.failed(now);
-        backoff.failed(now);
+        assert!(backoff.failed(now) && !backoff.failed(now));
         assert_eq!(backoff.left(now), second);
         backoff.failed(now + second);
         assert_eq!(backoff.left(now + second), 2 * second);
@@ -121,6 +136,23 @@ mod tests {
         assert_eq!(backoff.left(now), Duration::ZERO);
         backoff.failed(now);
         assert_eq!(backoff.left(now), second);
+    }
+
+    #[test]
+    fn after_a_pause_one_goes_ahead_and_the_others_wait_for_it() {
+        let now = SystemClock.monotonic();
+        let second = Duration::from_secs(1);
+        let mut backoff = Backoff::new(second, 60 * second);
+        assert_eq!((backoff.wait(now), backoff.wait(now)), (Duration::ZERO, Duration::ZERO));
+        backoff.failed(now);
+        let later = now + second;
+        assert_eq!((backoff.wait(later), backoff.wait(later)), (Duration::ZERO, 60 * second));
+        assert!(backoff.failed(later));
+        assert_eq!(backoff.wait(later), 2 * second);
+        let later = later + 2 * second;
+        assert_eq!(backoff.wait(later), Duration::ZERO);
+        backoff.succeeded();
+        assert_eq!((backoff.wait(later), backoff.wait(later)), (Duration::ZERO, Duration::ZERO));
     }
 
     proptest! {

@@ -15,9 +15,9 @@ use crate::mount::caller::Caller;
 use crate::mount::fs::{FileKind, LocalId};
 use crate::mount::upper::Upper;
 use crate::mount::upper::content::Content;
-use crate::mount::upper::hydrate::Hydrator;
 use crate::mount::upper::hydrate::plan::Wanted;
 use crate::mount::upper::hydrate::survey::{Held, Trouble, is_gone};
+use crate::mount::upper::hydrate::{Hydrator, NO_STORE};
 use crate::mount::upper::namespace::of_io;
 use crate::mount::upper::volume::UpperFile;
 
@@ -109,18 +109,20 @@ impl Hydrator {
         let outcome = match tokio::time::timeout(self.pauses.slow, fetch.as_mut()).await {
             Ok(outcome) => outcome,
             Err(_) => {
-                self.watch.waits("the store does not answer");
+                self.watch.waits(NO_STORE);
                 fetch.await
             }
         };
-        match outcome {
-            Ok(()) => {
-                self.store_answers();
-                Ok(bytes)
-            }
+        let outcome = match outcome {
+            Ok(()) => Ok(bytes),
             Err(Errno::ENOSPC | Errno::EDQUOT) => Err(Trouble::Room),
             Err(errno) => Err(cause_of_fetch(file, content, &range, errno, &wanted.name).await),
+        };
+        // Damage, and a full disk, come after an answer.
+        if !matches!(outcome, Err(Trouble::Store(_))) {
+            self.store_answers();
         }
+        outcome
     }
 }
 

@@ -132,6 +132,7 @@ const WHOLE_MARK: &str = "whole";
 
 const NOT_STARTED: &str = "the server does not answer yet";
 const NO_ROOM: &str = "the disk has no room beyond what the server may need";
+const NO_STORE: &str = "the store does not answer";
 const GIVES_WAY: &str = "the server's own reads come first";
 
 impl Hydrator {
@@ -313,8 +314,11 @@ impl Hydrator {
             let files = job.iter().filter(|wanted| wanted.kind == FileKind::File && wanted.bytes > 0);
             let nodes: Vec<NodeId> = files.map(Wanted::node).collect();
             // Each file is asked for again, and says what is wrong.
-            if let Err(error) = self.order.load(&nodes).await {
-                tracing::debug!("small files come one by one: {error}");
+            match self.order.load(&nodes).await {
+                Err(error) if error.is_transient() => {
+                    self.backoff().failed(self.clock.monotonic());
+                }
+                _ => self.store_answers(),
             }
         }
         for wanted in &job {
@@ -336,7 +340,6 @@ impl Hydrator {
                 }
                 Err(trouble) => {
                     self.note(&trouble).await;
-                    self.gate(wanted.upper, 0).await;
                     continue;
                 }
             };
@@ -351,17 +354,22 @@ impl Hydrator {
         self.watch.settled(left, self.filled_bytes());
     }
 
-    /// Takes note of a trouble that passes, and of a full disk waits until somebody may have made room.
+    /// Takes note of a trouble that passes, and waits until it may have.
     async fn note(&self, trouble: &Trouble) {
-        match trouble {
-            Trouble::Store(error) => {
-                tracing::warn!("hydration waits for the store: {error}");
-                self.backoff().failed(self.clock.monotonic());
+        let Trouble::Store(error) = trouble else {
+            self.watch.waits(NO_ROOM);
+            return tokio::time::sleep(self.pauses.room).await;
+        };
+        if self.backoff().failed(self.clock.monotonic()) {
+            tracing::warn!("hydration waits for the store: {error}");
+        }
+        self.watch.waits(NO_STORE);
+        loop {
+            let left = self.backoff().left(self.clock.monotonic());
+            if left.is_zero() {
+                return;
             }
-            _ => {
-                self.watch.waits(NO_ROOM);
-                tokio::time::sleep(self.pauses.room).await;
-            }
+            tokio::time::sleep(left.min(GATE_SLEEP_MAX)).await;
         }
     }
 
@@ -379,26 +387,31 @@ impl Hydrator {
         }
     }
 
-    /// Waits for all but the disk.
+    /// Waits for all but the disk; whoever is let pass asks the store and says what came of it.
     async fn pass(&self, bytes: u64) {
+        let mut is_paid = false;
         loop {
             let now = self.clock.monotonic();
-            let away = self.backoff().left(now);
             let pause = if self.uppers.iter().any(|upper| upper.shared.foreground.are_waiting()) {
                 self.watch.waits(GIVES_WAY);
                 self.pauses.gate
-            } else if !away.is_zero() {
-                self.watch.waits("the store does not answer");
-                away
-            } else {
+            } else if !is_paid {
                 self.watch.goes_on();
                 let pause = self.spend(bytes, now);
-                if pause.is_zero() {
+                is_paid = pause.is_zero();
+                pause
+            } else {
+                let away = self.backoff().wait(now);
+                if away.is_zero() {
+                    self.watch.goes_on();
                     return;
                 }
-                pause
+                self.watch.waits(NO_STORE);
+                away
             };
-            tokio::time::sleep(pause.min(GATE_SLEEP_MAX)).await;
+            if !pause.is_zero() {
+                tokio::time::sleep(pause.min(GATE_SLEEP_MAX)).await;
+            }
         }
     }
 
