@@ -6,6 +6,7 @@
 //! damage. What is gone meanwhile is not brought back.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -129,7 +130,7 @@ impl Hydrator {
 impl Upper {
     /// Opens a file of the lower and gives it its place in the upper; nothing where the file is not the lower's any
     /// more, or has lost its name.
-    fn open_placed(&self, id: LocalId) -> Result<Option<std::sync::Arc<UpperFile>>, Errno> {
+    fn open_placed(&self, id: LocalId) -> Result<Option<Arc<UpperFile>>, Errno> {
         let file = self.open_file(id)?;
         let is_of_lower = file.node.content.as_ref().is_some_and(|content| content.lower_node().is_some());
         if !is_of_lower || !file.has_name() {

@@ -25,7 +25,7 @@ use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use tokio::sync::Semaphore;
@@ -214,7 +214,7 @@ impl Hydrator {
                 let failures = self.failures();
                 wanted.retain(|wanted| !failures.files.contains(&(wanted.upper, wanted.id)));
             }
-            let is_still = self.moves() == moves;
+            let is_still = self.moves() == moves && surveys.iter().all(|survey| survey.is_steady);
             if wanted.is_empty() && is_still {
                 let failure = self.failures().first.clone();
                 return match failure {
@@ -224,7 +224,7 @@ impl Hydrator {
                 };
             }
             let found = Some((moves, wanted.len(), missing));
-            idle = if is_still && found == last { idle + 1 } else { 0 };
+            idle = if self.moves() == moves && found == last { idle + 1 } else { 0 };
             if idle == IDLE_SURVEYS_MAX {
                 return Err("what is missing does not become local".to_owned());
             }
@@ -343,15 +343,19 @@ impl Hydrator {
                     continue;
                 }
             };
-            let name = String::from_utf8_lossy(&wanted.name);
-            tracing::error!("file \"{name}\" cannot be made local: {lasting}");
-            let mut failures = self.failures();
-            failures.files.insert((wanted.upper, wanted.id));
-            failures.first.get_or_insert(lasting);
-            self.watch.file_failed();
-            return;
+            return self.give_up(wanted, lasting);
         }
         self.watch.settled(left, self.filled_bytes());
+    }
+
+    /// Takes note of something that cannot become local.
+    fn give_up(&self, wanted: &Wanted, reason: String) {
+        let name = String::from_utf8_lossy(&wanted.name);
+        tracing::error!("file \"{name}\" cannot be made local: {reason}");
+        let mut failures = self.failures();
+        failures.files.insert((wanted.upper, wanted.id));
+        failures.first.get_or_insert(reason);
+        self.watch.file_failed();
     }
 
     /// Takes note of a trouble that passes, and waits until it may have.
@@ -416,7 +420,7 @@ impl Hydrator {
     }
 
     /// Lets bytes through the bucket, or returns how long to wait for that.
-    fn spend(&self, bytes: u64, now: std::time::Instant) -> Duration {
+    fn spend(&self, bytes: u64, now: Instant) -> Duration {
         let Some(bucket) = self.bucket.as_ref().filter(|_| bytes > 0) else { return Duration::ZERO };
         let mut bucket = bucket.lock().expect("no holder of this lock panics");
         let wait = bucket.wait(now);

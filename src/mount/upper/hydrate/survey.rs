@@ -27,6 +27,8 @@ pub(crate) struct Survey {
     pub(crate) wanted: Vec<Wanted>,
     /// Whether the walk came to its end.
     pub(crate) is_complete: bool,
+    /// Whether every directory of the lower that was listed could be gone into.
+    pub(crate) is_steady: bool,
     /// The directories of what is wanted, so that they keep their numbers.
     held: Held,
 }
@@ -132,7 +134,8 @@ impl Upper {
         makes_directories: bool,
         wanted_max: usize,
     ) -> Result<Survey, Trouble> {
-        let mut survey = Survey { wanted: Vec::new(), is_complete: true, held: Held::new(self) };
+        let held = Held::new(self);
+        let mut survey = Survey { wanted: Vec::new(), is_complete: true, is_steady: true, held };
         let mut directories = vec![self.root()];
         while let Some(directory) = directories.pop() {
             for (at, listed) in self.listed(directory, makes_directories).await?.into_iter().enumerate() {
@@ -140,7 +143,7 @@ impl Upper {
                     survey.is_complete = false;
                     return Ok(survey);
                 }
-                if at % NAMES_AT_ONCE == 0 {
+                if at.is_multiple_of(NAMES_AT_ONCE) {
                     tokio::task::yield_now().await;
                 }
                 let found = match listed.kind {
@@ -148,6 +151,7 @@ impl Upper {
                         let entered = survey.held.enter(directory, &listed.name).await;
                         let entry = entered.map_err(|errno| Trouble::of_errno(errno, &listed.name))?;
                         let entry = entry.filter(|entry| entry.attributes.kind == FileKind::Directory);
+                        survey.is_steady &= entry.is_some() || listed.only_below.is_none();
                         directories.extend(entry.map(|entry| entry.id));
                         None
                     }
@@ -178,7 +182,7 @@ impl Upper {
             None => Vec::new(),
         };
         match self.listed_now(directory, makes_directories, &below) {
-            Err(errno) if is_gone(errno) => Ok(Vec::new()),
+            Err(errno) if is_gone(errno) && !self.is_there(directory) => Ok(Vec::new()),
             outcome => {
                 let path = node.lower.as_ref().map_or(&b""[..], |lower| lower.path.as_slice());
                 outcome.map_err(|errno| Trouble::of_errno(errno, path))
@@ -213,15 +217,23 @@ impl Upper {
         }
         let trouble = |errno| Trouble::of_errno(errno, &listed.name);
         let mut held = Held::new(self);
-        let Some(entry) = held.enter(directory, &listed.name).await.map_err(trouble)? else {
+        let entry = held.enter(directory, &listed.name).await.map_err(trouble)?;
+        let Some(entry) = entry.filter(|entry| entry.attributes.kind == FileKind::File) else {
             return Ok(None);
         };
         match self.missing_bytes(entry.id) {
             Ok(0) => Ok(None),
             Ok(bytes) => Ok(Some((entry.id, bytes, true))),
-            Err(errno) if is_gone(errno) => Ok(None),
+            Err(errno) if is_gone(errno) && !self.is_there(entry.id) => Ok(None),
             Err(errno) => Err(trouble(errno)),
         }
+    }
+
+    /// Tells whether a name leads to a node.
+    fn is_there(&self, id: LocalId) -> bool {
+        let namespace = self.shared.lock();
+        let has_name = namespace.table.get(id).is_ok_and(|record| !record.names.is_empty());
+        has_name || id == namespace.table.root()
     }
 
     /// Returns how many bytes of a file that the upper has are not local.
