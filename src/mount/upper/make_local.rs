@@ -2,7 +2,7 @@
 //!
 //! For what must not fail to be read later: in a critical section PostgreSQL turns a read error into a PANIC. Files
 //! that are changed or removed meanwhile are not in the way: what was written is local already, and what is gone is
-//! not needed. Deliberately absent: order and throttling, which a hydrator would want.
+//! not needed. Deliberately absent: order and throttling, which are the hydrator's.
 
 use futures::{StreamExt, TryStreamExt, stream};
 use nix::errno::Errno;

@@ -98,10 +98,8 @@ impl Plan {
 
     /// Takes the next of the start-up set.
     pub(crate) fn take_of_start_set(&mut self) -> Option<Vec<Wanted>> {
-        match self.first()? {
-            (Class::StartSet(_), _) => self.take_next(),
-            _ => None,
-        }
+        let is_next = matches!(self.first(), Some((Class::StartSet(_), _)));
+        if is_next { self.take_next() } else { None }
     }
 
     /// Takes a file out of turn, if it is still wanted.
