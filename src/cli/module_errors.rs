@@ -10,6 +10,7 @@ use crate::config;
 use crate::control;
 use crate::disk;
 use crate::instance::create::CreateError;
+use crate::instance::finalize::FinalizeError;
 use crate::replication;
 use crate::repo;
 use crate::restore;
@@ -65,6 +66,20 @@ impl From<CreateError> for CommandError {
             | CreateError::RootOwner
             | CreateError::ResourceManagers(_)
             | CreateError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
+        }
+    }
+}
+
+impl From<FinalizeError> for CommandError {
+    fn from(error: FinalizeError) -> Self {
+        let hint = error.hint();
+        match error {
+            FinalizeError::Disk(error) => error.into(),
+            FinalizeError::Space(error) => error.into(),
+            FinalizeError::Missing { .. }
+            | FinalizeError::Taken { .. }
+            | FinalizeError::Inside { .. }
+            | FinalizeError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
         }
     }
 }

@@ -13,6 +13,12 @@ pub enum Request {
     Status,
     /// Stop PostgreSQL, sync, unmount and end.
     Stop,
+    /// End recovery.
+    Promote,
+    /// Read the configuration files again.
+    Reload,
+    /// Fetch what is missing, whatever it was told of the rate; stop once nothing is.
+    Finalize,
 }
 
 /// An answer.
@@ -23,6 +29,8 @@ pub enum Reply {
     Status(Box<CloneStatus>),
     /// What was asked has been done.
     Done,
+    /// It is on its way, and may be asked for again.
+    NotYet { message: String },
     /// It could not be done.
     Failed { message: String },
 }

@@ -50,6 +50,11 @@ pub struct Binding {
 /// What a released area is called until it is removed: PostgreSQL's tools and Walden's backups leave out such a name.
 const RELEASED_NAME: &str = "pgsql_tmp.walden";
 
+/// Removes what a crash has left of an area of `parent` that was released already.
+pub fn clear_released(parent: &Path) -> Result<(), Error> {
+    ReleaseStep::Remove { directory: parent.join(RELEASED_NAME) }.take()
+}
+
 /// One step of a release, which may be taken again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum ReleaseStep {

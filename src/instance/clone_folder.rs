@@ -11,6 +11,8 @@
 //!                 config/       generated configuration files
 //!                 run/          sockets: PostgreSQL's and the supervisor's
 //!                 server.log, mount.log
+//!                 finalize.json   what is being made of it; what is left of its life is to be finalized
+//!                 data/, data.tablespaces/   what was made of it, and then nothing else is here
 //! ```
 //! Mode 0700, owned by whom PostgreSQL runs as. The supervisor holds the lock; whoever holds it is alone.
 
@@ -265,6 +267,21 @@ impl CloneFolder {
         self.path.join("mount.log")
     }
 
+    /// Returns where the order is to make a data directory of the clone, while there is one.
+    pub fn order_file(&self) -> PathBuf {
+        self.path.join("finalize.json")
+    }
+
+    /// Returns where the data directory is that was made of the clone, where no other place was named.
+    pub fn finalized_data(&self) -> PathBuf {
+        self.path.join("data")
+    }
+
+    /// Tells whether this was a clone and is the folder of an ordinary data directory.
+    pub fn is_finalized(&self) -> bool {
+        !self.spec_file().exists() && !self.order_file().exists() && self.finalized_data().exists()
+    }
+
     /// Makes the folder and those in it; of two callers exactly one succeeds.
     ///
     /// # Errors
@@ -341,7 +358,8 @@ impl CloneFolder {
         self.path.join("settings.json")
     }
 
-    fn spec_file(&self) -> PathBuf {
+    /// Returns where it is written what the clone is.
+    pub fn spec_file(&self) -> PathBuf {
         self.path.join("clone.json")
     }
 }

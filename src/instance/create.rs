@@ -196,7 +196,7 @@ fn warnings_of(server: &ServerRecord, options: &CreateOptions) -> Vec<String> {
 }
 
 /// Pins the basebackup; nothing where the store takes no writes.
-async fn pin(
+pub(super) async fn pin(
     repository: &Repository,
     id: BasebackupId,
     folder: &CloneFolder,
@@ -209,7 +209,7 @@ async fn pin(
 }
 
 /// Leaves nothing of a clone that could not be made: nothing is mounted yet, and nothing in it is anybody's work.
-async fn give_up(
+pub(super) async fn give_up(
     repository: &Repository,
     folder: &CloneFolder,
     pin: Option<Pin>,
@@ -265,12 +265,21 @@ fn stand_ins(folder: &CloneFolder, basebackup: &Basebackup, scan: &WalScan) -> V
     stand_ins
 }
 
-fn write_folder(
+pub(super) fn write_folder(
     folder: &CloneFolder,
     spec: &CloneSpec,
     plan: &RecoveryPlan,
     owner: Owner,
 ) -> Result<(), disk::Error> {
+    write_places(folder, spec, owner)?;
+    durable::write_file(&folder.server_log(), b"", Create::PRIVATE_FILE.owned_by(owner))?;
+    write_json(&folder.plan_file(), plan, "a recovery plan")?;
+    folder.write_state(&LastState::sound(CloneState::Creating))?;
+    folder.write_spec(spec)
+}
+
+/// Makes the folders that stand in for foreign paths, and the generated configuration.
+pub(super) fn write_places(folder: &CloneFolder, spec: &CloneSpec, owner: Owner) -> Result<(), disk::Error> {
     let own_folders = spec.stand_ins.iter().filter(|(_, own)| own.starts_with(folder.stand_ins()));
     for (_, own) in own_folders {
         durable::create_dir(own, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
@@ -279,10 +288,7 @@ fn write_folder(
         let file = folder.config().join(name);
         durable::write_file(&file, text.as_bytes(), Create::PRIVATE_FILE.owned_by(owner))?;
     }
-    durable::write_file(&folder.server_log(), b"", Create::PRIVATE_FILE.owned_by(owner))?;
-    write_json(&folder.plan_file(), plan, "a recovery plan")?;
-    folder.write_state(&LastState::sound(CloneState::Creating))?;
-    folder.write_spec(spec)
+    Ok(())
 }
 
 /// Returns the action that a clone takes where none is named.

@@ -2,18 +2,27 @@
 //!
 //! A clone is a folder ([`clone_folder`]) and, while it runs, one supervisor process that mounts, starts PostgreSQL
 //! and answers requests. Invariant: a clone can harm nothing, neither the archive it came from nor a file, a slot or a
-//! network of the source (`isolation`, `launch`). Deliberately absent: passthrough and cut-over.
+//! network of the source (`isolation`, `launch`). It ends by being deleted, or as an ordinary data directory
+//! (`finalize`). Deliberately absent: passthrough, which is the mount's.
 
 pub mod clone_folder;
 pub mod create;
+pub mod duplicate;
+pub mod finalize;
+pub mod finalize_plan;
+pub mod reset;
 pub mod supervise;
 
 mod clone_mount;
+mod copy_tree;
+pub mod cut_over;
 mod hydration;
 pub mod isolation;
 pub mod launch;
+mod native_settings;
 mod orphans;
 pub mod programs;
+mod requests;
 pub mod server;
 mod store_wait;
 

@@ -67,6 +67,9 @@ pub enum ServerError {
     Session(#[from] replication::Error),
 }
 
+/// Where the session is that watches the server: not in template1 where that can be, for a session there is in the way
+/// of every CREATE DATABASE; but `postgres` may have been dropped, and template1 is in every cluster.
+const DATABASES: [&str; 2] = ["postgres", "template1"];
 /// Where postmaster.pid says how the server is, counted from 0 (pidfile.h).
 const PID_FILE_STATUS_LINE: usize = 7;
 /// How often a starting server's pid file is looked at.
@@ -114,18 +117,26 @@ impl Server {
         self.pid.as_raw().unsigned_abs()
     }
 
+    /// Asks it to read its configuration files again.
+    pub fn reload(&self) -> Result<(), nix::errno::Errno> {
+        kill(self.pid, Signal::SIGHUP)
+    }
+
     /// Waits until a session is let in, however long recovery takes.
     async fn ready(&mut self) -> Result<Session, ServerError> {
-        // template1 is the one database that every cluster has.
-        let options = self.endpoint.connect_options("template1");
+        let mut tried = 0;
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
                 return Err(ServerError::EndedAtStart { status, log: tail(&self.log_file) });
             }
             if self.lets_in() {
-                match Session::connect(&options).await {
+                match Session::connect(&self.endpoint.connect_options(DATABASES[tried])).await {
                     Ok(session) => return Ok(session),
                     Err(error) if error.kind() == replication::ErrorKind::Retry => {}
+                    Err(_) if tried + 1 < DATABASES.len() => {
+                        tried += 1;
+                        continue;
+                    }
                     Err(error) => return Err(error.into()),
                 }
             }

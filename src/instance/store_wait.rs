@@ -58,6 +58,9 @@ pub(super) async fn wait<T: Future<Output = ()>>(
                     };
                     pending.answer(&Reply::Status(Box::new(status))).await;
                 }
+                Request::Promote | Request::Reload | Request::Finalize => {
+                    pending.answer(&Reply::Failed { message: message.clone() }).await;
+                }
             },
             () = terminated.as_mut() => return Waited::Stopped(None),
         }

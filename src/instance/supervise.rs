@@ -29,6 +29,8 @@ use crate::instance::hydration::{self, Hydrating};
 use crate::instance::isolation::{CloneFacts, Setting, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
 use crate::instance::orphans;
+use crate::instance::requests;
+use crate::instance::reset;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
 use crate::instance::store_wait::{self, Waited};
 use crate::mount::patience::Patience;
@@ -159,6 +161,7 @@ async fn lock(folder: &CloneFolder) -> Result<LockFile, disk::Error> {
 async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) -> Result<(), SuperviseError> {
     let folder = &options.folder;
     let spec = folder.read_spec()?;
+    reset::complete(folder, &spec)?;
     let plan: RecoveryPlan = state_file::read_document(&folder.plan_file(), "a recovery plan")?;
     folder.write_state(&LastState::sound(CloneState::Recovering))?;
     let listener = Listener::bind(&folder.control_socket())?;
@@ -254,12 +257,8 @@ async fn run_server<T: Future<Output = ()>>(
                 }
             }
             Some(ended) = run.hydrating.ended() => hydration::remember(&options.folder, mount, ended),
-            pending = listener.next() => match pending.request {
-                Request::Stop => break Ok(Some(pending)),
-                Request::Status => {
-                    let status = run.status().await;
-                    pending.answer(&Reply::Status(Box::new(status))).await;
-                }
+            pending = listener.next() => if let Some(stopping) = run.answer(pending).await {
+                break Ok(Some(stopping));
             },
             () = tokio::time::sleep(RECOVERY_LOOK), if is_ready && run.state != CloneState::Running => {}
             () = terminated.as_mut() => break Ok(None),
@@ -336,6 +335,30 @@ impl<'a> Run<'a> {
         if !is_recovering(&self.options.folder) {
             self.mount.wait_for_store(RUNNING_PATIENCE);
         }
+    }
+
+    /// Answers a request, unless it is one to stop, which is returned and answered when all is done.
+    async fn answer(&mut self, pending: Pending) -> Option<Pending> {
+        let reply = match pending.request {
+            Request::Stop => return Some(pending),
+            Request::Status => Reply::Status(Box::new(self.status().await)),
+            Request::Reload => requests::reload(&self.server),
+            Request::Promote => {
+                self.look().await;
+                requests::promote(self.session.as_ref(), self.state).await
+            }
+            Request::Finalize => {
+                self.look().await;
+                self.mount.hydrate_now();
+                let (session, is_hydrated) = (self.session.as_ref(), self.mount.is_hydrated());
+                match requests::may_be_finalized(session, self.state, is_hydrated).await {
+                    Ok(()) => return Some(pending),
+                    Err(reply) => reply,
+                }
+            }
+        };
+        pending.answer(&reply).await;
+        None
     }
 
     /// Asks the server how it is; what it does not answer in time, its directory tells.

@@ -8,18 +8,20 @@ use std::fmt::{self, Write};
 use crate::config::KeyPurpose;
 use crate::instance::clone_folder::CloneFolder;
 use crate::mount::mounting;
+use crate::repo::lease::Pin;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::output::Report;
 use super::super::text::TextStyle;
-use super::existing;
+use super::chosen::Chosen;
+use super::refuse_finalizing;
 use super::stop::stop;
 
 /// Stops a clone and removes everything of it
 #[derive(Debug, Args)]
 pub(super) struct CloneDelete {
-    /// The name of the clone
+    /// The name of the clone, or a pattern with * and ?
     name: String,
 }
 
@@ -29,37 +31,69 @@ struct Deleted {
     deleted: bool,
 }
 
+#[derive(Debug, Serialize)]
+struct SeveralDeleted {
+    deleted: Vec<String>,
+}
+
 impl CloneDelete {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
-        let folder = existing(context, &self.name)?;
-        context.block_on(async {
-            stop(&folder).await?;
-            end_pin(context, &folder).await
-        })??;
-        let mount_point = folder.mount_point();
-        if mounting::is_mount_point(&mount_point) {
-            mounting::detach(&mount_point).map_err(|error| CommandError::failed(error.to_string()))?;
+        let chosen = Chosen::find(context, &self.name)?;
+        let deleted = chosen.each("deleted", |folder| delete(context, folder))?;
+        if chosen.are_several {
+            return context.output.print(&SeveralDeleted { deleted });
         }
-        std::fs::remove_dir_all(folder.path()).map_err(|error| {
-            CommandError::failed(format!("could not remove \"{}\": {error}", folder.path().display()))
-        })?;
         context.output.print(&Deleted { name: self.name.clone(), deleted: true })
     }
+}
+
+/// Stops a clone and removes everything of it; returns its name.
+pub(super) fn delete(context: &Context, folder: &CloneFolder) -> Result<String, CommandError> {
+    refuse_finalizing(folder)?;
+    context.block_on(async {
+        stop(folder).await?;
+        end_pin(context, folder).await
+    })??;
+    detach_dead_mount(folder)?;
+    std::fs::remove_dir_all(folder.path()).map_err(|error| {
+        CommandError::failed(format!("could not remove \"{}\": {error}", folder.path().display()))
+    })?;
+    Ok(folder.name().to_owned())
+}
+
+/// Takes away the mount that a killed supervisor has left.
+pub(super) fn detach_dead_mount(folder: &CloneFolder) -> Result<(), CommandError> {
+    let mount_point = folder.mount_point();
+    if !mounting::is_mount_point(&mount_point) {
+        return Ok(());
+    }
+    mounting::detach(&mount_point).map_err(|error| CommandError::failed(error.to_string()))
 }
 
 async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
     // A folder whose description was never written has no pin.
     let Ok(spec) = folder.read_spec() else { return Ok(()) };
     let Some(pin) = spec.pin else { return Ok(()) };
-    let site = context.config()?.site(Some(&spec.site))?;
+    let_go(context, &spec.site, &pin).await
+}
+
+/// Lets go of a basebackup.
+pub(super) async fn let_go(context: &Context, site: &str, pin: &Pin) -> Result<(), CommandError> {
+    let site = context.config()?.site(Some(site))?;
     let repository = context.open_repository(site, KeyPurpose::Read).await?;
     pin.end(&repository).await.map_err(|error| {
-        CommandError::from(error).context(format!("could not let go of basebackup {}", spec.basebackup))
+        CommandError::from(error).context(format!("could not let go of basebackup {}", pin.id))
     })
 }
 
 impl Report for Deleted {
     fn write_text(&self, out: &mut String, _: &TextStyle) -> fmt::Result {
         writeln!(out, "clone {} is deleted", self.name)
+    }
+}
+
+impl Report for SeveralDeleted {
+    fn write_text(&self, out: &mut String, _: &TextStyle) -> fmt::Result {
+        self.deleted.iter().try_for_each(|name| writeln!(out, "clone {name} is deleted"))
     }
 }

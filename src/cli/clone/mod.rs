@@ -3,11 +3,18 @@
 //! `create` decides and starts, the others look at the folder and ask the supervisor. A clone whose supervisor does
 //! not answer is what its folder says it was last.
 
+mod chosen;
 mod create;
 mod delete;
+mod duplicate;
+mod finalize;
 mod hydrate_arguments;
 mod log;
+mod promote;
 mod psql;
+mod reload;
+mod reset;
+mod restart;
 mod start;
 mod status;
 mod stop;
@@ -37,9 +44,15 @@ enum Action {
     List(status::CloneList),
     Start(start::CloneStart),
     Stop(stop::CloneStop),
+    Restart(restart::CloneRestart),
+    Reload(reload::CloneReload),
     Status(status::CloneStatusCommand),
     Log(log::CloneLog),
     Psql(psql::ClonePsql),
+    Reset(reset::CloneReset),
+    Duplicate(duplicate::CloneDuplicate),
+    Promote(promote::ClonePromote),
+    Finalize(finalize::CloneFinalize),
     Delete(delete::CloneDelete),
 }
 
@@ -50,9 +63,15 @@ impl Clone {
             Action::List(command) => command.run(context),
             Action::Start(command) => command.run(context),
             Action::Stop(command) => command.run(context),
+            Action::Restart(command) => command.run(context),
+            Action::Reload(command) => command.run(context),
             Action::Status(command) => command.run(context),
             Action::Log(command) => command.run(context),
             Action::Psql(command) => command.run(context),
+            Action::Reset(command) => command.run(context),
+            Action::Duplicate(command) => command.run(context),
+            Action::Promote(command) => command.run(context),
+            Action::Finalize(command) => command.run(context),
             Action::Delete(command) => command.run(context),
         }
     }
@@ -62,11 +81,45 @@ impl Clone {
 fn existing(context: &Context, name: &str) -> Result<CloneFolder, CommandError> {
     let clones = &context.config()?.paths.clones;
     let folder = CloneFolder::new(clones, name).map_err(|error| CommandError::usage(error.to_string()))?;
+    if folder.is_finalized() {
+        let data = folder.finalized_data();
+        let message = format!("\"{name}\" is no clone any more: \"{}\" is a data directory", data.display());
+        return Err(CommandError::failed(message).hint("PostgreSQL's own pg_ctl starts and stops it."));
+    }
     if folder.path().is_dir() {
         return Ok(folder);
     }
     Err(CommandError::failed(format!("there is no clone \"{name}\" in \"{}\"", clones.display()))
         .hint("\"walden clone list\" shows the clones."))
+}
+
+/// Refuses what would undo a clone that is on its way to be a data directory.
+fn refuse_finalizing(folder: &CloneFolder) -> Result<(), CommandError> {
+    if !folder.order_file().exists() {
+        return Ok(());
+    }
+    let name = folder.name();
+    Err(CommandError::failed(format!("clone \"{name}\" is on its way to be an ordinary data directory"))
+        .hint(format!("\"walden clone finalize {name}\" ends that.")))
+}
+
+/// Has the supervisor do something.
+async fn ask(folder: &CloneFolder, request: &Request) -> Result<(), CommandError> {
+    let name = folder.name();
+    match control::request(&folder.control_socket(), request).await {
+        Ok(Reply::Done) => Ok(()),
+        Ok(Reply::Failed { message } | Reply::NotYet { message }) => {
+            Err(CommandError::failed(format!("clone \"{name}\" refused: {message}")))
+        }
+        Ok(other @ Reply::Status(_)) => {
+            Err(CommandError::failed(format!("the supervisor answered {other:?}")))
+        }
+        Err(control::Error::NotRunning { .. }) => {
+            Err(CommandError::failed(format!("clone \"{name}\" is not running"))
+                .hint(format!("\"walden clone start {name}\" starts it.")))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Asks the supervisor how the clone is; where nobody answers, its folder.

@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use crate::control::CloneState;
+use crate::control::{CloneState, CloneStatus};
 use crate::instance::clone_folder::CloneFolder;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::exit::ExitKind;
+use super::chosen::Chosen;
 use super::hydrate_arguments::HydrateArguments;
-use super::status::StatusReport;
-use super::{existing, is_supervised, status_of};
+use super::{is_supervised, refuse_finalizing, status_of};
 
 /// Starts a clone that was stopped, or that a reboot took down
 #[derive(Debug, Args)]
 pub(super) struct CloneStart {
-    /// The name of the clone
+    /// The name of the clone, or a pattern with * and ?: of several, those that do not run
     name: String,
 
     #[command(flatten)]
@@ -49,24 +49,41 @@ const POLL: Duration = Duration::from_millis(20);
 
 impl CloneStart {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
-        let asked_at = context.clock().monotonic();
-        let folder = existing(context, &self.name)?;
-        if is_supervised(&folder)? {
-            return Err(CommandError::failed(format!("clone \"{}\" is running already", self.name)));
-        }
+        let chosen = Chosen::find(context, &self.name)?;
+        let started = chosen.each("started", |folder| {
+            if !is_supervised(folder)? {
+                self.remember_hydration(folder)?;
+                return start_and_tell(context, folder);
+            }
+            if !chosen.are_several {
+                let message = format!("clone \"{}\" is running already", folder.name());
+                return Err(CommandError::failed(message));
+            }
+            context.block_on_one_thread(status_of(folder))?
+        })?;
+        chosen.print(context, started)
+    }
+
+    /// Writes down how the rest of the clone comes from now on, where that was said.
+    fn remember_hydration(&self, folder: &CloneFolder) -> Result<(), CommandError> {
         let mut spec = folder.read_spec()?;
         let hydrate = self.hydrate.change(spec.hydrate);
         if hydrate != spec.hydrate {
             spec.hydrate = hydrate;
             folder.write_spec(&spec)?;
         }
-        let site = spec.site;
-        let status = context.block_on(async {
-            start(context, &folder, &site, HandedOver::of(context, asked_at)).await?;
-            status_of(&folder).await
-        })??;
-        context.output.print(&StatusReport(status))
+        Ok(())
     }
+}
+
+/// Starts a clone and tells how it is.
+pub(super) fn start_and_tell(context: &Context, folder: &CloneFolder) -> Result<CloneStatus, CommandError> {
+    let asked_at = context.clock().monotonic();
+    let site = folder.read_spec()?.site;
+    context.block_on(async {
+        start(context, folder, &site, HandedOver::of(context, asked_at)).await?;
+        status_of(folder).await
+    })?
 }
 
 impl HandedOver {
@@ -88,6 +105,7 @@ pub(super) async fn start(
     site: &str,
     spent: HandedOver,
 ) -> Result<(), CommandError> {
+    refuse_finalizing(folder)?;
     let mut supervisor = spawn(context, folder, site, &spent)?;
     loop {
         if let Ok(Some(status)) = supervisor.try_wait() {

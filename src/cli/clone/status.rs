@@ -8,39 +8,48 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::control::{CloneStatus, HydrationState};
-use crate::instance::clone_folder::CloneFolder;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::output::Report;
 use super::super::text::{Align, TextStyle, TextTable, duration, size};
-use super::{existing, status_of};
+use super::chosen::Chosen;
+use super::status_of;
 
 /// Shows how a clone is
 #[derive(Debug, Args)]
 pub(super) struct CloneStatusCommand {
-    /// The name of the clone
+    /// The name of the clone, or a pattern with * and ?
     name: String,
 }
 
 /// Shows the clones of this host
 #[derive(Debug, Args)]
-pub(super) struct CloneList {}
+pub(super) struct CloneList {
+    /// A name, or a pattern with * and ?; else all
+    name: Option<String>,
+}
 
 impl CloneStatusCommand {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
-        let folder = existing(context, &self.name)?;
-        let status = context.block_on_one_thread(status_of(&folder))??;
-        context.output.print(&StatusReport(status))
+        let chosen = Chosen::find(context, &self.name)?;
+        let clones = chosen.each("asked", |folder| context.block_on_one_thread(status_of(folder))?)?;
+        if let ([status], false) = (&clones[..], chosen.are_several) {
+            return context.output.print(&StatusReport(status.clone()));
+        }
+        context.output.print(&SeveralReport { clones })
     }
 }
 
 impl CloneList {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
-        let folders = CloneFolder::list(&context.config()?.paths.clones)?;
+        let chosen = match &self.name {
+            Some(name) => Chosen::find(context, name)?,
+            None => Chosen::all(context)?,
+        };
         let clones = context.block_on_one_thread(async {
             let mut clones = Vec::new();
-            for folder in &folders {
+            for folder in &chosen.folders {
                 clones.push(status_of(folder).await?);
             }
             Ok::<_, CommandError>(clones)
@@ -54,9 +63,22 @@ impl CloneList {
 #[serde(transparent)]
 pub(super) struct StatusReport(pub CloneStatus);
 
+/// Several clones, a line each.
 #[derive(Debug, Serialize)]
-struct ListReport {
+pub(super) struct ListReport {
+    pub clones: Vec<CloneStatus>,
+}
+
+/// Several clones, as much of each as of one.
+#[derive(Debug, Serialize)]
+struct SeveralReport {
     clones: Vec<CloneStatus>,
+}
+
+impl Report for SeveralReport {
+    fn write_text(&self, out: &mut String, style: &TextStyle) -> fmt::Result {
+        self.clones.iter().try_for_each(|status| StatusReport(status.clone()).write_text(out, style))
+    }
 }
 
 impl Report for StatusReport {

@@ -10,14 +10,19 @@ use crate::instance::clone_folder::CloneFolder;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
-use super::status::StatusReport;
-use super::{existing, is_supervised, status_of};
+use super::chosen::Chosen;
+use super::{is_supervised, status_of};
 
 /// Stops a clone; "clone start" goes on with its data
 #[derive(Debug, Args)]
 pub(super) struct CloneStop {
-    /// The name of the clone
-    name: String,
+    /// The name of the clone, or a pattern with * and ?
+    #[arg(required_unless_present = "all")]
+    name: Option<String>,
+
+    /// Stops every clone of this host
+    #[arg(long, conflicts_with = "name")]
+    all: bool,
 }
 
 /// Between the answer and the end of the process lie a few system calls.
@@ -26,12 +31,17 @@ const EXIT_POLLS_MAX: u32 = 3000;
 
 impl CloneStop {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
-        let folder = existing(context, &self.name)?;
-        let status = context.block_on_one_thread(async {
-            stop(&folder).await?;
-            status_of(&folder).await
-        })??;
-        context.output.print(&StatusReport(status))
+        let chosen = match &self.name {
+            Some(name) => Chosen::find(context, name)?,
+            None => Chosen::all(context)?,
+        };
+        let stopped = chosen.each("stopped", |folder| {
+            context.block_on_one_thread(async {
+                stop(folder).await?;
+                status_of(folder).await
+            })?
+        })?;
+        chosen.print(context, stopped)
     }
 }
 
@@ -48,6 +58,11 @@ pub(super) async fn stop(folder: &CloneFolder) -> Result<(), CommandError> {
             | control::Error::Malformed { .. },
         ) => {}
     }
+    wait_for_end(folder).await
+}
+
+/// Waits until a supervisor that is about to end is gone.
+pub(super) async fn wait_for_end(folder: &CloneFolder) -> Result<(), CommandError> {
     for _ in 0..EXIT_POLLS_MAX {
         if !is_supervised(folder)? {
             return Ok(());

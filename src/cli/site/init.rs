@@ -62,7 +62,11 @@ impl SiteInit {
     }
 }
 
-fn archive_command(context: &Context, site: &SiteConfig) -> Result<ArchiveCommand, CommandError> {
+/// Returns the command by which a server archives into a site.
+pub(in crate::cli) fn archive_command(
+    context: &Context,
+    site: &SiteConfig,
+) -> Result<ArchiveCommand, CommandError> {
     let failed =
         |what: &str, error: std::io::Error| CommandError::failed(format!("could not find {what}: {error}"));
     let binary = std::env::current_exe().map_err(|error| failed("the running binary", error))?;

@@ -11,6 +11,8 @@ use crate::replication::ConnectOptions;
 use super::context::Context;
 use super::error::CommandError;
 
+pub(super) use init::archive_command;
+
 /// Sets a site up, and follows its cluster over pg_upgrade
 #[derive(Debug, Args)]
 pub struct Site {

@@ -18,6 +18,7 @@ mod changes;
 mod content;
 mod fetch;
 pub mod file_system;
+mod forget_origins;
 pub mod hydrate;
 mod journal;
 mod local_disk;
@@ -54,6 +55,7 @@ use crate::mount::upper::real_disk::RealDisk;
 use crate::mount::upper::stats::Counters;
 
 pub use file_system::Unsuitable;
+pub use forget_origins::forget_origins;
 pub use stats::UpperStats;
 pub use volume::UpperFile;
 

@@ -26,7 +26,7 @@ use crate::mount::fs::{Attributes, Capacity, FileKind, IO_BYTES_USUAL, NewNode, 
 use crate::mount::upper::local_disk::{LocalDisk, LocalFile, LocalStat, Times};
 
 /// The extended attribute that holds a file's origin.
-const ORIGIN_ATTRIBUTE: &CStr = c"user.walden.origin";
+pub(super) const ORIGIN_ATTRIBUTE: &CStr = c"user.walden.origin";
 
 /// No origin is longer: a base length and a path.
 const ORIGIN_BYTES_MAX: usize = 4096;

@@ -1,0 +1,268 @@
+//! What finalizing a clone takes: where its parts are, where they are to be, and whether that can be.
+//!
+//! A link of `pg_tblspc` may lead into the mount, to a place that replay believed in, or into the clone's folder; beneath
+//! each of them are files of the clone, and those come to stand beside the data directory, in `<data>.tablespaces`.
+//! The order is written into the folder, whose rest is removed when it has been carried out, the order last.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::control::CloneState;
+use crate::disk::{self, durable, private_area, state_file};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
+use crate::instance::finalize::{
+    FinalizeError, FinalizeOrder, TablespaceMove, TreeMove, at, device_of, is_absent_or_empty, remove,
+};
+use crate::instance::isolation::socket_path;
+pub use crate::instance::native_settings::Adoption;
+use crate::instance::native_settings::native_settings;
+use crate::mount::mounting;
+use crate::restore::target::{check_space, resolve, used_bytes};
+
+/// Decides how a clone that is whole and stopped becomes a data directory at `to`, or in its own folder.
+pub fn plan_order(
+    folder: &CloneFolder,
+    spec: &CloneSpec,
+    to: Option<&Path>,
+    adoption: Adoption<'_>,
+) -> Result<FinalizeOrder, FinalizeError> {
+    let (data, place) = (folder.upper().join("data"), place_of(folder, to)?);
+    check_whole(folder, &data)?;
+    let tablespaces = tablespaces(folder, spec, &data, &place)?;
+    let is_copied = device_of(&data)? != device_of(&place)? || mounting::is_mount_point(&place);
+    let order = FinalizeOrder {
+        format: 1,
+        name: spec.name.clone(),
+        site: spec.site.clone(),
+        owner: spec.owner,
+        settings: native_settings(&folder.read_settings(), &place, adoption),
+        data: TreeMove { from: data, to: place },
+        wal: folder.pg_wal(),
+        tablespaces,
+        is_adopted: adoption != Adoption::Private,
+        is_copied,
+        pin: spec.pin.clone(),
+    };
+    for place in order.places() {
+        if !is_absent_or_empty(place)? {
+            return Err(FinalizeError::Taken { path: place.to_owned() });
+        }
+    }
+    if !order.is_adopted {
+        socket_path(&order.data.to, spec.port).map_err(FinalizeError::SocketPath)?;
+    }
+    if order.is_copied {
+        check_space(&needs(&order))?;
+    }
+    Ok(order)
+}
+
+/// Checks, before a clone is stopped for it, that a place can be taken.
+pub fn check_place(folder: &CloneFolder, to: Option<&Path>) -> Result<(), FinalizeError> {
+    let place = place_of(folder, to)?;
+    if is_absent_or_empty(&place)? { Ok(()) } else { Err(FinalizeError::Taken { path: place }) }
+}
+
+/// Writes the order down; from now on the clone can only be finalized.
+pub fn write_order(folder: &CloneFolder, order: &FinalizeOrder) -> Result<(), disk::Error> {
+    write_json(&folder.order_file(), order, "the order to finalize a clone")?;
+    let message = format!("it is on its way to \"{}\"", order.data.to.display());
+    folder.write_state(&LastState { message: Some(message), ..LastState::sound(CloneState::Stopped) })
+}
+
+/// Returns the order that was written, if one was.
+pub fn read_order(folder: &CloneFolder) -> Result<Option<FinalizeOrder>, disk::Error> {
+    match state_file::read_document(&folder.order_file(), "the order to finalize a clone") {
+        Err(error) if error.is_not_found() => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Removes what is left of the clone's folder once its order has been carried out.
+///
+/// The description goes before the order: without either nothing is a clone, and with the order alone this goes on.
+pub fn clear_folder(folder: &CloneFolder, order: &FinalizeOrder) -> Result<(), disk::Error> {
+    let path = folder.path();
+    let is_inside = order.data.to.starts_with(path);
+    let last = [folder.spec_file(), folder.order_file()];
+    for entry in fs::read_dir(path).map_err(at("open directory", path))? {
+        let left = entry.map_err(at("read directory", path))?.path();
+        let is_result = is_inside && order.places().any(|place| place.starts_with(&left));
+        if !is_result && !last.contains(&left) {
+            remove(&left)?;
+        }
+    }
+    for file in &last {
+        durable::remove_file(file)?;
+    }
+    if is_inside {
+        return Ok(());
+    }
+    remove(path)?;
+    durable::fsync_parent(path)
+}
+
+/// Returns where the tablespaces of a data directory come to stand.
+fn tablespaces_beside(place: &Path) -> PathBuf {
+    let mut name = place.file_name().map(OsString::from).unwrap_or_default();
+    name.push(".tablespaces");
+    place.with_file_name(name)
+}
+
+fn place_of(folder: &CloneFolder, to: Option<&Path>) -> Result<PathBuf, FinalizeError> {
+    let Some(to) = to else { return Ok(folder.finalized_data()) };
+    let place = resolve(to);
+    if place.starts_with(resolve(folder.path())) {
+        return Err(FinalizeError::Inside { path: place });
+    }
+    Ok(place)
+}
+
+/// Looks for what no clone is without, so that a folder somebody has worked in is told before anything is moved.
+fn check_whole(folder: &CloneFolder, data: &Path) -> Result<(), FinalizeError> {
+    let held = data.join(private_area::DIRECTORY_NAME).join("held");
+    let held = private_area::HELD_BACK.map(|(_, name)| held.join(name));
+    let directories = ["base", "global", "pg_xact", "pg_tblspc"].map(|name| data.join(name));
+    let mut all = held.into_iter().chain(directories).chain([folder.pg_wal()]);
+    match all.find(|path| !path.exists()) {
+        Some(path) => Err(FinalizeError::Missing { path }),
+        None => Ok(()),
+    }
+}
+
+fn tablespaces(
+    folder: &CloneFolder,
+    spec: &CloneSpec,
+    data: &Path,
+    place: &Path,
+) -> Result<Vec<TablespaceMove>, FinalizeError> {
+    let links = data.join("pg_tblspc");
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&links).map_err(at("open directory", &links))? {
+        let entry = entry.map_err(at("read directory", &links))?;
+        // One that is a directory stays where it is.
+        let (Ok(target), Ok(oid)) = (fs::read_link(entry.path()), entry.file_name().into_string()) else {
+            continue;
+        };
+        let Some(from) = place_beneath(folder, &spec.stand_ins, &target) else { continue };
+        if !from.is_dir() {
+            return Err(FinalizeError::Missing { path: from });
+        }
+        let to = tablespaces_beside(place).join(&oid);
+        found.push(TablespaceMove { oid, tree: TreeMove { from, to } });
+    }
+    found.sort_by(|a, b| a.oid.cmp(&b.oid));
+    Ok(found)
+}
+
+/// Returns where in the clone's folder the files are that a link leads to; nothing where it leads elsewhere.
+fn place_beneath(folder: &CloneFolder, stand_ins: &[(PathBuf, PathBuf)], target: &Path) -> Option<PathBuf> {
+    let over = stand_ins.iter().filter(|(foreign, _)| target.starts_with(foreign));
+    // A place within another has its own folder over it.
+    let over = over.max_by_key(|(foreign, _)| foreign.components().count());
+    let inside = match over {
+        Some((foreign, own)) => own.join(target.strip_prefix(foreign).ok()?),
+        None => target.to_owned(),
+    };
+    let inside: PathBuf = inside.components().collect();
+    match inside.strip_prefix(folder.mount_point().join("tablespaces")) {
+        Ok(rest) => {
+            let mut parts = rest.components();
+            let oid = parts.next()?.as_os_str().to_str()?;
+            let upper = folder.upper().join(format!("tablespace-{oid}")).join(parts.as_path());
+            Some(upper.components().collect())
+        }
+        Err(_) => inside.starts_with(folder.path()).then_some(inside),
+    }
+}
+
+/// Returns what a copy takes at each place.
+fn needs(order: &FinalizeOrder) -> Vec<(PathBuf, u64)> {
+    let trees = std::iter::once(&order.data).chain(order.tablespaces.iter().map(|one| &one.tree));
+    let trees = trees.map(|tree| (tree.to.clone(), used_bytes(&tree.from)));
+    trees.chain([(order.data.to.clone(), used_bytes(&order.wal))]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_files_of_a_tablespace_are_found_wherever_its_link_leads() {
+        let folder = CloneFolder::new(Path::new("/clones"), "one").unwrap();
+        let stand_ins: [(PathBuf, PathBuf); 3] = [
+            ("/srv/old".into(), "/clones/one/mnt/tablespaces/16385".into()),
+            ("/srv/young".into(), "/clones/one/tablespaces/16400".into()),
+            ("/srv/young/inner".into(), "/clones/one/tablespaces/16401".into()),
+        ];
+        let beneath = |target: &str| place_beneath(&folder, &stand_ins, Path::new(target));
+        let upper = PathBuf::from("/clones/one/upper/tablespace-16385");
+        assert_eq!(beneath("/clones/one/mnt/tablespaces/16385"), Some(upper.clone()));
+        assert_eq!(beneath("/srv/old"), Some(upper));
+        assert_eq!(beneath("/srv/young"), Some("/clones/one/tablespaces/16400".into()));
+        assert_eq!(beneath("/srv/young/inner"), Some("/clones/one/tablespaces/16401".into()));
+        assert_eq!(beneath("/clones/one/own"), Some("/clones/one/own".into()));
+        assert_eq!(beneath("/srv/younger"), None);
+    }
+
+    #[test]
+    fn tablespaces_stand_beside_the_data_directory() {
+        assert_eq!(tablespaces_beside(Path::new("/srv/pg/main")), Path::new("/srv/pg/main.tablespaces"));
+    }
+
+    #[test]
+    fn the_folder_of_the_clone_is_no_place_and_its_own_data_is() {
+        let clones = tempfile::tempdir().unwrap();
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        fs::create_dir_all(folder.upper()).unwrap();
+        let error = check_place(&folder, Some(&folder.path().join("elsewhere"))).unwrap_err();
+        assert!(matches!(error, FinalizeError::Inside { .. }), "{error}");
+        check_place(&folder, None).unwrap();
+        let place = clones.path().join("place");
+        check_place(&folder, Some(&place)).unwrap();
+        fs::create_dir(&place).unwrap();
+        check_place(&folder, Some(&place)).unwrap();
+        fs::write(place.join("file"), "").unwrap();
+        let error = check_place(&folder, Some(&place)).unwrap_err();
+        assert!(matches!(&error, FinalizeError::Taken { .. }), "{error}");
+        assert!(error.hint().is_some());
+    }
+
+    /// Killed after the description has gone, it goes on by the order; after that nothing of a clone is left.
+    #[test]
+    fn the_rest_of_the_folder_goes_and_the_order_goes_last() {
+        for is_inside in [true, false] {
+            let clones = tempfile::tempdir().unwrap();
+            let folder = CloneFolder::new(clones.path(), "one").unwrap();
+            fs::create_dir_all(folder.upper()).unwrap();
+            let to = if is_inside { folder.finalized_data() } else { clones.path().join("main") };
+            fs::create_dir_all(&to).unwrap();
+            fs::write(to.join("PG_VERSION"), "15\n").unwrap();
+            fs::write(folder.spec_file(), "{}").unwrap();
+            let from = folder.upper().join("data");
+            let order = FinalizeOrder {
+                format: 1,
+                name: "one".to_owned(),
+                site: "main".to_owned(),
+                owner: (0, 0),
+                data: TreeMove { from, to: to.clone() },
+                wal: folder.pg_wal(),
+                tablespaces: Vec::new(),
+                settings: Vec::new(),
+                is_adopted: false,
+                is_copied: false,
+                pin: None,
+            };
+            write_order(&folder, &order).unwrap();
+            assert_eq!(read_order(&folder).unwrap().as_ref(), Some(&order));
+            fs::remove_file(folder.spec_file()).unwrap();
+            clear_folder(&folder, &order).unwrap();
+            assert!(to.join("PG_VERSION").exists());
+            assert_eq!(folder.path().exists(), is_inside);
+            assert_eq!(read_order(&folder).unwrap(), None);
+            assert_eq!(folder.is_finalized(), is_inside);
+            assert!(!folder.upper().exists());
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! What a running clone does when it is asked to: end its recovery, read its configuration again, become whole.
+//! Deliberately absent: stopping and telling how it is, which are the supervisor's own.
+
+use crate::control::{CloneState, Reply};
+use crate::instance::cut_over;
+use crate::instance::server::Server;
+use crate::replication::Session;
+
+/// Ends a recovery that waits at its target or lets readers in; returns before the server takes writes.
+pub(super) async fn promote(session: Option<&Session>, state: CloneState) -> Reply {
+    let Some(session) = session else {
+        // Nobody is let in: the server replays up to its target, which ends its recovery by itself.
+        return Reply::Done;
+    };
+    if state == CloneState::Running {
+        return failed("it is not in recovery");
+    }
+    match session.simple("select pg_promote(false)").await {
+        Ok(rows) if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") => Reply::Done,
+        Ok(_) => failed("the server did not take the request to end its recovery"),
+        // Its recovery may have ended just now.
+        Err(error) => match session.simple("select pg_is_in_recovery()").await {
+            Ok(rows) if rows.first().and_then(|row| row.first()?.as_deref()) == Some("f") => Reply::Done,
+            _ => failed(&error.to_string()),
+        },
+    }
+}
+
+/// Has the server read its configuration files again.
+pub(super) fn reload(server: &Server) -> Reply {
+    match server.reload() {
+        Ok(()) => Reply::Done,
+        Err(errno) => failed(&format!("could not signal the server: {errno}")),
+    }
+}
+
+/// Looks whether the clone may be stopped for good: it is writable and everything of it is local.
+///
+/// # Errors
+/// The answer to whoever asked, while it may not.
+pub(super) async fn may_be_finalized(
+    session: Option<&Session>,
+    state: CloneState,
+    is_hydrated: bool,
+) -> Result<(), Reply> {
+    let Some(session) = session.filter(|_| state == CloneState::Running) else {
+        return Err(failed("its recovery has not ended"));
+    };
+    if !is_hydrated {
+        return Err(Reply::NotYet { message: "not everything of it is local".to_owned() });
+    }
+    cut_over::drop_leftovers(session).await.map_err(|error| failed(&error.to_string()))
+}
+
+fn failed(message: &str) -> Reply {
+    Reply::Failed { message: message.to_owned() }
+}
