@@ -20,6 +20,9 @@ use crate::instance::native_settings::native_settings;
 use crate::mount::mounting;
 use crate::restore::target::{check_space, resolve, used_bytes};
 
+/// What the hydrator leaves in the private area of an upper in which everything is local (`mount::upper::hydrate`).
+const WHOLE_MARK: &str = "whole";
+
 /// Decides how a clone that is whole and stopped becomes a data directory at `to`, or in its own folder.
 pub fn plan_order(
     folder: &CloneFolder,
@@ -125,10 +128,19 @@ fn check_whole(folder: &CloneFolder, data: &Path) -> Result<(), FinalizeError> {
     let held = private_area::HELD_BACK.map(|(_, name)| held.join(name));
     let directories = ["base", "global", "pg_xact", "pg_tblspc"].map(|name| data.join(name));
     let mut all = held.into_iter().chain(directories).chain([folder.pg_wal()]);
-    match all.find(|path| !path.exists()) {
-        Some(path) => Err(FinalizeError::Missing { path }),
-        None => Ok(()),
+    if let Some(path) = all.find(|path| !path.exists()) {
+        return Err(FinalizeError::Missing { path });
     }
+    // Every part of the clone says so itself.
+    let uppers = folder.upper();
+    for entry in fs::read_dir(&uppers).map_err(at("open directory", &uppers))? {
+        let upper = entry.map_err(at("read directory", &uppers))?.path();
+        let mark = upper.join(private_area::DIRECTORY_NAME).join(WHOLE_MARK);
+        if !mark.exists() {
+            return Err(FinalizeError::Missing { path: mark });
+        }
+    }
+    Ok(())
 }
 
 fn tablespaces(

@@ -6,7 +6,9 @@ mod support;
 
 mod site;
 
+mod commands;
 mod equal;
+mod finalize;
 mod holes;
 mod hostile;
 mod hydration;

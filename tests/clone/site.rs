@@ -93,10 +93,15 @@ impl Deref for Clone {
 impl Clone {
     #[track_caller]
     pub fn create(walden: &Walden, name: &str, options: &[&str]) -> Self {
-        let status = walden.json(&[&["clone", "create", name], options].concat());
+        Self::at(walden, &walden.json(&[&["clone", "create", name], options].concat()))
+    }
+
+    /// Returns the clone that a status is of.
+    #[track_caller]
+    pub fn at(walden: &Walden, status: &Value) -> Self {
         let port = u16::try_from(status["port"].as_u64().unwrap()).unwrap();
         let sql = Sql::at(Path::new(status["socket_directory"].as_str().unwrap()), port);
-        Self { walden: walden.clone(), name: name.to_owned(), sql }
+        Self { walden: walden.clone(), name: status["name"].as_str().unwrap().to_owned(), sql }
     }
 
     #[track_caller]

@@ -1,0 +1,177 @@
+//! The commands of a clone's life beside start and stop: promote, restart, reload, reset, duplicate, and several at once.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::site::{Clone, Source};
+use crate::support::{Need, Options, require, wait_for};
+
+/// A source at rest with a thousand rows, one of them after the basebackup.
+fn source() -> Source {
+    let source = Source::start(Options::default());
+    source.sql("create table kept as select n from generate_series(1, 999) n");
+    source.backup_at_rest();
+    source.sql("insert into kept values (1000)");
+    source.sql("select pg_create_restore_point('here')");
+    source.archive_wal();
+    source
+}
+
+const COUNT: &str = "select count(*) from kept";
+
+#[track_caller]
+fn states(clone: &Clone, pattern: &str) -> Vec<String> {
+    let clones = clone.walden.json(&["clone", "list", pattern])["clones"].clone();
+    let text = |clone: &Value, field: &str| clone[field].as_str().unwrap().to_owned();
+    let clones = clones.as_array().unwrap().iter();
+    clones.map(|clone| format!("{} {}", text(clone, "name"), text(clone, "state"))).collect()
+}
+
+#[test]
+fn promote_ends_a_recovery_that_waits_and_returns_when_the_clone_takes_writes() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("waits", &["--target-name", "here", "--target-action", "pause"]);
+    assert_eq!(clone.state(), "paused");
+    let status = clone.walden.json(&["clone", "promote", "waits"]);
+    assert_eq!(status["state"], "running", "{status}");
+    clone.sql("insert into kept values (1001)");
+    let again = clone.walden.try_run(&["clone", "promote", "waits"]).expect_code(1);
+    assert!(again.stderr.contains("it is not in recovery"), "{}", again.stderr);
+    clone.run("stop");
+    let stopped = clone.walden.try_run(&["clone", "promote", "waits"]).expect_code(1);
+    assert!(stopped.stderr.contains("hint: \"walden clone start waits\""), "{}", stopped.stderr);
+    clone.run("start");
+    assert_eq!(clone.sql(COUNT), "1001");
+    clone.run("delete");
+}
+
+#[test]
+fn restart_keeps_the_data_and_reload_reads_the_files_again() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("again", &[]);
+    clone.sql("insert into kept values (1001)");
+    let [_, postmaster] = clone.processes();
+    let status = clone.walden.json(&["clone", "restart", "again"]);
+    assert_eq!(status["state"], "running", "{status}");
+    assert_ne!(clone.processes()[1], postmaster);
+    assert_eq!(clone.sql(COUNT), "1001");
+
+    let file = clone.folder().join("config/postgresql.conf");
+    fs::write(&file, fs::read_to_string(&file).unwrap() + "work_mem = '9MB'\n").unwrap();
+    assert_ne!(clone.sql("show work_mem"), "9MB");
+    clone.run("reload");
+    wait_for("the file to be read", || (clone.sql("show work_mem") == "9MB").then_some(()));
+    // A session of the supervisor's is in nobody's way.
+    clone.sql("create database own");
+
+    clone.run("stop");
+    let stopped = clone.walden.try_run(&["clone", "reload", "again"]).expect_code(1);
+    assert!(stopped.stderr.contains("is not running"), "{}", stopped.stderr);
+    clone.run("restart");
+    assert_eq!(clone.sql("show work_mem"), "9MB");
+    clone.run("delete");
+}
+
+#[test]
+fn reset_brings_back_what_the_clone_was_when_it_was_made() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("back", &[]);
+    clone.sql("delete from kept; create database own; checkpoint");
+    clone.run("reset");
+    assert_eq!(clone.sql(COUNT), "1000");
+    assert_eq!(clone.sql("select count(*) from pg_database where datname = 'own'"), "0");
+    assert_eq!(source.pins(), (1, 0), "the basebackup was held all the while");
+    clone.amcheck();
+
+    // One that was killed after its first step is ended by whoever starts the clone.
+    clone.sql("delete from kept");
+    clone.run("stop");
+    fs::write(clone.folder().join("resetting"), "").unwrap();
+    fs::remove_dir_all(clone.folder().join("pg_wal")).unwrap();
+    clone.run("start");
+    assert_eq!(clone.sql(COUNT), "1000");
+    assert!(!clone.folder().join("resetting").exists());
+    clone.walden.run(&["clone", "reset", "back", "--no-start"]);
+    assert_eq!(clone.state(), "stopped");
+    clone.run("delete");
+}
+
+#[test]
+fn a_duplicate_is_a_clone_of_its_own_without_the_changes_of_the_first() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("first", &["--target-name", "here"]);
+    // It goes by the plan of the first, whatever the archive has by now.
+    source.sql("insert into kept values (-1)");
+    source.archive_wal();
+    clone.sql("delete from kept where n <= 500");
+    let status = clone.walden.json(&["clone", "duplicate", "first", "second"]);
+    assert_eq!((&status["name"], &status["state"]), (&"second".into(), &"running".into()));
+    let first = clone.status();
+    assert_eq!((&status["basebackup"], &status["target"]), (&first["basebackup"], &first["target"]));
+    assert_ne!((&status["port"], &status["data_directory"]), (&first["port"], &first["data_directory"]));
+    let second = Clone::at(&clone.walden, &status);
+    assert_eq!(second.sql(COUNT), "1000");
+    second.sql("insert into kept values (1001)");
+    assert_eq!(clone.sql(COUNT), "500");
+    assert_eq!(source.pins(), (2, 0));
+    let taken = clone.walden.try_run(&["clone", "duplicate", "first", "second"]);
+    assert!(!taken.success() && taken.stderr.contains("exists already"), "{}", taken.stderr);
+    clone.run("delete");
+    assert_eq!(second.sql(COUNT), "1001");
+    second.run("delete");
+    assert_eq!(source.pins(), (2, 2));
+}
+
+#[test]
+fn a_pattern_means_every_clone_it_matches_and_stop_all_means_all() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let one = source.clone("team-one", &[]);
+    source.clone("team-two", &[]);
+    source.clone("other", &["--no-start"]);
+    one.walden.run(&["clone", "stop", "team-*"]);
+    assert_eq!(states(&one, "*"), ["other stopped", "team-one stopped", "team-two stopped"]);
+    one.walden.run(&["clone", "start", "team-t??"]);
+    assert_eq!(states(&one, "team*"), ["team-one stopped", "team-two running"]);
+    let started = one.walden.json(&["clone", "start", "team-*"]);
+    assert_eq!(started["clones"].as_array().unwrap().len(), 2, "one that runs is passed over: {started}");
+    let text = one.walden.run(&["clone", "status", "team-*"]).stdout;
+    assert!(
+        text.contains("clone team-one is running") && text.contains("clone team-two is running"),
+        "{text}"
+    );
+    one.walden.run(&["clone", "stop", "--all"]);
+    assert!(states(&one, "*").iter().all(|state| state.ends_with(" stopped")));
+    for command in ["stop", "start", "status", "list", "restart", "delete"] {
+        let run = one.walden.try_run(&["clone", command, "nobody*"]).expect_code(1);
+        assert!(run.stderr.contains("matches \"nobody*\""), "{}", run.stderr);
+        assert!(run.stderr.contains("hint: \"walden clone list\""), "{}", run.stderr);
+    }
+    let deleted = one.walden.json(&["clone", "delete", "team-*"]);
+    assert_eq!(deleted["deleted"], serde_json::json!(["team-one", "team-two"]));
+    assert_eq!(states(&one, "*"), ["other stopped"]);
+    one.walden.run(&["clone", "delete", "other"]);
+    one.walden.run(&["clone", "stop", "--all"]);
+}
+
+/// It has all sessions of 15 and later open their files again, and is not seen by anybody who looks afterwards.
+#[test]
+fn a_cut_over_leaves_no_database() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("local", &[]);
+    // What an attempt that was killed has left, and what is somebody's own.
+    clone.sql("create database walden_cutover_0123456789abcdef");
+    clone.sql("create database walden_cutover_notes");
+    let whole = clone.folder().join("upper/data/.walden/whole");
+    wait_for("the clone to be whole", || whole.exists().then_some(()));
+    let left = "select string_agg(datname, ' ') from pg_database where datname like 'walden_cutover_%'";
+    wait_for("the cut-over to be over", || (clone.sql(left) == "walden_cutover_notes").then_some(()));
+    assert_eq!(clone.sql(COUNT), "1000");
+    clone.run("delete");
+}
