@@ -99,6 +99,9 @@ pub struct CloneStatus {
     pub requests: u64,
     /// From the request to create or start it until it answered.
     pub seconds_to_ready: Option<f64>,
+    /// What keeps the server's sessions from opening the files anew that are local by now; nothing where nothing does.
+    #[serde(default)]
+    pub cut_over_waits_for: Option<String>,
 }
 
 /// How the rest of a basebackup comes.

@@ -67,8 +67,8 @@ pub enum ServerError {
     Session(#[from] replication::Error),
 }
 
-/// Where the session is that watches the server: not in template1 where that can be, for a session there is in the way
-/// of every CREATE DATABASE; but `postgres` may have been dropped, and template1 is in every cluster.
+/// Where sessions of Walden's own are: not in template1 where that can be, for a session there is in the way of every
+/// CREATE DATABASE; but `postgres` may have been dropped, and template1 is in every cluster.
 const DATABASES: [&str; 2] = ["postgres", "template1"];
 /// Where postmaster.pid says how the server is, counted from 0 (pidfile.h).
 const PID_FILE_STATUS_LINE: usize = 7;
@@ -88,6 +88,17 @@ impl Endpoint {
             quote(&self.superuser),
             quote(database)
         ))
+    }
+
+    /// Opens a session of Walden's own.
+    pub async fn connect(&self) -> Result<Session, replication::Error> {
+        let [usual, always] = DATABASES;
+        match Session::connect(&self.connect_options(usual)).await {
+            Err(error) if error.kind() != replication::ErrorKind::Retry => {
+                Session::connect(&self.connect_options(always)).await
+            }
+            other => other,
+        }
     }
 }
 
@@ -117,6 +128,11 @@ impl Server {
         self.pid.as_raw().unsigned_abs()
     }
 
+    /// Returns how clients reach it.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
     /// Asks it to read its configuration files again.
     pub fn reload(&self) -> Result<(), nix::errno::Errno> {
         kill(self.pid, Signal::SIGHUP)
@@ -124,19 +140,14 @@ impl Server {
 
     /// Waits until a session is let in, however long recovery takes.
     async fn ready(&mut self) -> Result<Session, ServerError> {
-        let mut tried = 0;
         loop {
             if let Ok(Some(status)) = self.child.try_wait() {
                 return Err(ServerError::EndedAtStart { status, log: tail(&self.log_file) });
             }
             if self.lets_in() {
-                match Session::connect(&self.endpoint.connect_options(DATABASES[tried])).await {
+                match self.endpoint.connect().await {
                     Ok(session) => return Ok(session),
                     Err(error) if error.kind() == replication::ErrorKind::Retry => {}
-                    Err(_) if tried + 1 < DATABASES.len() => {
-                        tried += 1;
-                        continue;
-                    }
                     Err(error) => return Err(error.into()),
                 }
             }

@@ -1,6 +1,6 @@
 //! The one process of a running clone: it mounts, starts PostgreSQL, answers requests, and takes everything down.
 //!
-//! mount → first start only: links, marker, signal file → sync → PostgreSQL → requests until it ends or is told to →
+//! mount → first start only: links, marker, signal file (`prepare`) → sync → PostgreSQL → requests until it ends or is told to →
 //! stop → sync → unmount. The order on the way down is what makes everything that was fsynced be there at the next
 //! start. When this process is killed PostgreSQL dies with it (`launch`), and the next start begins with detaching
 //! the dead mount. Reads wait for the store for ever while there is recovery to lose, and until what must never fail
@@ -10,8 +10,6 @@
 
 use std::error::Error as StdError;
 use std::io;
-use std::os::unix::fs::symlink;
-use std::path::Path;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,20 +19,21 @@ use tokio::task::{JoinError, JoinSet};
 use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_scan::greatest;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
-use crate::disk::durable::{self, Create};
-use crate::disk::{self, CloneMarker, LockFile, Owner, state_file};
+use crate::disk::{self, LockFile, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
 use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::cutting_over::CuttingOver;
 use crate::instance::hydration::{self, Hydrating};
 use crate::instance::isolation::{CloneFacts, Setting, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
 use crate::instance::orphans;
+use crate::instance::prepare::prepare;
 use crate::instance::requests;
 use crate::instance::reset;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
 use crate::instance::store_wait::{self, Waited};
 use crate::mount::patience::Patience;
-use crate::pg::{ControlFile, ControlFileError, RECOVERY_SIGNAL, STANDBY_SIGNAL};
+use crate::pg::{ControlFile, ControlFileError, RECOVERY_SIGNAL};
 use crate::replication::Session;
 use crate::repo::{self, Repository};
 use crate::storage::Traffic;
@@ -233,6 +232,7 @@ struct Run<'a> {
     state: CloneState,
     seconds_to_ready: Option<f64>,
     hydrating: Hydrating,
+    cutting: CuttingOver,
 }
 
 /// Runs PostgreSQL once; returns the request that stopped it, if it was one.
@@ -263,14 +263,15 @@ async fn run_server<T: Future<Output = ()>>(
             () = tokio::time::sleep(RECOVERY_LOOK), if is_ready && run.state != CloneState::Running => {}
             () = terminated.as_mut() => break Ok(None),
         }
-        if run.session.is_some()
-            && fetching.is_empty()
-            && let Err(error) = run.ready().await
-        {
-            break Err(error);
+        if run.session.is_some() && fetching.is_empty() {
+            if let Err(error) = run.ready().await {
+                break Err(error);
+            }
+            run.cut_over().await;
         }
     };
     run.hydrating.stop().await;
+    run.cutting.stop().await;
     // A server that waits for the store has to hear that it is to stop.
     mount.wait_for_store(STOPPING_PATIENCE);
     run.session = None;
@@ -295,7 +296,8 @@ impl<'a> Run<'a> {
         let settings = clone_settings(&facts(options, spec, &control, is_recovering(folder)));
         let server = Server::start(&launch(options, spec, &settings), endpoint).await?;
         let settings = settings.into_iter().map(listed).collect();
-        let (state, session) = (CloneState::Recovering, None);
+        let (state, session, seconds_to_ready) = (CloneState::Recovering, None, None);
+        let (hydrating, cutting) = (Hydrating::default(), CuttingOver::new(!mount.is_hydrated()));
         Ok(Self {
             options,
             spec,
@@ -304,8 +306,9 @@ impl<'a> Run<'a> {
             settings,
             session,
             state,
-            seconds_to_ready: None,
-            hydrating: Hydrating::default(),
+            seconds_to_ready,
+            hydrating,
+            cutting,
         })
     }
 
@@ -349,9 +352,8 @@ impl<'a> Run<'a> {
             }
             Request::Finalize => {
                 self.look().await;
-                self.mount.hydrate_now();
-                let (session, is_hydrated) = (self.session.as_ref(), self.mount.is_hydrated());
-                match requests::may_be_finalized(session, self.state, is_hydrated).await {
+                let is_whole = self.mount.is_hydrated() && !self.cutting.is_busy();
+                match requests::may_be_finalized(self.session.as_ref(), self.state, is_whole).await {
                     Ok(()) => return Some(pending),
                     Err(reply) => reply,
                 }
@@ -359,6 +361,19 @@ impl<'a> Run<'a> {
         };
         pending.answer(&reply).await;
         None
+    }
+
+    /// Has all sessions open their files again, once everything is local and the server takes writes.
+    async fn cut_over(&mut self) {
+        if self.cutting.has_begun() || !self.mount.is_hydrated() {
+            return;
+        }
+        if self.state != CloneState::Running {
+            self.look().await;
+        }
+        if self.state == CloneState::Running {
+            self.cutting.begin(&self.options.repository, self.server.endpoint());
+        }
     }
 
     /// Asks the server how it is; what it does not answer in time, its directory tells.
@@ -388,6 +403,7 @@ impl<'a> Run<'a> {
             bytes_fetched: options.spent_bytes + traffic.bytes_read,
             requests: options.spent_requests + traffic.requests(),
             seconds_to_ready: self.seconds_to_ready,
+            cut_over_waits_for: self.cutting.waits_for(),
             ..resting_status(&options.folder, self.spec, &LastState::sound(self.state))
         }
     }
@@ -420,6 +436,7 @@ pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) 
         bytes_fetched: 0,
         requests: 0,
         seconds_to_ready: None,
+        cut_over_waits_for: None,
     }
 }
 
@@ -438,46 +455,6 @@ async fn state_of(session: &Session) -> Result<CloneState, ServerError> {
         Some("paused") => CloneState::Paused,
         _ => CloneState::Recovering,
     })
-}
-
-/// Makes the data directory the clone's own, once, and reads its control file.
-fn prepare(folder: &CloneFolder, spec: &CloneSpec) -> Result<ControlFile, SuperviseError> {
-    let data = folder.data_directory();
-    let owner = Owner { uid: spec.owner.0, gid: spec.owner.1 };
-    let step = |action, path: &Path| {
-        let path = path.display().to_string();
-        move |source| SuperviseError::Prepare { action, path, source }
-    };
-    let pid_file = data.join("postmaster.pid");
-    if CloneMarker::detect(&data)?.is_none() {
-        let wal = data.join("pg_wal");
-        std::fs::remove_dir_all(&wal).map_err(step("remove", &wal))?;
-        symlink(folder.pg_wal(), &wal).map_err(step("link", &wal))?;
-        for name in [STANDBY_SIGNAL, "tablespace_map"] {
-            remove_if_there(&data.join(name)).map_err(step("remove", &data.join(name)))?;
-        }
-        durable::write_file(&data.join(RECOVERY_SIGNAL), b"", Create::PRIVATE_FILE.owned_by(owner))?;
-        // Last: it says that everything above has been done.
-        let marker = CloneMarker {
-            name: spec.name.clone(),
-            site: spec.site.clone(),
-            basebackup: spec.basebackup.to_string(),
-        };
-        marker.write(&data, Create { mode: 0o600, owner: Some(owner) })?;
-    } else {
-        // Whoever wrote it died with the last supervisor: the lock is ours.
-        remove_if_there(&pid_file).map_err(step("remove", &pid_file))?;
-    }
-    let control = data.join("global/pg_control");
-    let bytes = std::fs::read(&control).map_err(step("read", &control))?;
-    Ok(ControlFile::parse(&bytes)?)
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }
 
 fn facts(

@@ -13,8 +13,8 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::config::WalSource;
-use crate::control::{self, Reply, Request};
-use crate::instance::clone_folder::CloneFolder;
+use crate::control::{self, HydrationState, Reply, Request};
+use crate::instance::clone_folder::{CloneFolder, HydrateSpec};
 use crate::instance::finalize::FinalizeOrder;
 use crate::instance::finalize_plan::{
     Adoption, check_place, clear_folder, plan_order, read_order, write_order,
@@ -31,7 +31,7 @@ use super::super::text::TextStyle;
 use super::super::wal::push_one;
 use super::delete::{detach_dead_mount, let_go};
 use super::start::{HandedOver, start};
-use super::stop::wait_for_end;
+use super::stop::{stop, wait_for_end};
 use super::{existing, is_supervised, status_of};
 
 /// Makes an ordinary data directory of a clone
@@ -118,10 +118,16 @@ impl CloneFinalize {
 
 /// Waits until everything of the clone is local, and stops it.
 async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
-    let name = folder.name();
+    let (name, mut spec) = (folder.name(), folder.read_spec()?);
+    if spec.hydrate != HydrateSpec::default() && !folder.read_hydration().is_done {
+        // It is stopped in the end anyway: started again, it fetches everything, and as fast as it comes.
+        stop(folder).await?;
+        spec.hydrate = HydrateSpec::default();
+        folder.write_spec(&spec)?;
+    }
     if !is_supervised(folder)? {
         let spent = HandedOver::of(context, context.clock().monotonic());
-        start(context, folder, &folder.read_spec()?.site, spent).await?;
+        start(context, folder, &spec.site, spent).await?;
     }
     let mut progress = Hydration { context, progress: None, shown: 0 };
     loop {
@@ -157,6 +163,13 @@ struct Hydration<'a> {
 impl Hydration<'_> {
     async fn show(&mut self, folder: &CloneFolder) -> Result<(), CommandError> {
         let status = status_of(folder).await?;
+        if status.hydration.state == HydrationState::Failed {
+            let why =
+                status.hydration.reason.unwrap_or_else(|| "some of it does not become local".to_owned());
+            let message = format!("clone \"{}\" does not become whole: {why}", status.name);
+            return Err(CommandError::failed(message)
+                .hint(format!("It runs on as before. See \"{}\".", folder.mount_log().display())));
+        }
         let task = Task::bytes("hydrate", Some(status.total_bytes));
         let progress = self.progress.get_or_insert_with(|| self.context.monitor().start(task));
         progress.advance(status.hydrated_bytes.saturating_sub(self.shown));

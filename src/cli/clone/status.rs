@@ -114,6 +114,9 @@ impl Report for StatusReport {
         if status.total_bytes > 0 {
             writeln!(out, "  local         {}", local_text(status))?;
         }
+        if let Some(reason) = &status.cut_over_waits_for {
+            writeln!(out, "  cut-over      waits: {reason}")?;
+        }
         Ok(())
     }
 }
@@ -204,6 +207,7 @@ mod tests {
             bytes_fetched: 0,
             requests: 0,
             seconds_to_ready: None,
+            cut_over_waits_for: None,
         }
     }
 
