@@ -1,6 +1,7 @@
 //! `walden internal serve-clone`: the supervisor of one clone, started by `clone create` and `clone start`.
 //! What was spent before it began is handed over as arguments, so that its figures are those of the whole.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use clap::Args;
@@ -8,9 +9,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::{KeyPurpose, machine_memory};
 use crate::instance::clone_folder::CloneFolder;
+use crate::instance::expiry::over;
 use crate::instance::supervise::{SuperviseOptions, could_not_open, supervise};
 
-use super::clone::HandedOver;
+use super::clone::{HandedOver, delete_over};
 use super::context::Context;
 use super::error::CommandError;
 use super::exit::ExitKind;
@@ -31,6 +33,14 @@ impl ServeClone {
             .map_err(|error| CommandError::usage(error.to_string()))?;
         let now = context.clock().monotonic();
         let spent = Duration::try_from_secs_f64(self.spent.spent_seconds).unwrap_or_default();
+        // A clone whose time is over ends like one that is told to, and is then deleted.
+        let (watched, clock, is_over) = (folder.clone(), context.clock(), Cell::new(false));
+        let ends = async {
+            tokio::select! {
+                () = terminated() => {}
+                () = over(&watched, &*clock) => is_over.set(true),
+            }
+        };
         context.block_on(async {
             let repository = match context.open_repository(site, KeyPurpose::Read).await {
                 Ok(repository) => repository,
@@ -52,8 +62,9 @@ impl ServeClone {
                 environment: context.environment.for_postgres(),
                 asked_at: now.checked_sub(spent).unwrap_or(now),
             };
-            supervise(options, terminated()).await.map_err(|error| CommandError::failed(error.to_string()))
-        })?
+            supervise(options, ends).await.map_err(|error| CommandError::failed(error.to_string()))
+        })??;
+        if is_over.get() { delete_over(context, &watched) } else { Ok(()) }
     }
 }
 

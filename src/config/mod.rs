@@ -49,7 +49,7 @@ pub use paths::{OwnedFolder, Paths};
 pub use secret_file::{NamedFile, read_secret};
 pub use site::{Node, SiteConfig, WalSource};
 pub use storage::StorageConfig;
-pub use units::parse_size;
+pub use units::{parse_duration, parse_size};
 
 use document::Source;
 use secret_file::check_mode;

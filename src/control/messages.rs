@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// A request to a clone's supervisor.
@@ -83,6 +84,9 @@ pub struct CloneStatus {
     /// What its user should know of it.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// When it is deleted, if ever, unless somebody is connected then.
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
     /// What its server is told in place of the source's configuration; empty before its first start.
     #[serde(default)]
     pub settings: Vec<CloneSetting>,

@@ -92,6 +92,9 @@ pub struct CloneSpec {
     pub hydrate: HydrateSpec,
     /// When it was made.
     pub created_at: Timestamp,
+    /// When it is deleted, if ever.
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
 }
 
 /// How the rest of a clone's basebackup comes.

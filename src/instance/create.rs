@@ -7,6 +7,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
+
 use crate::catalog::host::{self, Host, OtherArchitecture};
 use crate::catalog::recovery_choice::{PlannedRecovery, RecoveryError, RecoveryRequest, plan_for_target};
 use crate::catalog::wal_scan::{WalScan, scan_wal};
@@ -50,6 +52,8 @@ pub struct CreateOptions {
     pub preload: Vec<String>,
     /// How the rest of the basebackup comes.
     pub hydrate: HydrateSpec,
+    /// When the clone is deleted, if ever.
+    pub expires_at: Option<Timestamp>,
 }
 
 impl CreateOptions {
@@ -176,6 +180,7 @@ pub async fn create(
         warnings,
         hydrate: options.hydrate,
         created_at: repository.clock().now(),
+        expires_at: options.expires_at,
     };
     match write_folder(folder, &spec, &plan, options.owner) {
         Ok(()) => {

@@ -28,13 +28,17 @@ pub async fn duplicate(
         Ok(pin) => pin,
         Err(error) => return Err(give_up(repository, new, None, error).await),
     };
+    let created_at = repository.clock().now();
+    // It lives as long as the first was to.
+    let lifetime = first.expires_at.map(|at| at.duration_since(first.created_at));
     let stand_ins = first.stand_ins.iter().map(|(place, own)| (place.clone(), moved(folder, new, own)));
     let spec = CloneSpec {
         name: new.name().to_owned(),
         port,
         pin: pin.clone(),
         stand_ins: stand_ins.collect(),
-        created_at: repository.clock().now(),
+        created_at,
+        expires_at: lifetime.and_then(|lifetime| created_at.checked_add(lifetime).ok()),
         ..first.clone()
     };
     match write_folder(new, &spec, &plan, owner) {

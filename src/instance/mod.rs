@@ -8,6 +8,7 @@
 pub mod clone_folder;
 pub mod create;
 pub mod duplicate;
+pub mod expiry;
 pub mod finalize;
 pub mod finalize_plan;
 pub mod reset;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
-use crate::instance::clone_folder::{CloneFolder, CloneSpec};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastHydration};
 use crate::instance::create::write_places;
 use crate::instance::finalize::remove;
 
@@ -27,6 +27,7 @@ pub fn complete(folder: &CloneFolder, spec: &CloneSpec) -> Result<(), disk::Erro
         durable::create_dir(&directory, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
     }
     write_places(folder, spec, owner)?;
+    folder.write_hydration(&LastHydration::default())?;
     durable::remove_file(&mark(folder))
 }
 

@@ -429,6 +429,7 @@ pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) 
         supervisor_pid: None,
         server_pid: None,
         warnings: spec.warnings.clone(),
+        expires_at: spec.expires_at,
         settings: folder.read_settings(),
         hydrated_bytes: last_hydration.hydrated_bytes,
         total_bytes: last_hydration.total_bytes,

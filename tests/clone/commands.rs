@@ -1,11 +1,12 @@
 //! The commands of a clone's life beside start and stop: promote, restart, reload, reset, duplicate, and several at once.
 
 use std::fs;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
 use crate::site::{Clone, Source};
-use crate::support::{Need, Options, require, wait_for};
+use crate::support::{Need, Options, mounts_below, program, require, wait_for};
 
 /// A source at rest with a thousand rows, one of them after the basebackup.
 fn source() -> Source {
@@ -174,4 +175,60 @@ fn a_cut_over_leaves_no_database() {
     wait_for("the cut-over to be over", || (clone.sql(left) == "walden_cutover_notes").then_some(()));
     assert_eq!(clone.sql(COUNT), "1000");
     clone.run("delete");
+}
+
+/// As if the time that a clone was made for had passed.
+fn let_expire(clone: &Clone) {
+    let file = clone.folder().join("clone.json");
+    let mut spec: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    assert!(spec["expires_at"].is_string(), "{spec}");
+    spec["expires_at"] = "2001-01-01T00:00:00Z".into();
+    // As the supervisor may look at any moment.
+    let new = clone.folder().join("clone.json.new");
+    fs::write(&new, spec.to_string()).unwrap();
+    fs::rename(new, file).unwrap();
+}
+
+#[test]
+fn a_clone_that_has_expired_goes_once_nobody_is_connected() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("brief", &["--expires", "12h"]);
+    assert!(clone.status()["expires_at"].is_string());
+    let text = clone.walden.run(&["clone", "status", "brief"]).stdout;
+    assert!(text.contains("  expires  "), "{text}");
+    let mut session = Command::new(program("psql").unwrap());
+    session.arg(clone.connection()).stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut session = session.spawn().unwrap();
+    let sessions = "select count(*) from pg_stat_activity where application_name = 'psql' and state = 'idle'";
+    wait_for("the session to be there", || (clone.sql(sessions) == "1").then_some(()));
+    let_expire(&clone);
+    let log = clone.folder().join("mount.log");
+    wait_for("its end to be put off", || {
+        fs::read_to_string(&log).unwrap().contains("when nobody is connected").then_some(())
+    });
+    assert_eq!(clone.sql(COUNT), "1000");
+    session.kill().unwrap();
+    session.wait().unwrap();
+    wait_for("the clone to be gone", || (!clone.folder().exists()).then_some(()));
+    assert!(mounts_below(&clone.folder()).is_empty());
+    assert_eq!(source.pins(), (1, 1));
+}
+
+#[test]
+fn a_clone_that_has_expired_at_rest_is_deleted_by_the_next_who_looks() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("brief", &["--expires", "1h"]);
+    clone.run("stop");
+    let_expire(&clone);
+    let refused = clone.walden.try_run(&["clone", "start", "brief"]).expect_code(1);
+    assert!(refused.stderr.contains("has expired"), "{}", refused.stderr);
+    let list = clone.walden.run(&["clone", "list"]);
+    assert!(list.stderr.contains("clone \"brief\" has expired and is deleted"), "{}", list.stderr);
+    assert!(list.stdout.contains("there is no clone"), "{}", list.stdout);
+    assert!(!clone.folder().exists());
+    assert_eq!(source.pins(), (1, 1));
+    let wrong = source.walden.try_run(&["clone", "create", "other", "--expires", "soon"]).expect_code(2);
+    assert!(wrong.stderr.contains("--expires soon"), "{}", wrong.stderr);
 }

@@ -14,7 +14,8 @@ use walden::control::{
 };
 use walden::disk::state_file::DOCUMENT_BYTES_MAX;
 use walden::disk::{Binding, PrivateArea};
-use walden::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
+use walden::instance::clone_folder::{CloneFolder, CloneSpec, HydrateSpec, LastState};
+use walden::instance::finalize::{FinalizeOrder, TablespaceMove, TreeMove};
 use walden::instance::launch::{Isolation, Launch};
 use walden::pg::{RecoveryLimits, TimelineId};
 use walden::repo::lease::Pin;
@@ -41,8 +42,14 @@ pub fn decoders() -> Vec<Decoder> {
     let archived = ArchivedFile { name: "1".into(), cluster: "7-1".into(), created: true };
     let setting = CloneSetting { name: "port".into(), value: "5432".into(), reason: "x".into() };
     vec![
-        json("request to a clone", &[Request::Status, Request::Stop]),
-        json("reply of a clone", &[Reply::Done, Reply::Failed { message: "x".into() }]),
+        json(
+            "request to a clone",
+            &[Request::Status, Request::Stop, Request::Promote, Request::Reload, Request::Finalize],
+        ),
+        json(
+            "reply of a clone",
+            &[Reply::Done, Reply::NotYet { message: "x".into() }, Reply::Failed { message: "x".into() }],
+        ),
         json(
             "request to a daemon",
             &[DaemonRequest::Push(PushRequest {
@@ -68,6 +75,7 @@ pub fn decoders() -> Vec<Decoder> {
         json("reply about a file", &[FileReply::Written { bytes: 9 }, FileReply::Absent]),
         json("binding of a private area", &[binding()]),
         json("description of a clone", &[clone_spec()]),
+        json("order to finalize a clone", &[finalize_order()]),
         json("state of a clone", &[LastState::sound(CloneState::Running)]),
         json("settings of a clone", &[vec![setting]]),
         json("order to start a server", &[launch()]),
@@ -110,7 +118,29 @@ fn clone_spec() -> CloneSpec {
         preload: "pg_stat_statements".into(),
         stand_ins: vec![(PathBuf::from("/srv/one"), PathBuf::from("/clones/yesterday/tablespaces/1"))],
         warnings: vec!["x".into()],
+        hydrate: HydrateSpec::default(),
         created_at: Timestamp::UNIX_EPOCH,
+        expires_at: Some(Timestamp::UNIX_EPOCH),
+    }
+}
+
+fn finalize_order() -> FinalizeOrder {
+    let tree = |from: &str, to: &str| TreeMove { from: from.into(), to: to.into() };
+    FinalizeOrder {
+        format: 1,
+        name: "yesterday".into(),
+        site: "main".into(),
+        owner: (113, 120),
+        data: tree("/clones/yesterday/upper/data", "/srv/main"),
+        wal: "/clones/yesterday/pg_wal".into(),
+        tablespaces: vec![TablespaceMove {
+            oid: "16400".into(),
+            tree: tree("/clones/yesterday/upper/tablespace-16400", "/srv/main.tablespaces/16400"),
+        }],
+        settings: vec![("archive_mode".into(), "off".into())],
+        is_adopted: false,
+        is_copied: true,
+        pin: Some(Pin { id: basebackup(), random: [7; 8] }),
     }
 }
 

@@ -159,6 +159,7 @@ async fn making_a_clone_survives_a_fault_at_every_call_or_fails_and_leaves_nothi
         host: Host::here(None),
         preload: Vec::new(),
         hydrate: HydrateSpec::default(),
+        expires_at: None,
     };
     for (fault, retried) in rounds() {
         let mut failures = 0;

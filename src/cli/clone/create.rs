@@ -17,6 +17,7 @@ use crate::instance::programs::libc_version;
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::recovery_target::TargetArguments;
+use super::expired::{delete_expired, end_of};
 use super::hydrate_arguments::HydrateArguments;
 use super::start::{HandedOver, start};
 use super::status::StatusReport;
@@ -56,6 +57,10 @@ pub(super) struct CloneCreate {
 
     #[command(flatten)]
     hydrate: HydrateArguments,
+
+    /// Deletes the clone after this time, such as 2h, or as soon as nobody is connected then
+    #[arg(long, value_name = "TIME")]
+    expires: Option<String>,
 }
 
 impl CloneCreate {
@@ -67,6 +72,8 @@ impl CloneCreate {
         let folder = CloneFolder::new(&clones.path, &self.name)
             .map_err(|error| CommandError::usage(error.to_string()))?;
         let owner = clone_owner(&clones)?;
+        let expires = self.expires.as_deref();
+        delete_expired(context)?;
         let options = CreateOptions {
             site: site.name.clone(),
             basebackup: self.backup.clone(),
@@ -80,6 +87,7 @@ impl CloneCreate {
             host: Host::here(libc_version()),
             preload: self.preload.clone(),
             hydrate: self.hydrate.change(HydrateSpec::default()),
+            expires_at: expires.map(|text| end_of(text, context.clock().now())).transpose()?,
         };
         let status = context.block_on(async {
             let repository = context.open_repository(site, KeyPurpose::Read).await?;

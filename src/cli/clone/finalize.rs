@@ -119,6 +119,10 @@ impl CloneFinalize {
 /// Waits until everything of the clone is local, and stops it.
 async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
     let (name, mut spec) = (folder.name(), folder.read_spec()?);
+    if spec.expires_at.take().is_some() {
+        // Who makes it last does not want it deleted on the way.
+        folder.write_spec(&spec)?;
+    }
     if spec.hydrate != HydrateSpec::default() && !folder.read_hydration().is_done {
         // It is stopped in the end anyway: started again, it fetches everything, and as fast as it comes.
         stop(folder).await?;

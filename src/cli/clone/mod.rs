@@ -7,6 +7,7 @@ mod chosen;
 mod create;
 mod delete;
 mod duplicate;
+mod expired;
 mod finalize;
 mod hydrate_arguments;
 mod log;
@@ -29,6 +30,7 @@ use crate::instance::supervise::resting_status;
 use super::context::Context;
 use super::error::CommandError;
 
+pub(super) use expired::delete_over;
 pub(super) use start::HandedOver;
 
 /// Makes and runs writable clones of a basebackup

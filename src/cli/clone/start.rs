@@ -17,6 +17,7 @@ use super::super::context::Context;
 use super::super::error::CommandError;
 use super::super::exit::ExitKind;
 use super::chosen::Chosen;
+use super::expired::refuse_over;
 use super::hydrate_arguments::HydrateArguments;
 use super::{is_supervised, refuse_finalizing, status_of};
 
@@ -106,6 +107,7 @@ pub(super) async fn start(
     spent: HandedOver,
 ) -> Result<(), CommandError> {
     refuse_finalizing(folder)?;
+    refuse_over(context, folder)?;
     let mut supervisor = spawn(context, folder, site, &spent)?;
     loop {
         if let Ok(Some(status)) = supervisor.try_wait() {

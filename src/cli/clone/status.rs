@@ -14,6 +14,7 @@ use super::super::error::CommandError;
 use super::super::output::Report;
 use super::super::text::{Align, TextStyle, TextTable, duration, size};
 use super::chosen::Chosen;
+use super::expired::delete_expired;
 use super::status_of;
 
 /// Shows how a clone is
@@ -43,6 +44,7 @@ impl CloneStatusCommand {
 
 impl CloneList {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
+        delete_expired(context)?;
         let chosen = match &self.name {
             Some(name) => Chosen::find(context, name)?,
             None => Chosen::all(context)?,
@@ -82,7 +84,7 @@ impl Report for SeveralReport {
 }
 
 impl Report for StatusReport {
-    fn write_text(&self, out: &mut String, _: &TextStyle) -> fmt::Result {
+    fn write_text(&self, out: &mut String, style: &TextStyle) -> fmt::Result {
         let status = &self.0;
         writeln!(out, "clone {} is {}", status.name, status.state)?;
         if let Some(message) = &status.message {
@@ -96,6 +98,9 @@ impl Report for StatusReport {
         writeln!(out, "  data          {}", status.data_directory.display())?;
         for warning in &status.warnings {
             writeln!(out, "  warning       {warning}")?;
+        }
+        if let Some(at) = status.expires_at {
+            writeln!(out, "  expires       {}, unless somebody is connected then", style.time(at))?;
         }
         let (socket, port, user) = (status.socket_directory.display(), status.port, &status.superuser);
         writeln!(out, "  connect       psql -h {socket} -p {port} -U {user}")?;
@@ -200,6 +205,7 @@ mod tests {
             supervisor_pid: None,
             server_pid: None,
             warnings: Vec::new(),
+            expires_at: None,
             settings: Vec::new(),
             hydrated_bytes,
             total_bytes: 4 << 20,
