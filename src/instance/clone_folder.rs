@@ -10,9 +10,7 @@
 //!                 tablespaces/  places that replayed WAL believes to be elsewhere
 //!                 config/       generated configuration files
 //!                 run/          sockets: PostgreSQL's and the supervisor's
-//!                 server.log, mount.log
-//!                 finalize.json   what is being made of it; what is left of its life is to be finalized
-//!                 data/, data.tablespaces/   what was made of it, and then nothing else is here
+//!                 server.log, mount.log     finalize.json, while a data directory is made of it
 //! ```
 //! Mode 0700, owned by whom PostgreSQL runs as. The supervisor holds the lock; whoever holds it is alone.
 

@@ -136,8 +136,6 @@ pub(super) enum Step {
 
 /// Says in a private area that the whole tree has been copied; the area itself says that it is being.
 const COPIED: &str = "copied";
-/// Files of a server that ran.
-const OF_A_RUN: [&str; 2] = ["postmaster.pid", "postmaster.opts"];
 
 impl FinalizeOrder {
     /// Takes the steps that are left; afterwards the data directory can be started.
@@ -183,9 +181,9 @@ impl FinalizeOrder {
     }
 }
 
-/// Tells whether a data directory is whole and nobody's but its user's.
+/// Tells whether a data directory can be started: the file comes to its place when all else has been done.
 fn is_released(data: &Path) -> bool {
-    data.join("PG_VERSION").exists() && !data.join(private_area::DIRECTORY_NAME).exists()
+    data.join("PG_VERSION").exists()
 }
 
 impl Step {
@@ -303,9 +301,8 @@ fn configure(data: &Path, order: &FinalizeOrder) -> Result<(), FinalizeError> {
 
 /// Removes what only a clone has; one that may not archive keeps its marker, which is what says so.
 fn strip(data: &Path, is_adopted: bool) -> Result<(), FinalizeError> {
-    for name in OF_A_RUN {
-        durable::remove_file(&data.join(name))?;
-    }
+    // It names the clone's paths; pg_ctl would start by it again.
+    durable::remove_file(&data.join("postmaster.opts"))?;
     if is_adopted {
         durable::remove_file(&clone_marker::path_in(data))?;
     }
@@ -504,8 +501,7 @@ mod tests {
                 let scratch = tempfile::tempdir().unwrap();
                 let order = stopped(scratch.path(), is_copied, is_adopted);
                 order.steps()[..kill].iter().for_each(|step| step.take(&order).unwrap());
-                let to = &order.data.to;
-                if to.join("PG_VERSION").exists() {
+                if order.data.to.join("PG_VERSION").exists() {
                     assert_is_a_data_directory(&order, &scratch.path().join("to"));
                 }
                 order.carry_out().unwrap_or_else(|error| panic!("killed before {kill}: {error}"));
@@ -532,6 +528,26 @@ mod tests {
         order.carry_out().unwrap();
         assert_is_a_data_directory(&order, &scratch.path().join("to"));
         assert!(!order.data.to.join("half").exists());
+    }
+
+    /// Once the last file is in its place somebody may start it, whatever is left of the area.
+    #[test]
+    fn a_kill_within_the_release_leaves_a_directory_that_is_only_tidied() {
+        let scratch = tempfile::tempdir().unwrap();
+        let order = stopped(scratch.path(), false, false);
+        let steps = order.steps();
+        let (last, others) = steps.split_last().unwrap();
+        assert_eq!(*last, Step::Release { directory: order.data.to.clone() });
+        others.iter().for_each(|step| step.take(&order).unwrap());
+        let held = order.data.to.join(".walden/held");
+        for (place, name) in private_area::HELD_BACK {
+            fs::rename(held.join(name), order.data.to.join(place)).unwrap();
+        }
+        fs::write(order.data.to.join("postmaster.opts"), "of a server that runs").unwrap();
+        order.carry_out().unwrap();
+        assert!(order.data.to.join("postmaster.opts").exists());
+        fs::remove_file(order.data.to.join("postmaster.opts")).unwrap();
+        assert_is_a_data_directory(&order, &scratch.path().join("to"));
     }
 
     #[test]
