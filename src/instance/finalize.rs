@@ -278,7 +278,8 @@ fn configure(data: &Path, order: &FinalizeOrder) -> Result<(), FinalizeError> {
         // Those of a Debian cluster are elsewhere, and the server does not start without.
         let file = data.join(name);
         if !is_there(&file) {
-            durable::write_file(&file, text.as_bytes(), create)?;
+            // Nobody is let in without a word where the socket is not in a folder of the owner's.
+            durable::write_file(&file, text.replace("trust", "peer").as_bytes(), create)?;
         }
         let own = match name {
             "pg_hba.conf" => HBA_FILE,
@@ -479,6 +480,7 @@ mod tests {
         assert_eq!(text("main.tablespaces/16385/PG_15_202209061/1"), Some("rows"));
         assert_eq!(text("main.tablespaces/16400/2"), Some("young rows"));
         assert_eq!(text("main/postgresql.conf"), Some("port = 5433\n"), "the source's own stays");
+        assert!(!text("main/pg_hba.conf").unwrap().contains("trust"));
         assert_eq!(text("main/postmaster.opts"), None);
         assert_eq!(text("main/walden.clone").is_some(), !order.is_adopted);
         assert_eq!(text("main/pg_hba.clone.conf").is_some(), !order.is_adopted);
