@@ -219,6 +219,34 @@ mod tests {
     }
 
     #[test]
+    fn a_clone_of_which_a_part_is_not_whole_is_told() {
+        let clones = tempfile::tempdir().unwrap();
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        let (data, space) = (folder.upper().join("data"), folder.upper().join("tablespace-16385"));
+        for name in ["base", "global", "pg_xact", "pg_tblspc", ".walden/held"] {
+            fs::create_dir_all(data.join(name)).unwrap();
+        }
+        fs::create_dir_all(space.join(".walden")).unwrap();
+        fs::create_dir_all(folder.pg_wal()).unwrap();
+        let missing = |data: &Path| match check_whole(&folder, data) {
+            Err(FinalizeError::Missing { path }) => path,
+            other => panic!("{other:?}"),
+        };
+        for file in [
+            data.join(".walden/held/pg_control"),
+            data.join(".walden/held/PG_VERSION"),
+            data.join(".walden/whole"),
+            space.join(".walden/whole"),
+        ] {
+            assert_ne!(missing(&data), Path::new(""));
+            fs::write(file, "").unwrap();
+        }
+        check_whole(&folder, &data).unwrap();
+        fs::remove_dir(data.join("pg_xact")).unwrap();
+        assert_eq!(missing(&data), data.join("pg_xact"));
+    }
+
+    #[test]
     fn tablespaces_stand_beside_the_data_directory() {
         assert_eq!(tablespaces_beside(Path::new("/srv/pg/main")), Path::new("/srv/pg/main.tablespaces"));
     }

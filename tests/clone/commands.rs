@@ -1,12 +1,12 @@
 //! The commands of a clone's life beside start and stop: promote, restart, reload, reset, duplicate, and several at once.
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
 use crate::site::{Clone, Source};
-use crate::support::{Need, Options, mounts_below, program, require, wait_for};
+use crate::support::{Need, Options, Sql, mounts_below, program, require, wait_for};
 
 /// A source at rest with a thousand rows, one of them after the basebackup.
 fn source() -> Source {
@@ -177,6 +177,39 @@ fn a_cut_over_leaves_no_database() {
     clone.run("delete");
 }
 
+/// A session that does nothing and goes on until it is killed.
+fn idle_session(sql: &Sql) -> Child {
+    let mut session = Command::new(program("psql").unwrap());
+    session.arg(sql.connection()).stdin(Stdio::piped()).stdout(Stdio::null());
+    session.spawn().unwrap()
+}
+
+#[test]
+fn a_cut_over_waits_for_who_is_in_template0_and_says_so() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    source.sql("alter database template0 allow_connections true");
+    source.sql("select pg_create_restore_point('open')");
+    source.archive_wal();
+    let clone = source.clone("waits", &["--target-name", "open", "--target-action", "pause"]);
+    let mut session = idle_session(&clone.in_database("template0"));
+    let there = "select count(*) from pg_stat_activity where datname = 'template0'";
+    wait_for("the session to be there", || (clone.sql(there) == "1").then_some(()));
+    let whole = clone.folder().join("upper/data/.walden/whole");
+    wait_for("the clone to be whole", || whole.exists().then_some(()));
+    clone.run("promote");
+    let waits_for = || clone.status()["cut_over_waits_for"].as_str().map(str::to_owned);
+    let reason = wait_for("the cut-over to wait", waits_for);
+    assert!(reason.contains("template0"), "{reason}");
+    let text = clone.walden.run(&["clone", "status", "waits"]).stdout;
+    assert!(text.contains("  cut-over      waits: "), "{text}");
+    session.kill().unwrap();
+    session.wait().unwrap();
+    wait_for("the cut-over to be over", || waits_for().is_none().then_some(()));
+    assert_eq!(clone.sql("select count(*) from pg_database where datname like 'walden%'"), "0");
+    clone.run("delete");
+}
+
 /// As if the time that a clone was made for had passed.
 fn let_expire(clone: &Clone) {
     let file = clone.folder().join("clone.json");
@@ -197,9 +230,7 @@ fn a_clone_that_has_expired_goes_once_nobody_is_connected() {
     assert!(clone.status()["expires_at"].is_string());
     let text = clone.walden.run(&["clone", "status", "brief"]).stdout;
     assert!(text.contains("  expires  "), "{text}");
-    let mut session = Command::new(program("psql").unwrap());
-    session.arg(clone.connection()).stdin(Stdio::piped()).stdout(Stdio::null());
-    let mut session = session.spawn().unwrap();
+    let mut session = idle_session(&clone);
     let sessions = "select count(*) from pg_stat_activity where application_name = 'psql' and state = 'idle'";
     wait_for("the session to be there", || (clone.sql(sessions) == "1").then_some(()));
     let_expire(&clone);

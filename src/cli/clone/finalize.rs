@@ -133,7 +133,7 @@ async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), Comma
         let spent = HandedOver::of(context, context.clock().monotonic());
         start(context, folder, &spec.site, spent).await?;
     }
-    let mut progress = Hydration { context, progress: None, shown: 0 };
+    let mut progress = Hydration { context, progress: None, shown: 0, waits_for: None };
     loop {
         match control::request(&folder.control_socket(), &Request::Finalize).await {
             Ok(Reply::Done) => break,
@@ -162,6 +162,7 @@ struct Hydration<'a> {
     context: &'a Context,
     progress: Option<Progress>,
     shown: u64,
+    waits_for: Option<String>,
 }
 
 impl Hydration<'_> {
@@ -173,6 +174,10 @@ impl Hydration<'_> {
             let message = format!("clone \"{}\" does not become whole: {why}", status.name);
             return Err(CommandError::failed(message)
                 .hint(format!("It runs on as before. See \"{}\".", folder.mount_log().display())));
+        }
+        if status.hydration.state == HydrationState::Waiting && status.hydration.reason != self.waits_for {
+            self.waits_for.clone_from(&status.hydration.reason);
+            tracing::info!("hydration waits: {}", self.waits_for.as_deref().unwrap_or_default());
         }
         let task = Task::bytes("hydrate", Some(status.total_bytes));
         let progress = self.progress.get_or_insert_with(|| self.context.monitor().start(task));

@@ -31,7 +31,9 @@ impl ClonePromote {
                 let status = status_of(&folder).await?;
                 match status.state {
                     CloneState::Running => break Ok(status),
-                    CloneState::Creating | CloneState::Recovering | CloneState::Paused => {}
+                    CloneState::Creating | CloneState::Recovering => {}
+                    // It came to its target only now, or has not heard yet; then it is running in a moment.
+                    CloneState::Paused => drop(ask(&folder, &Request::Promote).await),
                     CloneState::Stopped | CloneState::Failed => {
                         let why = status.message.unwrap_or_else(|| format!("it is {}", status.state));
                         let message = format!("clone \"{}\" ended before its recovery did: {why}", self.name);
