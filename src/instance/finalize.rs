@@ -199,10 +199,13 @@ impl Step {
                 Ok(forget_origins(directory).map_err(at("forget the origins of", directory))?)
             }
             Self::Sync { directory } => Ok(durable::sync_file_system(directory)?),
-            Self::Release { directory } => Ok(match PrivateArea::open(directory)? {
-                Some(area) => area.release()?,
-                None => private_area::clear_released(directory)?,
-            }),
+            Self::Release { directory } => {
+                match PrivateArea::open(directory)? {
+                    Some(area) => area.release()?,
+                    None => private_area::clear_released(directory)?,
+                }
+                Ok(())
+            }
         }
     }
 }
