@@ -6,6 +6,7 @@
 //! Deliberately absent: permission checks (the kernel's `default_permissions`), extended attributes, locks.
 
 use std::fmt::Debug;
+use std::os::fd::OwnedFd;
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -93,6 +94,10 @@ pub enum IoMode {
     Cached,
     /// Every call comes to us; a later passthrough open of the same file is still possible.
     Direct,
+    /// The local file behind it is read, written and mapped without us, where the kernel can; else as `Direct`.
+    ///
+    /// Only for a file of which nothing has to be fetched, and that stays so while it is open.
+    Passthrough,
 }
 
 /// An open file and how to use it.
@@ -177,6 +182,14 @@ pub trait OpenFile: Send + Sync + Debug {
 
     /// Finds the next data or hole at or after an offset; `ENXIO` at or past the end.
     async fn seek(&self, offset: u64, what: Seek) -> Result<u64, Errno>;
+
+    /// Returns the local file to pass through to, of one opened with [`IoMode::Passthrough`].
+    fn backing(&self) -> Result<OwnedFd, Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
+    /// Hears that a range of a file that is passed through will be read soon; never waits.
+    fn will_need(&self, _offset: u64, _length: u32) {}
 }
 
 /// One tree with its own node numbers.

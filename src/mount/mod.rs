@@ -9,8 +9,9 @@
 //! ```
 //!
 //! Everything below `fuse` runs without a mount and is tested so. The mount never interprets WAL to change data:
-//! PostgreSQL replays it. `upper::hydrate` brings the rest of a basebackup in the background, in the order that
-//! `pack_order` knows. Deliberately absent so far: passthrough, and prefetch by what the WAL will read.
+//! PostgreSQL replays it. `upper` fetches what a reader is about to read ahead of it, `upper::hydrate` brings the rest of
+//! a basebackup in the background, in the order that `pack_order` knows, and `fuse` passes a file through once nothing of
+//! it has to be fetched. Deliberately absent: prefetch by what the WAL will read.
 
 pub mod fs;
 pub mod lower;

@@ -20,7 +20,7 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use crate::disk::Owner;
-use crate::mount::fuse::Loop;
+use crate::mount::fuse::{Access, Loop};
 use crate::mount::holders::{self, Holder};
 use crate::mount::tree::Tree;
 
@@ -97,7 +97,8 @@ pub fn mount(
     } else {
         mount_as_user(&path, options)?
     };
-    match Loop::start(tree, device, options.allow_other, runtime.clone()) {
+    let access = Access { anyone: options.allow_other, writable: !options.read_only };
+    match Loop::start(tree, device, access, runtime.clone()) {
         Ok(serving) => Ok(Mounted { path, serving: Some(serving) }),
         Err(source) => {
             let _ = detach(&path);

@@ -6,12 +6,13 @@
 use std::time::Duration;
 
 use fuser::{
-    Errno as FuseErrno, FileAttr, FileType, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyEmpty,
-    ReplyEntry, ReplyStatfs,
+    BackingId, Errno as FuseErrno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo,
+    ReplyAttr, ReplyCreate, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
 };
 
 use crate::mount::fs::{Capacity, Entry, FileKind, IoMode, Lifetime};
-use crate::mount::tree::Ino;
+use crate::mount::fuse::modes::Granted;
+use crate::mount::tree::{HandleId, Ino};
 
 /// How long the kernel may trust what cannot change behind its back.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -29,6 +30,35 @@ pub(super) fn reply_entry(reply: ReplyEntry, found: Result<Entry<Ino>, FuseErrno
 pub(super) fn reply_attributes(reply: ReplyAttr, found: Result<Entry<Ino>, FuseErrno>) {
     match found {
         Ok(entry) => reply.attr(&time_to_live(entry.lifetime), &file_attr(&entry)),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+pub(super) fn reply_opened(reply: ReplyOpen, opened: Result<(HandleId, Granted<BackingId>), FuseErrno>) {
+    match opened {
+        Ok((handle, Granted::Plain(mode))) => reply.opened(FileHandle(handle.0), open_flags(mode)),
+        Ok((handle, Granted::Passthrough(id))) => {
+            reply.opened_passthrough(FileHandle(handle.0), FopenFlags::empty(), &id);
+        }
+        Err(errno) => reply.error(errno),
+    }
+}
+
+pub(super) fn reply_created(
+    reply: ReplyCreate,
+    created: Result<(Entry<Ino>, HandleId, Granted<BackingId>), FuseErrno>,
+) {
+    match created {
+        Ok((entry, handle, granted)) => {
+            let (ttl, shown) = (time_to_live(entry.lifetime), file_attr(&entry));
+            let (generation, handle) = (Generation(0), FileHandle(handle.0));
+            match granted {
+                Granted::Plain(mode) => reply.created(&ttl, &shown, generation, handle, open_flags(mode)),
+                Granted::Passthrough(id) => {
+                    reply.created_passthrough(&ttl, &shown, generation, handle, FopenFlags::empty(), &id);
+                }
+            }
+        }
         Err(errno) => reply.error(errno),
     }
 }
@@ -57,17 +87,20 @@ pub(super) fn reply_capacity(reply: ReplyStatfs, found: Result<Capacity, FuseErr
     }
 }
 
-pub(super) fn time_to_live(lifetime: Lifetime) -> Duration {
+fn time_to_live(lifetime: Lifetime) -> Duration {
     match lifetime {
         Lifetime::Forever => FOREVER,
         Lifetime::Once => Duration::ZERO,
     }
 }
 
-pub(super) fn open_flags(mode: IoMode) -> FopenFlags {
+fn open_flags(mode: IoMode) -> FopenFlags {
     match mode {
         IoMode::Cached => FopenFlags::FOPEN_KEEP_CACHE,
-        IoMode::Direct => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        // Also what is answered for a file that cannot be passed through on this mount.
+        IoMode::Direct | IoMode::Passthrough => {
+            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+        }
     }
 }
 
@@ -81,7 +114,7 @@ pub(super) fn file_type(kind: FileKind) -> FileType {
     }
 }
 
-pub(super) fn file_attr(entry: &Entry<Ino>) -> FileAttr {
+fn file_attr(entry: &Entry<Ino>) -> FileAttr {
     let shown = &entry.attributes;
     FileAttr {
         ino: INodeNo(entry.id.0),

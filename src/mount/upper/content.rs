@@ -35,6 +35,8 @@ struct State {
     file: Option<Arc<dyn LocalFile>>,
     /// What is local; unknown until the file in the upper was looked at.
     map: Option<LocalMap>,
+    /// Nothing has to come from the lower any more; found out once, and stays so.
+    is_whole: bool,
 }
 
 /// What came of a write.
@@ -48,18 +50,18 @@ pub(crate) enum Written {
 impl Content {
     /// Creates the content of a file made here, which is open already if `file` is given.
     pub(crate) fn native(file: Option<Arc<dyn LocalFile>>) -> Self {
-        Self { lower: None, state: Mutex::new(State { file, map: Some(LocalMap::new(0)) }) }
+        Self { lower: None, state: Mutex::new(State::new(file, Some(LocalMap::new(0)))) }
     }
 
     /// Creates the content of a file of the lower that is not in the upper yet.
     pub(crate) fn of_lower(node: NodeId, path: Vec<u8>, size: u64) -> Self {
-        let state = State { file: None, map: Some(LocalMap::new(size)) };
+        let state = State::new(None, Some(LocalMap::new(size)));
         Self { lower: Some((node, path)), state: Mutex::new(state) }
     }
 
     /// Creates the content of a file of the lower that the upper has a part of.
     pub(crate) fn partly_local(node: NodeId, path: Vec<u8>) -> Self {
-        Self { lower: Some((node, path)), state: Mutex::new(State { file: None, map: None }) }
+        Self { lower: Some((node, path)), state: Mutex::new(State::new(None, None)) }
     }
 
     /// Returns the lower's file, if bytes can come from one.
@@ -75,6 +77,20 @@ impl Content {
     /// Tells whether it is known which bytes are local.
     pub(crate) fn is_mapped(&self) -> bool {
         self.lock().map.is_some()
+    }
+
+    /// Tells whether nothing of the file has to come from the lower any more; false while that is not known.
+    ///
+    /// Once true it stays true: units are only ever added to what is local, and the base length only falls. So whoever
+    /// writes into the local file from then on without passing by here takes nothing from the rules above. An empty
+    /// file of the lower is whole although the upper may not have it.
+    pub(crate) fn is_whole(&self) -> bool {
+        let mut state = self.lock();
+        if !state.is_whole {
+            state.is_whole =
+                state.map.as_ref().is_some_and(|map| map.first_missing(&(0..u64::MAX)).is_none());
+        }
+        state.is_whole
     }
 
     /// Returns how many bytes from the start are the lower's where they are not local.
@@ -229,6 +245,10 @@ impl Content {
 }
 
 impl State {
+    fn new(file: Option<Arc<dyn LocalFile>>, map: Option<LocalMap>) -> Self {
+        Self { file, map, is_whole: false }
+    }
+
     /// Returns the file and its map; whoever gets here has attached them.
     fn parts(&mut self) -> io::Result<(&dyn LocalFile, &mut LocalMap)> {
         match (&self.file, &mut self.map) {

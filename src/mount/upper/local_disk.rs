@@ -7,6 +7,7 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -55,6 +56,10 @@ pub(crate) trait LocalFile: Send + Sync + Debug {
     fn set_owner(&self, uid: Option<u32>, gid: Option<u32>) -> io::Result<()>;
     fn set_times(&self, times: Times) -> io::Result<()>;
     fn set_origin(&self, origin: &[u8]) -> io::Result<()>;
+    /// Starts reading a range into the page cache, and does not wait for it.
+    fn read_ahead(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// Returns another descriptor of the open file, for the kernel.
+    fn descriptor(&self) -> io::Result<OwnedFd>;
 }
 
 /// The directory an upper lives in.

@@ -13,7 +13,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, FallocateFlags, OFlag, RenameFlags, fallocate, openat, readlinkat, renameat2};
+use nix::fcntl::{
+    AtFlags, FallocateFlags, OFlag, PosixFadviseAdvice, RenameFlags, fallocate, openat, posix_fadvise,
+    readlinkat, renameat2,
+};
 use nix::sys::stat::{
     FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, fstatat, futimens, mkdirat, mknodat, utimensat,
 };
@@ -290,6 +293,15 @@ impl LocalFile for RealFile {
     fn set_origin(&self, origin: &[u8]) -> io::Result<()> {
         set_attribute(&self.0, ORIGIN_ATTRIBUTE, origin)
     }
+
+    fn read_ahead(&self, offset: u64, length: u64) -> io::Result<()> {
+        let (offset, length) = signed(offset, length)?;
+        Ok(posix_fadvise(&self.0, offset, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED)?)
+    }
+
+    fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(self.0.try_clone()?.into())
+    }
 }
 
 /// Returns a path that system calls take for the directory itself where it is empty.
@@ -309,9 +321,14 @@ fn kind_of(format: SFlag) -> io::Result<FileKind> {
 }
 
 fn reserve(file: &File, flags: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
-    let too_large = |_| io::Error::from_raw_os_error(libc::EFBIG);
-    let (offset, length) = (offset.try_into().map_err(too_large)?, length.try_into().map_err(too_large)?);
+    let (offset, length) = signed(offset, length)?;
     Ok(fallocate(file, flags, offset, length)?)
+}
+
+/// Returns a range as system calls take it.
+fn signed(offset: u64, length: u64) -> io::Result<(i64, i64)> {
+    let too_large = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    Ok((offset.try_into().map_err(too_large)?, length.try_into().map_err(too_large)?))
 }
 
 fn seek(file: &File, offset: u64, whence: Whence) -> io::Result<u64> {

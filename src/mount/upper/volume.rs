@@ -4,6 +4,7 @@
 //! when the caller is killed; then one synchronous step on the namespace or the content, which always runs to its
 //! end. Steps that sync run on a blocking thread, so that one slow disk does not stop the dispatcher.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -205,8 +206,10 @@ impl Volume for Upper {
         self.shared.lock().list(directory, &children)
     }
 
-    async fn open(&self, _: &Caller, node: LocalId, _writable: bool) -> Result<Opened, Errno> {
-        Ok(Opened { file: self.open_file(node)?, mode: IoMode::Direct })
+    async fn open(&self, _: &Caller, node: LocalId, writable: bool) -> Result<Opened, Errno> {
+        let file = self.open_file(node)?;
+        let mode = file.io_mode(writable)?;
+        Ok(Opened { file, mode })
     }
 
     fn capacity(&self) -> Result<Capacity, Errno> {
@@ -376,6 +379,29 @@ impl UpperFile {
         self.node.content.as_ref().ok_or(Errno::EISDIR)
     }
 
+    /// Decides how the kernel may use the file from this open on: without us once nothing of it has to be fetched.
+    ///
+    /// What is whole stays so while it is open: what is local is never given back, and the base length only falls.
+    fn io_mode(&self, writable: bool) -> Result<IoMode, Errno> {
+        // What an earlier process fetched is known only once the upper's file has been looked at.
+        self.open_if_local()?;
+        let content = self.content()?;
+        if !content.is_whole() {
+            return Ok(IoMode::Direct);
+        }
+        // An empty file of the lower has no place in the upper yet; whoever only reads it needs none.
+        if content.file().is_none() {
+            if !writable {
+                return Ok(IoMode::Direct);
+            }
+            match self.materialize() {
+                Err(Errno::ENOSPC | Errno::EDQUOT) => return Ok(IoMode::Direct),
+                outcome => outcome?,
+            }
+        }
+        Ok(IoMode::Passthrough)
+    }
+
     /// Opens what the upper has of the file, and leaves it at that where it has nothing.
     fn open_if_local(&self) -> Result<(), Errno> {
         if self.content()?.file().is_none() {
@@ -454,6 +480,18 @@ impl OpenFile for UpperFile {
     async fn seek(&self, offset: u64, what: Seek) -> Result<u64, Errno> {
         self.materialize()?;
         self.content()?.seek(offset, what).map_err(of_io)
+    }
+
+    fn backing(&self) -> Result<OwnedFd, Errno> {
+        let file = self.content()?.file().ok_or(Errno::EBADF)?;
+        file.descriptor().map_err(of_io)
+    }
+
+    fn will_need(&self, offset: u64, length: u32) {
+        if let Some(file) = self.node.content.as_ref().and_then(Content::file) {
+            // Only a hint: who reads without it learns of any error.
+            let _ = file.read_ahead(offset, u64::from(length));
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
@@ -558,6 +559,14 @@ impl LocalFile for SimulatedFile {
     fn set_origin(&self, origin: &[u8]) -> io::Result<()> {
         self.disk.call()?.change(Change::Origin { inode: self.inode, origin: origin.to_vec() });
         Ok(())
+    }
+
+    fn read_ahead(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn descriptor(&self) -> io::Result<OwnedFd> {
+        Err(os(libc::EOPNOTSUPP))
     }
 }
 

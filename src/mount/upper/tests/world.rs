@@ -1,6 +1,7 @@
 //! An upper in a scratch folder, driven by paths.
 //!
-//! What the kernel does between a program and the upper (following paths, refusing what makes no sense) is done here.
+//! What the kernel does between a program and the upper (following paths, refusing what makes no sense) is done here, and
+//! so is what it does past the upper: what may be passed through is read and written in the local file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,8 +12,13 @@ use nix::errno::Errno;
 
 use crate::disk::{Binding, Owner};
 use crate::mount::caller::Caller;
-use crate::mount::fs::{Attributes, Entry, FileKind, LocalId, OpenFile, RenameMode, SetAttributes, Volume};
+use crate::mount::errno;
+use crate::mount::fs::{
+    Attributes, Entry, FileKind, IoMode, LocalId, OpenFile, RenameMode, SetAttributes, Volume,
+};
 use crate::mount::memory_lower::MemoryLower;
+use crate::mount::upper::content::Content;
+use crate::mount::upper::local_disk::LocalFile;
 use crate::mount::upper::tests::model::Shape;
 use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::{OpenError, Upper, UpperOptions};
@@ -116,8 +122,33 @@ impl World {
         Ok(self.upper.open(&caller(), found.id, true).await?.file)
     }
 
+    /// Opens a file as a program does that reads and writes; with its local file if it may be passed through.
+    async fn open_as_a_program(
+        &self,
+        path: &str,
+    ) -> Result<(Arc<dyn OpenFile>, Option<Arc<dyn LocalFile>>), Errno> {
+        let found = self.find(path).await?;
+        let opened = self.upper.open(&caller(), found.id, true).await?;
+        let local = match opened.mode {
+            IoMode::Passthrough => Some(self.local_file(found.id)?),
+            _ => None,
+        };
+        Ok((opened.file, local))
+    }
+
+    /// Returns the local file behind an open one, which is there if it may be passed through.
+    pub(crate) fn local_file(&self, id: LocalId) -> Result<Arc<dyn LocalFile>, Errno> {
+        let file = self.upper.open_file(id)?;
+        Ok(file.node.content.as_ref().and_then(Content::file).expect("a file that is passed through is open"))
+    }
+
     pub(crate) async fn read(&self, path: &str, offset: u64, length: u32) -> Result<Vec<u8>, Errno> {
-        Ok(self.open_file(path).await?.read(&caller(), offset, length).await?.to_vec())
+        let (file, local) = self.open_as_a_program(path).await?;
+        let Some(local) = local else { return Ok(file.read(&caller(), offset, length).await?.to_vec()) };
+        let mut content = vec![0; length as usize];
+        let read = local.read_at(&mut content, offset).map_err(|error| errno::of_io(&error))?;
+        content.truncate(read);
+        Ok(content)
     }
 
     pub(crate) async fn read_all(&self, path: &str) -> Result<Vec<u8>, Errno> {
@@ -125,7 +156,11 @@ impl World {
     }
 
     pub(crate) async fn write(&self, path: &str, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.open_file(path).await?.write(&caller(), offset, Bytes::copy_from_slice(data)).await
+        let (file, local) = self.open_as_a_program(path).await?;
+        match local {
+            Some(local) => local.write_at(data, offset).map_err(|error| errno::of_io(&error)),
+            None => file.write(&caller(), offset, Bytes::copy_from_slice(data)).await,
+        }
     }
 
     pub(crate) async fn truncate(&self, path: &str, size: u64) -> Result<(), Errno> {
