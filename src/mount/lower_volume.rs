@@ -285,6 +285,16 @@ mod tests {
         }
     }
 
+    /// Nothing changes, so what was read once need not come here again.
+    #[tokio::test]
+    async fn its_files_are_for_the_page_cache() {
+        let lower = Arc::new(MemoryLower::build(&[("f", 10)]));
+        let volume = LowerVolume::new(lower.clone(), Owner::current());
+        let opened = volume.open(&Caller::internal(), LocalId(lower.at("f").0 + 1), false).await.unwrap();
+        assert_eq!(opened.mode, IoMode::Cached);
+        assert!(opened.file.backing().is_err());
+    }
+
     #[tokio::test]
     async fn a_chunk_is_fetched_once_however_many_read_it() {
         let lower = Arc::new(MemoryLower::build(&[("f", 65536)]));

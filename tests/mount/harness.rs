@@ -2,6 +2,8 @@
 //!
 //! The shell is another process on purpose: a test that reads its own mount from a runtime thread can deadlock.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
@@ -73,6 +75,36 @@ pub fn can_mount() -> bool {
         return true;
     }
     skip("mount tests need /dev/fuse, and root or fusermount3")
+}
+
+/// Tells whether files can be passed through here; fails where it must be possible.
+pub fn can_pass_through() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if !can_mount() {
+        return false;
+    }
+    if version >= (6, 9) && walden::disk::Owner::current().is_root() {
+        return true;
+    }
+    skip("passing files through needs Linux 6.9 and root")
+}
+
+/// Maps the start of a file shared: of files on a mount that does not cache, only one that is passed through can be.
+#[expect(unsafe_code, reason = "there is no safe way to map a file")]
+pub fn maps_shared(file: &File) -> Result<(), i32> {
+    const LENGTH: usize = 4096;
+    // SAFETY: a mapping that nobody reads, of an open file, unmapped at once.
+    unsafe {
+        let (protection, shared) = (libc::PROT_READ, libc::MAP_SHARED);
+        let address = libc::mmap(std::ptr::null_mut(), LENGTH, protection, shared, file.as_raw_fd(), 0);
+        if address == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error().raw_os_error().unwrap());
+        }
+        libc::munmap(address, LENGTH);
+    }
+    Ok(())
 }
 
 /// Says loudly what is not tested; fails where everything must be.

@@ -7,7 +7,9 @@
 mod exercise;
 mod folder_lower;
 mod harness;
+mod kernel_modes;
 mod ordinary_user;
+mod passthrough;
 mod postgres;
 mod read_only;
 mod writable;

@@ -13,11 +13,12 @@ use crate::harness::{can_mount, skip};
 /// The user of last resort; it owns nothing.
 const NOBODY: u32 = 65534;
 
-const TESTS: [&str; 4] = [
+const TESTS: [&str; 5] = [
     "read_only::ordinary_tools_read_it",
     "read_only::unmounting_a_mount_in_use_names_who_holds_it",
     "writable::it_behaves_as_a_local_directory_does_and_keeps_everything",
     "writable::what_the_mount_does_not_do_it_says",
+    "passthrough::who_may_not_pass_through_reads_and_writes_all_the_same",
 ];
 
 #[test]

@@ -79,11 +79,11 @@ impl Writable {
     }
 }
 
-fn scratch() -> tempfile::TempDir {
+pub fn scratch() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("walden-mount-").tempdir().unwrap()
 }
 
-fn lower() -> Arc<MemoryLower> {
+pub fn lower() -> Arc<MemoryLower> {
     Arc::new(MemoryLower::build(&[
         ("relation", RELATION),
         ("mapped", RELATION),
