@@ -104,7 +104,10 @@ impl CloneMount {
     ) -> Result<Self, MountFailure> {
         let mount_point = folder.mount_point();
         if mounting::is_mount_point(&mount_point) {
-            mounting::detach(&mount_point)?;
+            let left = mount_point.clone();
+            tokio::task::spawn_blocking(move || mounting::detach_dead(&left))
+                .await
+                .map_err(|error| MountFailure::Internal(error.to_string()))??;
         }
         let wal =
             WalReader::new(repository.clone(), spec.cluster, repository.shared_clock(), WAL_CACHE_BYTES);

@@ -3,7 +3,7 @@
 //! A clone is a folder ([`clone_folder`]) and, while it runs, one supervisor process that mounts, starts PostgreSQL
 //! and answers requests. Invariant: a clone can harm nothing, neither the archive it came from nor a file, a slot or a
 //! network of the source (`isolation`, `launch`). It ends by being deleted, or as an ordinary data directory
-//! (`finalize`). Deliberately absent: passthrough, which is the mount's.
+//! (`finalize`).
 
 pub mod clone_folder;
 pub mod create;

@@ -14,6 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
@@ -23,6 +24,11 @@ use crate::disk::Owner;
 use crate::mount::fuse::{Access, Loop};
 use crate::mount::holders::{self, Holder};
 use crate::mount::tree::Tree;
+
+/// How often, and in what steps, a killed mount is looked at for processes that still use it: twice the five seconds after
+/// which PostgreSQL kills those of its own that an immediate shutdown did not end.
+const SURVIVOR_LOOKS: u32 = 100;
+const SURVIVOR_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How to mount.
 #[derive(Debug, Clone)]
@@ -170,6 +176,27 @@ pub fn unmount(path: &Path) -> Result<(), MountError> {
 /// Takes a mount off its path even while it is in use: the last resort.
 pub fn detach(path: &Path) -> Result<(), MountError> {
     unmount_with(&absolute(path)?, MntFlags::MNT_DETACH)
+}
+
+/// Takes away a writable mount that a killed process left behind, as soon as no process has anything of it open.
+///
+/// What is passed through can be read and written without the process that served it, so nobody else may use the same
+/// local files before. A server whose mount was killed needs a moment to end; whoever does not is named.
+pub fn detach_dead(path: &Path) -> Result<(), MountError> {
+    let path = absolute(path)?;
+    let mut looks_left = SURVIVOR_LOOKS;
+    loop {
+        let mut holders = holders::find(&path);
+        holders.retain(|holder| matches!(holder, Holder::Process { .. }));
+        looks_left -= 1;
+        if holders.is_empty() {
+            return detach(&path);
+        }
+        if looks_left == 0 {
+            return Err(MountError::Busy { path, holders });
+        }
+        std::thread::sleep(SURVIVOR_INTERVAL);
+    }
 }
 
 /// Tells whether the process that served a mount has died and left it behind (failure 38).

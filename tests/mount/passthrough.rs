@@ -3,15 +3,19 @@
 //! Whether an open file is passed through is told by mapping it shared, which a direct one refuses.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Whence, lseek};
 use walden::disk::Owner;
+use walden::mount::mounting;
 
 use crate::exercise::RELATION;
 use crate::harness::{can_mount, can_pass_through, maps_shared, run};
@@ -297,6 +301,39 @@ fn no_open_fails_while_a_file_becomes_whole() {
         assert!(fs::read(&path).unwrap() == lower.content(lower.at(name), 0..size));
         assert!(is_passed_through(&File::open(&path).unwrap()), "{name}");
     }
+}
+
+/// Who has a file open that is passed through can write it without us: nobody else may take the upper before.
+#[test]
+fn a_mount_that_was_left_behind_stays_while_somebody_has_it_open() {
+    let Some(whole) = Whole::mount() else { return };
+    let script = "exec 3<>relation; echo open; read";
+    let mut holder = Command::new("bash")
+        .args(["-c", script])
+        .current_dir(whole.writable.data())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(holder.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "open\n");
+    let has_ended = Arc::new(AtomicBool::new(false));
+    let point = whole.scratch.path().join("mnt");
+    let detaching = std::thread::spawn({
+        let (has_ended, point) = (has_ended.clone(), point.clone());
+        move || {
+            mounting::detach_dead(&point).unwrap();
+            assert!(has_ended.load(Ordering::SeqCst), "it was taken away under a process that uses it");
+        }
+    });
+    // Time in which it would go wrong.
+    std::thread::sleep(Duration::from_millis(300));
+    has_ended.store(true, Ordering::SeqCst);
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    detaching.join().unwrap();
+    assert!(!mounting::is_mount_point(&point.canonicalize().unwrap()));
 }
 
 /// Run by `ordinary_user`; root can.
