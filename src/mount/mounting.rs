@@ -25,8 +25,8 @@ use crate::mount::fuse::{Access, Loop};
 use crate::mount::holders::{self, Holder};
 use crate::mount::tree::Tree;
 
-/// How often, and in what steps, a killed mount is looked at for processes that still use it: twice the five seconds after
-/// which PostgreSQL kills those of its own that an immediate shutdown did not end.
+/// How often, and in what steps, a killed mount is looked at for processes that still use it: for twice the five
+/// seconds after which PostgreSQL kills those of its own that an immediate shutdown did not end.
 const SURVIVOR_LOOKS: u32 = 100;
 const SURVIVOR_INTERVAL: Duration = Duration::from_millis(100);
 

@@ -1,4 +1,4 @@
-//! The writable mount once files are wholly local: the kernel reads and writes them by itself, and nothing is lost by it.
+//! The writable mount once files are wholly local: the kernel reads and writes them by itself, and nothing is lost.
 //!
 //! Whether an open file is passed through is told by mapping it shared, which a direct one refuses.
 
@@ -208,7 +208,7 @@ fn what_is_made_on_the_mount_is_passed_through_at_once() {
     fs::remove_file(whole.at("created")).unwrap();
     let mut content = vec![0; 65_636];
     created.read_exact_at(&mut content, 0).unwrap();
-    assert!(content[..65_536].iter().all(|byte| *byte == 0) && content[65_536..] == [5; 100]);
+    assert!(content[..65_536].iter().all(|byte| *byte == 0) && content[65_536..] == [5u8; 100]);
     assert_eq!(created.metadata().unwrap().nlink(), 0);
     let text: String = (0..100).map(|turn| format!("turn {turn}\n")).collect();
     let text = text.replacen('t', "T", 1);
@@ -257,8 +257,8 @@ fn a_file_opened_for_synced_writes_is_passed_through_too() {
 fn a_hint_does_no_harm() {
     let Some(whole) = Whole::mount() else { return };
     let file = whole.open();
-    for page in (0..RELATION as i64).step_by(8192).rev() {
-        posix_fadvise(&file, page, 8192, PosixFadviseAdvice::POSIX_FADV_WILLNEED).unwrap();
+    for page in (0..RELATION / 8192).rev() {
+        posix_fadvise(&file, page as i64 * 8192, 8192, PosixFadviseAdvice::POSIX_FADV_WILLNEED).unwrap();
     }
     assert!(whole.is_content());
     assert_eq!(file.metadata().unwrap().len(), RELATION);

@@ -158,8 +158,8 @@ async fn nothing_remembers_what_was_before_a_write_past_the_upper() {
     let after = world.attributes(SMALL).await;
     assert_eq!((before.size, after.size, after.mtime), (8192, 50_100, later));
     // The open that was direct sees all of it, and what it does now is right.
-    assert_eq!(early.file.read(&caller(), 50_000, 1000).await.unwrap(), vec![9; 100]);
-    assert_eq!(early.file.read(&caller(), 5, 10).await.unwrap(), vec![8; 10]);
+    assert_eq!(early.file.read(&caller(), 50_000, 1000).await.unwrap(), vec![9u8; 100]);
+    assert_eq!(early.file.read(&caller(), 5, 10).await.unwrap(), vec![8u8; 10]);
     assert_eq!(early.file.seek(8192, Seek::Data).await, Ok(49_152));
     assert_eq!(early.file.seek(50_100, Seek::Data).await, Err(Errno::ENXIO));
     early.file.allocate(50_000, 100_000, false).await.unwrap();

@@ -3,8 +3,8 @@
 //! For each name the test remembers what it has stood for since its directory was last synced, and for each file the
 //! sizes and the contents of each 4 KiB it has had since it was last synced. After the cut every name must stand for
 //! one of those, and every stretch of content must be one of those. Files and directories of the lower are moreover
-//! themselves: one that was never removed is found, and found once. What may be passed through is written past the upper,
-//! as the kernel does.
+//! themselves: one that was never removed is found, and found once. What may be passed through is written past the
+//! upper, as the kernel does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

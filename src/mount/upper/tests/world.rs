@@ -1,7 +1,7 @@
 //! An upper in a scratch folder, driven by paths.
 //!
-//! What the kernel does between a program and the upper (following paths, refusing what makes no sense) is done here, and
-//! so is what it does past the upper: what may be passed through is read and written in the local file.
+//! What the kernel does between a program and the upper (following paths, refusing what makes no sense) is done here,
+//! and so is what it does past the upper: what may be passed through is read and written in the local file.
 
 use std::collections::BTreeMap;
 use std::path::Path;
