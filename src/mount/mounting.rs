@@ -213,7 +213,8 @@ pub fn is_mount_point(path: &Path) -> bool {
 fn prepare(path: &Path, options: &MountOptions) -> Result<PathBuf, MountError> {
     if is_dead(path) {
         tracing::warn!(path = %path.display(), "detaching a mount whose process has died");
-        detach(path)?;
+        // Of a read-only mount nothing is left that could be written.
+        if options.read_only { detach(path)? } else { detach_dead(path)? }
     }
     let path = absolute(path)?;
     let metadata = fs::metadata(&path).map_err(io_error("stat", &path))?;
