@@ -175,6 +175,11 @@ pub trait OpenFile: Send + Sync + Debug {
         Ok(())
     }
 
+    /// Puts on stable storage where the file is found, and nothing of what is in it.
+    async fn sync_name(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
     /// Reserves room (`fallocate` with mode 0, or `FALLOC_FL_KEEP_SIZE`).
     async fn allocate(&self, _offset: u64, _length: u64, _keep_size: bool) -> Result<(), Errno> {
         Err(Errno::EROFS)

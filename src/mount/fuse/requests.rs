@@ -22,7 +22,7 @@ use fuser::{
 use nix::errno::Errno;
 
 use crate::clock::{Clock, SystemClock};
-use crate::mount::fs::{IoMode, NewNode, RenameMode, Seek, SetAttributes, SetTime};
+use crate::mount::fs::{NewNode, RenameMode, Seek, SetAttributes, SetTime};
 use crate::mount::fuse::adapter::Adapter;
 use crate::mount::fuse::modes::OLD_KERNEL;
 use crate::mount::fuse::reply::{
@@ -242,9 +242,11 @@ impl Filesystem for Adapter {
         self.with_tree(
             request,
             move |tree, caller| async move {
-                let (handle, mode) = tree.open(&caller, Ino(ino.0), writable).await?;
-                settle_name(&tree, handle, mode, is_synced).await?;
-                Ok((handle, mode))
+                let opened = tree.open(&caller, Ino(ino.0), writable).await?;
+                if is_synced {
+                    settle_name(&tree, opened.0).await?;
+                }
+                Ok(opened)
             },
             move |opened| {
                 let opened = opened.map(|(handle, mode)| {
@@ -500,13 +502,13 @@ fn is_synced(flags: i32) -> bool {
     flags & libc::O_DSYNC != 0
 }
 
-/// Puts a file's name on stable storage where its writes go there without an fsync that we would see.
-async fn settle_name(tree: &Tree, handle: HandleId, mode: IoMode, is_synced: bool) -> Result<(), Errno> {
-    if !is_synced || mode == IoMode::Cached {
-        return Ok(());
-    }
+/// Puts on stable storage where a just opened file is found.
+///
+/// For one whose writes the kernel syncs without an fsync that we would see. Its data is left alone: the disk tells of a
+/// failed write once, and that is for the next fsync to hear.
+async fn settle_name(tree: &Tree, handle: HandleId) -> Result<(), Errno> {
     let settled = match tree.file(handle) {
-        Ok(file) => file.sync(false).await,
+        Ok(file) => file.sync_name().await,
         Err(errno) => Err(errno),
     };
     settled.inspect_err(|_| tree.release(handle))

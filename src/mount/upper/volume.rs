@@ -466,6 +466,11 @@ impl OpenFile for UpperFile {
         blocking(move || shared.sync_file(&node, data_only)).await
     }
 
+    async fn sync_name(&self) -> Result<(), Errno> {
+        let (shared, id) = (self.shared.clone(), self.node.id);
+        blocking(move || shared.lock().make_durable(id)).await
+    }
+
     async fn allocate(&self, offset: u64, length: u64, keep_size: bool) -> Result<(), Errno> {
         let (shared, node) = (self.shared.clone(), self.node.clone());
         // Reserving a gigabyte takes a while.

@@ -3,6 +3,7 @@
 //! What the kernel writes past the upper is written here into the local file. The rest of the rules, which open gets
 //! which answer, is the adapter's.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -10,7 +11,7 @@ use nix::errno::Errno;
 
 use crate::mount::caller::Caller;
 use crate::mount::fs::{IoMode, NewNode, OpenFile, Opened, RenameMode, Seek, Volume};
-use crate::mount::upper::local_disk::Times;
+use crate::mount::upper::local_disk::{LocalDisk, Times};
 use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::tests::world::{World, caller, open, same};
 
@@ -227,6 +228,24 @@ impl OpenFile for Plain {
 
     async fn seek(&self, _: u64, _: Seek) -> Result<u64, Errno> {
         Err(Errno::ENXIO)
+    }
+}
+
+/// The kernel syncs some writes by itself, and then nobody but the adapter asks for the file's name to be kept.
+#[tokio::test]
+async fn a_name_that_was_synced_is_there_after_a_power_cut() {
+    for is_synced in [true, false] {
+        let disk = SimulatedDisk::new(u64::MAX);
+        let start = disk.copy();
+        let world = World::on(&disk).await;
+        let file = opened(&world, SMALL, true).await.file;
+        file.write(&caller(), 0, vec![6; 8192].into()).await.unwrap();
+        if is_synced {
+            file.sync_name().await.unwrap();
+        }
+        // Of names only those that were synced.
+        let after = disk.after_power_cut(&start, || 0);
+        assert_eq!(after.stat(Path::new(SMALL)).unwrap().is_some(), is_synced);
     }
 }
 
