@@ -61,13 +61,13 @@ pub(super) fn delete(context: &Context, folder: &CloneFolder) -> Result<String, 
     Ok(folder.name().to_owned())
 }
 
-/// Takes away the mount that a killed supervisor has left.
+/// Takes away the mount that a killed supervisor has left, as soon as nobody has anything of it open.
 pub(super) fn detach_dead_mount(folder: &CloneFolder) -> Result<(), CommandError> {
     let mount_point = folder.mount_point();
     if !mounting::is_mount_point(&mount_point) {
         return Ok(());
     }
-    mounting::detach(&mount_point).map_err(|error| CommandError::failed(error.to_string()))
+    mounting::detach_dead(&mount_point).map_err(|error| CommandError::failed(error.to_string()))
 }
 
 async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
