@@ -35,6 +35,10 @@ pub const DIRECTORY_NAME: &str = ".walden";
 /// they are released: `PG_VERSION` last, because both `postgres` and `pg_ctl` look for it first.
 pub const HELD_BACK: [(&str, &str); 2] = [("global/pg_control", "pg_control"), ("PG_VERSION", "PG_VERSION")];
 
+/// The name of the mark that says that everything is local and on stable storage: a mount makes it, a finalize asks
+/// for it.
+pub const WHOLE_MARK: &str = "whole";
+
 /// The basebackup an incomplete directory belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

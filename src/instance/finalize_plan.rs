@@ -20,9 +20,6 @@ use crate::instance::native_settings::native_settings;
 use crate::mount::mounting;
 use crate::restore::target::{check_space, resolve, used_bytes};
 
-/// What the hydrator leaves in the private area of an upper in which everything is local (`mount::upper::hydrate`).
-const WHOLE_MARK: &str = "whole";
-
 /// Decides how a clone that is whole and stopped becomes a data directory at `to`, or in its own folder.
 pub fn plan_order(
     folder: &CloneFolder,
@@ -135,7 +132,7 @@ fn check_whole(folder: &CloneFolder, data: &Path) -> Result<(), FinalizeError> {
     let uppers = folder.upper();
     for entry in fs::read_dir(&uppers).map_err(at("open directory", &uppers))? {
         let upper = entry.map_err(at("read directory", &uppers))?.path();
-        let mark = upper.join(private_area::DIRECTORY_NAME).join(WHOLE_MARK);
+        let mark = upper.join(private_area::DIRECTORY_NAME).join(private_area::WHOLE_MARK);
         if !mark.exists() {
             return Err(FinalizeError::Missing { path: mark });
         }

@@ -32,7 +32,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::clock::Clock;
-use crate::disk::private_area::DIRECTORY_NAME;
+use crate::disk::private_area::{DIRECTORY_NAME, WHOLE_MARK};
 use crate::mount::errno;
 use crate::mount::fs::{Capacity, FileKind, LocalId};
 use crate::mount::lower::NodeId;
@@ -126,9 +126,6 @@ const UNCLEAR_ATTEMPTS_MAX: u32 = 3;
 const RESERVE_BYTES: u64 = 1 << 30;
 /// On a small disk the reserve is this part of it.
 const RESERVE_PART: u64 = 20;
-
-/// Says in the private area that everything is local and on stable storage.
-const WHOLE_MARK: &str = "whole";
 
 const NOT_STARTED: &str = "the server does not answer yet";
 const NO_ROOM: &str = "the disk has no room beyond what the server may need";
