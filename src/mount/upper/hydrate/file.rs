@@ -5,7 +5,7 @@
 //! fails, the lower is asked once more for what is missing, because only its own words tell a store that is away from
 //! damage. What is gone meanwhile is not brought back.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -14,6 +14,7 @@ use nix::errno::Errno;
 
 use crate::mount::caller::Caller;
 use crate::mount::fs::{FileKind, LocalId};
+use crate::mount::lower::{Piece, PieceSink};
 use crate::mount::upper::Upper;
 use crate::mount::upper::content::Content;
 use crate::mount::upper::hydrate::plan::Wanted;
@@ -21,6 +22,7 @@ use crate::mount::upper::hydrate::survey::{Held, Trouble, is_gone};
 use crate::mount::upper::hydrate::{Hydrator, NO_STORE};
 use crate::mount::upper::namespace::of_io;
 use crate::mount::upper::volume::UpperFile;
+use crate::repo::Urgency;
 
 /// Parts of one file that are on their way side by side; all files together have [`super::REQUESTS_AT_ONCE`].
 const PARTS_AT_ONCE: usize = 4;
@@ -208,9 +210,19 @@ async fn cause_of_fetch(
     let (Some(node), Some(gap)) = (content.lower_node(), content.first_missing(range)) else {
         return Trouble::of_errno(errno, name);
     };
-    match file.shared.lower.fetch(node, gap).await {
+    // Not as somebody who waits: that would be asked again for as long as a server's patience lasts.
+    match file.shared.lower.fetch_each(node, &[gap], Urgency::Background, &Unwanted).await {
         Err(error) => Trouble::of_lower(error),
-        Ok(_) => Trouble::of_errno(errno, name),
+        Ok(()) => Trouble::of_errno(errno, name),
+    }
+}
+
+/// Keeps nothing of what comes: only the error counts, and that of the last chunk as well.
+struct Unwanted;
+
+impl PieceSink for Unwanted {
+    fn take(&self, _: Vec<Piece>) -> ControlFlow<()> {
+        ControlFlow::Continue(())
     }
 }
 
