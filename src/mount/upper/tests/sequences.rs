@@ -203,7 +203,7 @@ impl Run {
         let Self { scratch, world, model, slots, stamp } = self;
         drop(slots);
         let lower = world.lower.clone();
-        drop(world);
+        world.close().await;
         let upper = open(&lower, scratch.path()).await.unwrap();
         Self { scratch, world: World { lower, upper }, model, slots: [None, None, None], stamp }
     }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use nix::errno::Errno;
@@ -85,6 +86,20 @@ impl World {
     /// Opens the same upper again.
     pub(crate) async fn anew_on(self, disk: &SimulatedDisk) -> Self {
         Self::of(self.lower.clone(), disk).await
+    }
+
+    /// Lets go of the upper, and waits until what was being fetched ahead in it has done so too: until then it is locked.
+    pub(crate) async fn close(self) {
+        let shared = Arc::downgrade(&self.upper.shared);
+        drop(self);
+        let closed = async {
+            while shared.strong_count() > 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), closed)
+            .await
+            .expect("nothing holds the upper for long");
     }
 
     /// Opens an upper above a lower of one's own on a simulated disk.
