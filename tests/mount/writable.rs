@@ -6,15 +6,16 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use walden::disk::{Binding, Owner};
+use walden::disk::{self, Binding, Owner};
 use walden::mount::lower::Lower;
 use walden::mount::memory_lower::MemoryLower;
-use walden::mount::upper::{Upper, UpperOptions};
+use walden::mount::upper::{OpenError, Upper, UpperOptions};
 use walden::mount::virtual_dir::{Item, StaticDir};
 use walden::mount::{MountOptions, Mounted, Tree, mount};
 
@@ -48,19 +49,36 @@ impl Writable {
     /// Unmounts, opens the upper anew, as another process would, and mounts again.
     pub fn remount(&mut self) {
         self.unmount();
-        let options = UpperOptions {
-            directory: self.scratch.join("upper"),
-            binding: Binding { basebackup: "id".into(), manifest_digest: "ab".into(), part: "data".into() },
-            owner: self.owner,
-            holds_back: true,
-        };
-        let upper = self.runtime.block_on(Upper::open(self.lower.clone(), options)).unwrap();
+        let upper = self.open_upper();
         let root = StaticDir::default().with("data", Item::Volume(Arc::new(upper.clone())));
         let tree = Tree::new(Item::Directory(Arc::new(root)), self.owner);
         let point = self.scratch.join("mnt");
         let options = MountOptions::new("walden-test", false);
         self.mounted = Some(mount(tree, &point, &options, self.runtime.handle()).unwrap());
         self.upper = Some(upper);
+    }
+
+    /// Opens the upper; what was being fetched ahead in the last one may hold it for a moment longer.
+    fn open_upper(&self) -> Upper {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let options = UpperOptions {
+                directory: self.scratch.join("upper"),
+                binding: Binding {
+                    basebackup: "id".into(),
+                    manifest_digest: "ab".into(),
+                    part: "data".into(),
+                },
+                owner: self.owner,
+                holds_back: true,
+            };
+            match self.runtime.block_on(Upper::open(self.lower.clone(), options)) {
+                Err(OpenError::Disk(disk::Error::Locked { .. })) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                opened => return opened.unwrap(),
+            }
+        }
     }
 
     pub fn unmount(&mut self) {
