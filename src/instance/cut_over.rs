@@ -66,7 +66,9 @@ pub async fn drop_leftovers(session: &Session) -> Result<(), replication::Error>
 
 async fn create_and_drop(session: &Session, name: &str) -> Result<(), replication::Error> {
     drop_leftovers(session).await?;
-    let created = session.simple(&format!("create database {name} template template0")).await;
+    // Whoever goes through all databases, such as pg_dumpall, passes over one that lets nobody in.
+    let sql = format!("create database {name} template template0 allow_connections false");
+    let created = session.simple(&sql).await;
     // Whatever became of it: cut off at the end, it may be there all the same.
     let dropped = drop_leftovers(session).await;
     created.and(dropped)
