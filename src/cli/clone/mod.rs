@@ -42,7 +42,7 @@ pub struct Clone {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    Create(create::CloneCreate),
+    Create(Box<create::CloneCreate>),
     List(status::CloneList),
     Start(start::CloneStart),
     Stop(stop::CloneStop),

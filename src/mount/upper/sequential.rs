@@ -236,7 +236,7 @@ mod tests {
             let mut order = Vec::new();
             while order.len() < total as usize {
                 for place in &mut places {
-                    if place.is_empty() && taken < total {
+                    if place.start == place.end && taken < total {
                         *place = taken..(taken + stretch).min(total);
                         taken += stretch;
                     }
