@@ -91,7 +91,7 @@ enum Command {
     Mount(mount::Mount),
     Unmount(unmount::Unmount),
     Clone(clone::Clone),
-    Restore(restore::Restore),
+    Restore(Box<restore::Restore>),
     #[command(hide = true)]
     Internal(internal::Internal),
 }

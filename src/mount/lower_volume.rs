@@ -145,12 +145,14 @@ impl Shared {
         let mut got: Vec<Option<Bytes>> = vec![None; pages];
         loop {
             self.take_cached(node, first, &mut got);
-            let Some(missing) = missing_range(first, &got, size) else { break };
-            let claim = self.flights.claim(node, missing, Urgency::Foreground).await;
+            let missing = missing_ranges(first, &got, size);
+            if missing.is_empty() {
+                break;
+            }
+            let claim = self.flights.claim(node, &missing, Urgency::Foreground).await;
             // Somebody else's flight may have landed while we waited for ours.
             self.take_cached(node, first, &mut got);
-            let Some(missing) = missing_range(first, &got, size) else { break };
-            for run in claim.runs_in(&missing) {
+            for run in missing_ranges(first, &got, size).iter().flat_map(|missing| claim.runs_in(missing)) {
                 let pieces = errno_of(self.lower.fetch(node, run.clone()).await)?;
                 self.keep(node, size, &pieces, first, &mut got);
                 if missing_in(first, &got, size, &run) {
@@ -191,11 +193,17 @@ impl Shared {
     }
 }
 
-/// Returns the bytes from the first missing page to the last, or `None` when nothing is missing.
-fn missing_range(first: u64, got: &[Option<Bytes>], size: u64) -> Option<std::ops::Range<u64>> {
-    let from = got.iter().position(Option::is_none)? as u64;
-    let to = got.iter().rposition(Option::is_none)? as u64;
-    Some((first + from) * PAGE..((first + to + 1) * PAGE).min(size))
+/// Returns the runs of missing pages as bytes, in order.
+fn missing_ranges(first: u64, got: &[Option<Bytes>], size: u64) -> Vec<std::ops::Range<u64>> {
+    let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
+    for (page, _) in (first..).zip(got).filter(|(_, slot)| slot.is_none()) {
+        let bytes = page * PAGE..((page + 1) * PAGE).min(size);
+        match ranges.last_mut() {
+            Some(range) if range.end == bytes.start => range.end = bytes.end,
+            _ => ranges.push(bytes),
+        }
+    }
+    ranges
 }
 
 fn missing_in(first: u64, got: &[Option<Bytes>], size: u64, run: &std::ops::Range<u64>) -> bool {

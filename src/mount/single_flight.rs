@@ -34,12 +34,16 @@ impl Flights {
         Self { windows: repo::Flights::new() }
     }
 
-    /// Claims the windows touching `range` that nobody fetches; waits until there is at least one.
+    /// Claims the windows touching `ranges`, which are in order, that nobody fetches; waits until there is at least one.
     ///
     /// The caller looks again at what is missing once it holds the claim: the wait may have cured it.
-    pub async fn claim(&self, node: NodeId, range: Range<u64>, urgency: Urgency) -> Claim {
-        let windows = range.start / WINDOW..range.end.div_ceil(WINDOW).max(range.start / WINDOW + 1);
-        let windows: Vec<Window> = windows.map(|window| (node, window)).collect();
+    pub async fn claim(&self, node: NodeId, ranges: &[Range<u64>], urgency: Urgency) -> Claim {
+        let windows_of = |range: &Range<u64>| {
+            range.start / WINDOW..range.end.div_ceil(WINDOW).max(range.start / WINDOW + 1)
+        };
+        let mut windows: Vec<Window> =
+            ranges.iter().flat_map(windows_of).map(|window| (node, window)).collect();
+        windows.dedup();
         Claim { windows: self.windows.claim(&windows, urgency).await }
     }
 
@@ -85,15 +89,15 @@ mod tests {
     #[tokio::test]
     async fn two_readers_of_one_window_take_turns_and_others_do_not() {
         let flights = Flights::new();
-        let first = flights.claim(NODE, 0..8192, NOW).await;
+        let first = flights.claim(NODE, &[0..8192], NOW).await;
         let second = tokio::spawn({
             let flights = flights.clone();
-            async move { flights.claim(NODE, 8192..16384, NOW).await.runs_in(&(8192..16384)) }
+            async move { flights.claim(NODE, &[8192..16384], NOW).await.runs_in(&(8192..16384)) }
         });
         tokio::task::yield_now().await;
         assert!(!second.is_finished());
-        let elsewhere = flights.claim(NODE, WINDOW..WINDOW + 1, NOW).await;
-        let other_file = flights.claim(NodeId(2), 0..1, NOW).await;
+        let elsewhere = flights.claim(NODE, &[WINDOW..WINDOW + 1], NOW).await;
+        let other_file = flights.claim(NodeId(2), &[0..1], NOW).await;
         assert!(!second.is_finished());
         drop(first);
         assert_eq!(second.await.unwrap(), [8192..16384]);
@@ -104,22 +108,22 @@ mod tests {
     #[tokio::test]
     async fn a_wide_range_takes_what_is_free() {
         let flights = Flights::new();
-        let middle = flights.claim(NODE, WINDOW..2 * WINDOW, NOW).await;
-        let wide = flights.claim(NODE, 100..3 * WINDOW, NOW).await;
+        let middle = flights.claim(NODE, &[WINDOW..2 * WINDOW], NOW).await;
+        let wide = flights.claim(NODE, &[100..3 * WINDOW], NOW).await;
         assert_eq!(wide.runs_in(&(100..3 * WINDOW)), [100..WINDOW, 2 * WINDOW..3 * WINDOW]);
         drop(middle);
         drop(wide);
-        let all = flights.claim(NODE, 100..3 * WINDOW, NOW).await;
+        let all = flights.claim(NODE, &[100..3 * WINDOW], NOW).await;
         assert_eq!(all.runs_in(&(100..3 * WINDOW)), [100..3 * WINDOW]);
     }
 
     #[tokio::test]
     async fn a_window_that_has_come_is_let_go_while_the_others_are_under_way() {
         let flights = Flights::new();
-        let mut wide = flights.claim(NODE, 0..4 * WINDOW, NOW).await;
+        let mut wide = flights.claim(NODE, &[0..4 * WINDOW], NOW).await;
         // The third came in part, and the first did not come now.
         wide.land(&(WINDOW..2 * WINDOW + 8192), |window| window.end <= 2 * WINDOW);
-        let others = flights.claim(NODE, 0..4 * WINDOW, NOW).await;
+        let others = flights.claim(NODE, &[0..4 * WINDOW], NOW).await;
         assert_eq!(others.runs_in(&(0..4 * WINDOW)), [WINDOW..2 * WINDOW]);
         drop((wide, others));
         assert!(flights.is_idle());
@@ -131,13 +135,13 @@ mod tests {
         let abandoned = tokio::spawn({
             let flights = flights.clone();
             async move {
-                let _claim = flights.claim(NODE, 0..1, NOW).await;
+                let _claim = flights.claim(NODE, &[0..1], NOW).await;
                 std::future::pending::<()>().await;
             }
         });
         tokio::task::yield_now().await;
         abandoned.abort();
         assert!(abandoned.await.is_err());
-        assert_eq!(flights.claim(NODE, 0..1, NOW).await.runs_in(&(0..1)), [0..1]);
+        assert_eq!(flights.claim(NODE, &[0..1], NOW).await.runs_in(&(0..1)), [0..1]);
     }
 }

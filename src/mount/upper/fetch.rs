@@ -64,12 +64,12 @@ impl UpperFile {
         content: &Content,
         range: Range<u64>,
     ) -> Result<(), Errno> {
-        while let (Some(first), Some(last)) = {
+        loop {
             let missing = content.missing(&range);
-            (missing.first().cloned(), missing.last().cloned())
-        } {
+            let (Some(first), Some(last)) = (missing.first(), missing.last()) else { return Ok(()) };
             let hull = first.start..last.end;
-            let claim = self.shared.flights.claim(node, hull.clone(), urgency).await;
+            // Of the hull only what is missing: what is local would always be free, and nobody would ever wait.
+            let claim = self.shared.flights.claim(node, &missing, urgency).await;
             let claimed = claim.runs_in(&hull);
             let runs: Vec<Range<u64>> = claimed.iter().flat_map(|part| content.missing(part)).collect();
             // The wait for the claim may have cured it.
@@ -84,7 +84,6 @@ impl UpperFile {
                 self.fill(node, &runs, &filling).await?;
             }
         }
-        Ok(())
     }
 
     /// Fetches runs that are missing, and makes sure that they are not any more.

@@ -37,6 +37,19 @@ pub struct UpperFile {
     pub(super) ahead: TasksAhead,
 }
 
+/// What an operation found under a name: nobody else's forgetting takes it out of the table while this is there.
+#[derive(Debug)]
+struct Found {
+    upper: Upper,
+    id: LocalId,
+}
+
+impl Drop for Found {
+    fn drop(&mut self) {
+        self.upper.forget(self.id, 1);
+    }
+}
+
 impl Upper {
     /// Opens a file by its number; see [`UpperFile::ensure_range`].
     pub fn open_file(&self, id: LocalId) -> Result<Arc<UpperFile>, Errno> {
@@ -54,13 +67,13 @@ impl Upper {
         Ok(Arc::new(UpperFile { shared, node, ahead: TasksAhead::default() }))
     }
 
-    /// Finds a name and enters it into the table; the caller's references are not counted.
+    /// Finds a name and enters it into the table, where it stays as long as what is returned.
     async fn find(
         &self,
         caller: &Caller,
         directory: LocalId,
         name: &[u8],
-    ) -> Result<(Option<LocalId>, Below), Errno> {
+    ) -> Result<(Option<Found>, Below), Errno> {
         if name.len() > NAME_BYTES_MAX {
             return Err(Errno::ENAMETOOLONG);
         }
@@ -70,9 +83,16 @@ impl Upper {
         let below = self.below(caller, directory, name).await?;
         let mut moved: Option<LowerNode> = None;
         loop {
-            let entered = self.shared.lock().enter(directory, name, &below, moved.as_ref())?;
+            let entered = {
+                let mut namespace = self.shared.lock();
+                let entered = namespace.enter(directory, name, &below, moved.as_ref())?;
+                if let Entered::Known(id) = entered {
+                    namespace.table.get_mut(id)?.references += 1;
+                }
+                entered
+            };
             match entered {
-                Entered::Known(id) => return Ok((Some(id), below)),
+                Entered::Known(id) => return Ok((Some(Found { upper: self.clone(), id }), below)),
                 Entered::Absent => return Ok((None, below)),
                 Entered::NeedsOrigin(path) => {
                     let found = caller.killable(self.resolve(&path)).await?;
@@ -155,8 +175,7 @@ impl Upper {
         mode: u32,
     ) -> Result<Entry, Errno> {
         let (found, below) = self.find(caller, directory, name).await?;
-        if let Some(id) = found {
-            self.forget(id, 0);
+        if found.is_some() {
             return Err(Errno::EEXIST);
         }
         let mut namespace = self.shared.lock();
@@ -179,8 +198,8 @@ impl Volume for Upper {
             }
         }
         let (found, _) = self.find(caller, directory, name).await?;
-        let id = found.ok_or(Errno::ENOENT)?;
-        self.answer(&mut self.shared.lock(), id)
+        let found = found.ok_or(Errno::ENOENT)?;
+        self.answer(&mut self.shared.lock(), found.id)
     }
 
     fn forget(&self, node: LocalId, references: u64) {
@@ -243,12 +262,9 @@ impl Volume for Upper {
         let (found, below) = self.find(caller, directory, name).await?;
         let (entry, id) = {
             let mut namespace = self.shared.lock();
-            let id = match found {
-                Some(id) if exclusive => {
-                    namespace.table.collect(id);
-                    return Err(Errno::EEXIST);
-                }
-                Some(id) => id,
+            let id = match &found {
+                Some(_) if exclusive => return Err(Errno::EEXIST),
+                Some(found) => found.id,
                 None => namespace.create(Name { directory, name, below: &below }, mode, caller.owner)?,
             };
             (self.answer(&mut namespace, id)?, id)
@@ -296,8 +312,7 @@ impl Volume for Upper {
         name: &[u8],
     ) -> Result<Entry, Errno> {
         let (found, below) = self.find(caller, directory, name).await?;
-        if let Some(id) = found {
-            self.forget(id, 0);
+        if found.is_some() {
             return Err(Errno::EEXIST);
         }
         let target = self.link_target(caller, id).await?;
@@ -308,14 +323,15 @@ impl Volume for Upper {
 
     async fn unlink(&self, caller: &Caller, directory: LocalId, name: &[u8]) -> Result<(), Errno> {
         let (found, below) = self.find(caller, directory, name).await?;
-        found.ok_or(Errno::ENOENT)?;
+        let _found = found.ok_or(Errno::ENOENT)?;
         let name = name.to_vec();
         self.step(move |namespace| namespace.unlink(Name { directory, name: &name, below: &below })).await
     }
 
     async fn remove_directory(&self, caller: &Caller, directory: LocalId, name: &[u8]) -> Result<(), Errno> {
         let (found, below) = self.find(caller, directory, name).await?;
-        let children = self.children(caller, found.ok_or(Errno::ENOENT)?).await?;
+        let found = found.ok_or(Errno::ENOENT)?;
+        let children = self.children(caller, found.id).await?;
         let name = name.to_vec();
         self.step(move |namespace| {
             namespace.remove_directory(Name { directory, name: &name, below: &below }, &children)
@@ -332,9 +348,10 @@ impl Volume for Upper {
     ) -> Result<(), Errno> {
         let (moved, below_from) = self.find(caller, from.0, from.1).await?;
         let (replaced, below_to) = self.find(caller, to.0, to.1).await?;
-        let target = self.link_target(caller, moved.ok_or(Errno::ENOENT)?).await?;
-        let children = match replaced {
-            Some(id) => self.children(caller, id).await?,
+        let moved = moved.ok_or(Errno::ENOENT)?;
+        let target = self.link_target(caller, moved.id).await?;
+        let children = match &replaced {
+            Some(replaced) => self.children(caller, replaced.id).await?,
             None => Vec::new(),
         };
         let (from, to) = ((from.0, from.1.to_vec()), (to.0, to.1.to_vec()));
