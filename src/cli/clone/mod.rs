@@ -133,8 +133,9 @@ async fn status_of(folder: &CloneFolder) -> Result<CloneStatus, CommandError> {
         Err(error) => return Err(CommandError::failed(error.to_string())),
     }
     let (spec, mut last) = (folder.read_spec()?, folder.read_state()?);
-    // Whoever said "running" last and does not answer now was killed.
-    if matches!(last.state, CloneState::Running | CloneState::Paused) && !is_supervised(folder)? {
+    // Whoever said "running" last and does not answer now was killed; what was only made rests like what was stopped.
+    let is_passing = matches!(last.state, CloneState::Creating | CloneState::Running | CloneState::Paused);
+    if is_passing && !is_supervised(folder)? {
         last.state = CloneState::Stopped;
     }
     Ok(resting_status(folder, &spec, &last))
