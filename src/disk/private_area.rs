@@ -7,7 +7,7 @@
 //! .walden/binding.json      the basebackup this directory belongs to
 //! .walden/lock              held by the process that fills it
 //! .walden/names.journal     names of the lower that are gone (mount::upper)
-//! .walden/whole             everything is local and on stable storage (mount::upper::hydrate)
+//! .walden/whole, sync-failed    everything is local and on stable storage; it may not be (mount::upper::stable)
 //! .walden/held/…            PG_VERSION and pg_control, so that PostgreSQL refuses the bare directory
 //! .walden/tmp/…             files on their way to their place; emptied by whoever opens it
 //! ```
@@ -38,6 +38,9 @@ pub const HELD_BACK: [(&str, &str); 2] = [("global/pg_control", "pg_control"), (
 /// The name of the mark that says that everything is local and on stable storage: a mount makes it, a finalize asks
 /// for it.
 pub const WHOLE_MARK: &str = "whole";
+
+/// The name of the mark that says that something was lost of what was written before everything was local.
+pub const SYNC_FAILED_MARK: &str = "sync-failed";
 
 /// The basebackup an incomplete directory belongs to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

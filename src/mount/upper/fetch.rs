@@ -25,6 +25,12 @@ use crate::mount::upper::volume::UpperFile;
 use crate::repo::Urgency;
 
 impl UpperFile {
+    /// Fails where something that was fetched is lost, and any of this file's bytes may be.
+    pub(super) fn check_not_lost(&self) -> Result<(), Errno> {
+        let is_of_lower = self.node.content.as_ref().is_some_and(|content| content.lower_node().is_some());
+        if is_of_lower && self.shared.stable.is_in_doubt() { Err(Errno::EIO) } else { Ok(()) }
+    }
+
     /// Makes a range of the file local; what lies beyond what the lower has is local already.
     pub async fn ensure_range(&self, caller: &Caller, range: Range<u64>) -> Result<(), Errno> {
         let urgency = if caller.is_background { Urgency::Background } else { Urgency::Foreground };

@@ -10,7 +10,7 @@
 //! volume      ask the lower, then change under the lock     fetch, read_ahead   ensure_range, and what follows a scan
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
 //! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
-//! hydrate     all the rest, in the background
+//! hydrate     all the rest, in the background     stable   what was synced, and what may be lost
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls
 //! ```
 
@@ -30,13 +30,13 @@ mod origin;
 mod read_ahead;
 mod real_disk;
 mod sequential;
+mod stable;
 mod stats;
 #[cfg(test)]
 mod tests;
 mod volume;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
@@ -52,6 +52,7 @@ use crate::mount::upper::namespace::Namespace;
 use crate::mount::upper::node::LowerNode;
 use crate::mount::upper::read_ahead::ReadAheads;
 use crate::mount::upper::real_disk::RealDisk;
+use crate::mount::upper::stable::Stable;
 use crate::mount::upper::stats::Counters;
 
 pub use file_system::Unsuitable;
@@ -82,6 +83,8 @@ pub enum OpenError {
     Disk(#[from] disk::Error),
     #[error(transparent)]
     Lower(#[from] LowerError),
+    #[error("the disk has lost something that was written to \"{}\", and nobody knows what", path.display())]
+    Lost { path: PathBuf },
     #[error("could not open the upper in \"{}\": {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
 }
@@ -101,8 +104,7 @@ pub(crate) struct Shared {
     read_aheads: ReadAheads,
     counters: Arc<Counters>,
     foreground: ForegroundReads,
-    /// Everything is local and on stable storage.
-    is_whole: AtomicBool,
+    stable: Arc<Stable>,
     _lock: Option<LockFile>,
 }
 
@@ -143,7 +145,18 @@ impl Upper {
             disk.give(here, options.owner).map_err(io)?;
             disk.set_times(here, Times::modified(node.mtime.into())).map_err(io)?;
         }
-        disk.sync_all().map_err(io)?;
+        let stable = Stable::open(disk.clone()).map_err(io)?;
+        if stable.is_in_doubt() {
+            return Err(OpenError::Lost { path: options.directory.clone() });
+        }
+        // Of a new one there is nothing that could be lost.
+        disk.sync_all()
+            .inspect_err(|error| {
+                if !is_new {
+                    stable.failed(error)
+                }
+            })
+            .map_err(io)?;
         let journal = Path::new(disk::private_area::DIRECTORY_NAME).join("names.journal");
         let journal = NamesJournal::open(&*disk, &journal).map_err(io)?;
         let root = LowerNode { id: lower.root(), path: Vec::new(), node };
@@ -152,7 +165,6 @@ impl Upper {
         let namespace = Namespace::new(disk.clone(), journal, root, owner, holds_back, counters.clone());
         let namespace = Mutex::new(namespace.map_err(|errno| io(errno.into()))?);
         let shared = Shared {
-            is_whole: AtomicBool::new(hydrate::is_marked_whole(&*disk).map_err(io)?),
             lower,
             disk,
             namespace,
@@ -160,6 +172,7 @@ impl Upper {
             read_aheads: ReadAheads::new(),
             counters,
             foreground: ForegroundReads::default(),
+            stable: Arc::new(stable),
             _lock: lock,
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -174,7 +187,8 @@ impl Upper {
     /// server on the mount calls this.
     pub fn sync_all(&self) -> Result<(), Errno> {
         self.shared.lock().journal.sync().map_err(|error| errno::of_io(&error))?;
-        self.shared.disk.sync_all().map_err(|error| errno::of_io(&error))
+        let sync = || self.shared.disk.sync_all();
+        self.shared.stable.sync(sync).map_err(|error| errno::of_io(&error))
     }
 }
 

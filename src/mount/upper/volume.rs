@@ -400,6 +400,7 @@ impl UpperFile {
     ///
     /// What is whole stays so while it is open: what is local is never given back, and the base length only falls.
     fn io_mode(&self, writable: bool) -> Result<IoMode, Errno> {
+        self.check_not_lost()?;
         // What an earlier process fetched is known only once the upper's file has been looked at.
         self.open_if_local()?;
         let content = self.content()?;
@@ -457,6 +458,7 @@ impl UpperFile {
 #[async_trait::async_trait]
 impl OpenFile for UpperFile {
     async fn read(&self, caller: &Caller, offset: u64, length: u32) -> Result<Bytes, Errno> {
+        self.check_not_lost()?;
         let range = offset..offset.saturating_add(u64::from(length));
         // First, so that what follows is under way while this is waited for.
         self.read_ahead(&range);

@@ -19,7 +19,7 @@ use crate::mount::upper::Upper;
 use crate::mount::upper::content::Content;
 use crate::mount::upper::hydrate::plan::Wanted;
 use crate::mount::upper::hydrate::survey::{Held, Trouble, is_gone};
-use crate::mount::upper::hydrate::{Hydrator, NO_STORE};
+use crate::mount::upper::hydrate::{Hydrator, LOST, NO_STORE};
 use crate::mount::upper::namespace::of_io;
 use crate::mount::upper::volume::UpperFile;
 use crate::repo::Urgency;
@@ -84,7 +84,7 @@ impl Hydrator {
             self.watch.fetched(bytes, self.filled_bytes(), self.clock.monotonic());
         }
         if fetched >= SYNC_BYTES {
-            upper.sync_content(id).await.map_err(|errno| Trouble::of_errno(errno, &wanted.name))?;
+            upper.sync_content(id).await?;
         }
         Ok(())
     }
@@ -106,6 +106,9 @@ impl Hydrator {
         self.gate(wanted.upper, if is_charged { bytes } else { 0 }).await;
         if !file.has_name() {
             return Ok(0);
+        }
+        if file.shared.stable.is_in_doubt() {
+            return Err(Trouble::Lasting(LOST.to_owned()));
         }
         let caller = Caller::background();
         let mut fetch = std::pin::pin!(file.ensure_range(&caller, range.clone()));
@@ -160,17 +163,21 @@ impl Upper {
     ///
     /// The kernel tells of a failed write once for each descriptor: through the one that clients' calls go through, a
     /// sync of ours would take from PostgreSQL what its own fsync must be told.
-    async fn sync_content(&self, id: LocalId) -> Result<(), Errno> {
+    ///
+    /// What such a sync cannot put there is lost, and trying it again would find nothing wrong.
+    async fn sync_content(&self, id: LocalId) -> Result<(), Trouble> {
         let file = {
             let namespace = self.shared.lock();
-            let place = match namespace.place_of(id) {
+            let opened = namespace.place_of(id).and_then(|place| namespace.disk.open(&place).map_err(of_io));
+            match opened {
                 Err(errno) if is_gone(errno) => return Ok(()),
-                place => place?,
-            };
-            namespace.disk.open(&place).map_err(of_io)?
+                opened => opened.map_err(|errno| Trouble::of_errno(errno, b"a file to be synced"))?,
+            }
         };
-        let sync = move || file.sync(true).map_err(of_io);
-        tokio::task::spawn_blocking(sync).await.unwrap_or(Err(Errno::EIO))
+        let stable = self.shared.stable.clone();
+        let sync = move || stable.sync(|| file.sync(true));
+        let synced = tokio::task::spawn_blocking(sync).await.unwrap_or_else(|error| Err(error.into()));
+        synced.map_err(|error| Trouble::Lasting(format!("could not sync a file: {error}")))
     }
 }
 

@@ -22,18 +22,14 @@ mod survey;
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU64;
-use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::clock::Clock;
-use crate::disk::private_area::{DIRECTORY_NAME, WHOLE_MARK};
-use crate::mount::errno;
+use crate::disk::private_area::WHOLE_MARK;
 use crate::mount::fs::{Capacity, FileKind, LocalId};
 use crate::mount::lower::NodeId;
 use crate::mount::single_flight::WINDOW;
@@ -42,7 +38,7 @@ use crate::mount::upper::hydrate::bucket::{Backoff, TokenBucket};
 use crate::mount::upper::hydrate::plan::{Plan, Wanted};
 use crate::mount::upper::hydrate::progress::Watch;
 use crate::mount::upper::hydrate::survey::{Survey, Trouble};
-use crate::mount::upper::local_disk::LocalDisk;
+use crate::mount::upper::namespace::of_io;
 
 pub use plan::{Place, StoredOrder};
 pub use progress::{HydrationReport, HydrationState};
@@ -130,6 +126,7 @@ const RESERVE_PART: u64 = 20;
 const NOT_STARTED: &str = "the server does not answer yet";
 const NO_ROOM: &str = "the disk has no room beyond what the server may need";
 const NO_STORE: &str = "the store does not answer";
+const LOST: &str = "the disk has lost something that was written to it";
 const GIVES_WAY: &str = "the server's own reads come first";
 
 impl Hydrator {
@@ -437,9 +434,9 @@ impl Hydrator {
         loop {
             let this = self.clone();
             let finish = move || this.uppers.iter().try_for_each(Upper::finish);
-            match tokio::task::spawn_blocking(finish).await.unwrap_or(Err(Errno::EIO)) {
-                Err(Errno::ENOSPC | Errno::EDQUOT) => self.note(&Trouble::Room).await,
-                outcome => return outcome.map_err(|errno| format!("could not sync the files: {errno}")),
+            match tokio::task::spawn_blocking(finish).await.map_err(|error| error.to_string())? {
+                Err(Trouble::Room) => self.note(&Trouble::Room).await,
+                outcome => return outcome.map_err(|trouble| trouble.to_string()),
             }
         }
     }
@@ -465,29 +462,16 @@ impl Upper {
     /// Tells whether everything is local and on stable storage: the upper, with what is held back, is an ordinary
     /// directory.
     pub fn is_hydrated(&self) -> bool {
-        self.shared.is_whole.load(Ordering::Acquire)
+        self.shared.stable.is_whole()
     }
 
-    /// Puts everything on stable storage, and then marks the upper as whole: it stays so, whatever is done to it.
-    fn finish(&self) -> Result<(), Errno> {
-        self.sync_all()?;
-        mark_whole(&*self.shared.disk).map_err(|error| errno::of_io(&error))?;
-        self.shared.is_whole.store(true, Ordering::Release);
-        Ok(())
+    /// Puts everything on stable storage, and then marks the upper as whole.
+    fn finish(&self) -> Result<(), Trouble> {
+        // Whatever number it has, a sync that failed has lost something: only the mark may be tried again.
+        self.sync_all().map_err(|errno| Trouble::Lasting(format!("could not sync the files: {errno}")))?;
+        let marked = self.shared.stable.mark_whole().map_err(of_io);
+        marked.map_err(|errno| Trouble::of_errno(errno, WHOLE_MARK.as_bytes()))
     }
-}
-
-/// Tells whether an upper was marked as whole.
-pub(super) fn is_marked_whole(disk: &dyn LocalDisk) -> std::io::Result<bool> {
-    Ok(disk.stat(&Path::new(DIRECTORY_NAME).join(WHOLE_MARK))?.is_some())
-}
-
-fn mark_whole(disk: &dyn LocalDisk) -> std::io::Result<()> {
-    let area = Path::new(DIRECTORY_NAME);
-    if disk.stat(&area.join(WHOLE_MARK))?.is_none() {
-        disk.create(&area.join(WHOLE_MARK), 0o600)?;
-    }
-    disk.sync_directory(area)
 }
 
 /// Tells whether a disk has room beyond the reserve; one that does not tell its size has.

@@ -6,6 +6,7 @@
 //! wants to know that nothing is missing looks at [`Upper::moves`] before and after.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -14,6 +15,7 @@ use crate::mount::caller::Caller;
 use crate::mount::fs::{Entry, FileKind, LocalId, Volume};
 use crate::mount::lower::{Child, LowerError};
 use crate::mount::upper::Upper;
+use crate::mount::upper::hydrate::NO_ROOM;
 use crate::mount::upper::hydrate::plan::Wanted;
 use crate::mount::upper::namespace::Namespace;
 use crate::mount::upper::node::{Node, Table};
@@ -92,6 +94,15 @@ impl Drop for Held {
     fn drop(&mut self) {
         for node in self.nodes.drain(..) {
             self.upper.forget(node, 1);
+        }
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Room => f.write_str(NO_ROOM),
+            Self::Store(reason) | Self::Unclear(reason) | Self::Lasting(reason) => f.write_str(reason),
         }
     }
 }

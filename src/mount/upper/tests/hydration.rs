@@ -10,15 +10,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use proptest::prelude::*;
 use tokio::task::JoinHandle;
 
-use crate::mount::upper::Upper;
 use crate::mount::upper::hydrate::{HydrationReport, HydrationState, Hydrator};
 use crate::mount::upper::tests::model::{Model, Shape};
 use crate::mount::upper::tests::sequences::{Operation, Run, operation};
 use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::tests::world::{TREE, World, caller, open, same};
+use crate::mount::upper::{OpenError, Upper};
 
 const RELATION: &str = "base/1/16384";
 
@@ -220,6 +221,59 @@ async fn a_full_disk_is_waited_for() {
     let world = world.anew_on(&disk).await;
     assert!(world.upper.is_hydrated());
     assert!(world.shape().await == before, "opened anew it differs");
+}
+
+/// The kernel tells of a lost write once, and what was lost may be anything that was fetched.
+#[tokio::test]
+async fn an_upper_that_has_lost_a_write_is_never_called_whole() {
+    for number in [libc::EIO, libc::ENOSPC] {
+        let disk = SimulatedDisk::new(u64::MAX);
+        let world = World::on(&disk).await;
+        world.read(RELATION, 0, 100).await.unwrap();
+        disk.lose_a_write(number);
+        for _ in 0..2 {
+            let report = Hydrating::start(&world.upper).end().await;
+            assert_eq!(report.state, HydrationState::Failed, "{report:?}");
+            assert!(report.reason.unwrap().contains("sync"));
+            assert!(!world.upper.is_hydrated());
+            // It might be zeros.
+            assert_eq!(world.read(RELATION, 0, 100).await, Err(Errno::EIO));
+        }
+        let lower = world.lower.clone();
+        drop(world);
+        for _ in 0..2 {
+            let refused = World::try_of(lower.clone(), &disk).await.unwrap_err();
+            assert!(matches!(refused, OpenError::Lost { .. }), "{refused}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_write_that_an_earlier_process_lost_is_found_out_when_the_upper_is_opened() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::on(&disk).await;
+    world.read(RELATION, 0, 100).await.unwrap();
+    let lower = world.lower.clone();
+    drop(world);
+    disk.lose_a_write(libc::EIO);
+    let failed = World::try_of(lower.clone(), &disk).await.unwrap_err();
+    assert!(matches!(failed, OpenError::Io { .. }), "{failed}");
+    let refused = World::try_of(lower, &disk).await.unwrap_err();
+    assert!(matches!(refused, OpenError::Lost { .. }), "{refused}");
+}
+
+/// What was fetched is safe then; of what it wrote since, the server is told and replays it.
+#[tokio::test]
+async fn a_whole_upper_that_loses_a_write_is_whole_for_the_next_process() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::on(&disk).await;
+    assert_eq!(Hydrating::start(&world.upper).end().await.state, HydrationState::Done);
+    disk.lose_a_write(libc::EIO);
+    assert_eq!(world.upper.sync_all(), Err(Errno::EIO));
+    assert_eq!(world.read("top", 0, 100).await.unwrap().len(), 100);
+    let world = world.anew_on(&disk).await;
+    assert!(world.upper.is_hydrated());
+    world.upper.sync_all().unwrap();
 }
 
 #[tokio::test]

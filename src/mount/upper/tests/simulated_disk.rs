@@ -6,7 +6,7 @@
 //! only a growth brings the blocks with it that it allocated. From the log of changes and a seed a state after the cut
 //! is made, on which the upper is opened again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -35,6 +35,8 @@ struct Inner {
     calls_left: u64,
     next_inode: u64,
     full: bool,
+    /// What the next syncs fail with; each is told once.
+    lost: VecDeque<i32>,
 }
 
 #[derive(Debug, Clone)]
@@ -103,13 +105,19 @@ impl SimulatedDisk {
 
     fn holding(state: State, calls_left: u64) -> Self {
         let next_inode = state.inodes.keys().max().map_or(ROOT, |last| last + 1);
-        let inner = Inner { state, log: Vec::new(), forced: 0, calls_left, next_inode, full: false };
+        let (log, lost) = (Vec::new(), VecDeque::new());
+        let inner = Inner { state, log, forced: 0, calls_left, next_inode, full: false, lost };
         Self { inner: Arc::new(Mutex::new(inner)) }
     }
 
     /// Takes away, or gives back, the room for new blocks and new files.
     pub(crate) fn set_full(&self, full: bool) {
         self.lock().full = full;
+    }
+
+    /// Loses a write, which the next sync of anything but a directory tells, and no other.
+    pub(crate) fn lose_a_write(&self, number: i32) {
+        self.lock().lost.push_back(number);
     }
 
     /// Tells whether the power is gone.
@@ -212,6 +220,14 @@ impl Inner {
         let directory = self.find(path.parent().unwrap_or(Path::new("")))?;
         let name = path.file_name().ok_or_else(|| os(libc::EINVAL))?;
         Ok((directory, name.as_encoded_bytes().to_vec()))
+    }
+
+    fn sync(&mut self, file: Option<u64>) -> io::Result<()> {
+        if let Some(number) = self.lost.pop_front() {
+            return Err(os(number));
+        }
+        self.force(file);
+        Ok(())
     }
 
     /// Everything so far but blocks is on the disk, and the blocks of one file, or of all.
@@ -448,8 +464,7 @@ impl LocalDisk for SimulatedDisk {
     }
 
     fn sync_all(&self) -> io::Result<()> {
-        self.call()?.force(None);
-        Ok(())
+        self.call()?.sync(None)
     }
 
     fn capacity(&self) -> io::Result<Capacity> {
@@ -514,8 +529,7 @@ impl LocalFile for SimulatedFile {
     }
 
     fn sync(&self, _data_only: bool) -> io::Result<()> {
-        self.disk.call()?.force(Some(self.inode));
-        Ok(())
+        self.disk.call()?.sync(Some(self.inode))
     }
 
     fn stat(&self) -> io::Result<LocalStat> {

@@ -104,9 +104,14 @@ impl World {
 
     /// Opens an upper above a lower of one's own on a simulated disk.
     pub(crate) async fn of(lower: Arc<MemoryLower>, disk: &SimulatedDisk) -> Self {
+        Self::try_of(lower, disk).await.unwrap()
+    }
+
+    /// Tries to open an upper that is not new on a simulated disk.
+    pub(crate) async fn try_of(lower: Arc<MemoryLower>, disk: &SimulatedDisk) -> Result<Self, OpenError> {
         let options = options(Path::new("simulated"));
-        let upper = Upper::over(lower.clone(), Arc::new(disk.clone()), &options, false, None).await.unwrap();
-        Self { lower, upper }
+        let upper = Upper::over(lower.clone(), Arc::new(disk.clone()), &options, false, None).await?;
+        Ok(Self { lower, upper })
     }
 
     /// Follows a path, without following links, and keeps no references.
