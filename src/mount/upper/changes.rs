@@ -189,7 +189,7 @@ impl Namespace {
             // From here on the name leads nowhere but to the upper's entry, which must not be lost with a power cut.
             let node = self.table.get(id)?.node.clone();
             if let Some(file) = node.content.as_ref().and_then(Content::file) {
-                file.sync(false).map_err(of_io)?;
+                self.stable.sync(|| file.sync(false)).map_err(of_io)?;
             }
             if node.kind == FileKind::Directory {
                 self.disk.sync_directory(&self.place_of(id)?).map_err(of_io)?;
@@ -254,7 +254,7 @@ impl Namespace {
             self.journal.hide(&path).map_err(of_io)?;
         }
         // Also for a name hidden earlier: its line may not be down yet.
-        if upper_follows && at.below.is_some() { self.journal.sync().map_err(of_io) } else { Ok(()) }
+        if upper_follows && at.below.is_some() { self.sync_journal().map_err(of_io) } else { Ok(()) }
     }
 
     fn is_visible_below(&self, at: Name<'_>) -> Result<bool, Errno> {

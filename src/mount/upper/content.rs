@@ -20,6 +20,7 @@ use crate::mount::lower::{NodeId, Piece};
 use crate::mount::upper::local_disk::{LocalFile, Times};
 use crate::mount::upper::local_map::{LocalMap, UNIT};
 use crate::mount::upper::origin::Origin;
+use crate::mount::upper::stable::Stable;
 
 /// A file's content.
 #[derive(Debug)]
@@ -203,7 +204,7 @@ impl Content {
     }
 
     /// Cuts or extends the file.
-    pub(crate) fn set_length(&self, length: u64) -> io::Result<()> {
+    pub(crate) fn set_length(&self, length: u64, stable: &Stable) -> io::Result<()> {
         let mut state = self.lock();
         let (file, map) = state.parts()?;
         if length < map.base_length()
@@ -211,7 +212,7 @@ impl Content {
         {
             file.set_origin(&Origin { base_length: length, path: path.clone() }.to_bytes()?)?;
             // Not only the data: the attribute has to be down before the cut.
-            file.sync(false)?;
+            stable.sync(|| file.sync(false))?;
             map.truncate(length);
         }
         file.set_length(length)

@@ -162,7 +162,9 @@ impl Upper {
         let root = LowerNode { id: lower.root(), path: Vec::new(), node };
         let counters = Arc::new(Counters::default());
         let (owner, holds_back) = (options.owner, options.holds_back);
-        let namespace = Namespace::new(disk.clone(), journal, root, owner, holds_back, counters.clone());
+        let (stable, counts) = (Arc::new(stable), counters.clone());
+        let namespace =
+            Namespace::new(disk.clone(), journal, root, owner, holds_back, counts, stable.clone());
         let namespace = Mutex::new(namespace.map_err(|errno| io(errno.into()))?);
         let shared = Shared {
             lower,
@@ -172,7 +174,7 @@ impl Upper {
             read_aheads: ReadAheads::new(),
             counters,
             foreground: ForegroundReads::default(),
-            stable: Arc::new(stable),
+            stable,
             _lock: lock,
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -186,9 +188,9 @@ impl Upper {
     /// Puts everything on stable storage: the kernel does not pass `syncfs` on to us, so whoever starts or stops a
     /// server on the mount calls this.
     pub fn sync_all(&self) -> Result<(), Errno> {
-        self.shared.lock().journal.sync().map_err(|error| errno::of_io(&error))?;
-        let sync = || self.shared.disk.sync_all();
-        self.shared.stable.sync(sync).map_err(|error| errno::of_io(&error))
+        let journal = self.shared.lock().sync_journal();
+        let all = journal.and_then(|()| self.shared.stable.sync(|| self.shared.disk.sync_all()));
+        all.map_err(|error| errno::of_io(&error))
     }
 }
 

@@ -25,6 +25,7 @@ use crate::mount::upper::journal::NamesJournal;
 use crate::mount::upper::local_disk::{LocalDisk, LocalFile, Times};
 use crate::mount::upper::node::{LowerNode, Node, Record, Table};
 use crate::mount::upper::origin::{self, Origin};
+use crate::mount::upper::stable::Stable;
 use crate::mount::upper::stats::Counters;
 
 /// What the lower has under a name.
@@ -49,6 +50,7 @@ pub(crate) struct Namespace {
     pub(super) owner: Owner,
     pub(super) holds_back: bool,
     pub(super) counters: Arc<Counters>,
+    pub(super) stable: Arc<Stable>,
     /// Names that came to lead to something of the lower, or to a directory with such things in it.
     pub(super) moves: u64,
     next_temporary: u64,
@@ -63,11 +65,12 @@ impl Namespace {
         owner: Owner,
         holds_back: bool,
         counters: Arc<Counters>,
+        stable: Arc<Stable>,
     ) -> Result<Self, Errno> {
         let id = Table::id_of(root.id)?;
         let root = Node { id, kind: FileKind::Directory, lower: Some(root), content: None };
         let (table, moves, next_temporary) = (Table::new(root), 0, 0);
-        Ok(Self { disk, journal, table, owner, holds_back, counters, moves, next_temporary })
+        Ok(Self { disk, journal, table, owner, holds_back, counters, stable, moves, next_temporary })
     }
 
     /// Returns the path in the lower of a directory's name, if it could be visible from there.
@@ -368,9 +371,14 @@ impl Namespace {
         Ok(Some(self.table.get(id)?).filter(|record| record.in_upper && !record.durable))
     }
 
+    /// Puts the names of the lower that are gone on stable storage.
+    pub(super) fn sync_journal(&mut self) -> io::Result<()> {
+        self.stable.sync(|| self.journal.sync())
+    }
+
     /// Puts a directory's names on stable storage: those of the upper, and those of the lower that are gone.
     pub(crate) fn sync_directory(&mut self, id: LocalId) -> Result<(), Errno> {
-        self.journal.sync().map_err(of_io)?;
+        self.sync_journal().map_err(of_io)?;
         if self.holds_back {
             self.disk.sync_directory(&Path::new(DIRECTORY_NAME).join("held")).map_err(of_io)?;
         }

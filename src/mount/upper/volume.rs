@@ -442,7 +442,7 @@ impl UpperFile {
     fn set_attributes(&self, set: SetAttributes) -> Result<(), Errno> {
         let file = self.shared.lock().materialize_file(self.node.id)?;
         if let Some(length) = set.size {
-            self.content()?.set_length(length).map_err(of_io)?;
+            self.content()?.set_length(length, &self.shared.stable).map_err(of_io)?;
         }
         if set.uid.is_some() || set.gid.is_some() {
             file.set_owner(set.uid, set.gid).map_err(of_io)?;

@@ -162,9 +162,8 @@ impl Upper {
     /// Puts a file's data on stable storage by a descriptor of its own.
     ///
     /// The kernel tells of a failed write once for each descriptor: through the one that clients' calls go through, a
-    /// sync of ours would take from PostgreSQL what its own fsync must be told.
-    ///
-    /// What such a sync cannot put there is lost, and trying it again would find nothing wrong.
+    /// sync of ours would take from PostgreSQL what its own fsync must be told. So would this one from a descriptor that
+    /// is opened later; hence no sync succeeds once one has failed.
     async fn sync_content(&self, id: LocalId) -> Result<(), Trouble> {
         let file = {
             let namespace = self.shared.lock();

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use proptest::prelude::*;
 use tokio::task::JoinHandle;
 
+use crate::mount::fs::RenameMode;
 use crate::mount::upper::hydrate::{HydrationReport, HydrationState, Hydrator};
 use crate::mount::upper::tests::model::{Model, Shape};
 use crate::mount::upper::tests::sequences::{Operation, Run, operation};
@@ -260,6 +261,28 @@ async fn a_write_that_an_earlier_process_lost_is_found_out_when_the_upper_is_ope
     assert!(matches!(failed, OpenError::Io { .. }), "{failed}");
     let refused = World::try_of(lower, &disk).await.unwrap_err();
     assert!(matches!(refused, OpenError::Lost { .. }), "{refused}");
+}
+
+/// The first who syncs is told, and need not be the one who has to hear it.
+#[tokio::test]
+async fn after_a_lost_write_no_fsync_succeeds_whoever_was_told_of_it() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::on(&disk).await;
+    assert_eq!(Hydrating::start(&world.upper).end().await.state, HydrationState::Done);
+    let (first, second) = (world.open_file("top").await.unwrap(), world.open_file(RELATION).await.unwrap());
+    second.sync(true).await.unwrap();
+    disk.lose_a_write(libc::EIO);
+    assert_eq!(world.truncate("base/1/16385", 100).await, Err(Errno::EIO));
+    for _ in 0..2 {
+        assert_eq!(first.sync(true).await, Err(Errno::EIO));
+        assert_eq!(second.sync(false).await, Err(Errno::EIO));
+    }
+    drop((first, second));
+
+    let world = world.anew_on(&disk).await;
+    disk.lose_a_write(libc::EIO);
+    assert_eq!(world.rename("top", "moved", RenameMode::Replace).await, Err(Errno::EIO));
+    assert_eq!(world.open_file(RELATION).await.unwrap().sync(true).await, Err(Errno::EIO));
 }
 
 /// What was fetched is safe then; of what it wrote since, the server is told and replays it.
