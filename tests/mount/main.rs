@@ -12,4 +12,5 @@ mod ordinary_user;
 mod passthrough;
 mod postgres;
 mod read_only;
+mod synced_writes;
 mod writable;

@@ -295,17 +295,26 @@ impl Filesystem for Adapter {
         offset: u64,
         data: &[u8],
         _: WriteFlags,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         self.used(handle);
+        // Of a direct write the kernel leaves also this to us.
+        let sync_data_only = is_synced(flags.0).then_some(flags.0 & libc::O_SYNC != libc::O_SYNC);
         let data = Bytes::copy_from_slice(data);
         // A request is at most REQUEST_BYTES_MAX long.
         let length = data.len() as u32;
         self.with_tree(
             request,
-            move |tree, caller| async move { tree.file(HandleId(handle.0))?.write(&caller, offset, data).await },
+            move |tree, caller| async move {
+                let file = tree.file(HandleId(handle.0))?;
+                file.write(&caller, offset, data).await?;
+                match sync_data_only {
+                    Some(data_only) => file.sync(data_only).await,
+                    None => Ok(()),
+                }
+            },
             move |written| match written {
                 Ok(()) => reply.written(length),
                 Err(errno) => reply.error(errno),
