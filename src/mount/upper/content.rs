@@ -218,9 +218,25 @@ impl Content {
         file.set_length(length)
     }
 
-    /// Reserves room; holes stay holes.
+    /// Reserves room; where something has yet to come from the lower, only beyond what can.
+    ///
+    /// Room that is reserved and not written is a hole only until the page is in the kernel's cache, for which reading
+    /// its neighbours is enough. Then it is data, and the next process would take its zeros for content.
     pub(crate) fn allocate(&self, offset: u64, length: u64, keep_size: bool) -> io::Result<()> {
-        self.lock().parts()?.0.allocate(offset, length, keep_size)
+        let mut state = self.lock();
+        let (file, map) = state.parts()?;
+        let end = offset.checked_add(length).ok_or_else(too_large)?;
+        let from = match map.first_missing(&(offset..end)) {
+            None => offset,
+            Some(_) => offset.max(map.base_length().next_multiple_of(UNIT)),
+        };
+        if from < end {
+            return file.allocate(from, end - from, keep_size);
+        }
+        if !keep_size && end > file.stat()?.attributes.size {
+            file.set_length(end)?;
+        }
+        Ok(())
     }
 
     /// Finds the next data or hole; what has yet to come from the lower is data.

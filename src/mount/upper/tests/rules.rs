@@ -163,6 +163,31 @@ async fn fallocated_room_is_not_taken_for_content() {
     same(&world.read_all(RELATION).await.unwrap(), &content, RELATION);
 }
 
+/// On ext4 room that is reserved counts as data once its page is cached.
+#[tokio::test]
+async fn room_is_never_reserved_where_content_has_yet_to_come() {
+    let size = 3 * 65_536 + 8192 + 77;
+    for (offset, length, keep_size, grown) in [
+        (0, size, false, size),
+        (8192, 8192, true, size),
+        (0, size + 65_536, false, size + 65_536),
+        (size - 50, 65_536, true, size),
+        (size, 10, false, size + 10),
+        (size + 9000, 100, false, size + 9100),
+    ] {
+        let disk = SimulatedDisk::new(u64::MAX);
+        let world = World::on(&disk).await;
+        world.read(RELATION, 70_000, 10).await.unwrap();
+        let file = world.open_file(RELATION).await.unwrap();
+        file.allocate(offset, length, keep_size).await.unwrap();
+        drop(file);
+        let world = world.anew_on(&disk).await;
+        let mut content = expected(&world, RELATION, 0..size);
+        content.resize(grown as usize, 0);
+        same(&world.read_all(RELATION).await.unwrap(), &content, &format!("{offset} {length}"));
+    }
+}
+
 #[tokio::test]
 async fn what_has_yet_to_be_fetched_is_data_to_lseek() {
     let scratch = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@
 //! only a growth brings the blocks with it that it allocated. From the log of changes and a seed a state after the cut
 //! is made, on which the upper is opened again.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -78,6 +78,8 @@ struct Inode {
     origin: Option<Vec<u8>>,
     target: Vec<u8>,
     blocks: BTreeMap<u64, Vec<u8>>,
+    /// Reserved and in the cache, so that it counts as data; after a power cut it does not.
+    reserved: BTreeSet<u64>,
     entries: BTreeMap<Vec<u8>, u64>,
 }
 
@@ -269,6 +271,7 @@ impl Inode {
             origin: None,
             target,
             blocks: BTreeMap::new(),
+            reserved: BTreeSet::new(),
             entries: BTreeMap::new(),
         }
     }
@@ -278,6 +281,7 @@ impl Inode {
     /// Sets the size; what lies beyond it is gone.
     fn cut(&mut self, size: u64) {
         self.blocks.retain(|block, _| block * BLOCK < size);
+        self.reserved.retain(|block| block * BLOCK < size);
         if let Some(bytes) = self.blocks.get_mut(&(size / BLOCK)) {
             bytes[(size % BLOCK) as usize..].fill(0);
         }
@@ -314,6 +318,7 @@ impl State {
             Change::Hole { inode, blocks } => {
                 if let Some(found) = self.inodes.get_mut(inode) {
                     found.blocks.retain(|block, _| !blocks.contains(block));
+                    found.reserved.retain(|block| !blocks.contains(block));
                 }
             }
             Change::Block { inode, block, bytes } => {
@@ -519,6 +524,9 @@ impl LocalFile for SimulatedFile {
         if !keep_size && offset + length > inner.state.inodes[&self.inode].size {
             inner.change(Change::Size { inode: self.inode, size: offset + length });
         }
+        if let Some(found) = inner.state.inodes.get_mut(&self.inode) {
+            found.reserved.extend(offset / BLOCK..(offset + length).div_ceil(BLOCK));
+        }
         Ok(())
     }
 
@@ -539,15 +547,17 @@ impl LocalFile for SimulatedFile {
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         let inner = self.disk.call()?;
         let found = &inner.state.inodes[&self.inode];
-        let next = found.blocks.range(offset / BLOCK..).next().map(|(block, _)| (block * BLOCK).max(offset));
-        Ok(next.filter(|at| *at < found.size))
+        let from = offset / BLOCK..;
+        let written = found.blocks.range(from.clone()).next().map(|(block, _)| *block);
+        let next = written.into_iter().chain(found.reserved.range(from).next().copied()).min();
+        Ok(next.map(|block| (block * BLOCK).max(offset)).filter(|at| *at < found.size))
     }
 
     fn next_hole(&self, offset: u64) -> io::Result<u64> {
         let inner = self.disk.call()?;
         let found = &inner.state.inodes[&self.inode];
         let mut block = offset / BLOCK;
-        while found.blocks.contains_key(&block) {
+        while found.blocks.contains_key(&block) || found.reserved.contains(&block) {
             block += 1;
         }
         Ok((block * BLOCK).max(offset).min(found.size))
