@@ -58,6 +58,8 @@ pub(crate) trait LocalFile: Send + Sync + Debug {
     fn set_origin(&self, origin: &[u8]) -> io::Result<()>;
     /// Starts reading a range into the page cache, and does not wait for it.
     fn read_ahead(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// Drops what the kernel has of the file in its cache, but for what is not on the disk yet.
+    fn drop_cache(&self) -> io::Result<()>;
     /// Returns another descriptor of the open file, for the kernel.
     fn descriptor(&self) -> io::Result<OwnedFd>;
 }

@@ -325,6 +325,10 @@ impl Namespace {
             }
             _ => 0,
         };
+        if base_length > 0 && !self.stable.is_whole() {
+            // What a power cut left allocated and unwritten is data while it is cached, and a hole again without.
+            file.drop_cache().map_err(of_io)?;
+        }
         content.attach(file.clone(), base_length).map_err(of_io)?;
         Ok(file)
     }

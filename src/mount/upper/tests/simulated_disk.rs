@@ -589,6 +589,10 @@ impl LocalFile for SimulatedFile {
         Ok(())
     }
 
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn descriptor(&self) -> io::Result<OwnedFd> {
         Err(os(libc::EOPNOTSUPP))
     }
