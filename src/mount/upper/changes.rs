@@ -194,7 +194,7 @@ impl Namespace {
             if node.kind == FileKind::Directory {
                 self.disk.sync_directory(&self.place_of(id)?).map_err(of_io)?;
             }
-            self.make_durable(id)?;
+            self.make_durable_now(id)?;
             self.hide(from, true)?;
         }
         let (source, place) = (self.place(from.directory, from.name)?, self.place(to.directory, to.name)?);

@@ -28,6 +28,8 @@ pub(crate) struct Content {
     /// The lower's file and its path, where there is one.
     lower: Option<(NodeId, Vec<u8>)>,
     state: Mutex<State>,
+    /// Held by who cuts the file, also while the disk works; the state is not.
+    cut: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -51,18 +53,21 @@ pub(crate) enum Written {
 impl Content {
     /// Creates the content of a file made here, which is open already if `file` is given.
     pub(crate) fn native(file: Option<Arc<dyn LocalFile>>) -> Self {
-        Self { lower: None, state: Mutex::new(State::new(file, Some(LocalMap::new(0)))) }
+        Self::new(None, State::new(file, Some(LocalMap::new(0))))
     }
 
     /// Creates the content of a file of the lower that is not in the upper yet.
     pub(crate) fn of_lower(node: NodeId, path: Vec<u8>, size: u64) -> Self {
-        let state = State::new(None, Some(LocalMap::new(size)));
-        Self { lower: Some((node, path)), state: Mutex::new(state) }
+        Self::new(Some((node, path)), State::new(None, Some(LocalMap::new(size))))
     }
 
     /// Creates the content of a file of the lower that the upper has a part of.
     pub(crate) fn partly_local(node: NodeId, path: Vec<u8>) -> Self {
-        Self { lower: Some((node, path)), state: Mutex::new(State::new(None, None)) }
+        Self::new(Some((node, path)), State::new(None, None))
+    }
+
+    fn new(lower: Option<(NodeId, Vec<u8>)>, state: State) -> Self {
+        Self { lower, state: Mutex::new(state), cut: Mutex::new(()) }
     }
 
     /// Returns the lower's file, if bytes can come from one.
@@ -205,17 +210,27 @@ impl Content {
 
     /// Cuts or extends the file.
     pub(crate) fn set_length(&self, length: u64, stable: &Stable) -> io::Result<()> {
-        let mut state = self.lock();
-        let (file, map) = state.parts()?;
-        if length < map.base_length()
-            && let Some((_, path)) = &self.lower
-        {
-            file.set_origin(&Origin { base_length: length, path: path.clone() }.to_bytes()?)?;
+        // Two at once could raise what stands on the disk.
+        let _alone = self.cut.lock().expect("no holder of this lock panics");
+        if let Some(file) = self.announce_cut(length)? {
             // Not only the data: the attribute has to be down before the cut.
             stable.sync(|| file.sync(false))?;
-            map.truncate(length);
         }
+        let mut state = self.lock();
+        let (file, map) = state.parts()?;
+        map.truncate(length);
         file.set_length(length)
+    }
+
+    /// Lowers the base length in the file, if a cut takes something from it, and returns what has to be synced then.
+    fn announce_cut(&self, length: u64) -> io::Result<Option<Arc<dyn LocalFile>>> {
+        let mut state = self.lock();
+        let (file, map) = state.parts()?;
+        let Some((_, path)) = self.lower.as_ref().filter(|_| length < map.base_length()) else {
+            return Ok(None);
+        };
+        file.set_origin(&Origin { base_length: length, path: path.clone() }.to_bytes()?)?;
+        Ok(state.file.clone())
     }
 
     /// Reserves room; where something has yet to come from the lower, only beyond what can.

@@ -193,27 +193,6 @@ impl Shared {
         self.counters.came(&pieces);
         Ok(pieces)
     }
-
-    /// Puts a file on stable storage, and its place in the upper: who had it in the lower never had to create it, and
-    /// will not sync its directory.
-    ///
-    /// Once a sync has failed, of whatever file and whoever asked for it, none succeeds: the kernel tells of a lost write
-    /// whoever syncs first, and that need not have been the one who has to hear it.
-    pub(super) fn sync_file(&self, node: &Node, data_only: bool) -> Result<(), Errno> {
-        let content = content_of(node)?;
-        self.stable.check().map_err(of_io)?;
-        let file = {
-            let mut namespace = self.lock();
-            match content.file() {
-                Some(file) => file,
-                // Nothing was ever written to it.
-                None if !namespace.table.get(node.id)?.in_upper => return Ok(()),
-                None => namespace.open_in_upper(node.id)?,
-            }
-        };
-        self.stable.sync(|| file.sync(data_only)).map_err(of_io)?;
-        self.lock().make_durable(node.id)
-    }
 }
 
 fn content_of(node: &Node) -> Result<&Content, Errno> {

@@ -30,6 +30,13 @@ pub(crate) struct NamesJournal {
     failed: bool,
 }
 
+/// A journal that was not synced since it had a length.
+#[derive(Debug)]
+pub(crate) struct Unsynced {
+    pub(crate) file: Arc<dyn LocalFile>,
+    length: u64,
+}
+
 impl NamesJournal {
     /// Opens the journal at a path, creating an empty one, and cuts off what a crash left of its last lines.
     pub(crate) fn open(disk: &dyn LocalDisk, path: &Path) -> io::Result<Self> {
@@ -87,6 +94,21 @@ impl NamesJournal {
             self.unsynced = false;
         }
         Ok(())
+    }
+
+    /// Returns what has to be synced for all that was hidden so far; nothing where it was.
+    pub(crate) fn unsynced(&self) -> io::Result<Option<Unsynced>> {
+        self.check()?;
+        Ok(self.unsynced.then(|| Unsynced { file: self.file.clone(), length: self.length }))
+    }
+
+    /// Takes note of how a sync ended.
+    pub(crate) fn note_sync(&mut self, of: &Unsynced, outcome: &io::Result<()>) {
+        match outcome {
+            Ok(()) if of.length == self.length => self.unsynced = false,
+            Ok(()) => {}
+            Err(_) => self.failed = true,
+        }
     }
 
     fn check(&self) -> io::Result<()> {

@@ -64,6 +64,12 @@ pub(crate) trait LocalFile: Send + Sync + Debug {
     fn descriptor(&self) -> io::Result<OwnedFd>;
 }
 
+/// An open directory of the upper, which stays the same wherever it is moved.
+pub(crate) trait LocalDirectory: Send + Sync + Debug {
+    /// Puts the names in it on stable storage.
+    fn sync(&self) -> io::Result<()>;
+}
+
 /// The directory an upper lives in.
 pub(crate) trait LocalDisk: Send + Sync + Debug {
     /// Returns what is at a path, or `None`.
@@ -87,10 +93,15 @@ pub(crate) trait LocalDisk: Send + Sync + Debug {
     /// Returns the origin of a file or directory, or `None` where it has none.
     fn origin(&self, path: &Path) -> io::Result<Option<Vec<u8>>>;
     fn set_origin(&self, path: &Path, origin: &[u8]) -> io::Result<()>;
-    fn sync_directory(&self, path: &Path) -> io::Result<()>;
+    fn open_directory(&self, path: &Path) -> io::Result<Box<dyn LocalDirectory>>;
     /// Syncs everything of the file system.
     fn sync_all(&self) -> io::Result<()>;
     fn capacity(&self) -> io::Result<Capacity>;
+
+    /// Puts the names in a directory on stable storage.
+    fn sync_directory(&self, path: &Path) -> io::Result<()> {
+        self.open_directory(path)?.sync()
+    }
 
     /// Gives a path to an owner, if it is not theirs already.
     fn give(&self, path: &Path, owner: Owner) -> io::Result<()> {

@@ -10,12 +10,13 @@
 //! volume      ask the lower, then change under the lock     fetch, read_ahead   ensure_range, and what follows a scan
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
 //! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
-//! hydrate     all the rest, in the background     stable   what was synced, and what may be lost
+//! hydrate     all the rest, in the background     stable, durable   syncs, and what may be lost
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls
 //! ```
 
 mod changes;
 mod content;
+mod durable;
 mod fetch;
 pub mod file_system;
 mod forget_origins;
@@ -188,8 +189,8 @@ impl Upper {
     /// Puts everything on stable storage: the kernel does not pass `syncfs` on to us, so whoever starts or stops a
     /// server on the mount calls this.
     pub fn sync_all(&self) -> Result<(), Errno> {
-        let journal = self.shared.lock().sync_journal();
-        let all = journal.and_then(|()| self.shared.stable.sync(|| self.shared.disk.sync_all()));
+        let all =
+            self.shared.sync_journal().and_then(|()| self.shared.stable.sync(|| self.shared.disk.sync_all()));
         all.map_err(|error| errno::of_io(&error))
     }
 }

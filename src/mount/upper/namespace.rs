@@ -22,7 +22,7 @@ use crate::mount::lower::{self, NodeId, NodeKind};
 use crate::mount::lower_volume;
 use crate::mount::upper::content::Content;
 use crate::mount::upper::journal::NamesJournal;
-use crate::mount::upper::local_disk::{LocalDisk, LocalFile, Times};
+use crate::mount::upper::local_disk::{LocalDirectory, LocalDisk, LocalFile, Times};
 use crate::mount::upper::node::{LowerNode, Node, Record, Table};
 use crate::mount::upper::origin::{self, Origin};
 use crate::mount::upper::stable::Stable;
@@ -358,38 +358,17 @@ impl Namespace {
         Ok(())
     }
 
-    /// Makes sure that a node is still found in the upper after a power cut.
-    pub(super) fn make_durable(&mut self, id: LocalId) -> Result<(), Errno> {
-        let mut at = id;
-        while let Some((directory, _)) = self.undurable(at)?.and_then(|record| record.names.first().cloned())
-        {
-            let place = self.place_of(at)?;
-            self.disk.sync_directory(place.parent().unwrap_or(Path::new(""))).map_err(of_io)?;
-            self.table.get_mut(at)?.durable = true;
-            at = directory;
-        }
-        Ok(())
-    }
-
-    fn undurable(&self, id: LocalId) -> Result<Option<&Record>, Errno> {
-        Ok(Some(self.table.get(id)?).filter(|record| record.in_upper && !record.durable))
-    }
-
-    /// Puts the names of the lower that are gone on stable storage.
+    /// Puts the names of the lower that are gone on stable storage, for a change that has to come after.
     pub(super) fn sync_journal(&mut self) -> io::Result<()> {
         self.stable.sync(|| self.journal.sync())
     }
 
-    /// Puts a directory's names on stable storage: those of the upper, and those of the lower that are gone.
-    pub(crate) fn sync_directory(&mut self, id: LocalId) -> Result<(), Errno> {
-        self.sync_journal().map_err(of_io)?;
-        if self.holds_back {
-            self.disk.sync_directory(&Path::new(DIRECTORY_NAME).join("held")).map_err(of_io)?;
-        }
-        if self.table.get(id)?.in_upper {
-            self.disk.sync_directory(&self.place_of(id)?).map_err(of_io)?;
-        }
-        self.make_durable(id)
+    /// Opens what has to be synced for a directory's names: itself, and where names are held back.
+    pub(super) fn directories_of(&self, id: LocalId) -> Result<Vec<Box<dyn LocalDirectory>>, Errno> {
+        let held = self.holds_back.then(|| Path::new(DIRECTORY_NAME).join("held"));
+        let own = if self.table.get(id)?.in_upper { Some(self.place_of(id)?) } else { None };
+        let places = held.into_iter().chain(own);
+        places.map(|place| self.disk.open_directory(&place).map_err(of_io)).collect()
     }
 
     fn temporary(&mut self) -> PathBuf {

@@ -46,6 +46,8 @@ pub(crate) struct Record {
     pub(crate) in_upper: bool,
     /// Whether its name in the upper is known to be on stable storage, with all directories above.
     pub(crate) durable: bool,
+    /// How often a name was given to it or taken from it.
+    pub(crate) changes: u64,
     pub(crate) references: u64,
     pub(crate) handles: u32,
     children: u32,
@@ -128,6 +130,7 @@ impl Table {
             in_upper,
             // Whatever was found was there when the file system was last synced, or is made durable by its fsync.
             durable: false,
+            changes: 0,
             references: 0,
             handles: 0,
             children: 0,
@@ -145,6 +148,7 @@ impl Table {
     pub(crate) fn add_name(&mut self, id: LocalId, directory: LocalId, name: Vec<u8>) {
         if let Some(record) = self.records.get_mut(&id) {
             record.names.push((directory, name.clone()));
+            record.changes += 1;
         }
         if let Some(parent) = self.records.get_mut(&directory) {
             parent.children += 1;
@@ -157,6 +161,7 @@ impl Table {
         let Some(id) = self.places.remove(&(directory, name.to_vec())) else { return };
         if let Some(record) = self.records.get_mut(&id) {
             record.names.retain(|(parent, own)| (*parent, own.as_slice()) != (directory, name));
+            record.changes += 1;
         }
         if let Some(parent) = self.records.get_mut(&directory) {
             parent.children -= 1;

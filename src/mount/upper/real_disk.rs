@@ -26,7 +26,7 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchownat, linkat, lseek, syml
 
 use crate::disk::Owner;
 use crate::mount::fs::{Attributes, Capacity, FileKind, IO_BYTES_USUAL, NewNode, SetTime};
-use crate::mount::upper::local_disk::{LocalDisk, LocalFile, LocalStat, Times};
+use crate::mount::upper::local_disk::{LocalDirectory, LocalDisk, LocalFile, LocalStat, Times};
 
 /// The extended attribute that holds a file's origin.
 pub(super) const ORIGIN_ATTRIBUTE: &CStr = c"user.walden.origin";
@@ -42,6 +42,9 @@ pub(crate) struct RealDisk {
 
 #[derive(Debug)]
 struct RealFile(File);
+
+#[derive(Debug)]
+struct RealDirectory(File);
 
 impl RealDisk {
     /// Takes hold of a directory, before anything is mounted over it.
@@ -183,9 +186,9 @@ impl LocalDisk for RealDisk {
         set_attribute(&file, ORIGIN_ATTRIBUTE, origin)
     }
 
-    fn sync_directory(&self, path: &Path) -> io::Result<()> {
-        let directory: File = self.open_at(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY, 0)?.into();
-        directory.sync_all()
+    fn open_directory(&self, path: &Path) -> io::Result<Box<dyn LocalDirectory>> {
+        let directory = self.open_at(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY, 0)?;
+        Ok(Box::new(RealDirectory(directory.into())))
     }
 
     #[expect(unsafe_code, reason = "no wrapper for syncfs")]
@@ -207,6 +210,12 @@ impl LocalDisk for RealDisk {
             files: figures.files(),
             files_free: figures.files_free(),
         })
+    }
+}
+
+impl LocalDirectory for RealDirectory {
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_all()
     }
 }
 

@@ -364,7 +364,8 @@ impl Volume for Upper {
     }
 
     async fn sync_directory(&self, directory: LocalId) -> Result<(), Errno> {
-        self.step(move |namespace| namespace.sync_directory(directory)).await
+        let shared = self.shared.clone();
+        blocking(move || shared.sync_directory(directory)).await
     }
 }
 
@@ -487,7 +488,7 @@ impl OpenFile for UpperFile {
 
     async fn sync_name(&self) -> Result<(), Errno> {
         let (shared, id) = (self.shared.clone(), self.node.id);
-        blocking(move || shared.lock().make_durable(id)).await
+        blocking(move || shared.make_durable(id)).await
     }
 
     async fn allocate(&self, offset: u64, length: u64, keep_size: bool) -> Result<(), Errno> {

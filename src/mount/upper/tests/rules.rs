@@ -269,6 +269,47 @@ async fn on_a_full_disk_reads_go_on_and_writes_say_so() {
     same(&world.read(RELATION, 0, 200_000).await.unwrap(), &content, "opened anew");
 }
 
+/// The dispatcher itself needs the locks that such a sync would hold.
+#[tokio::test]
+async fn nobody_waits_for_a_sync_that_somebody_else_asked_for() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::on(&disk).await;
+    world.unlink("base/1/16385").await.unwrap();
+    let (file, other) = (world.open_file(RELATION).await.unwrap(), world.open_file(RELATION).await.unwrap());
+    file.write(&caller(), 0, vec![1; 8192].into()).await.unwrap();
+    let directory = world.find("base/1").await.unwrap().id;
+    let cut = world.find(RELATION).await.unwrap().id;
+    for turn in 0..4 {
+        let (upper, file) = (world.upper.clone(), file.clone());
+        disk.hold_syncs(true);
+        let syncing = tokio::spawn(async move {
+            match turn {
+                0 => file.sync_name().await,
+                1 => file.sync(true).await,
+                2 => upper.sync_directory(directory).await,
+                _ => {
+                    let set = SetAttributes { size: Some(70_000), ..SetAttributes::default() };
+                    upper.set_attributes(&caller(), cut, set).await.map(drop)
+                }
+            }
+        });
+        let begun = async {
+            while !disk.is_syncing() && !syncing.is_finished() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), begun).await.unwrap();
+        world.create(&format!("new{turn}")).await.unwrap();
+        assert_eq!(world.attributes("top").await.size, 100);
+        same(&other.read(&caller(), 0, 8192).await.unwrap(), &[1; 8192], "written");
+        other.write(&caller(), 8192 * (turn + 1), vec![2; 8192].into()).await.unwrap();
+        assert!(disk.is_syncing(), "{turn}: it was waited for");
+        disk.hold_syncs(false);
+        syncing.await.unwrap().unwrap();
+    }
+    assert_eq!(world.attributes(RELATION).await.size, 70_000);
+}
+
 #[tokio::test]
 async fn another_basebackup_and_another_process_are_refused() {
     let scratch = tempfile::tempdir().unwrap();

@@ -10,12 +10,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::disk::Owner;
 use crate::mount::fs::{Attributes, Capacity, FileKind, IO_BYTES_USUAL, NewNode, SetTime};
-use crate::mount::upper::local_disk::{LocalDisk, LocalFile, LocalStat, Times};
+use crate::mount::upper::local_disk::{LocalDirectory, LocalDisk, LocalFile, LocalStat, Times};
 
 const BLOCK: u64 = 4096;
 const ROOT: u64 = 1;
@@ -24,6 +25,28 @@ const ROOT: u64 = 1;
 #[derive(Debug, Clone)]
 pub(crate) struct SimulatedDisk {
     inner: Arc<Mutex<Inner>>,
+    hold: Arc<Hold>,
+}
+
+/// Keeps syncs of files and directories waiting.
+#[derive(Debug, Default)]
+struct Hold {
+    is_on: AtomicBool,
+    waiting: AtomicUsize,
+}
+
+impl Hold {
+    /// Waits while it is on; no longer than somebody who is kept waiting by that would believe.
+    fn pass(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        for _ in 0..10_000 {
+            if !self.is_on.load(Ordering::SeqCst) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 #[derive(Debug)]
@@ -109,12 +132,22 @@ impl SimulatedDisk {
         let next_inode = state.inodes.keys().max().map_or(ROOT, |last| last + 1);
         let (log, lost) = (Vec::new(), VecDeque::new());
         let inner = Inner { state, log, forced: 0, calls_left, next_inode, full: false, lost };
-        Self { inner: Arc::new(Mutex::new(inner)) }
+        Self { inner: Arc::new(Mutex::new(inner)), hold: Arc::default() }
     }
 
     /// Takes away, or gives back, the room for new blocks and new files.
     pub(crate) fn set_full(&self, full: bool) {
         self.lock().full = full;
+    }
+
+    /// Keeps syncs of files and directories waiting from now on, or lets them go on.
+    pub(crate) fn hold_syncs(&self, is_on: bool) {
+        self.hold.is_on.store(is_on, Ordering::SeqCst);
+    }
+
+    /// Tells whether a sync is kept waiting.
+    pub(crate) fn is_syncing(&self) -> bool {
+        self.hold.waiting.load(Ordering::SeqCst) > 0
     }
 
     /// Loses a write, which the next sync of anything but a directory tells, and no other.
@@ -461,11 +494,9 @@ impl LocalDisk for SimulatedDisk {
         Ok(())
     }
 
-    fn sync_directory(&self, path: &Path) -> io::Result<()> {
-        let mut inner = self.call()?;
-        let directory = inner.find(path)?;
-        inner.force(Some(directory));
-        Ok(())
+    fn open_directory(&self, path: &Path) -> io::Result<Box<dyn LocalDirectory>> {
+        let inode = self.call()?.find(path)?;
+        Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
     }
 
     fn sync_all(&self) -> io::Result<()> {
@@ -474,6 +505,14 @@ impl LocalDisk for SimulatedDisk {
 
     fn capacity(&self) -> io::Result<Capacity> {
         Ok(Capacity::default())
+    }
+}
+
+impl LocalDirectory for SimulatedFile {
+    fn sync(&self) -> io::Result<()> {
+        self.disk.hold.pass();
+        self.disk.call()?.force(Some(self.inode));
+        Ok(())
     }
 }
 
@@ -537,6 +576,7 @@ impl LocalFile for SimulatedFile {
     }
 
     fn sync(&self, _data_only: bool) -> io::Result<()> {
+        self.disk.hold.pass();
         self.disk.call()?.sync(Some(self.inode))
     }
 
