@@ -3,7 +3,8 @@
 //! A file is cut into windows of one chunk. Who wants bytes claims the windows that nobody fetches and waits for
 //! the others, by the rules of [`repo::Flights`]. Chunks may gather pages from anywhere, so two windows can still name
 //! one chunk; the file reader sees to that. A window is let go as soon as it is local, not when the whole of a long
-//! fetch is.
+//! fetch is. How long a read waits for the store is counted below, by each reader from when it has its windows: so
+//! nobody waits long for windows of a reader who waits for the store.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ pub struct Claim {
 impl Flights {
     /// Creates the table.
     pub fn new() -> Self {
-        Self { windows: repo::Flights::new() }
+        Self { windows: repo::Flights::taking_over_equals() }
     }
 
     /// Claims the windows touching `ranges`, which are in order, that nobody fetches; waits until there is at least one.

@@ -3,7 +3,8 @@
 //! Who wants several things claims those that nobody fetches, fetches them, and comes back for the others: so nobody
 //! who waits holds anything that somebody waits for. A claim ends when it is dropped, so a reader that is killed or
 //! fails hands its things to whoever waits. Who is waited for does not wait long for a fetch that nobody waits for:
-//! that may stand behind many others, so after a while it is taken over, at the price of a second request.
+//! that may stand behind many others, so after a while it is taken over, at the price of a second request. Where somebody
+//! else sees to it that there is no second one, so is a fetch of an equal.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -16,7 +17,7 @@ use tokio::time::Sleep;
 
 use crate::repo::transfers::Urgency;
 
-/// How long one waits for a fetch that is less urgent: more than the largest request takes at 10 MB/s.
+/// How long one waits for a fetch that may be taken over from: more than the largest request takes at 10 MB/s.
 const TAKE_OVER_AFTER: Duration = Duration::from_millis(500);
 
 /// The fetches under way.
@@ -24,6 +25,7 @@ const TAKE_OVER_AFTER: Duration = Duration::from_millis(500);
 pub struct Flights<K> {
     busy: Mutex<Busy<K>>,
     landed: Notify,
+    takes_over_equals: bool,
 }
 
 #[derive(Debug)]
@@ -50,15 +52,27 @@ pub struct Claim<K: Copy + Eq + Hash> {
 struct Attempt<K> {
     id: u64,
     taken: Vec<K>,
-    /// Whether something was left to a fetch that is less urgent.
+    /// Whether something was left to a fetch that may be taken over from.
     outranks: bool,
 }
 
 impl<K: Copy + Eq + Hash> Flights<K> {
     /// Creates the table.
     pub fn new() -> Arc<Self> {
+        Arc::new(Self::with(false))
+    }
+
+    /// Creates a table in which who is waited for takes over from one as urgent too, after a while.
+    ///
+    /// For things of which those who fetch them below see to it that each is fetched once. There each has a deadline, which
+    /// is not to begin anew for one after the other of those who wait here.
+    pub fn taking_over_equals() -> Arc<Self> {
+        Arc::new(Self::with(true))
+    }
+
+    fn with(takes_over_equals: bool) -> Self {
         let busy = Mutex::new(Busy { flights: HashMap::new(), claims: 0 });
-        Arc::new(Self { busy, landed: Notify::new() })
+        Self { busy, landed: Notify::new(), takes_over_equals }
     }
 
     /// Claims those of `keys` that nobody fetches, in their order; waits until there is at least one.
@@ -95,7 +109,7 @@ impl<K: Copy + Eq + Hash> Flights<K> {
         for key in keys {
             let is_free = match busy.flights.get(key) {
                 None => true,
-                Some(flight) if flight.urgency < urgency => {
+                Some(flight) if self.outranks(urgency, flight.urgency) => {
                     outranks = true;
                     is_overdue
                 }
@@ -107,6 +121,12 @@ impl<K: Copy + Eq + Hash> Flights<K> {
             }
         }
         Attempt { id, taken, outranks }
+    }
+
+    /// Tells whether one may take over from another, sooner or later.
+    fn outranks(&self, urgency: Urgency, other: Urgency) -> bool {
+        let is_equal = urgency == Urgency::Foreground && other == urgency;
+        other < urgency || (self.takes_over_equals && is_equal)
     }
 
     /// Ends the flights of a claim, but for those that somebody took over.
@@ -236,6 +256,23 @@ mod tests {
         drop(taken);
         assert_eq!(again.await.keys(), [1]);
         drop(equal);
+        assert!(flights.is_idle());
+    }
+
+    #[tokio::test]
+    async fn where_nobody_is_to_wait_for_an_equal_s_deadline_equals_are_taken_over_from() {
+        let flights: Arc<Flights<u32>> = Flights::taking_over_equals();
+        let claims = [flights.claim(&[1], NOW).await, flights.claim(&[1], NOW).await];
+        let [background, ahead] = [Urgency::Background, Urgency::Ahead].map(|urgency| {
+            let flights = flights.clone();
+            tokio::spawn(async move { flights.claim(&[1], urgency).await.keys().to_vec() })
+        });
+        let third = flights.claim(&[1], NOW).await;
+        assert!(!background.is_finished() && !ahead.is_finished(), "nobody waits for these");
+        drop(claims);
+        assert!(!flights.is_idle(), "the last has it");
+        drop(third);
+        assert_eq!((background.await.unwrap(), ahead.await.unwrap()), (vec![1], vec![1]));
         assert!(flights.is_idle());
     }
 }

@@ -133,6 +133,33 @@ async fn a_long_fetch_that_is_given_up_keeps_what_came_and_frees_the_rest() {
     read_all(&world).await;
 }
 
+/// The patience of each counts from when it asks; one after the other they would wait for ever.
+#[tokio::test]
+async fn while_the_store_is_away_all_readers_of_a_page_wait_side_by_side() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = world(scratch.path()).await;
+    let file = open_file(&world).await;
+    let away = world.lower.gate.clone().write_owned().await;
+    let readers: Vec<_> = (0..8)
+        .map(|_| {
+            let file = file.clone();
+            tokio::spawn(async move { file.read(&caller(), 0, PAGE as u32).await })
+        })
+        .collect();
+    let all_ask = async {
+        while world.lower.fetches() < 8 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), all_ask).await.expect("each asks the lower");
+    drop(away);
+    for reader in readers {
+        reader.await.unwrap().unwrap();
+    }
+    assert!(world.upper.shared.flights.is_idle());
+    assert_eq!(world.upper.stats().filled_bytes, PIECE);
+}
+
 #[tokio::test]
 async fn many_readers_of_overlapping_ranges_fetch_each_byte_once_and_those_who_leave_harm_nobody() {
     for leaving in [false, true] {

@@ -12,5 +12,5 @@ mod modes;
 mod power_cut;
 mod rules;
 mod sequences;
-mod simulated_disk;
-mod world;
+pub(super) mod simulated_disk;
+pub(super) mod world;
