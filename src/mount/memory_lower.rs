@@ -25,6 +25,7 @@ pub struct MemoryLower {
     fetches: AtomicU64,
     bytes: AtomicU64,
     failures_left: AtomicU32,
+    lookup_failures_left: AtomicU32,
     /// After how many pieces the next fetch fails.
     failing_after: Mutex<Option<usize>>,
     urgencies: Mutex<Vec<Urgency>>,
@@ -121,6 +122,11 @@ impl MemoryLower {
         self.failures_left.store(count, Ordering::SeqCst);
     }
 
+    /// Makes the next look-ups fail as if the store were away.
+    pub fn fail_next_lookups(&self, count: u32) {
+        self.lookup_failures_left.store(count, Ordering::SeqCst);
+    }
+
     /// Makes the store go away once, when the next fetch has handed on so many pieces.
     pub fn fail_after_pieces(&self, pieces: usize) {
         *self.failing_after.lock().expect("no holder of this lock panics") = Some(pieces);
@@ -177,6 +183,11 @@ impl Lower for MemoryLower {
         let entry = self.entry(directory)?;
         if entry.node.kind != NodeKind::Directory {
             return Err(LowerError::Contract { detail: format!("{directory:?} is not a directory") });
+        }
+        if self.lookup_failures_left.load(Ordering::SeqCst) > 0 {
+            self.lookup_failures_left.fetch_sub(1, Ordering::SeqCst);
+            let object = format!("memory/{}", directory.0);
+            return Err(LowerError::Unreachable { object, detail: "made so".into() });
         }
         let found = entry.children.get(name);
         Ok(found.map(|id| (*id, self.entries[id.0 as usize].node)))

@@ -43,7 +43,7 @@ impl Hydrator {
         let entry = match held.enter(wanted.directory, &wanted.name).await {
             Ok(Some(entry)) => entry,
             Ok(None) => return Ok(()),
-            Err(errno) => return Err(cause_of_lookup(upper, wanted, errno).await),
+            Err(errno) => return Err(upper.cause_of_lookup(wanted.directory, &wanted.name, errno).await),
         };
         match entry.attributes.kind {
             FileKind::File => self.make_file_whole(wanted, entry.id, is_charged, left).await,
@@ -229,17 +229,6 @@ struct Unwanted;
 impl PieceSink for Unwanted {
     fn take(&self, _: Vec<Piece>) -> ControlFlow<()> {
         ControlFlow::Continue(())
-    }
-}
-
-/// Finds out why a name could not be looked up.
-async fn cause_of_lookup(upper: &Upper, wanted: &Wanted, errno: Errno) -> Trouble {
-    let directory =
-        upper.node(wanted.directory).ok().and_then(|node| node.lower.as_ref().map(|lower| lower.id));
-    let Some(directory) = directory else { return Trouble::of_errno(errno, &wanted.name) };
-    match upper.shared.lower.lookup(directory, &wanted.name).await {
-        Err(error) => Trouble::of_lower(error),
-        Ok(_) => Trouble::of_errno(errno, &wanted.name),
     }
 }
 

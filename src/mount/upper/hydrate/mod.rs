@@ -115,8 +115,8 @@ const PART_BYTES: u64 = 4 << 20;
 const WANTED_MAX: usize = 500_000;
 /// Surveys that bring nothing further although nothing was moved, before they are given up.
 const IDLE_SURVEYS_MAX: u32 = 3;
-/// Attempts at what fails for no reason that anybody gives.
-const UNCLEAR_ATTEMPTS_MAX: u32 = 3;
+/// Attempts in a row at what fails for no reason that anybody gives, each after a longer pause: half a minute in all.
+const UNCLEAR_ATTEMPTS_MAX: u32 = 5;
 /// Room that is left to the server: a PostgreSQL of default settings writes `max_wal_size`, 1 GB, between two
 /// checkpoints, and stops for good when a write of WAL finds no room.
 const RESERVE_BYTES: u64 = 1 << 30;
@@ -242,7 +242,7 @@ impl Hydrator {
                 Ok(surveys) => return Ok(surveys),
                 Err(Trouble::Lasting(reason)) => return Err(reason),
                 Err(Trouble::Unclear(reason)) if unclear == UNCLEAR_ATTEMPTS_MAX => return Err(reason),
-                Err(Trouble::Unclear(_)) => unclear += 1,
+                Err(Trouble::Unclear(reason)) => self.stumble(&mut unclear, &reason).await,
                 Err(trouble) => self.note(&trouble).await,
             }
         }
@@ -324,12 +324,17 @@ impl Hydrator {
     async fn make_whole(&self, wanted: &Wanted, is_charged: bool) {
         let (mut left, mut unclear) = (wanted.bytes, 0);
         loop {
-            let lasting = match self.try_make_whole(wanted, is_charged, &mut left).await {
+            let before = left;
+            let outcome = self.try_make_whole(wanted, is_charged, &mut left).await;
+            if left < before {
+                unclear = 0;
+            }
+            let lasting = match outcome {
                 Ok(()) => break,
                 Err(Trouble::Lasting(reason)) => reason,
                 Err(Trouble::Unclear(reason)) if unclear == UNCLEAR_ATTEMPTS_MAX => reason,
-                Err(Trouble::Unclear(_)) => {
-                    unclear += 1;
+                Err(Trouble::Unclear(reason)) => {
+                    self.stumble(&mut unclear, &reason).await;
                     continue;
                 }
                 Err(trouble) => {
@@ -350,6 +355,14 @@ impl Hydrator {
         failures.files.insert((wanted.upper, wanted.id));
         failures.first.get_or_insert(reason);
         self.watch.file_failed();
+    }
+
+    /// Takes note of a trouble that nobody explains, and waits a while: a disk or a store may only have stumbled.
+    async fn stumble(&self, unclear: &mut u32, reason: &str) {
+        tracing::warn!("hydration tries again: {reason}");
+        let pause = self.pauses.store_first.saturating_mul(1 << *unclear);
+        *unclear += 1;
+        tokio::time::sleep(pause.min(self.pauses.store_longest)).await;
     }
 
     /// Takes note of a trouble that passes, and waits until it may have.

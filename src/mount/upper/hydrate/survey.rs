@@ -160,7 +160,7 @@ impl Upper {
                 let found = match listed.kind {
                     FileKind::Directory => {
                         let entered = survey.held.enter(directory, &listed.name).await;
-                        let entry = entered.map_err(|errno| Trouble::of_errno(errno, &listed.name))?;
+                        let entry = self.looked_up(directory, &listed.name, entered).await?;
                         let entry = entry.filter(|entry| entry.attributes.kind == FileKind::Directory);
                         survey.is_steady &= entry.is_some() || listed.only_below.is_none();
                         directories.extend(entry.map(|entry| entry.id));
@@ -226,9 +226,9 @@ impl Upper {
         if listed.kind == FileKind::Symlink {
             return Ok(None);
         }
-        let trouble = |errno| Trouble::of_errno(errno, &listed.name);
         let mut held = Held::new(self);
-        let entry = held.enter(directory, &listed.name).await.map_err(trouble)?;
+        let entered = held.enter(directory, &listed.name).await;
+        let entry = self.looked_up(directory, &listed.name, entered).await?;
         let Some(entry) = entry.filter(|entry| entry.attributes.kind == FileKind::File) else {
             return Ok(None);
         };
@@ -236,7 +236,30 @@ impl Upper {
             Ok(0) => Ok(None),
             Ok(bytes) => Ok(Some((entry.id, bytes, true))),
             Err(errno) if is_gone(errno) && !self.is_there(entry.id) => Ok(None),
-            Err(errno) => Err(trouble(errno)),
+            Err(errno) => Err(Trouble::of_errno(errno, &listed.name)),
+        }
+    }
+
+    /// Explains a look-up that failed.
+    async fn looked_up<T>(
+        &self,
+        directory: LocalId,
+        name: &[u8],
+        found: Result<T, Errno>,
+    ) -> Result<T, Trouble> {
+        match found {
+            Ok(found) => Ok(found),
+            Err(errno) => Err(self.cause_of_lookup(directory, name, errno).await),
+        }
+    }
+
+    /// Finds out why a name could not be looked up.
+    pub(super) async fn cause_of_lookup(&self, directory: LocalId, name: &[u8], errno: Errno) -> Trouble {
+        let directory = self.node(directory).ok().and_then(|node| node.lower.as_ref().map(|lower| lower.id));
+        let Some(directory) = directory else { return Trouble::of_errno(errno, name) };
+        match self.shared.lower.lookup(directory, name).await {
+            Err(error) => Trouble::of_lower(error),
+            Ok(_) => Trouble::of_errno(errno, name),
         }
     }
 

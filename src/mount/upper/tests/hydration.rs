@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use tokio::task::JoinHandle;
 
 use crate::mount::fs::RenameMode;
+use crate::mount::memory_lower::MemoryLower;
 use crate::mount::upper::hydrate::{HydrationReport, HydrationState, Hydrator};
 use crate::mount::upper::tests::model::{Model, Shape};
 use crate::mount::upper::tests::sequences::{Operation, Run, operation};
@@ -202,6 +203,30 @@ async fn a_store_that_was_away_is_gone_on_with_when_it_is_back() {
     world.lower.fail_next_fetches(0);
     let report = hydrating.end().await;
     assert_eq!((report.state, report.failed_files), (HydrationState::Done, 0));
+}
+
+#[tokio::test]
+async fn a_store_that_is_away_when_names_are_looked_up_is_waited_for_too() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    world.read(RELATION, 0, 100).await.unwrap();
+    let lower = world.lower.clone();
+    world.close().await;
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    world.lower.fail_next_lookups(u32::MAX);
+    let hydrating = Hydrating::start(&world.upper);
+    hydrating.waits_for("the store does not answer").await;
+    world.lower.fail_next_lookups(20);
+    assert_eq!(hydrating.end().await.state, HydrationState::Done);
+}
+
+#[tokio::test]
+async fn a_disk_that_stumbles_does_not_end_it() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::of(Arc::new(MemoryLower::build(&[("f", 65_536)])), &disk).await;
+    disk.fail_writes(5);
+    assert_eq!(Hydrating::start(&world.upper).end().await.state, HydrationState::Done);
+    same(&world.read_all("f").await.unwrap(), &world.lower.content(world.lower.at("f"), 0..65_536), "f");
 }
 
 #[tokio::test]

@@ -60,6 +60,7 @@ struct Inner {
     full: bool,
     /// What the next syncs fail with; each is told once.
     lost: VecDeque<i32>,
+    write_failures: u32,
 }
 
 #[derive(Debug, Clone)]
@@ -130,8 +131,9 @@ impl SimulatedDisk {
 
     fn holding(state: State, calls_left: u64) -> Self {
         let next_inode = state.inodes.keys().max().map_or(ROOT, |last| last + 1);
-        let (log, lost) = (Vec::new(), VecDeque::new());
-        let inner = Inner { state, log, forced: 0, calls_left, next_inode, full: false, lost };
+        let (log, lost, write_failures) = (Vec::new(), VecDeque::new(), 0);
+        let inner =
+            Inner { state, log, forced: 0, calls_left, next_inode, full: false, lost, write_failures };
         Self { inner: Arc::new(Mutex::new(inner)), hold: Arc::default() }
     }
 
@@ -153,6 +155,11 @@ impl SimulatedDisk {
     /// Loses a write, which the next sync of anything but a directory tells, and no other.
     pub(crate) fn lose_a_write(&self, number: i32) {
         self.lock().lost.push_back(number);
+    }
+
+    /// Makes the next writes fail.
+    pub(crate) fn fail_writes(&self, count: u32) {
+        self.lock().write_failures = count;
     }
 
     /// Tells whether the power is gone.
@@ -529,6 +536,10 @@ impl LocalFile for SimulatedFile {
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         let mut inner = self.disk.call()?;
+        if inner.write_failures > 0 {
+            inner.write_failures -= 1;
+            return Err(os(libc::EIO));
+        }
         let end = offset + data.len() as u64;
         let mut written = Vec::new();
         for block in offset / BLOCK..end.div_ceil(BLOCK) {
