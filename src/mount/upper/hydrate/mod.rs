@@ -20,11 +20,14 @@ mod plan;
 mod progress;
 mod survey;
 
+use std::any::Any;
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU64;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
@@ -176,7 +179,9 @@ impl Hydrator {
         if self.options.is_on {
             self.watch.begins();
         }
-        match self.hydrate().await {
+        // Whoever asks would be told for ever that it is at work.
+        let outcome = AssertUnwindSafe(self.hydrate()).catch_unwind().await;
+        match outcome.unwrap_or_else(|panic| Err(format!("bug: {}", said(&*panic)))) {
             Ok(state) => self.watch.ends(state, None),
             Err(reason) => {
                 tracing::error!("hydration has failed: {reason}");
@@ -487,6 +492,12 @@ impl Upper {
     }
 }
 
+/// Returns what a panic said.
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a word")
+}
+
 /// Tells whether a disk has room beyond the reserve; one that does not tell its size has.
 fn has_room(capacity: &Capacity) -> bool {
     let unit = u64::from(capacity.block_size);
@@ -522,15 +533,15 @@ impl StoredOrder for NoOrder {
 impl Hydrator {
     /// Creates a hydrator that waits for nothing longer than a test does.
     pub(crate) fn hasty(upper: &Upper) -> Arc<Self> {
-        Self::of_a_test(upper, true)
+        Self::of_a_test(upper, true, Arc::new(NoOrder))
     }
 
     /// Creates one that only finds out how much is missing.
     pub(crate) fn counting(upper: &Upper) -> Arc<Self> {
-        Self::of_a_test(upper, false)
+        Self::of_a_test(upper, false, Arc::new(NoOrder))
     }
 
-    fn of_a_test(upper: &Upper, is_on: bool) -> Arc<Self> {
+    pub(crate) fn of_a_test(upper: &Upper, is_on: bool, order: Arc<dyn StoredOrder>) -> Arc<Self> {
         let short = Duration::from_micros(100);
         let pauses = Pauses {
             gate: short,
@@ -542,7 +553,7 @@ impl Hydrator {
         };
         let clock = Arc::new(crate::clock::SystemClock);
         let options = HydrateOptions { is_on, rate: None };
-        Arc::new(Self::with_pauses(vec![upper.clone()], Arc::new(NoOrder), clock, options, pauses))
+        Arc::new(Self::with_pauses(vec![upper.clone()], order, clock, options, pauses))
     }
 }
 

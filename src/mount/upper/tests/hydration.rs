@@ -3,7 +3,7 @@
 //! The property test lets clients and a hydrator work side by side, ends both at random points and begins anew. The
 //! others are one rule each: who comes first, a store that is away, a full disk, damage, and what need not come.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -15,8 +15,9 @@ use proptest::prelude::*;
 use tokio::task::JoinHandle;
 
 use crate::mount::fs::RenameMode;
+use crate::mount::lower::{LowerError, NodeId};
 use crate::mount::memory_lower::MemoryLower;
-use crate::mount::upper::hydrate::{HydrationReport, HydrationState, Hydrator};
+use crate::mount::upper::hydrate::{HydrationReport, HydrationState, Hydrator, Place, StoredOrder};
 use crate::mount::upper::tests::model::{Model, Shape};
 use crate::mount::upper::tests::sequences::{Operation, Run, operation};
 use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
@@ -362,6 +363,32 @@ async fn without_a_hydrator_it_is_known_how_much_is_local() {
     assert_eq!(world.lower.fetches(), fetches);
     world.read("top", 0, 1).await.unwrap();
     assert_eq!(hydrator.report().missing_bytes, Some(total - 65_536 - 100));
+}
+
+/// An order that is a defect.
+#[derive(Debug)]
+struct Defect;
+
+#[async_trait::async_trait]
+impl StoredOrder for Defect {
+    async fn places(&self) -> Result<HashMap<NodeId, Place>, LowerError> {
+        panic!("made so")
+    }
+
+    async fn load(&self, _: &[NodeId]) -> Result<(), LowerError> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_hydrator_that_is_a_defect_has_failed_and_is_not_at_work_for_ever() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    let hydrator = Hydrator::of_a_test(&world.upper, true, Arc::new(Defect));
+    hydrator.clone().run().await;
+    let report = hydrator.report();
+    assert_eq!(report.state, HydrationState::Failed);
+    assert!(report.reason.unwrap().contains("made so"));
 }
 
 impl Hydrating {
