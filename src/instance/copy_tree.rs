@@ -5,11 +5,11 @@
 //! directory has none.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::{MetadataExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 use crate::disk;
+use crate::instance::places::at;
 
 /// Copies what is in `from` into the directory `to`, which exists; what is named `leave_out` at the top is left out.
 pub(super) fn copy_tree(from: &Path, to: &Path, leave_out: &str) -> Result<(), disk::Error> {
@@ -63,11 +63,6 @@ fn set_times_alike(source: &Path, copy: &Path) -> Result<(), disk::Error> {
     let modified = found.modified().map_err(at("stat", source))?;
     let file = fs::File::open(copy).map_err(at("open", copy))?;
     file.set_modified(modified).map_err(at("set the times of", copy))
-}
-
-fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> disk::Error {
-    let path = path.to_owned();
-    move |source| disk::Error::Io { action, path, source }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,7 @@ use crate::disk::{self, Owner, PrivateArea, clone_marker, private_area};
 use crate::instance::copy_tree::copy_tree;
 use crate::instance::isolation::config_files;
 use crate::instance::native_settings::{AUTO_CONF, HBA_FILE, IDENT_FILE, with_block};
+use crate::instance::places::{at, clear, is_absent_or_empty, is_there};
 use crate::mount::upper::forget_origins;
 use crate::repo::lease::Pin;
 use crate::restore;
@@ -333,53 +334,6 @@ fn rename(from: &Path, to: &Path) -> Result<bool, FinalizeError> {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EXDEV | libc::EBUSY)) => Ok(false),
         Err(error) => Err(at("rename a directory to", to)(error).into()),
     }
-}
-
-/// Removes what is in a directory, except what is named `keep`.
-pub(super) fn clear(directory: &Path, keep: &str) -> Result<(), disk::Error> {
-    for entry in fs::read_dir(directory).map_err(at("open directory", directory))? {
-        let entry = entry.map_err(at("read directory", directory))?;
-        if entry.file_name() == keep {
-            continue;
-        }
-        remove(&entry.path())?;
-    }
-    durable::fsync_dir(directory)
-}
-
-/// Removes a file or a whole tree.
-pub(super) fn remove(path: &Path) -> Result<(), disk::Error> {
-    let is_directory = fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
-    let removed = if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) };
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", path)(error)),
-        _ => Ok(()),
-    }
-}
-
-/// Tells whether a place can be taken: nothing is there, or an empty directory.
-pub(super) fn is_absent_or_empty(path: &Path) -> Result<bool, disk::Error> {
-    match fs::read_dir(path) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(!is_there(path)),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(false),
-        Err(error) => Err(at("open directory", path)(error)),
-    }
-}
-
-/// Returns the number of the file system of the nearest directory above a path, or of itself.
-pub(super) fn device_of(path: &Path) -> Result<u64, disk::Error> {
-    let existing = path.ancestors().find(|above| above.exists()).unwrap_or(Path::new("/"));
-    Ok(fs::metadata(existing).map_err(at("stat", existing))?.dev())
-}
-
-fn is_there(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok()
-}
-
-pub(super) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> disk::Error {
-    let path = path.to_owned();
-    move |source| disk::Error::Io { action, path, source }
 }
 
 #[cfg(test)]

@@ -11,12 +11,11 @@ use std::path::{Path, PathBuf};
 use crate::control::CloneState;
 use crate::disk::{self, durable, private_area, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
-use crate::instance::finalize::{
-    FinalizeError, FinalizeOrder, TablespaceMove, TreeMove, at, device_of, is_absent_or_empty, remove,
-};
+use crate::instance::finalize::{FinalizeError, FinalizeOrder, TablespaceMove, TreeMove};
 use crate::instance::isolation::socket_path;
 pub use crate::instance::native_settings::Adoption;
 use crate::instance::native_settings::native_settings;
+use crate::instance::places::{at, device_of, is_absent_or_empty, remove};
 use crate::mount::mounting;
 use crate::restore::target::{check_space, resolve, used_bytes};
 

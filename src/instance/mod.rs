@@ -23,6 +23,7 @@ pub mod isolation;
 pub mod launch;
 mod native_settings;
 mod orphans;
+mod places;
 mod prepare;
 pub mod programs;
 mod requests;

@@ -9,7 +9,7 @@ use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastHydration};
 use crate::instance::create::write_places;
-use crate::instance::finalize::remove;
+use crate::instance::places::remove;
 
 /// Begins: from now on nothing of what was changed counts.
 pub fn begin(folder: &CloneFolder) -> Result<(), disk::Error> {
