@@ -26,6 +26,7 @@ use crate::catalog::{Hole, RecoveryTarget};
 use crate::control::{CloneSetting, CloneState};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, LockFile, Owner, state_file};
+use crate::instance::places::{at, remove};
 use crate::pg::{RecoveryLimits, TimelineId};
 use crate::repo::lease::Pin;
 use crate::repo::{BasebackupId, ClusterId};
@@ -161,6 +162,8 @@ impl LastState {
 #[error("\"{0}\" is not a name for a clone: letters, digits, - and _, at most {NAME_LEN_MAX}")]
 pub struct InvalidCloneName(String);
 
+/// Whoever looks whether a clone runs makes it, wherever that is.
+const LOCK_NAME: &str = "lock";
 /// Socket paths end at 107 bytes, and the name is part of them.
 const NAME_LEN_MAX: usize = 40;
 
@@ -278,9 +281,18 @@ impl CloneFolder {
         self.path.join("data")
     }
 
-    /// Tells whether this was a clone and is the folder of an ordinary data directory.
-    pub fn is_finalized(&self) -> bool {
-        !self.spec_file().exists() && !self.order_file().exists() && self.finalized_data().exists()
+    /// Tells whether what is in the folder is a clone's, be it what a kill has left of one.
+    ///
+    /// Anything else is somebody's: the data directory that a clone became, its tablespaces once that was moved away, or
+    /// a folder that was made here for something else. So `upper` comes first when a clone is made, and goes last.
+    pub fn is_clone(&self) -> bool {
+        self.spec_file().exists() || self.order_file().exists() || self.upper().is_dir() || self.is_bare()
+    }
+
+    /// Tells whether there is nothing in the folder but a lock: a clone was about to be made, or is removed but for this.
+    fn is_bare(&self) -> bool {
+        let Ok(mut entries) = std::fs::read_dir(&self.path) else { return false };
+        entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK_NAME))
     }
 
     /// Makes the folder and those in it; of two callers exactly one succeeds.
@@ -299,6 +311,25 @@ impl CloneFolder {
         made
     }
 
+    /// Removes everything of a clone of which nothing runs or is mounted, for who holds its lock.
+    ///
+    /// What it can be started or finalized by goes first; then all but `upper`, by which what a kill has left is known for
+    /// a clone's.
+    pub fn remove(&self) -> Result<(), disk::Error> {
+        durable::remove_file(&self.spec_file())?;
+        durable::remove_file(&self.order_file())?;
+        let upper = self.upper();
+        for entry in std::fs::read_dir(&self.path).map_err(at("open directory", &self.path))? {
+            let path = entry.map_err(at("read directory", &self.path))?.path();
+            if path != upper && path != self.lock_file() {
+                remove(&path)?;
+            }
+        }
+        remove(&upper)?;
+        remove(&self.path)?;
+        durable::fsync_parent(&self.path)
+    }
+
     /// Removes a folder in which nothing is mounted and nothing is anybody's work.
     pub fn discard(&self) {
         if let Err(error) = std::fs::remove_dir_all(&self.path) {
@@ -308,7 +339,7 @@ impl CloneFolder {
 
     /// Takes the lock that says a supervisor is alive.
     pub fn lock(&self) -> Result<LockFile, disk::Error> {
-        LockFile::acquire(&self.path.join("lock"))
+        LockFile::acquire(&self.lock_file())
     }
 
     /// Writes what the clone is.
@@ -349,6 +380,10 @@ impl CloneFolder {
     /// Returns how much of the basebackup was local; nothing before the first start.
     pub fn read_hydration(&self) -> LastHydration {
         state_file::read_document(&self.hydration_file(), "the progress of a clone").unwrap_or_default()
+    }
+
+    fn lock_file(&self) -> PathBuf {
+        self.path.join(LOCK_NAME)
     }
 
     fn hydration_file(&self) -> PathBuf {
@@ -404,5 +439,44 @@ mod tests {
         std::fs::write(folder.spec_file(), "{}").unwrap();
         assert_eq!(CloneFolder::list(clones.path()).unwrap(), std::slice::from_ref(&folder));
         assert!(folder.read_spec().unwrap_err().to_string().contains("clone.json"));
+    }
+    /// What a clone became is somebody's, also once a part of it was moved away.
+    #[test]
+    fn a_folder_is_a_clones_by_what_only_a_clone_has() {
+        let clones = tempfile::tempdir().unwrap();
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        assert!(!folder.is_clone());
+        std::fs::create_dir(folder.path()).unwrap();
+        assert!(folder.is_clone(), "killed before anything was in it");
+        drop(folder.lock().unwrap());
+        assert!(folder.is_clone());
+        std::fs::create_dir_all(folder.path().join("data.tablespaces/16385")).unwrap();
+        assert!(!folder.is_clone());
+        for made in [folder.spec_file(), folder.order_file()] {
+            std::fs::write(&made, "{}").unwrap();
+            assert!(folder.is_clone(), "{}", made.display());
+            std::fs::remove_file(&made).unwrap();
+        }
+        std::fs::create_dir(folder.upper()).unwrap();
+        assert!(folder.is_clone());
+    }
+
+    #[test]
+    fn what_a_kill_leaves_of_a_removal_can_be_removed() {
+        let clones = tempfile::tempdir().unwrap();
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        folder.create(Owner::current()).unwrap();
+        std::fs::write(folder.spec_file(), "{}").unwrap();
+        let file = folder.upper().join("data/base/1/1259");
+        std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+        std::fs::write(file, "x").unwrap();
+        let _lock = folder.lock().unwrap();
+        // As far as any removal comes before the last of `upper`.
+        std::fs::remove_file(folder.spec_file()).unwrap();
+        std::fs::remove_dir_all(folder.pg_wal()).unwrap();
+        std::fs::remove_dir_all(folder.upper().join("data")).unwrap();
+        assert!(folder.is_clone());
+        folder.remove().unwrap();
+        assert!(!folder.path().exists());
     }
 }

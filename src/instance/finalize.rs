@@ -87,8 +87,8 @@ pub enum FinalizeError {
     /// Something is at the place.
     #[error("\"{}\" exists and is not an empty directory", path.display())]
     Taken { path: PathBuf },
-    /// The place would go with the clone.
-    #[error("\"{}\" is in the folder of the clone, which goes", path.display())]
+    /// The place would go with a clone.
+    #[error("\"{}\" is in the folder of the clones, where a name is a clone's", path.display())]
     Inside { path: PathBuf },
     /// The copy does not fit.
     #[error(transparent)]
@@ -107,7 +107,7 @@ impl FinalizeError {
             Self::Missing { .. } => return None,
             Self::Taken { .. } => "Name a directory that is not there yet, or an empty one.".to_owned(),
             Self::Inside { .. } => {
-                "Leave --to out to have the data directory in the folder of the clone.".to_owned()
+                "Name a place elsewhere, or leave --to out to have it in the folder of the clone.".to_owned()
             }
             Self::SocketPath(_) => "Name a shorter path with --to.".to_owned(),
         })

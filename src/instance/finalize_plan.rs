@@ -112,7 +112,9 @@ fn tablespaces_beside(place: &Path) -> PathBuf {
 fn place_of(folder: &CloneFolder, to: Option<&Path>) -> Result<PathBuf, FinalizeError> {
     let Some(to) = to else { return Ok(folder.finalized_data()) };
     let place = resolve(to);
-    if place.starts_with(resolve(folder.path())) {
+    // What bears a name there is a clone's: another `clone delete` would remove it.
+    let clones = folder.path().parent().map(resolve);
+    if clones.is_some_and(|clones| place.starts_with(clones)) || place.starts_with(resolve(folder.path())) {
         return Err(FinalizeError::Inside { path: place });
     }
     Ok(place)
@@ -248,14 +250,18 @@ mod tests {
     }
 
     #[test]
-    fn the_folder_of_the_clone_is_no_place_and_its_own_data_is() {
-        let clones = tempfile::tempdir().unwrap();
+    fn the_folder_of_the_clones_is_no_place_and_a_clones_own_data_is() {
+        let (clones, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let folder = CloneFolder::new(clones.path(), "one").unwrap();
         fs::create_dir_all(folder.upper()).unwrap();
-        let error = check_place(&folder, Some(&folder.path().join("elsewhere"))).unwrap_err();
-        assert!(matches!(error, FinalizeError::Inside { .. }), "{error}");
+        let link = elsewhere.path().join("link");
+        std::os::unix::fs::symlink(clones.path(), &link).unwrap();
+        for inside in [folder.path().join("elsewhere"), clones.path().join("prod"), link.join("prod")] {
+            let error = check_place(&folder, Some(&inside)).unwrap_err();
+            assert!(matches!(error, FinalizeError::Inside { .. }), "{error}");
+        }
         check_place(&folder, None).unwrap();
-        let place = clones.path().join("place");
+        let place = elsewhere.path().join("place");
         check_place(&folder, Some(&place)).unwrap();
         fs::create_dir(&place).unwrap();
         check_place(&folder, Some(&place)).unwrap();
@@ -297,7 +303,7 @@ mod tests {
             assert!(to.join("PG_VERSION").exists());
             assert_eq!(folder.path().exists(), is_inside);
             assert_eq!(read_order(&folder).unwrap(), None);
-            assert_eq!(folder.is_finalized(), is_inside);
+            assert!(!folder.is_clone());
             assert!(!folder.upper().exists());
         }
     }

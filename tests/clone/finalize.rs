@@ -120,6 +120,13 @@ fn a_finalized_clone_starts_natively_with_everything_it_held() {
     let history = data.join("pg_wal/00000002.history");
     let pushed = source.walden.try_run(&["wal", "push", history.to_str().unwrap()]);
     assert!(!pushed.success() && pushed.stderr.contains("clone"), "{}", pushed.stderr);
+
+    // Also once the directory was moved away: its tablespaces stay where its links lead.
+    drop(native);
+    fs::rename(&data, source.scratch().path().join("moved")).unwrap();
+    let kept = clone.walden.try_run(&["clone", "delete", "whole"]);
+    assert!(!kept.success() && kept.stderr.contains("is no clone"), "{}", kept.stderr);
+    assert!(places.lines().all(|place| Path::new(place).is_dir()));
 }
 
 /// A place on another file system than the clones'.
@@ -150,7 +157,7 @@ fn a_clone_is_finalized_to_a_named_place_by_renames_and_by_a_copy() {
         fs::remove_file(to.join("somebody's")).unwrap();
         let inside = folder.join("inside");
         let refused = clone.walden.try_run(&["clone", "finalize", name, "--to", inside.to_str().unwrap()]);
-        assert!(refused.stderr.contains("in the folder of the clone"), "{}", refused.stderr);
+        assert!(refused.stderr.contains("in the folder of the clones"), "{}", refused.stderr);
 
         let report = clone.walden.json(&["clone", "finalize", name, "--to", to_text]);
         assert_eq!(path(&report["data_directory"]), to);

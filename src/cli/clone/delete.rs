@@ -55,9 +55,7 @@ pub(super) fn delete(context: &Context, folder: &CloneFolder) -> Result<String, 
         end_pin(context, folder).await
     })??;
     detach_dead_mount(folder)?;
-    std::fs::remove_dir_all(folder.path()).map_err(|error| {
-        CommandError::failed(format!("could not remove \"{}\": {error}", folder.path().display()))
-    })?;
+    folder.remove()?;
     Ok(folder.name().to_owned())
 }
 

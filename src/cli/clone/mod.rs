@@ -83,16 +83,23 @@ impl Clone {
 fn existing(context: &Context, name: &str) -> Result<CloneFolder, CommandError> {
     let clones = &context.config()?.paths.clones;
     let folder = CloneFolder::new(clones, name).map_err(|error| CommandError::usage(error.to_string()))?;
-    if folder.is_finalized() {
-        let data = folder.finalized_data();
+    if !folder.path().is_dir() {
+        return Err(CommandError::failed(format!(
+            "there is no clone \"{name}\" in \"{}\"",
+            clones.display()
+        ))
+        .hint("\"walden clone list\" shows the clones."));
+    }
+    if folder.is_clone() {
+        return Ok(folder);
+    }
+    let data = folder.finalized_data();
+    if data.exists() {
         let message = format!("\"{name}\" is no clone any more: \"{}\" is a data directory", data.display());
         return Err(CommandError::failed(message).hint("PostgreSQL's own pg_ctl starts and stops it."));
     }
-    if folder.path().is_dir() {
-        return Ok(folder);
-    }
-    Err(CommandError::failed(format!("there is no clone \"{name}\" in \"{}\"", clones.display()))
-        .hint("\"walden clone list\" shows the clones."))
+    Err(CommandError::failed(format!("\"{}\" is no clone", folder.path().display()))
+        .hint("What is in it is not Walden's. \"walden clone list\" shows the clones."))
 }
 
 /// Refuses what would undo a clone that is on its way to be a data directory.
