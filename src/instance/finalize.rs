@@ -4,11 +4,13 @@
 //! this is killed. Its steps follow from it and can each be taken again:
 //!
 //! ```text
-//! bring the trees → bring the WAL → lead links there → settings, marker → forget origins → sync → release
+//! bring the trees → bring the WAL → lead links there → settings, marker → forget origins → sync → remove copies' originals
+//!   → release
 //! ```
 //! The release is last: until then PG_VERSION and pg_control are held back, and nothing can start what is not whole.
-//! After it nothing in the directory is touched any more, for somebody may have started it. Deliberately absent:
-//! hydration and stopping, which are the supervisor's, the order (`finalize_plan`), and the pin, which is the store's.
+//! After it nothing in the directory is touched any more, for somebody may have started it. As long as the clone has its
+//! data, nothing was released, whatever stands in the place. Deliberately absent: hydration and stopping, which are the
+//! supervisor's, the order (`finalize_plan`), the way of a tree (`bring`), and the pin, which is the store's.
 
 use std::fs;
 use std::io;
@@ -19,10 +21,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner, PrivateArea, clone_marker, private_area};
-use crate::instance::copy_tree::copy_tree;
+use crate::instance::bring::{bring, bring_wal, is_copy_of};
 use crate::instance::isolation::config_files;
 use crate::instance::native_settings::{AUTO_CONF, HBA_FILE, IDENT_FILE, with_block};
-use crate::instance::places::{at, clear, is_absent_or_empty, is_there};
+use crate::instance::places::{at, is_there, remove};
 use crate::mount::upper::forget_origins;
 use crate::repo::lease::Pin;
 use crate::restore;
@@ -105,7 +107,10 @@ impl FinalizeError {
             Self::Disk(error) => return error.hint().map(str::to_owned),
             Self::Space(error) => return error.hint().map(str::to_owned),
             Self::Missing { .. } => return None,
-            Self::Taken { .. } => "Name a directory that is not there yet, or an empty one.".to_owned(),
+            Self::Taken { .. } => {
+                "Name a directory that is not there yet or an empty one, or move away what is there."
+                    .to_owned()
+            }
             Self::Inside { .. } => {
                 "Name a place elsewhere, or leave --to out to have it in the folder of the clone.".to_owned()
             }
@@ -131,12 +136,11 @@ pub(super) enum Step {
     Forget { directory: PathBuf },
     /// Everything is made durable.
     Sync { directory: PathBuf },
+    /// What was copied goes.
+    Remove { from: PathBuf },
     /// What is held back comes to its place, and the private area goes.
     Release { directory: PathBuf },
 }
-
-/// Says in a private area that the whole tree has been copied; the area itself says that it is being.
-const COPIED: &str = "copied";
 
 impl FinalizeOrder {
     /// Takes the steps that are left; afterwards the data directory can be started.
@@ -146,8 +150,18 @@ impl FinalizeOrder {
 
     /// Returns where the directories are that this makes: data, then tablespaces.
     pub fn places(&self) -> impl Iterator<Item = &Path> {
-        let trees = std::iter::once(&self.data).chain(self.tablespaces.iter().map(|one| &one.tree));
-        trees.map(|tree| tree.to.as_path())
+        self.trees().map(|tree| tree.to.as_path())
+    }
+
+    /// Returns what comes there, in the same order.
+    pub(super) fn trees(&self) -> impl Iterator<Item = &TreeMove> {
+        std::iter::once(&self.data).chain(self.tablespaces.iter().map(|one| &one.tree))
+    }
+
+    /// Tells whether anything is in its place; until then the clone holds all of it.
+    pub fn has_begun(&self) -> bool {
+        // The data directory is brought first.
+        !is_there(&self.data.from) || is_copy_of(&self.data)
     }
 
     /// Returns the steps, in order; once the data directory is released, only what may be left of that.
@@ -157,7 +171,8 @@ impl FinalizeOrder {
         let mut places: Vec<PathBuf> = self.places().map(Path::to_owned).collect();
         places.rotate_left(1);
         let releases = places.iter().map(|place| Step::Release { directory: place.clone() });
-        if is_released(&self.data.to) {
+        // What has a version while the clone has its data is another one, which came there since.
+        if is_released(&self.data.to) && !is_there(&self.data.from) {
             return releases.collect();
         }
         let bring = |tree: &TreeMove| Step::Bring { tree: tree.clone(), is_copied: self.is_copied };
@@ -173,6 +188,7 @@ impl FinalizeOrder {
         steps.push(Step::Strip { data: data() });
         steps.extend(places.iter().map(|place| Step::Forget { directory: place.clone() }));
         steps.extend(places.iter().map(|place| Step::Sync { directory: place.clone() }));
+        steps.extend(self.trees().map(|tree| Step::Remove { from: tree.from.clone() }));
         steps.extend(releases);
         steps
     }
@@ -200,6 +216,7 @@ impl Step {
                 Ok(forget_origins(directory).map_err(at("forget the origins of", directory))?)
             }
             Self::Sync { directory } => Ok(durable::sync_file_system(directory)?),
+            Self::Remove { from } => Ok(remove(from)?),
             Self::Release { directory } => {
                 match PrivateArea::open(directory)? {
                     Some(area) => area.release()?,
@@ -209,59 +226,6 @@ impl Step {
             }
         }
     }
-}
-
-fn bring(tree: &TreeMove, is_copied: bool, owner: Owner) -> Result<(), FinalizeError> {
-    let TreeMove { from, to } = tree;
-    if !is_there(from) {
-        // Renamed by an earlier attempt.
-        return if is_there(to) { Ok(()) } else { Err(FinalizeError::Missing { path: from.clone() }) };
-    }
-    let area = to.join(private_area::DIRECTORY_NAME);
-    let is_brought = if is_there(&area) { is_there(&area.join(COPIED)) } else { !is_absent_or_empty(to)? };
-    if is_brought {
-        return Ok(());
-    }
-    if let Some(parent) = to.parent() {
-        durable::create_dir_all(parent, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
-    }
-    if !is_copied && !is_there(&area) && rename(from, to)? {
-        return Ok(());
-    }
-    durable::create_dir_all(to, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
-    // From here on, whatever is in it, nothing can start it and an attempt knows it for its own.
-    let area = PrivateArea::create(to, Some(owner))?;
-    clear(to, private_area::DIRECTORY_NAME)?;
-    clear(&area.held_directory(), "")?;
-    copy_tree(from, to, private_area::DIRECTORY_NAME)?;
-    if let Some(held) = PrivateArea::open(from)? {
-        copy_tree(&held.held_directory(), &area.held_directory(), "")?;
-    }
-    durable::sync_file_system(to)?;
-    Ok(durable::write_file(&area.directory().join(COPIED), b"", Create::PRIVATE_FILE)?)
-}
-
-fn bring_wal(from: &Path, data: &Path, is_copied: bool, owner: Owner) -> Result<(), FinalizeError> {
-    let place = data.join("pg_wal");
-    if fs::symlink_metadata(&place).is_ok_and(|found| found.is_dir()) {
-        return Ok(());
-    }
-    let staged = temporary(data)?.join("pg_wal");
-    if is_there(from) {
-        if is_there(&staged) {
-            fs::remove_dir_all(&staged).map_err(at("remove", &staged))?;
-        }
-        if is_copied || !rename(from, &staged)? {
-            durable::create_dir(&staged, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
-            copy_tree(from, &staged, "")?;
-            durable::sync_file_system(&staged)?;
-        }
-    }
-    if !is_there(&staged) {
-        return Err(FinalizeError::Missing { path: from.to_owned() });
-    }
-    durable::remove_file(&place)?;
-    Ok(durable::rename(&staged, &place)?)
 }
 
 fn lead_link(data: &Path, oid: &str, target: &Path, owner: Owner) -> Result<(), FinalizeError> {
@@ -322,20 +286,6 @@ fn temporary(data: &Path) -> Result<PathBuf, FinalizeError> {
     }
 }
 
-/// Renames a directory to a place that is absent or an empty directory; false where a rename does not reach it.
-fn rename(from: &Path, to: &Path) -> Result<bool, FinalizeError> {
-    match fs::rename(from, to) {
-        Ok(()) => {
-            durable::fsync_parent(to)?;
-            durable::fsync_parent(from)?;
-            Ok(true)
-        }
-        // Another file system, or the place is where one is mounted.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EXDEV | libc::EBUSY)) => Ok(false),
-        Err(error) => Err(at("rename a directory to", to)(error).into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -361,6 +311,7 @@ mod tests {
             let area = PrivateArea::create(tree, None).unwrap();
             let (basebackup, manifest_digest) = ("20261120T101500Z-3fa9".into(), "ab12".into());
             area.bind(&Binding { basebackup, manifest_digest, part: "data".into() }).unwrap();
+            fs::write(area.directory().join(private_area::WHOLE_MARK), "").unwrap();
         }
         for (file, text) in [
             (data.join(".walden/held/PG_VERSION"), "15\n"),
@@ -480,6 +431,7 @@ mod tests {
             fs::create_dir_all(&order.data.to).unwrap();
             PrivateArea::create(&order.data.to, None).unwrap()
         };
+        fs::write(area.directory().join("begun"), order.data.from.to_str().unwrap()).unwrap();
         fs::write(area.held_directory().join("PG_VERSION"), "1").unwrap();
         fs::create_dir_all(order.data.to.join("base/1")).unwrap();
         fs::write(order.data.to.join("base/1/1259"), "pg").unwrap();
@@ -521,6 +473,28 @@ mod tests {
             order.carry_out().unwrap();
             assert_eq!(fs::read_to_string(file).unwrap(), "written by a server that runs");
             assert!(order.data.to.join("postmaster.pid").exists());
+        }
+    }
+
+    /// Somebody restores, or runs initdb, where a finalize was to bring its clone that ended before it began.
+    #[test]
+    fn what_came_to_the_place_since_the_order_stays_and_so_does_the_clone() {
+        for is_copied in [false, true] {
+            for file in ["PG_VERSION", ".walden/restore.json", "pg_wal/0"] {
+                let scratch = tempfile::tempdir().unwrap();
+                let order = stopped(scratch.path(), is_copied, false);
+                let somebodys = order.data.to.join(file);
+                fs::create_dir_all(somebodys.parent().unwrap()).unwrap();
+                fs::write(&somebodys, "somebody's").unwrap();
+                let error = order.carry_out().unwrap_err();
+                assert!(matches!(&error, FinalizeError::Taken { path } if *path == order.data.to), "{error}");
+                assert!(!order.has_begun());
+                assert_eq!(content(&order.data.to).iter().filter(|(_, text)| !text.is_empty()).count(), 1);
+                fs::remove_dir_all(&order.data.to).unwrap();
+                order.carry_out().unwrap();
+                assert_is_a_data_directory(&order, &scratch.path().join("to"));
+                assert!(order.has_begun());
+            }
         }
     }
 

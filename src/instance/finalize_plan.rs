@@ -189,8 +189,7 @@ fn place_beneath(folder: &CloneFolder, stand_ins: &[(PathBuf, PathBuf)], target:
 
 /// Returns what a copy takes at each place.
 fn needs(order: &FinalizeOrder) -> Vec<(PathBuf, u64)> {
-    let trees = std::iter::once(&order.data).chain(order.tablespaces.iter().map(|one| &one.tree));
-    let trees = trees.map(|tree| (tree.to.clone(), used_bytes(&tree.from)));
+    let trees = order.trees().map(|tree| (tree.to.clone(), used_bytes(&tree.from)));
     trees.chain([(order.data.to.clone(), used_bytes(&order.wal))]).collect()
 }
 

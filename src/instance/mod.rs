@@ -14,6 +14,7 @@ pub mod finalize_plan;
 pub mod reset;
 pub mod supervise;
 
+mod bring;
 mod clone_mount;
 mod copy_tree;
 pub mod cut_over;

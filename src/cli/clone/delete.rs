@@ -7,6 +7,7 @@ use std::fmt::{self, Write};
 
 use crate::config::KeyPurpose;
 use crate::instance::clone_folder::CloneFolder;
+use crate::instance::finalize_plan::read_order;
 use crate::mount::mounting;
 use crate::repo::lease::Pin;
 
@@ -15,7 +16,7 @@ use super::super::error::CommandError;
 use super::super::output::Report;
 use super::super::text::TextStyle;
 use super::chosen::Chosen;
-use super::refuse_finalizing;
+use super::on_its_way;
 use super::stop::stop;
 
 /// Stops a clone and removes everything of it
@@ -49,7 +50,7 @@ impl CloneDelete {
 
 /// Stops a clone and removes everything of it; returns its name.
 pub(super) fn delete(context: &Context, folder: &CloneFolder) -> Result<String, CommandError> {
-    refuse_finalizing(folder)?;
+    refuse_begun(folder)?;
     context.block_on(async {
         stop(folder).await?;
         end_pin(context, folder).await
@@ -57,6 +58,14 @@ pub(super) fn delete(context: &Context, folder: &CloneFolder) -> Result<String, 
     detach_dead_mount(folder)?;
     folder.remove()?;
     Ok(folder.name().to_owned())
+}
+
+/// Refuses a clone that is on its way to be a data directory, once anything of it is there: it would be lost.
+fn refuse_begun(folder: &CloneFolder) -> Result<(), CommandError> {
+    match read_order(folder)? {
+        Some(order) if order.has_begun() => Err(on_its_way(folder)),
+        _ => Ok(()),
+    }
 }
 
 /// Takes away the mount that a killed supervisor has left, as soon as nobody has anything of it open.

@@ -104,12 +104,13 @@ fn existing(context: &Context, name: &str) -> Result<CloneFolder, CommandError> 
 
 /// Refuses what would undo a clone that is on its way to be a data directory.
 fn refuse_finalizing(folder: &CloneFolder) -> Result<(), CommandError> {
-    if !folder.order_file().exists() {
-        return Ok(());
-    }
+    if folder.order_file().exists() { Err(on_its_way(folder)) } else { Ok(()) }
+}
+
+fn on_its_way(folder: &CloneFolder) -> CommandError {
     let name = folder.name();
-    Err(CommandError::failed(format!("clone \"{name}\" is on its way to be an ordinary data directory"))
-        .hint(format!("\"walden clone finalize {name}\" ends that.")))
+    CommandError::failed(format!("clone \"{name}\" is on its way to be an ordinary data directory"))
+        .hint(format!("\"walden clone finalize {name}\" ends that."))
 }
 
 /// Has the supervisor do something.
