@@ -83,6 +83,9 @@ pub enum SuperviseError {
     /// The control file.
     #[error(transparent)]
     ControlFile(#[from] ControlFileError),
+    /// What the server would change is on its way elsewhere, or there.
+    #[error("the clone is on its way to be an ordinary data directory")]
+    Finalizing,
     /// Something failed after damage was met.
     #[error("{damage}; {error}")]
     Damaged { damage: String, error: Box<SuperviseError> },
@@ -101,7 +104,8 @@ impl SuperviseError {
             | Self::Server(_)
             | Self::Control(_)
             | Self::Prepare { .. }
-            | Self::ControlFile(_) => false,
+            | Self::ControlFile(_)
+            | Self::Finalizing => false,
         }
     }
 }
@@ -125,6 +129,10 @@ pub async fn supervise(
 ) -> Result<(), SuperviseError> {
     let folder = options.folder.clone();
     let _lock = lock(&folder).await?;
+    // Only here: whoever asked for the start looked before, and the order may have come since.
+    if folder.order_file().exists() {
+        return Err(SuperviseError::Finalizing);
+    }
     orphans::adopt();
     let outcome = run(options, terminated).await;
     let last = match &outcome {

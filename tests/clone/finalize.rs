@@ -237,6 +237,10 @@ fn a_finalize_touches_nothing_that_came_to_its_place_since() {
         let refused = clone.walden.try_run(&["clone", command, "late"]).expect_code(1);
         assert!(refused.stderr.contains("on its way to be"), "{}", refused.stderr);
     }
+    // As one that was asked for before the order was there.
+    let late = clone.walden.try_run(&["internal", "serve-clone", "late"]).expect_code(1);
+    assert!(late.stderr.contains("on its way to be"), "{}", late.stderr);
+    assert!(whole.exists() && mounts_below(&folder).is_empty());
     let arguments = ["clone", "finalize", "late", "--to", to.to_str().unwrap()];
     let refused = clone.walden.try_run(&arguments).expect_code(1);
     assert!(refused.stderr.contains("is not an empty directory"), "{}", refused.stderr);

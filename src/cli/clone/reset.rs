@@ -32,6 +32,8 @@ impl CloneReset {
         context.block_on_one_thread(stop(&folder))??;
         {
             let _lock = folder.lock()?;
+            // Between the first look and the lock somebody may have begun to finalize it.
+            refuse_finalizing(&folder)?;
             detach_dead_mount(&folder)?;
             reset::begin(&folder)?;
             reset::complete(&folder, &spec)?;
