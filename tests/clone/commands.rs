@@ -179,8 +179,12 @@ fn a_cut_over_leaves_no_database() {
 
 /// A session that does nothing and goes on until it is killed.
 fn idle_session(sql: &Sql) -> Child {
+    session_of(&sql.connection())
+}
+
+fn session_of(connection: &str) -> Child {
     let mut session = Command::new(program("psql").unwrap());
-    session.arg(sql.connection()).stdin(Stdio::piped()).stdout(Stdio::null());
+    session.arg(connection).stdin(Stdio::piped()).stdout(Stdio::null());
     session.spawn().unwrap()
 }
 
@@ -226,24 +230,47 @@ fn let_expire(clone: &Clone) {
 fn a_clone_that_has_expired_goes_once_nobody_is_connected() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let source = source();
-    let clone = source.clone("brief", &["--expires", "12h"]);
-    assert!(clone.status()["expires_at"].is_string());
-    let text = clone.walden.run(&["clone", "status", "brief"]).stdout;
-    assert!(text.contains("  expires  "), "{text}");
-    let mut session = idle_session(&clone);
-    let sessions = "select count(*) from pg_stat_activity where application_name = 'psql' and state = 'idle'";
-    wait_for("the session to be there", || (clone.sql(sessions) == "1").then_some(()));
-    let_expire(&clone);
-    let log = clone.folder().join("mount.log");
-    wait_for("its end to be put off", || {
-        fs::read_to_string(&log).unwrap().contains("when nobody is connected").then_some(())
+    // Somebody who asks, somebody who follows, and so many that nobody can look who is there.
+    let clones = ["asks", "follows", "fills"].map(|name| {
+        let clone = source.clone(name, &["--expires", "12h"]);
+        assert!(clone.status()["expires_at"].is_string());
+        let text = clone.walden.run(&["clone", "status", name]).stdout;
+        assert!(text.contains("  expires  "), "{text}");
+        let mut sessions = Vec::new();
+        if name == "fills" {
+            clone.sql("alter system set max_connections = 6");
+            clone.run("restart");
+            wait_for("all connections to be taken", || match clone.try_sql("select 1") {
+                Err(error) if error.contains("too many clients") => Some(()),
+                _ => {
+                    sessions.push(session_of(&clone.connection()));
+                    None
+                }
+            });
+        } else {
+            let option = if name == "follows" { "replication=1" } else { "" };
+            sessions.push(session_of(&format!("{} {option}", clone.connection())));
+            let there = "select count(*) from pg_stat_activity where backend_type = 'walsender' \
+                         or application_name = 'psql' and state = 'idle'";
+            wait_for("the session to be there", || (clone.sql(there) == "1").then_some(()));
+        }
+        (clone, sessions)
     });
-    assert_eq!(clone.sql(COUNT), "1000");
-    session.kill().unwrap();
-    session.wait().unwrap();
-    wait_for("the clone to be gone", || (!clone.folder().exists()).then_some(()));
-    assert!(mounts_below(&clone.folder()).is_empty());
-    assert_eq!(source.pins(), (1, 1));
+    clones.iter().for_each(|(clone, _)| let_expire(clone));
+    for (clone, mut sessions) in clones {
+        let log = clone.folder().join("mount.log");
+        wait_for("its end to be put off", || {
+            fs::read_to_string(&log).unwrap().contains("when nobody is connected").then_some(())
+        });
+        assert!(clone.folder().join("clone.json").exists());
+        for session in &mut sessions {
+            session.kill().unwrap();
+            session.wait().unwrap();
+        }
+        wait_for("the clone to be gone", || (!clone.folder().exists()).then_some(()));
+        assert!(mounts_below(&clone.folder()).is_empty());
+    }
+    assert_eq!(source.pins(), (3, 3));
 }
 
 #[test]
