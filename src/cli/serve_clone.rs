@@ -64,7 +64,10 @@ impl ServeClone {
             };
             supervise(options, ends).await.map_err(|error| CommandError::failed(error.to_string()))
         })??;
-        if is_over.get() { delete_over(context, &watched) } else { Ok(()) }
+        if is_over.get() {
+            delete_over(context, &watched)?;
+        }
+        Ok(())
     }
 }
 

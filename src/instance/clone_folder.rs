@@ -12,12 +12,13 @@
 //!                 run/          sockets: PostgreSQL's and the supervisor's
 //!                 server.log, mount.log     finalize.json, while a data directory is made of it
 //! ```
-//! Mode 0700, owned by whom PostgreSQL runs as. The supervisor holds the lock; whoever holds it is alone.
+//! Mode 0700, owned by whom PostgreSQL runs as. Supervisor, reset, finalize or delete holds the lock, and is alone.
 
 use std::error::Error as StdError;
 use std::io;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -164,6 +165,9 @@ pub struct InvalidCloneName(String);
 
 /// Whoever looks whether a clone runs makes it, wherever that is.
 const LOCK_NAME: &str = "lock";
+/// Who only looks is gone after a system call; who holds the lock for a second is at work.
+const LOCK_LOOKS_MAX: u32 = 100;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// Socket paths end at 107 bytes, and the name is part of them.
 const NAME_LEN_MAX: usize = 40;
 
@@ -337,9 +341,24 @@ impl CloneFolder {
         }
     }
 
-    /// Takes the lock that says a supervisor is alive.
+    /// Takes the lock that says a supervisor is alive, or that somebody works on the clone.
     pub fn lock(&self) -> Result<LockFile, disk::Error> {
         LockFile::acquire(&self.lock_file())
+    }
+
+    /// Takes the lock once who only looks whether a supervisor is alive has let it go.
+    ///
+    /// # Errors
+    /// `Locked` where a supervisor, or whoever else works on the clone, holds it.
+    pub async fn lock_to_work(&self) -> Result<LockFile, disk::Error> {
+        let mut looks = 0;
+        loop {
+            match self.lock() {
+                Err(disk::Error::Locked { .. }) if looks < LOCK_LOOKS_MAX => looks += 1,
+                outcome => return outcome,
+            }
+            tokio::time::sleep(LOCK_PAUSE).await;
+        }
     }
 
     /// Writes what the clone is.

@@ -19,7 +19,7 @@ use tokio::task::{JoinError, JoinSet};
 use crate::catalog::RecoveryPlan;
 use crate::catalog::wal_scan::greatest;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
-use crate::disk::{self, LockFile, state_file};
+use crate::disk::{self, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
 use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::cutting_over::CuttingOver;
@@ -110,9 +110,6 @@ impl SuperviseError {
     }
 }
 
-/// Who only looks is gone after a system call; who holds the lock for a second is another supervisor.
-const LOCK_LOOKS_MAX: u32 = 100;
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// A fast stop writes a checkpoint through the mount; after this it is told to end at once.
 const STOP_WAIT: Duration = Duration::from_secs(60);
 /// A recovery that ends for want of the store this often is not helped by starting it again.
@@ -128,7 +125,7 @@ pub async fn supervise(
     terminated: impl Future<Output = ()>,
 ) -> Result<(), SuperviseError> {
     let folder = options.folder.clone();
-    let _lock = lock(&folder).await?;
+    let _lock = folder.lock_to_work().await?;
     // Only here: whoever asked for the start looked before, and the order may have come since.
     if folder.order_file().exists() {
         return Err(SuperviseError::Finalizing);
@@ -149,20 +146,8 @@ pub async fn could_not_open(
     error: &(dyn StdError + Send + Sync + 'static),
     damaged: bool,
 ) -> Result<(), disk::Error> {
-    let _lock = lock(folder).await?;
+    let _lock = folder.lock_to_work().await?;
     folder.write_state(&LastState::failed(error, damaged))
-}
-
-/// Takes the folder's lock, which somebody who looks whether a supervisor is alive holds for a moment.
-async fn lock(folder: &CloneFolder) -> Result<LockFile, disk::Error> {
-    let mut looks = 0;
-    loop {
-        match folder.lock() {
-            Err(disk::Error::Locked { .. }) if looks < LOCK_LOOKS_MAX => looks += 1,
-            outcome => return outcome,
-        }
-        tokio::time::sleep(LOCK_PAUSE).await;
-    }
 }
 
 async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) -> Result<(), SuperviseError> {

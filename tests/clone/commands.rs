@@ -160,6 +160,24 @@ fn a_pattern_means_every_clone_it_matches_and_stop_all_means_all() {
     one.walden.run(&["clone", "stop", "--all"]);
 }
 
+/// What it holds stands in its description: without it the basebackup would be held for ever.
+#[test]
+fn a_clone_whose_description_cannot_be_read_is_not_deleted() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("odd", &["--no-start"]);
+    let file = clone.folder().join("clone.json");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, text.replacen('{', "{ \"of_a_later_release\": 1,", 1)).unwrap();
+    let refused = clone.walden.try_run(&["clone", "delete", "odd"]).expect_code(3);
+    assert!(refused.stderr.contains("which basebackup the clone holds"), "{}", refused.stderr);
+    assert!(clone.folder().join("upper").exists());
+    assert_eq!(source.pins(), (1, 0));
+    fs::write(&file, text).unwrap();
+    clone.run("delete");
+    assert_eq!(source.pins(), (1, 1));
+}
+
 /// It has all sessions of 15 and later open their files again, and is not seen by anybody who looks afterwards.
 #[test]
 fn a_cut_over_leaves_no_database() {

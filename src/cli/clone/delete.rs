@@ -1,11 +1,14 @@
 //! `walden clone delete`: stops a clone, lets go of its basebackup, and removes everything of it.
-//! The pin is ended before the folder goes: a folder without its pin is a clone one can still delete.
+//!
+//! Who removes holds the clone's lock, so that nobody starts or finalizes it meanwhile. The pin is ended before the folder
+//! goes: a folder without its pin is a clone one can still delete.
 
 use clap::Args;
 use serde::Serialize;
 use std::fmt::{self, Write};
 
 use crate::config::KeyPurpose;
+use crate::disk::LockFile;
 use crate::instance::clone_folder::CloneFolder;
 use crate::instance::finalize_plan::read_order;
 use crate::mount::mounting;
@@ -51,13 +54,19 @@ impl CloneDelete {
 /// Stops a clone and removes everything of it; returns its name.
 pub(super) fn delete(context: &Context, folder: &CloneFolder) -> Result<String, CommandError> {
     refuse_begun(folder)?;
-    context.block_on(async {
-        stop(folder).await?;
-        end_pin(context, folder).await
-    })??;
-    detach_dead_mount(folder)?;
-    folder.remove()?;
+    context.block_on_one_thread(stop(folder))??;
+    let lock = context.block_on_one_thread(folder.lock_to_work())??;
+    remove(context, folder, &lock)?;
     Ok(folder.name().to_owned())
+}
+
+/// Removes everything of a clone that does not run, for who holds its lock: what may be done is looked at only now.
+pub(super) fn remove(context: &Context, folder: &CloneFolder, _lock: &LockFile) -> Result<(), CommandError> {
+    refuse_begun(folder)?;
+    // It may be refused, so it comes before anything is given up.
+    detach_dead_mount(folder)?;
+    context.block_on(end_pin(context, folder))??;
+    Ok(folder.remove()?)
 }
 
 /// Refuses a clone that is on its way to be a data directory, once anything of it is there: it would be lost.
@@ -78,8 +87,18 @@ pub(super) fn detach_dead_mount(folder: &CloneFolder) -> Result<(), CommandError
 }
 
 async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
-    // A folder whose description was never written has no pin.
-    let Ok(spec) = folder.read_spec() else { return Ok(()) };
+    let spec = match folder.read_spec() {
+        // A folder whose description was never written has no pin.
+        Err(error) if error.is_not_found() => return Ok(()),
+        read => read.map_err(|error| {
+            CommandError::from(error)
+                .context("it cannot be told which basebackup the clone holds")
+                .hint(format!(
+                    "Delete it with the release of Walden that made it; who removes \"{}\" by hand leaves the basebackup held.",
+                    folder.path().display()
+                ))
+        })?,
+    };
     let Some(pin) = spec.pin else { return Ok(()) };
     let_go(context, &spec.site, &pin).await
 }

@@ -13,7 +13,7 @@ use crate::instance::expiry::is_over;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
-use super::delete::delete;
+use super::delete::remove;
 use super::is_supervised;
 
 /// Deletes every clone of this host that does not run and whose time is over.
@@ -25,7 +25,8 @@ pub(super) fn delete_expired(context: &Context) -> Result<(), CommandError> {
             continue;
         }
         match delete_over(context, &folder) {
-            Ok(()) => tracing::warn!("clone \"{}\" has expired and is deleted", spec.name),
+            Ok(true) => tracing::warn!("clone \"{}\" has expired and is deleted", spec.name),
+            Ok(false) => {}
             Err(error) => {
                 tracing::warn!("clone \"{}\" has expired and stays: {}", spec.name, error.message());
             }
@@ -34,9 +35,14 @@ pub(super) fn delete_expired(context: &Context) -> Result<(), CommandError> {
     Ok(())
 }
 
-/// Deletes a clone whose time is over.
-pub(in crate::cli) fn delete_over(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
-    delete(context, folder).map(drop)
+/// Deletes a clone that does not run and whose time is over; false where somebody has made it last since that was seen.
+pub(in crate::cli) fn delete_over(context: &Context, folder: &CloneFolder) -> Result<bool, CommandError> {
+    let lock = context.block_on_one_thread(folder.lock_to_work())??;
+    if folder.order_file().exists() || !is_over(&folder.read_spec()?, context.clock().now()) {
+        return Ok(false);
+    }
+    remove(context, folder, &lock)?;
+    Ok(true)
 }
 
 /// Refuses to start what would be deleted at once.

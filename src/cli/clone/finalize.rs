@@ -68,7 +68,7 @@ impl CloneFinalize {
             check_place(&folder, self.to.as_deref())?;
             context.block_on(make_whole(context, &folder))??;
         }
-        let _lock = folder.lock()?;
+        let _lock = context.block_on_one_thread(folder.lock_to_work())??;
         let order = match read_order(&folder)? {
             Some(order) => self.check_same(order)?,
             None => self.order(context, &folder)?,

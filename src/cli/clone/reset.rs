@@ -31,7 +31,7 @@ impl CloneReset {
         let spec = folder.read_spec()?;
         context.block_on_one_thread(stop(&folder))??;
         {
-            let _lock = folder.lock()?;
+            let _lock = context.block_on_one_thread(folder.lock_to_work())??;
             // Between the first look and the lock somebody may have begun to finalize it.
             refuse_finalizing(&folder)?;
             detach_dead_mount(&folder)?;
