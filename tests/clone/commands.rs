@@ -280,7 +280,11 @@ fn a_clone_that_has_expired_goes_once_nobody_is_connected() {
         wait_for("its end to be put off", || {
             fs::read_to_string(&log).unwrap().contains("when nobody is connected").then_some(())
         });
-        assert!(clone.folder().join("clone.json").exists());
+        for command in ["restart", "reset"] {
+            let refused = clone.walden.try_run(&["clone", command, &clone.name]).expect_code(1);
+            assert!(refused.stderr.contains("has expired"), "{}", refused.stderr);
+        }
+        assert_eq!(clone.state(), "running");
         for session in &mut sessions {
             session.kill().unwrap();
             session.wait().unwrap();

@@ -8,6 +8,7 @@ use crate::instance::reset;
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::delete::detach_dead_mount;
+use super::expired::refuse_over;
 use super::start::start_and_tell;
 use super::status::StatusReport;
 use super::stop::stop;
@@ -27,7 +28,9 @@ pub(super) struct CloneReset {
 impl CloneReset {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let folder = existing(context, &self.name)?;
+        // What could not be started again is not taken from those who use it.
         refuse_finalizing(&folder)?;
+        refuse_over(context, &folder)?;
         let spec = folder.read_spec()?;
         context.block_on_one_thread(stop(&folder))??;
         {

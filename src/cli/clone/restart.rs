@@ -6,6 +6,8 @@ use clap::Args;
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::chosen::Chosen;
+use super::expired::refuse_over;
+use super::refuse_finalizing;
 use super::start::start_and_tell;
 use super::stop::stop;
 
@@ -20,6 +22,9 @@ impl CloneRestart {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let chosen = Chosen::find(context, &self.name)?;
         let restarted = chosen.each("restarted", |folder| {
+            // What could not be started again is not taken from those who use it.
+            refuse_finalizing(folder)?;
+            refuse_over(context, folder)?;
             context.block_on_one_thread(stop(folder))??;
             start_and_tell(context, folder)
         })?;
