@@ -23,7 +23,7 @@ use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner, PrivateArea, clone_marker, private_area};
 use crate::instance::bring::{bring, bring_wal, is_copy_of};
 use crate::instance::isolation::config_files;
-use crate::instance::native_settings::{AUTO_CONF, HBA_FILE, IDENT_FILE, with_block};
+use crate::instance::native_settings::{AUTO_CONF, CONF, HBA_FILE, IDENT_FILE, naming_itself, with_block};
 use crate::instance::places::{at, is_there, remove};
 use crate::mount::upper::forget_origins;
 use crate::repo::lease::Pin;
@@ -258,14 +258,21 @@ fn configure(data: &Path, order: &FinalizeOrder) -> Result<(), FinalizeError> {
             durable::write_file(&data.join(own), text.as_bytes(), create)?;
         }
     }
+    let file = data.join(CONF);
+    if let Some(text) = naming_itself(&read_if_there(&file)?, data) {
+        durable::write_file(&file, &text, create)?;
+    }
     let file = data.join(AUTO_CONF);
-    let text = match fs::read(&file) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(at("read", &file)(error).into()),
-    };
-    let text = with_block(&text, &order.settings, order.is_adopted);
+    let text = with_block(&read_if_there(&file)?, &order.settings, order.is_adopted);
     Ok(durable::write_file(&file, &text, create)?)
+}
+
+/// Reads a configuration file; one that is not there says nothing.
+fn read_if_there(file: &Path) -> Result<Vec<u8>, disk::Error> {
+    match fs::read(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(at("read", file)),
+    }
 }
 
 /// Removes what only a clone has; one that may not archive keeps its marker, which is what says so.

@@ -35,7 +35,7 @@ pub fn plan_order(
         name: spec.name.clone(),
         site: spec.site.clone(),
         owner: spec.owner,
-        settings: native_settings(&folder.read_settings(), &place, adoption),
+        settings: native_settings(&folder.read_settings(), &place, spec.major, adoption),
         data: TreeMove { from: data, to: place },
         wal: folder.pg_wal(),
         tablespaces,

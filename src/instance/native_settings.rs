@@ -1,4 +1,5 @@
-//! What a clone's server is told once it is an ordinary data directory: a marked block in `postgresql.auto.conf`.
+//! What a clone's server is told once it is an ordinary data directory: a marked block in `postgresql.auto.conf`, and in
+//! `postgresql.conf` where that may name another data directory, which `postgresql.auto.conf` cannot.
 //!
 //! Pure: the clone's settings in, text out. Left as a clone it stays as private as it was, by the settings that its
 //! command line had; adopted, the source's own configuration holds again, and it archives. What was of the mount, of
@@ -19,6 +20,8 @@ pub enum Adoption<'a> {
     Received,
 }
 
+/// The file the server reads first, by which it learns where its data directory is.
+pub(super) const CONF: &str = "postgresql.conf";
 /// The file the server reads after all others.
 pub(super) const AUTO_CONF: &str = "postgresql.auto.conf";
 /// Who may connect, in place of the source's file.
@@ -65,10 +68,14 @@ const PRIVATE: [&str; 26] = [
     "promote_trigger_file",
 ];
 
+/// The last major version that has a directory of temporary statistics, which packages put outside the data directory.
+const STATS_DIRECTORY_MAJOR_MAX: u32 = 14;
+
 /// Returns the settings of the data directory at `data`.
 pub(super) fn native_settings(
     clone: &[CloneSetting],
     data: &Path,
+    major: u32,
     adoption: Adoption<'_>,
 ) -> Vec<(String, String)> {
     let of_clone = |names: &[&str]| -> Vec<(String, String)> {
@@ -89,26 +96,48 @@ pub(super) fn native_settings(
             settings.push(("ident_file".to_owned(), own(IDENT_FILE)));
             settings.push(("unix_socket_directories".to_owned(), data.display().to_string()));
             settings.push(("external_pid_file".to_owned(), own("postmaster.external.pid")));
+            if major <= STATS_DIRECTORY_MAJOR_MAX {
+                settings.push(("stats_temp_directory".to_owned(), "pg_stat_tmp".to_owned()));
+            }
         }
     }
     settings
 }
 
-/// Returns the file with the settings in a marked block at its end, where the last line of a name wins.
+/// Returns `postgresql.auto.conf` with the settings in a marked block at its end, where the last line of a name wins.
 pub(super) fn with_block(file: &[u8], settings: &[(String, String)], is_adopted: bool) -> Vec<u8> {
-    let mut block = without_block(file);
-    if block.is_empty() {
-        block.extend_from_slice(HEAD.as_bytes());
-    }
-    if block.last().is_some_and(|byte| *byte != b'\n') {
-        block.push(b'\n');
-    }
     let advice = if is_adopted {
         "# This data directory was a clone and archives now.\n"
     } else {
         "# This data directory was a clone and is as private as it was. To have the source's own settings again, remove\n\
          # these lines; while walden.clone is here, it must not archive.\n"
     };
+    marked(file, HEAD, advice, settings)
+}
+
+/// Returns `postgresql.conf` with a block that names its own data directory, where it names one, or a file that it includes
+/// may: a server that is started on this one would otherwise run on that. Nothing where it needs none, so that the
+/// directory can be moved.
+pub(super) fn naming_itself(file: &[u8], data: &Path) -> Option<Vec<u8>> {
+    let text = without_block(file);
+    let text = String::from_utf8_lossy(&text);
+    let names = |line: &str| {
+        let line = line.trim_start().to_ascii_lowercase();
+        line.starts_with("data_directory") || line.starts_with("include")
+    };
+    let advice = "# This data directory was a clone; the source's own stands further up.\n";
+    let own = [("data_directory".to_owned(), data.display().to_string())];
+    text.lines().any(names).then(|| marked(file, "", advice, &own))
+}
+
+fn marked(file: &[u8], head: &str, advice: &str, settings: &[(String, String)]) -> Vec<u8> {
+    let mut block = without_block(file);
+    if block.is_empty() {
+        block.extend_from_slice(head.as_bytes());
+    }
+    if block.last().is_some_and(|byte| *byte != b'\n') {
+        block.push(b'\n');
+    }
     block.extend_from_slice(format!("{BEGIN}\n{advice}").as_bytes());
     for (name, value) in settings {
         let quoted = value.replace('\\', r"\\").replace('\'', "''");
@@ -159,7 +188,7 @@ mod tests {
 
     #[test]
     fn one_that_is_not_adopted_reaches_no_further_than_it_did() {
-        let settings = native_settings(&clone(), Path::new("/srv/one"), Adoption::Private);
+        let settings = native_settings(&clone(), Path::new("/srv/one"), 15, Adoption::Private);
         assert_eq!(value(&settings, "archive_mode"), Some("off"));
         assert_eq!(value(&settings, "archive_command"), Some(""));
         assert_eq!(value(&settings, "listen_addresses"), Some(""));
@@ -168,16 +197,33 @@ mod tests {
         for gone in ["config_file", "restart_after_crash", "restore_command", "recovery_target_timeline"] {
             assert_eq!(value(&settings, gone), None, "{gone}");
         }
+        let old = native_settings(&clone(), Path::new("/srv/one"), 14, Adoption::Private);
+        assert_eq!(value(&old, "stats_temp_directory"), Some("pg_stat_tmp"));
+        assert_eq!(value(&settings, "stats_temp_directory"), None, "15 does not know it");
+    }
+
+    #[test]
+    fn a_directory_that_may_name_another_names_itself_last() {
+        for text in ["data_directory = '/source'", "  Data_Directory '/source'\n", "include_dir 'conf.d'\n"] {
+            let named = naming_itself(text.as_bytes(), Path::new("/srv/it's")).unwrap();
+            assert_eq!(naming_itself(&named, Path::new("/srv/it's")).as_ref(), Some(&named));
+            let named = String::from_utf8(named).unwrap();
+            let last = "data_directory = '/srv/it''s'\n# END walden clone finalize\n";
+            assert!(named.starts_with(text) && named.ends_with(last), "{named}");
+        }
+        for text in ["", "#data_directory = 'ConfigDir'\n#include = ''\nport = 5433\n"] {
+            assert_eq!(naming_itself(text.as_bytes(), Path::new("/srv/one")), None);
+        }
     }
 
     #[test]
     fn an_adopted_one_archives_and_keeps_only_what_its_data_needs() {
         let adoption = Adoption::Archives("walden wal push \"%p\"");
-        let settings = native_settings(&clone(), Path::new("/srv/one"), adoption);
+        let settings = native_settings(&clone(), Path::new("/srv/one"), 15, adoption);
         let names: Vec<&str> = settings.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["max_prepared_transactions", "archive_mode", "archive_command"]);
         assert_eq!(value(&settings, "archive_mode"), Some("on"));
-        let received = native_settings(&clone(), Path::new("/srv/one"), Adoption::Received);
+        let received = native_settings(&clone(), Path::new("/srv/one"), 15, Adoption::Received);
         assert_eq!(value(&received, "archive_mode"), None);
         assert_eq!(value(&received, "max_prepared_transactions"), Some("7"));
     }

@@ -41,9 +41,12 @@ impl Drop for Native {
     }
 }
 
-/// A source with tablespaces from before its basebackup and from after it.
+/// A source with tablespaces from before its basebackup and from after it, whose own file says where its data is.
 fn source() -> Source {
     let source = Source::start(Options::default().setting("autovacuum", "off"));
+    let conf = source.data_directory().join("postgresql.conf");
+    let own = format!("\ndata_directory = '{}'\n", source.data_directory().display());
+    fs::write(&conf, fs::read_to_string(&conf).unwrap() + &own).unwrap();
     let folders = ["before", "after"].map(|name| source.scratch().folder(name));
     source.sql(&format!("create tablespace before location '{}'", folders[0].display()));
     source
@@ -100,6 +103,7 @@ fn a_finalized_clone_starts_natively_with_everything_it_held() {
     let native = Native::start(&data, &data, clone.port);
     expected.assert_same(&Checksums::of(&native.sql));
     assert_eq!(native.sql.sql("select count(*) from pg_database where datname like 'walden%'"), "0");
+    assert_eq!(native.sql.sql("show data_directory"), data.display().to_string(), "not the source's");
     assert_eq!(native.sql.sql("show archive_mode"), "off");
     assert_eq!(native.sql.sql("show listen_addresses"), "");
     let places = native.sql.sql("select pg_tablespace_location(oid) from pg_tablespace where oid > 16000");
