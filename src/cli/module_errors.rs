@@ -79,6 +79,7 @@ impl From<FinalizeError> for CommandError {
             FinalizeError::Missing { .. }
             | FinalizeError::Taken { .. }
             | FinalizeError::Inside { .. }
+            | FinalizeError::NotPrivate { .. }
             | FinalizeError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
         }
     }

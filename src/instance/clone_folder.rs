@@ -386,9 +386,9 @@ impl CloneFolder {
         write_json(&self.settings_file(), &settings, "the settings of a clone")
     }
 
-    /// Returns what the server was told last; nothing before its first start.
-    pub fn read_settings(&self) -> Vec<CloneSetting> {
-        state_file::read_document(&self.settings_file(), "the settings of a clone").unwrap_or_default()
+    /// Returns what the server was told last; before its first start there is no such file.
+    pub fn read_settings(&self) -> Result<Vec<CloneSetting>, disk::Error> {
+        state_file::read_document(&self.settings_file(), "the settings of a clone")
     }
 
     /// Remembers how much of the basebackup is local.

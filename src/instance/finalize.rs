@@ -95,6 +95,9 @@ pub enum FinalizeError {
     /// The copy does not fit.
     #[error(transparent)]
     Space(#[from] restore::Error),
+    /// What keeps it from reaching outside is not known.
+    #[error("the clone's settings do not say of \"{setting}\" what keeps a data directory private")]
+    NotPrivate { setting: &'static str },
     /// Sockets of one that stays private are in the data directory.
     #[error("the path of the socket, \"{}\", is longer than a socket's may be", .0.display())]
     SocketPath(PathBuf),
@@ -114,6 +117,7 @@ impl FinalizeError {
             Self::Inside { .. } => {
                 "Name a place elsewhere, or leave --to out to have it in the folder of the clone.".to_owned()
             }
+            Self::NotPrivate { .. } => "\"walden clone restart\" writes them down anew.".to_owned(),
             Self::SocketPath(_) => "Name a shorter path with --to.".to_owned(),
         })
     }

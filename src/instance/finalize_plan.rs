@@ -14,7 +14,7 @@ use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_jso
 use crate::instance::finalize::{FinalizeError, FinalizeOrder, TablespaceMove, TreeMove};
 use crate::instance::isolation::socket_path;
 pub use crate::instance::native_settings::Adoption;
-use crate::instance::native_settings::native_settings;
+use crate::instance::native_settings::{native_settings, not_private};
 use crate::instance::places::{at, device_of, is_absent_or_empty, remove};
 use crate::mount::mounting;
 use crate::restore::target::{check_space, resolve, used_bytes};
@@ -29,13 +29,17 @@ pub fn plan_order(
     let (data, place) = (folder.upper().join("data"), place_of(folder, to)?);
     check_whole(folder, &data)?;
     let tablespaces = tablespaces(folder, spec, &data, &place)?;
+    let told = folder.read_settings()?;
+    if let Some(setting) = not_private(&told).filter(|_| adoption == Adoption::Private) {
+        return Err(FinalizeError::NotPrivate { setting });
+    }
     let is_copied = device_of(&data)? != device_of(&place)? || mounting::is_mount_point(&place);
     let order = FinalizeOrder {
         format: 1,
         name: spec.name.clone(),
         site: spec.site.clone(),
         owner: spec.owner,
-        settings: native_settings(&folder.read_settings(), &place, spec.major, adoption),
+        settings: native_settings(&told, &place, spec.major, adoption),
         data: TreeMove { from: data, to: place },
         wal: folder.pg_wal(),
         tablespaces,

@@ -68,8 +68,23 @@ const PRIVATE: [&str; 26] = [
     "promote_trigger_file",
 ];
 
+/// What must be known of a clone's server before it is called private.
+const HARMLESS: [(&str, &str); 4] = [
+    ("archive_mode", "off"),
+    ("archive_command", ""),
+    ("listen_addresses", ""),
+    ("max_logical_replication_workers", "0"),
+];
+
 /// The last major version that has a directory of temporary statistics, which packages put outside the data directory.
 const STATS_DIRECTORY_MAJOR_MAX: u32 = 14;
+
+/// Returns the first setting without which a data directory is not private, and which is not among the clone's.
+pub(super) fn not_private(clone: &[CloneSetting]) -> Option<&'static str> {
+    let is_set =
+        |(name, value): (&str, &str)| clone.iter().any(|set| (&*set.name, &*set.value) == (name, value));
+    HARMLESS.into_iter().find(|wanted| !is_set(*wanted)).map(|(name, _)| name)
+}
 
 /// Returns the settings of the data directory at `data`.
 pub(super) fn native_settings(
@@ -171,6 +186,7 @@ mod tests {
             ("recovery_target_timeline", "1"),
             ("max_prepared_transactions", "7"),
             ("listen_addresses", ""),
+            ("max_logical_replication_workers", "0"),
         ];
         let setting = |(name, value): (&str, &str)| CloneSetting {
             name: name.to_owned(),
@@ -200,6 +216,19 @@ mod tests {
         let old = native_settings(&clone(), Path::new("/srv/one"), 14, Adoption::Private);
         assert_eq!(value(&old, "stats_temp_directory"), Some("pg_stat_tmp"));
         assert_eq!(value(&settings, "stats_temp_directory"), None, "15 does not know it");
+    }
+
+    #[test]
+    fn what_says_nothing_of_the_archive_or_the_network_is_not_private() {
+        assert_eq!(not_private(&clone()), None);
+        assert_eq!(not_private(&[]), Some("archive_mode"));
+        for (name, _) in HARMLESS {
+            let without: Vec<_> = clone().into_iter().filter(|setting| setting.name != name).collect();
+            assert_eq!(not_private(&without), Some(name));
+            let mut other = clone();
+            other.iter_mut().filter(|set| set.name == name).for_each(|set| set.value = "on".to_owned());
+            assert_eq!(not_private(&other), Some(name));
+        }
     }
 
     #[test]

@@ -423,7 +423,7 @@ pub fn resting_status(folder: &CloneFolder, spec: &CloneSpec, last: &LastState) 
         server_pid: None,
         warnings: spec.warnings.clone(),
         expires_at: spec.expires_at,
-        settings: folder.read_settings(),
+        settings: folder.read_settings().unwrap_or_default(),
         hydrated_bytes: last_hydration.hydrated_bytes,
         total_bytes: last_hydration.total_bytes,
         hydration: hydration::resting_status(spec, &last_hydration),
