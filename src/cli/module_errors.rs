@@ -9,6 +9,7 @@ use crate::codec;
 use crate::config;
 use crate::control;
 use crate::disk;
+use crate::instance::adoption::AdoptionError;
 use crate::instance::create::CreateError;
 use crate::instance::finalize::FinalizeError;
 use crate::replication;
@@ -81,6 +82,20 @@ impl From<FinalizeError> for CommandError {
             | FinalizeError::Inside { .. }
             | FinalizeError::NotPrivate { .. }
             | FinalizeError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
+        }
+    }
+}
+
+impl From<AdoptionError> for CommandError {
+    fn from(error: AdoptionError) -> Self {
+        let hint = error.hint().map(str::to_owned);
+        match error {
+            AdoptionError::Repository(error) => error.into(),
+            AdoptionError::Disk(error) => error.into(),
+            AdoptionError::History(_)
+            | AdoptionError::NoHistory { .. }
+            | AdoptionError::Taken { .. }
+            | AdoptionError::OtherBranch { .. } => Self::of_module(ExitKind::Failed, error, hint),
         }
     }
 }

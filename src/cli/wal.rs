@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -209,17 +209,6 @@ impl WalPush {
             created: archived == Archived::Created,
             left_out: false,
         }))
-    }
-}
-
-/// Archives one file into a site for another command, however much WAL waits.
-pub(super) fn push_one(context: &Context, site: &str, path: &Path) -> Result<(), CommandError> {
-    let site = context.config()?.site(Some(site))?;
-    let push = WalPush { path: path.to_owned(), force: false };
-    match push.push_alone(context, site, &QueueLimit::none(context, site, path))? {
-        Ok(_) => Ok(()),
-        // There is no limit that it could be over.
-        Err(_) => Err(CommandError::failed(format!("\"{}\" was left out", path.display()))),
     }
 }
 

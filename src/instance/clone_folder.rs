@@ -280,6 +280,11 @@ impl CloneFolder {
         self.path.join("finalize.json")
     }
 
+    /// Returns where it stands which timeline history the clone has put into the archive.
+    pub fn claim_file(&self) -> PathBuf {
+        self.path.join("claimed.history")
+    }
+
     /// Returns where the data directory is that was made of the clone, where no other place was named.
     pub fn finalized_data(&self) -> PathBuf {
         self.path.join("data")

@@ -5,6 +5,7 @@
 //! network of the source (`isolation`, `launch`). It ends by being deleted, or as an ordinary data directory
 //! (`finalize`).
 
+pub mod adoption;
 pub mod clone_folder;
 pub mod create;
 pub mod duplicate;

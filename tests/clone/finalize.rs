@@ -295,13 +295,19 @@ fn an_adopted_clone_archives_into_its_site_and_can_be_backed_up() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let mut source = source();
     let port = source.port;
-    let clone = source.clone("heir", &[]);
+    let (clone, rival) = (source.clone("heir", &[]), source.clone("rival", &[]));
     let expected = change(&clone);
     source.cluster.stop(Stop::Fast);
     let to = source.scratch().path().join("heir");
     let report = clone.walden.json(&["clone", "finalize", "heir", "--adopt", "--to", to.to_str().unwrap()]);
     assert_eq!(report["adopted"], true);
     assert!(!to.join("walden.clone").exists());
+    // Both came onto timeline 2, and there can be one server on it.
+    let refused = rival.walden.try_run(&["clone", "finalize", "rival", "--adopt"]).expect_code(1);
+    assert!(refused.stderr.contains("timeline 2, which the clone is on"), "{}", refused.stderr);
+    rival.run("start");
+    assert_eq!(rival.sql("select count(*) from kept"), "50000");
+    rival.run("delete");
     // The source's own configuration holds again: its port, and sockets where this build has them.
     let run = source.scratch().folder("heir-run");
     let conf = to.join("postgresql.conf");

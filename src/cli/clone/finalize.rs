@@ -12,15 +12,15 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 
-use crate::config::WalSource;
+use crate::config::{KeyPurpose, WalSource};
 use crate::control::{self, HydrationState, Reply, Request};
+use crate::instance::adoption::claim_timeline;
 use crate::instance::clone_folder::{CloneFolder, HydrateSpec};
 use crate::instance::finalize::FinalizeOrder;
 use crate::instance::finalize_plan::{
     Adoption, check_place, clear_folder, plan_order, read_order, write_order,
 };
 use crate::monitor::{Progress, Task};
-use crate::pg::ArchiveFileName;
 use crate::restore::target::resolve;
 
 use super::super::context::Context;
@@ -28,7 +28,6 @@ use super::super::error::CommandError;
 use super::super::output::Report;
 use super::super::site::archive_command;
 use super::super::text::TextStyle;
-use super::super::wal::push_one;
 use super::delete::{detach_dead_mount, let_go};
 use super::start::{HandedOver, start};
 use super::stop::{stop, wait_for_end};
@@ -77,11 +76,8 @@ impl CloneFinalize {
         if let Some(pin) = &order.pin {
             context.block_on_one_thread(let_go(context, &order.site, pin))??;
         }
-        // Also where it cannot be archived: the directory is whole, and the history stands in it.
-        let archived = archive_histories(context, &order);
         clear_folder(&folder, &order)?;
         context.end_progress();
-        archived?;
         context.output.print(&Finalized::of(&order))
     }
 
@@ -97,6 +93,13 @@ impl CloneFinalize {
             (true, WalSource::Receive) => Adoption::Received,
         };
         let order = plan_order(folder, &spec, self.to.as_deref(), adoption)?;
+        if order.is_adopted {
+            // What cannot be archived later is to be known while it is a clone still.
+            context.block_on(async {
+                let repository = context.open_repository(site, KeyPurpose::Write).await?;
+                Ok::<_, CommandError>(claim_timeline(&repository, spec.cluster, folder).await?)
+            })??;
+        }
         write_order(folder, &order)?;
         Ok(order)
     }
@@ -185,35 +188,6 @@ impl Hydration<'_> {
         self.shown = self.shown.max(status.hydrated_bytes);
         Ok(())
     }
-}
-
-/// Archives the histories of an adopted cluster's timelines: the server itself does so only where it archived when it
-/// began them.
-fn archive_histories(context: &Context, order: &FinalizeOrder) -> Result<(), CommandError> {
-    if !order.is_adopted {
-        return Ok(());
-    }
-    let wal = order.data.to.join("pg_wal");
-    let failed = |error: std::io::Error| {
-        CommandError::failed(format!("could not list \"{}\": {error}", wal.display()))
-    };
-    for entry in std::fs::read_dir(&wal).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).map(str::parse::<ArchiveFileName>);
-        if !matches!(name, Some(Ok(ArchiveFileName::History(_)))) {
-            continue;
-        }
-        push_one(context, &order.site, &path).map_err(|error| {
-            let place = order.data.to.display();
-            error
-                .context(format!("\"{place}\" is a data directory, and its history is not in the archive"))
-                .hint(format!(
-                    "\"walden wal push '{}'\" archives it; without it the archive does not say where its WAL began.",
-                    path.display()
-                ))
-        })?;
-    }
-    Ok(())
 }
 
 impl Finalized {
