@@ -81,6 +81,8 @@ impl From<FinalizeError> for CommandError {
             | FinalizeError::Taken { .. }
             | FinalizeError::Inside { .. }
             | FinalizeError::NotPrivate { .. }
+            | FinalizeError::Strange { .. }
+            | FinalizeError::Author { .. }
             | FinalizeError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
         }
     }

@@ -260,6 +260,11 @@ impl CloneFolder {
         self.path.join("run")
     }
 
+    /// Returns where the clone's server may write: not what the supervisor and the commands go by, nor beneath the mount.
+    pub fn writable(&self) -> Vec<PathBuf> {
+        vec![self.mount_point(), self.pg_wal(), self.stand_ins(), self.run()]
+    }
+
     /// Returns the supervisor's socket.
     pub fn control_socket(&self) -> PathBuf {
         self.run().join("walden.sock")

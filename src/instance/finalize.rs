@@ -13,7 +13,6 @@
 //! supervisor's, the order (`finalize_plan`), the way of a tree (`bring`), and the pin, which is the store's.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -24,7 +23,7 @@ use crate::disk::{self, Owner, PrivateArea, clone_marker, private_area};
 use crate::instance::bring::{bring, bring_wal, is_copy_of};
 use crate::instance::isolation::config_files;
 use crate::instance::native_settings::{AUTO_CONF, CONF, HBA_FILE, IDENT_FILE, naming_itself, with_block};
-use crate::instance::places::{at, is_there, remove};
+use crate::instance::places::{at, is_plain_file, is_there, read_plain, remove};
 use crate::mount::upper::forget_origins;
 use crate::repo::lease::Pin;
 use crate::restore;
@@ -95,6 +94,12 @@ pub enum FinalizeError {
     /// The copy does not fit.
     #[error(transparent)]
     Space(#[from] restore::Error),
+    /// Something else is to be moved or removed than what a clone has.
+    #[error("\"{}\" is not in the folder of the clone itself, or a link leads there", path.display())]
+    Strange { path: PathBuf },
+    /// Somebody else has written what is to be done.
+    #[error("\"{}\" was written by user {}", path.display(), author.user())]
+    Author { path: PathBuf, author: Owner },
     /// What keeps it from reaching outside is not known.
     #[error("the clone's settings do not say of \"{setting}\" what keeps a data directory private")]
     NotPrivate { setting: &'static str },
@@ -117,6 +122,8 @@ impl FinalizeError {
             Self::Inside { .. } => {
                 "Name a place elsewhere, or leave --to out to have it in the folder of the clone.".to_owned()
             }
+            Self::Strange { .. } => return None,
+            Self::Author { .. } => "Call it as the user who began it.".to_owned(),
             Self::NotPrivate { .. } => "\"walden clone restart\" writes them down anew.".to_owned(),
             Self::SocketPath(_) => "Name a shorter path with --to.".to_owned(),
         })
@@ -249,7 +256,8 @@ fn configure(data: &Path, order: &FinalizeOrder) -> Result<(), FinalizeError> {
     for (name, text) in config_files(&order.name) {
         // Those of a Debian cluster are elsewhere, and the server does not start without.
         let file = data.join(name);
-        if !is_there(&file) {
+        // A link leads to the source's own, which names the source's directory.
+        if !is_there(&file) || name == CONF && !is_plain_file(&file) {
             // Nobody is let in without a word where the socket is not in a folder of the owner's.
             durable::write_file(&file, text.replace("trust", "peer").as_bytes(), create)?;
         }
@@ -263,20 +271,12 @@ fn configure(data: &Path, order: &FinalizeOrder) -> Result<(), FinalizeError> {
         }
     }
     let file = data.join(CONF);
-    if let Some(text) = naming_itself(&read_if_there(&file)?, data) {
+    if let Some(text) = naming_itself(&read_plain(&file)?, data) {
         durable::write_file(&file, &text, create)?;
     }
     let file = data.join(AUTO_CONF);
-    let text = with_block(&read_if_there(&file)?, &order.settings, order.is_adopted);
+    let text = with_block(&read_plain(&file)?, &order.settings, order.is_adopted);
     Ok(durable::write_file(&file, &text, create)?)
-}
-
-/// Reads a configuration file; one that is not there says nothing.
-fn read_if_there(file: &Path) -> Result<Vec<u8>, disk::Error> {
-    match fs::read(file) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        read => read.map_err(at("read", file)),
-    }
 }
 
 /// Removes what only a clone has; one that may not archive keeps its marker, which is what says so.
@@ -517,6 +517,25 @@ mod tests {
         let error = order.carry_out().unwrap_err();
         assert!(matches!(&error, FinalizeError::Missing { path } if *path == order.wal), "{error}");
         assert!(!order.data.to.join("PG_VERSION").exists());
+    }
+
+    /// The server that wrote them may have been anybody's.
+    #[test]
+    fn links_in_place_of_configuration_are_not_followed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let order = stopped(scratch.path(), false, false);
+        let secret = scratch.path().join("secret");
+        fs::write(&secret, "data_directory = '/secret'\n").unwrap();
+        for name in [AUTO_CONF, CONF] {
+            fs::remove_file(order.data.from.join(name)).unwrap();
+            symlink(&secret, order.data.from.join(name)).unwrap();
+        }
+        order.carry_out().unwrap();
+        for name in [AUTO_CONF, CONF] {
+            let file = order.data.to.join(name);
+            assert!(is_plain_file(&file) && !fs::read_to_string(file).unwrap().contains("secret"), "{name}");
+        }
+        assert_eq!(fs::read_to_string(secret).unwrap(), "data_directory = '/secret'\n");
     }
 
     #[test]

@@ -6,16 +6,16 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::control::CloneState;
-use crate::disk::{self, durable, private_area, state_file};
+use crate::disk::{self, Owner, durable, private_area, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
 use crate::instance::finalize::{FinalizeError, FinalizeOrder, TablespaceMove, TreeMove};
 use crate::instance::isolation::socket_path;
 pub use crate::instance::native_settings::Adoption;
 use crate::instance::native_settings::{native_settings, not_private};
-use crate::instance::places::{at, device_of, is_absent_or_empty, remove};
+use crate::instance::places::{at, device_of, is_absent_or_empty, is_there, remove};
 use crate::mount::mounting;
 use crate::restore::target::{check_space, resolve, used_bytes};
 
@@ -47,6 +47,7 @@ pub fn plan_order(
         is_copied,
         pin: spec.pin.clone(),
     };
+    check_own(folder, &order)?;
     for place in order.places() {
         if !is_absent_or_empty(place)? {
             return Err(FinalizeError::Taken { path: place.to_owned() });
@@ -75,11 +76,38 @@ pub fn write_order(folder: &CloneFolder, order: &FinalizeOrder) -> Result<(), di
 }
 
 /// Returns the order that was written, if one was.
-pub fn read_order(folder: &CloneFolder) -> Result<Option<FinalizeOrder>, disk::Error> {
-    match state_file::read_document(&folder.order_file(), "the order to finalize a clone") {
-        Err(error) if error.is_not_found() => Ok(None),
-        read => read.map(Some),
+///
+/// # Errors
+/// `Author` where somebody else than the caller has written it, `Strange` where it is not of this clone alone.
+pub fn read_order(folder: &CloneFolder) -> Result<Option<FinalizeOrder>, FinalizeError> {
+    let path = folder.order_file();
+    let (order, author) = match state_file::read_owned_document(&path, "the order to finalize a clone") {
+        Err(error) if error.is_not_found() => return Ok(None),
+        read => read?,
+    };
+    if author.uid != Owner::current().uid {
+        return Err(FinalizeError::Author { path, author });
     }
+    check_own(folder, &order)?;
+    Ok(Some(order))
+}
+
+/// Refuses to move or remove anything but what is in the clone's folder, on its own path: whose server ran there may have
+/// put links in the way, for root to follow.
+fn check_own(folder: &CloneFolder, order: &FinalizeOrder) -> Result<(), FinalizeError> {
+    let real = folder.path().canonicalize().map_err(at("resolve", folder.path()))?;
+    for path in order.trees().map(|tree| &tree.from).chain([&order.wal]) {
+        let strange = || FinalizeError::Strange { path: path.clone() };
+        let rest = path.strip_prefix(folder.path()).map_err(|_| strange())?;
+        if rest.components().any(|part| part == Component::ParentDir) {
+            return Err(strange());
+        }
+        // What is not there was brought already.
+        if is_there(path) && path.canonicalize().ok() != Some(real.join(rest)) {
+            return Err(strange());
+        }
+    }
+    Ok(())
 }
 
 /// Removes what is left of the clone's folder once its order has been carried out.
@@ -129,8 +157,9 @@ fn check_whole(folder: &CloneFolder, data: &Path) -> Result<(), FinalizeError> {
     let held = data.join(private_area::DIRECTORY_NAME).join("held");
     let held = private_area::HELD_BACK.map(|(_, name)| held.join(name));
     let directories = ["base", "global", "pg_xact", "pg_tblspc"].map(|name| data.join(name));
-    let mut all = held.into_iter().chain(directories).chain([folder.pg_wal()]);
-    if let Some(path) = all.find(|path| !path.exists()) {
+    let is_directory = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
+    let missing = directories.into_iter().chain([folder.pg_wal()]).find(|path| !is_directory(path));
+    if let Some(path) = held.into_iter().find(|path| !path.exists()).or(missing) {
         return Err(FinalizeError::Missing { path });
     }
     // Every part of the clone says so itself.
@@ -159,6 +188,9 @@ fn tablespaces(
         let (Ok(target), Ok(oid)) = (fs::read_link(entry.path()), entry.file_name().into_string()) else {
             continue;
         };
+        if !oid.bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
         let Some(from) = place_beneath(folder, &spec.stand_ins, &target) else { continue };
         if !from.is_dir() {
             return Err(FinalizeError::Missing { path: from });
@@ -180,6 +212,9 @@ fn place_beneath(folder: &CloneFolder, stand_ins: &[(PathBuf, PathBuf)], target:
         None => target.to_owned(),
     };
     let inside: PathBuf = inside.components().collect();
+    if inside.components().any(|part| part == Component::ParentDir) {
+        return None;
+    }
     match inside.strip_prefix(folder.mount_point().join("tablespaces")) {
         Ok(rest) => {
             let mut parts = rest.components();
@@ -217,6 +252,56 @@ mod tests {
         assert_eq!(beneath("/srv/young/inner"), Some("/clones/one/tablespaces/16401".into()));
         assert_eq!(beneath("/clones/one/own"), Some("/clones/one/own".into()));
         assert_eq!(beneath("/srv/younger"), None);
+        for out in
+            ["/srv/old/../../pg_wal", "/clones/one/../two/upper", "/clones/one/mnt/tablespaces/1/../.."]
+        {
+            assert_eq!(beneath(out), None, "{out}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_taken_from_where_a_link_leads_or_outside_the_folder() {
+        let clones = tempfile::tempdir().unwrap();
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        fs::create_dir_all(folder.upper().join("data")).unwrap();
+        fs::create_dir_all(folder.pg_wal()).unwrap();
+        let outside = clones.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        let order = order(&folder, clones.path().join("main"));
+        check_own(&folder, &order).unwrap();
+        let check = |order: &FinalizeOrder| match check_own(&folder, order) {
+            Err(FinalizeError::Strange { path }) => path,
+            other => panic!("{other:?}"),
+        };
+        let link = folder.stand_ins();
+        for target in [&*outside, Path::new("/nonexistent"), &folder.upper().join("data")] {
+            std::os::unix::fs::symlink(target, &link).unwrap();
+            let linked = FinalizeOrder { wal: link.clone(), ..order.clone() };
+            assert_eq!(check(&linked), link, "{}", target.display());
+            fs::remove_file(&link).unwrap();
+        }
+        for wal in [outside, folder.path().join("../outside")] {
+            assert_eq!(check(&FinalizeOrder { wal: wal.clone(), ..order.clone() }), wal);
+        }
+        // What was brought is not there any more.
+        fs::remove_dir_all(folder.pg_wal()).unwrap();
+        check_own(&folder, &order).unwrap();
+    }
+
+    fn order(folder: &CloneFolder, to: PathBuf) -> FinalizeOrder {
+        FinalizeOrder {
+            format: 1,
+            name: folder.name().to_owned(),
+            site: "main".to_owned(),
+            owner: (0, 0),
+            data: TreeMove { from: folder.upper().join("data"), to },
+            wal: folder.pg_wal(),
+            tablespaces: Vec::new(),
+            settings: Vec::new(),
+            is_adopted: false,
+            is_copied: false,
+            pin: None,
+        }
     }
 
     #[test]
@@ -285,20 +370,7 @@ mod tests {
             fs::create_dir_all(&to).unwrap();
             fs::write(to.join("PG_VERSION"), "15\n").unwrap();
             fs::write(folder.spec_file(), "{}").unwrap();
-            let from = folder.upper().join("data");
-            let order = FinalizeOrder {
-                format: 1,
-                name: "one".to_owned(),
-                site: "main".to_owned(),
-                owner: (0, 0),
-                data: TreeMove { from, to: to.clone() },
-                wal: folder.pg_wal(),
-                tablespaces: Vec::new(),
-                settings: Vec::new(),
-                is_adopted: false,
-                is_copied: false,
-                pin: None,
-            };
+            let order = order(&folder, to.clone());
             write_order(&folder, &order).unwrap();
             assert_eq!(read_order(&folder).unwrap().as_ref(), Some(&order));
             fs::remove_file(folder.spec_file()).unwrap();

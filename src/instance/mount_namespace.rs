@@ -22,6 +22,8 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Gid, Uid, fork, pivot_root};
 
+use crate::mount::mounting;
+
 /// A directory with more entries is not rebuilt to make room for a missing path in it: each costs a mount.
 const REBUILT_ENTRIES_MAX: usize = 1000;
 /// Where dynamic shared memory is; covered by a file system of our own in the end, so free to build in before.
@@ -59,7 +61,8 @@ pub fn enter(writable: &[PathBuf], stand_ins: &[(PathBuf, PathBuf)]) -> Result<(
         make_place(path)?;
         change(path, Some(folder), MsFlags::MS_BIND | MsFlags::MS_REC, "put a folder at")?;
     }
-    for directory in writable {
+    // What is a mount already can be made writable as it is, and goes when the host unmounts it.
+    for directory in writable.iter().filter(|directory| !mounting::is_mount_point(directory)) {
         change(directory, Some(directory), MsFlags::MS_BIND | MsFlags::MS_REC, "keep")?;
     }
     set_read_only(Path::new("/"), true)?;

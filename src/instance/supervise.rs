@@ -493,7 +493,7 @@ fn launch(options: &SuperviseOptions, spec: &CloneSpec, settings: &[Setting]) ->
         data_directory: folder.data_directory(),
         pid_file: folder.beneath_mount("postmaster.pid"),
         owner: spec.owner,
-        isolation: Isolation { writable: vec![folder.path().to_owned()], stand_ins: spec.stand_ins.clone() },
+        isolation: Isolation { writable: folder.writable(), stand_ins: spec.stand_ins.clone() },
         log_file: folder.server_log(),
         environment: options.environment.clone(),
         supervisor: std::process::id(),

@@ -66,7 +66,13 @@ fn failure_27c_a_clone_of_a_hostile_source_starts_and_touches_nothing() {
     assert_eq!(clone.sql("select pg_is_in_recovery(), count(*) from kept"), "f|1001");
     clone.sql("select pg_switch_wal(); checkpoint");
     let outside_rows = outside.display();
+    let own = clone.folder();
     for attempt in [
+        // Nor what the supervisor, and whoever finalizes, goes by.
+        format!("copy kept to '{}/finalize.json'", own.display()),
+        format!("copy kept to program 'rm -rf {0}/clone.json && ! test -e {0}/clone.json'", own.display()),
+        format!("copy kept to '{}/upper/data/new'", own.display()),
+        format!("copy kept to '{}/config/postgresql.conf'", own.display()),
         format!("copy kept to '{outside_rows}/rows'"),
         format!("copy kept to program 'cat > {outside_rows}/rows'"),
         format!("copy kept to '{}/PG_VERSION'", data.display()),
