@@ -34,7 +34,8 @@ const STATEMENT_TIMEOUT: &str = "60s";
 /// ERRCODE_QUERY_CANCELED.
 const IN_THE_WAY: [&str; 3] = ["55006", "55P03", "57014"];
 
-/// Makes every process of the server open its files again; `random` tells this attempt's database apart.
+/// Makes every process of the server open its files again, by a session that does nothing else; `random` tells this
+/// attempt's database apart.
 ///
 /// # Errors
 /// What the server refuses for another reason than somebody in the way, and a session that is lost.
@@ -42,12 +43,9 @@ pub async fn cut_over(session: &Session, random: [u8; DIGITS / 2]) -> Result<Cut
     if session.version().number() < MAJOR_MIN {
         return Ok(CutOver::Unsupported);
     }
-    session.simple(&format!("set statement_timeout = '{STATEMENT_TIMEOUT}'")).await?;
-    let outcome = create_and_drop(session, &name(random)).await;
-    // A session that is lost needs no timeout.
-    let reset = session.simple("reset statement_timeout").await;
-    match outcome {
-        Ok(()) => reset.map(|_| CutOver::Done),
+    set_up(session).await?;
+    match create_and_drop(session, &name(random)).await {
+        Ok(()) => Ok(CutOver::Done),
         Err(error) if is_in_the_way(&error) => Ok(CutOver::Waits { because: error.to_string() }),
         Err(error) => Err(error),
     }
@@ -55,6 +53,17 @@ pub async fn cut_over(session: &Session, random: [u8; DIGITS / 2]) -> Result<Cut
 
 /// Drops what attempts have left that were killed; for before a clone becomes something else.
 pub async fn drop_leftovers(session: &Session) -> Result<(), replication::Error> {
+    set_up(session).await?;
+    drop_all(session).await
+}
+
+/// Has the session write, where the source's settings or the role's keep sessions from that, and wait for nobody for long.
+async fn set_up(session: &Session) -> Result<(), replication::Error> {
+    let writes = "set default_transaction_read_only = off";
+    session.simple(&format!("{writes}; set statement_timeout = '{STATEMENT_TIMEOUT}'")).await.map(drop)
+}
+
+async fn drop_all(session: &Session) -> Result<(), replication::Error> {
     // One whose DROP was cut off is there, and lets nobody in (datconnlimit -2).
     let sql = format!("select datname from pg_database where datname ~ '^{PREFIX}[0-9a-f]{{{DIGITS}}}$'");
     for row in session.simple(&sql).await? {
@@ -65,12 +74,12 @@ pub async fn drop_leftovers(session: &Session) -> Result<(), replication::Error>
 }
 
 async fn create_and_drop(session: &Session, name: &str) -> Result<(), replication::Error> {
-    drop_leftovers(session).await?;
+    drop_all(session).await?;
     // Whoever goes through all databases, such as pg_dumpall, passes over one that lets nobody in.
     let sql = format!("create database {name} template template0 allow_connections false");
     let created = session.simple(&sql).await;
     // Whatever became of it: cut off at the end, it may be there all the same.
-    let dropped = drop_leftovers(session).await;
+    let dropped = drop_all(session).await;
     created.and(dropped)
 }
 

@@ -4,7 +4,7 @@
 //! before the server is stopped. A clone that was whole when its server started has no files open that are not local;
 //! there only what killed attempts have left is dropped.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -21,7 +21,15 @@ pub(super) struct CuttingOver {
     task: JoinSet<()>,
     has_begun: bool,
     is_needed: bool,
-    waits_for: Arc<Mutex<Option<String>>>,
+    state: Arc<Mutex<State>>,
+}
+
+/// What its task and those who ask know of each other.
+#[derive(Debug, Default)]
+struct State {
+    is_trying: bool,
+    is_paused: bool,
+    waits_for: Option<String>,
 }
 
 /// Between two attempts: who is in template0, for a minute or for an hour, is in nobody's way but this one's.
@@ -30,14 +38,15 @@ const AGAIN: Duration = Duration::from_secs(15);
 impl CuttingOver {
     /// Begins nothing yet; `is_needed` where not everything is local when the server starts.
     pub(super) fn new(is_needed: bool) -> Self {
-        Self { task: JoinSet::new(), has_begun: false, is_needed, waits_for: Arc::default() }
+        Self { task: JoinSet::new(), has_begun: false, is_needed, state: Arc::default() }
     }
 
     /// Lets it begin, once: everything is local, and the server takes writes.
     pub(super) fn begin(&mut self, repository: &Repository, endpoint: &Endpoint) {
         if !self.has_begun {
             let (repository, endpoint) = (repository.clone(), endpoint.clone());
-            self.task.spawn(work(repository, endpoint, self.is_needed, self.waits_for.clone()));
+            self.state = Arc::new(Mutex::new(State { is_trying: true, ..State::default() }));
+            self.task.spawn(work(repository, endpoint, self.is_needed, self.state.clone()));
             self.has_begun = true;
         }
     }
@@ -47,15 +56,27 @@ impl CuttingOver {
         self.has_begun
     }
 
-    /// Tells whether an attempt is under way that nothing is known to be in the way of.
-    pub(super) fn is_busy(&mut self) -> bool {
+    /// Has it try no more until it begins again; false while it is trying, for what is cut off then may leave a database.
+    pub(super) fn pause(&mut self) -> bool {
         while self.task.try_join_next().is_some() {}
-        !self.task.is_empty() && self.waits_for().is_none()
+        let mut state = lock(&self.state);
+        if self.task.is_empty() || state.is_paused {
+            return true;
+        }
+        if state.is_trying {
+            return false;
+        }
+        // Whoever wakes up now sees it.
+        state.is_paused = true;
+        state.waits_for = None;
+        self.task.abort_all();
+        self.has_begun = false;
+        true
     }
 
     /// Returns what is in its way.
     pub(super) fn waits_for(&self) -> Option<String> {
-        self.waits_for.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.state).waits_for.clone()
     }
 
     /// Ends it, wherever it is.
@@ -64,29 +85,38 @@ impl CuttingOver {
     }
 }
 
-async fn work(
-    repository: Repository,
-    endpoint: Endpoint,
-    is_needed: bool,
-    waits_for: Arc<Mutex<Option<String>>>,
-) {
-    let tell = |reason: Option<String>| {
-        *waits_for.lock().unwrap_or_else(PoisonError::into_inner) = reason;
-    };
+async fn work(repository: Repository, endpoint: Endpoint, is_needed: bool, state: Arc<Mutex<State>>) {
     loop {
         let reason = match attempt(&repository, &endpoint, is_needed).await {
-            Ok(CutOver::Done | CutOver::Unsupported) => return tell(None),
-            Ok(CutOver::Waits { because }) => because,
-            Err(error) if error.kind() == ErrorKind::Retry => error.to_string(),
+            Ok(CutOver::Done | CutOver::Unsupported) => None,
+            Ok(CutOver::Waits { because }) => Some(because),
+            Err(error) if error.kind() == ErrorKind::Retry => Some(error.to_string()),
             Err(error) => {
                 tracing::warn!("sessions keep the files that they have open: {error}");
-                return tell(None);
+                None
             }
         };
-        tracing::info!("the cut-over waits: {reason}");
-        tell(Some(reason));
+        let is_over = reason.is_none();
+        reason.iter().for_each(|reason| tracing::info!("the cut-over waits: {reason}"));
+        {
+            let mut state = lock(&state);
+            state.is_trying = false;
+            state.waits_for = reason;
+        }
+        if is_over {
+            return;
+        }
         tokio::time::sleep(AGAIN).await;
+        let mut state = lock(&state);
+        if state.is_paused {
+            return;
+        }
+        state.is_trying = true;
     }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn attempt(

@@ -1,10 +1,15 @@
 //! What a running clone does when it is asked to: end its recovery, read its configuration again, become whole.
 //! Deliberately absent: stopping and telling how it is, which are the supervisor's own.
 
+use std::time::Duration;
+
 use crate::control::{CloneState, Reply};
 use crate::instance::cut_over;
 use crate::instance::server::Server;
 use crate::replication::Session;
+
+/// How long the supervisor, which answers nobody else meanwhile, waits for the server to drop a database.
+const DROP_WAIT: Duration = Duration::from_secs(10);
 
 /// Ends a recovery that waits at its target or lets readers in; returns before the server takes writes.
 pub(super) async fn promote(session: Option<&Session>, state: CloneState) -> Reply {
@@ -49,7 +54,10 @@ pub(super) async fn may_be_finalized(
     if !is_hydrated {
         return Err(Reply::NotYet { message: "not everything of it is local".to_owned() });
     }
-    cut_over::drop_leftovers(session).await.map_err(|error| failed(&error.to_string()))
+    match tokio::time::timeout(DROP_WAIT, cut_over::drop_leftovers(session)).await {
+        Ok(dropped) => dropped.map_err(|error| failed(&error.to_string())),
+        Err(_) => Err(Reply::NotYet { message: "the server does not let go of a database".to_owned() }),
+    }
 }
 
 fn failed(message: &str) -> Reply {

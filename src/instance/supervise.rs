@@ -345,7 +345,8 @@ impl<'a> Run<'a> {
             }
             Request::Finalize => {
                 self.look().await;
-                let is_whole = self.mount.is_hydrated() && !self.cutting.is_busy();
+                // One that waits for somebody need not come about any more; it begins again where this is refused.
+                let is_whole = self.mount.is_hydrated() && self.cutting.pause();
                 match requests::may_be_finalized(self.session.as_ref(), self.state, is_whole).await {
                     Ok(()) => return Some(pending),
                     Err(reply) => reply,

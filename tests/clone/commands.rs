@@ -187,6 +187,8 @@ fn a_cut_over_leaves_no_database() {
     // What an attempt that was killed has left, and what is somebody's own.
     clone.sql("create database walden_cutover_0123456789abcdef");
     clone.sql("create database walden_cutover_notes");
+    clone.sql("alter system set default_transaction_read_only = on");
+    clone.sql("select pg_reload_conf()");
     let whole = clone.folder().join("upper/data/.walden/whole");
     wait_for("the clone to be whole", || whole.exists().then_some(()));
     let left = "select string_agg(datname, ' ') from pg_database where datname like 'walden_cutover_%'";
