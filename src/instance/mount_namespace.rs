@@ -113,7 +113,10 @@ fn try_in_a_child() -> Result<(), NamespaceError> {
 /// keep their processes waiting. In a user namespace the kernel forbids it, and lets the host's unmounts through.
 fn forget_other_clones(writable: &[PathBuf]) {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    for path in foreign_mounts(&mounts, writable) {
+    // The kernel lists mounts without the links on the way there.
+    let own: Vec<PathBuf> =
+        writable.iter().map(|path| path.canonicalize().unwrap_or_else(|_| path.clone())).collect();
+    for path in foreign_mounts(&mounts, &own) {
         if let Err(errno) = umount2(&path, MntFlags::MNT_DETACH) {
             tracing::debug!(path = %path.display(), %errno, "another clone's mount stays in the namespace");
         }

@@ -204,8 +204,14 @@ pub fn is_dead(path: &Path) -> bool {
     fs::metadata(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
 }
 
-/// Tells whether something is mounted on exactly this absolute path.
+/// Tells whether something is mounted on exactly this path.
+///
+/// The kernel lists mounts without the links on the way there. The last part is not looked at: it may be a mount that is
+/// dead, or waits for its store.
 pub fn is_mount_point(path: &Path) -> bool {
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
+    let path = real.as_deref().unwrap_or(path);
     holders::mount_points().iter().any(|mounted| mounted == path)
 }
 
@@ -433,5 +439,14 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         assert!(matches!(unmount(scratch.path()), Err(MountError::NotMounted { .. })));
         assert!(!is_dead(scratch.path()));
+    }
+
+    #[test]
+    fn a_mount_is_seen_through_a_link_on_the_way_to_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let link = scratch.path().join("link");
+        std::os::unix::fs::symlink("/", &link).unwrap();
+        assert!(is_mount_point(Path::new("/proc")) && is_mount_point(&link.join("proc")));
+        assert!(!is_mount_point(&link.join("nonexistent")) && !is_mount_point(scratch.path()));
     }
 }

@@ -118,6 +118,24 @@ fn every_acknowledged_row_survives_the_supervisors_death() {
     assert_nothing_is_left(&source, &clone);
 }
 
+/// As on hosts where /var/lib is kept elsewhere.
+#[test]
+fn a_clone_whose_folder_is_behind_a_link_runs_and_outlives_its_supervisor() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let real = source.scratch().path().join("walden/elsewhere");
+    fs::rename(source.clones(), &real).unwrap();
+    std::os::unix::fs::symlink(&real, source.clones()).unwrap();
+    let clone = source.clone("linked", &[]);
+    for command in ["start", "delete"] {
+        let [supervisor, _] = clone.processes();
+        clone.kill(supervisor);
+        clone.run(command);
+    }
+    assert!(mounts_below(&real).is_empty());
+    assert_nothing_is_left(&source, &clone);
+}
+
 #[test]
 fn a_server_that_is_killed_is_told_and_can_be_started_again() {
     require!(Need::PostgreSQL(15), Need::Fuse);
