@@ -277,11 +277,18 @@ fn a_clone_that_recovers_is_not_finalized() {
     let source = source();
     source.sql("select pg_create_restore_point('here')");
     source.archive_wal();
-    let clone = source.clone("paused", &["--target-name", "here", "--target-action", "pause"]);
+    let pauses = ["--target-name", "here", "--target-action", "pause", "--no-hydrate", "--expires", "12h"];
+    let clone = source.clone("paused", &pauses);
+    let description = fs::read(clone.folder().join("clone.json")).unwrap();
     let refused = clone.walden.try_run(&["clone", "finalize", "paused"]);
     assert!(refused.stderr.contains("recovery has not ended"), "{}", refused.stderr);
     assert!(refused.stderr.contains("walden clone promote paused"), "{}", refused.stderr);
     assert_eq!(clone.state(), "paused");
+    // Nor one that turns out to when it is started for it; what it was told of its end and of the rest still holds.
+    clone.run("stop");
+    let refused = clone.walden.try_run(&["clone", "finalize", "paused"]);
+    assert!(refused.stderr.contains("recovery has not ended"), "{}", refused.stderr);
+    assert_eq!(fs::read(clone.folder().join("clone.json")).unwrap(), description);
     clone.run("promote");
     clone.run("finalize");
     let data = clone.folder().join("data");

@@ -13,9 +13,10 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::config::{KeyPurpose, WalSource};
-use crate::control::{self, HydrationState, Reply, Request};
+use crate::control::{self, CloneState, HydrationState, Reply, Request};
+use crate::disk::LockFile;
 use crate::instance::adoption::claim_timeline;
-use crate::instance::clone_folder::{CloneFolder, HydrateSpec};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, HydrateSpec};
 use crate::instance::finalize::FinalizeOrder;
 use crate::instance::finalize_plan::{
     Adoption, check_place, clear_folder, plan_order, read_order, write_order,
@@ -63,15 +64,10 @@ struct Finalized {
 impl CloneFinalize {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let folder = existing(context, &self.name)?;
-        if read_order(&folder)?.is_none() {
-            check_place(&folder, self.to.as_deref())?;
-            context.block_on(make_whole(context, &folder))??;
-        }
-        let _lock = context.block_on_one_thread(folder.lock_to_work())??;
-        let order = match read_order(&folder)? {
-            Some(order) => self.check_same(order)?,
-            None => self.order(context, &folder)?,
-        };
+        // There is none where an earlier call has come as far as removing it.
+        let before = folder.read_spec().ok();
+        let prepared = self.prepare(context, &folder);
+        let (order, _lock) = prepared.inspect_err(|_| give_back(&folder, before.as_ref()))?;
         order.carry_out()?;
         if let Some(pin) = &order.pin {
             context.block_on_one_thread(let_go(context, &order.site, pin))??;
@@ -79,6 +75,24 @@ impl CloneFinalize {
         clear_folder(&folder, &order)?;
         context.end_progress();
         context.output.print(&Finalized::of(&order))
+    }
+
+    /// Has everything of the clone local and its server stopped, and returns what is to be done, which is written down then.
+    fn prepare(
+        &self,
+        context: &Context,
+        folder: &CloneFolder,
+    ) -> Result<(FinalizeOrder, LockFile), CommandError> {
+        if read_order(folder)?.is_none() {
+            check_place(folder, self.to.as_deref())?;
+            context.block_on(make_whole(context, folder))??;
+        }
+        let lock = context.block_on_one_thread(folder.lock_to_work())??;
+        let order = match read_order(folder)? {
+            Some(order) => self.check_same(order)?,
+            None => self.order(context, folder)?,
+        };
+        Ok((order, lock))
     }
 
     /// Decides and writes down what is done; from here on the clone is on its way.
@@ -119,9 +133,25 @@ impl CloneFinalize {
     }
 }
 
+/// Has a clone that is not finalized after all live as long, and fetch as much, as it was told before.
+fn give_back(folder: &CloneFolder, before: Option<&CloneSpec>) {
+    let Some(before) = before.filter(|_| !folder.order_file().exists()) else { return };
+    let given_back = folder.read_spec().and_then(|spec| {
+        let own = CloneSpec { expires_at: before.expires_at, hydrate: before.hydrate, ..spec.clone() };
+        if own == spec { Ok(()) } else { folder.write_spec(&own) }
+    });
+    if let Err(error) = given_back {
+        tracing::warn!("the clone has no end any more, and fetches everything when it is started: {error}");
+    }
+}
+
 /// Waits until everything of the clone is local, and stops it.
 async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
     let (name, mut spec) = (folder.name(), folder.read_spec()?);
+    // Before anything of it is changed; also a stopped one may turn out to recover.
+    if is_supervised(folder)? && status_of(folder).await?.state != CloneState::Running {
+        return Err(refused(name, "its recovery has not ended"));
+    }
     if spec.expires_at.take().is_some() {
         // Who makes it last does not want it deleted on the way.
         folder.write_spec(&spec)?;
@@ -141,10 +171,7 @@ async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), Comma
         match control::request(&folder.control_socket(), &Request::Finalize).await {
             Ok(Reply::Done) => break,
             Ok(Reply::NotYet { .. }) => progress.show(folder).await?,
-            Ok(Reply::Failed { message }) => {
-                return Err(CommandError::failed(format!("clone \"{name}\" cannot be finalized: {message}"))
-                    .hint(format!("\"walden clone promote {name}\" ends its recovery.")));
-            }
+            Ok(Reply::Failed { message }) => return Err(refused(name, &message)),
             Ok(other @ Reply::Status(_)) => {
                 return Err(CommandError::failed(format!("the supervisor answered {other:?}")));
             }
@@ -158,6 +185,11 @@ async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), Comma
         tokio::time::sleep(POLL).await;
     }
     wait_for_end(folder).await
+}
+
+fn refused(name: &str, message: &str) -> CommandError {
+    CommandError::failed(format!("clone \"{name}\" cannot be finalized: {message}"))
+        .hint(format!("\"walden clone promote {name}\" ends its recovery."))
 }
 
 /// What is shown while the rest is fetched.
