@@ -1,25 +1,26 @@
 //! What a running clone does when it is asked to: end its recovery, read its configuration again, become whole.
-//! Deliberately absent: stopping and telling how it is, which are the supervisor's own.
+//! Each has a session of its own, for one that lasts can be ended by whoever may end sessions. Deliberately absent:
+//! stopping and telling how it is, which are the supervisor's own.
 
 use std::time::Duration;
 
 use crate::control::{CloneState, Reply};
 use crate::instance::cut_over;
-use crate::instance::server::Server;
-use crate::replication::Session;
+use crate::instance::server::{Endpoint, Server};
+use crate::replication::ErrorKind;
 
 /// How long the supervisor, which answers nobody else meanwhile, waits for the server to drop a database.
 const DROP_WAIT: Duration = Duration::from_secs(10);
 
-/// Ends a recovery that waits at its target or lets readers in; returns before the server takes writes.
-pub(super) async fn promote(session: Option<&Session>, state: CloneState) -> Reply {
-    let Some(session) = session else {
-        // Nobody is let in: the server replays up to its target, which ends its recovery by itself.
-        return Reply::Done;
-    };
+/// Ends a recovery that waits at its target or lets readers in, as this one does; returns before the server takes writes.
+pub(super) async fn promote(endpoint: &Endpoint, state: CloneState) -> Reply {
     if state == CloneState::Running {
         return failed("it is not in recovery");
     }
+    let session = match endpoint.connect().await {
+        Ok(session) => session,
+        Err(error) => return failed(&error.to_string()),
+    };
     match session.simple("select pg_promote(false)").await {
         Ok(rows) if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") => Reply::Done,
         Ok(_) => failed("the server did not take the request to end its recovery"),
@@ -44,17 +45,24 @@ pub(super) fn reload(server: &Server) -> Reply {
 /// # Errors
 /// The answer to whoever asked, while it may not.
 pub(super) async fn may_be_finalized(
-    session: Option<&Session>,
+    endpoint: &Endpoint,
     state: CloneState,
-    is_hydrated: bool,
+    is_whole: bool,
 ) -> Result<(), Reply> {
-    let Some(session) = session.filter(|_| state == CloneState::Running) else {
+    if state != CloneState::Running {
         return Err(failed("its recovery has not ended"));
-    };
-    if !is_hydrated {
+    }
+    if !is_whole {
         return Err(Reply::NotYet { message: "not everything of it is local".to_owned() });
     }
-    match tokio::time::timeout(DROP_WAIT, cut_over::drop_leftovers(session)).await {
+    let dropped = async {
+        let session = endpoint.connect().await?;
+        cut_over::drop_leftovers(&session).await
+    };
+    match tokio::time::timeout(DROP_WAIT, dropped).await {
+        Ok(Err(error)) if error.kind() == ErrorKind::Retry => {
+            Err(Reply::NotYet { message: error.to_string() })
+        }
         Ok(dropped) => dropped.map_err(|error| failed(&error.to_string())),
         Err(_) => Err(Reply::NotYet { message: "the server does not let go of a database".to_owned() }),
     }

@@ -341,13 +341,17 @@ impl<'a> Run<'a> {
             Request::Reload => requests::reload(&self.server),
             Request::Promote => {
                 self.look().await;
-                requests::promote(self.session.as_ref(), self.state).await
+                match self.session {
+                    // Nobody is let in: the server replays up to its target, which ends its recovery by itself.
+                    None => Reply::Done,
+                    Some(_) => requests::promote(self.server.endpoint(), self.state).await,
+                }
             }
             Request::Finalize => {
                 self.look().await;
                 // One that waits for somebody need not come about any more; it begins again where this is refused.
                 let is_whole = self.mount.is_hydrated() && self.cutting.pause();
-                match requests::may_be_finalized(self.session.as_ref(), self.state, is_whole).await {
+                match requests::may_be_finalized(self.server.endpoint(), self.state, is_whole).await {
                     Ok(()) => return Some(pending),
                     Err(reply) => reply,
                 }
@@ -373,7 +377,15 @@ impl<'a> Run<'a> {
     /// Asks the server how it is; what it does not answer in time, its directory tells.
     async fn look(&mut self) {
         let Some(session) = &self.session else { return };
-        let asked = tokio::time::timeout(STATE_WAIT, state_of(session)).await;
+        let mut asked = tokio::time::timeout(STATE_WAIT, state_of(session)).await;
+        if matches!(asked, Ok(Err(_))) {
+            // Somebody has ended the session; the server lets another one in.
+            asked = tokio::time::timeout(STATE_WAIT, async {
+                let session = self.server.endpoint().connect().await?;
+                state_of(self.session.insert(session)).await
+            })
+            .await;
+        }
         self.state = match asked {
             Ok(Ok(state)) => state,
             _ if is_recovering(&self.options.folder) => CloneState::Recovering,

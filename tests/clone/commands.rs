@@ -35,6 +35,9 @@ fn promote_ends_a_recovery_that_waits_and_returns_when_the_clone_takes_writes() 
     let source = source();
     let clone = source.clone("waits", &["--target-name", "here", "--target-action", "pause"]);
     assert_eq!(clone.state(), "paused");
+    // Whoever ends all sessions ends the supervisor's too.
+    clone.sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'walden'");
+    assert_eq!(clone.state(), "paused");
     let status = clone.walden.json(&["clone", "promote", "waits"]);
     assert_eq!(status["state"], "running", "{status}");
     clone.sql("insert into kept values (1001)");
