@@ -163,6 +163,8 @@ impl LastState {
 #[error("\"{0}\" is not a name for a clone: letters, digits, - and _, at most {NAME_LEN_MAX}")]
 pub struct InvalidCloneName(String);
 
+/// The version of a clone's description, and of the order to finalize it.
+const FORMAT: u32 = 1;
 /// Whoever looks whether a clone runs makes it, wherever that is.
 const LOCK_NAME: &str = "lock";
 /// Who only looks is gone after a system call; who holds the lock for a second is at work.
@@ -378,7 +380,9 @@ impl CloneFolder {
 
     /// Reads what the clone is.
     pub fn read_spec(&self) -> Result<CloneSpec, disk::Error> {
-        state_file::read_document(&self.spec_file(), "the description of a clone")
+        let (path, what) = (self.spec_file(), "the description of a clone");
+        let spec: CloneSpec = state_file::read_document(&path, what)?;
+        check_format(spec.format, &path, what).map(|()| spec)
     }
 
     /// Remembers how the clone is, for when nobody answers.
@@ -427,6 +431,15 @@ impl CloneFolder {
     pub fn spec_file(&self) -> PathBuf {
         self.path.join("clone.json")
     }
+}
+
+/// Refuses a document of another release's form.
+pub(super) fn check_format(format: u32, path: &Path, what: &'static str) -> Result<(), disk::Error> {
+    if format == FORMAT {
+        return Ok(());
+    }
+    let detail = format!("its format is {format}, and this release of Walden knows {FORMAT}");
+    Err(disk::Error::Malformed { path: path.to_owned(), what, detail })
 }
 
 /// Writes a document durably.

@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::control::CloneState;
 use crate::disk::{self, Owner, durable, private_area, state_file};
-use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, write_json};
+use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState, check_format, write_json};
 use crate::instance::finalize::{FinalizeError, FinalizeOrder, TablespaceMove, TreeMove};
 use crate::instance::isolation::socket_path;
 pub use crate::instance::native_settings::Adoption;
@@ -81,10 +81,12 @@ pub fn write_order(folder: &CloneFolder, order: &FinalizeOrder) -> Result<(), di
 /// `Author` where somebody else than the caller has written it, `Strange` where it is not of this clone alone.
 pub fn read_order(folder: &CloneFolder) -> Result<Option<FinalizeOrder>, FinalizeError> {
     let path = folder.order_file();
-    let (order, author) = match state_file::read_owned_document(&path, "the order to finalize a clone") {
+    let what = "the order to finalize a clone";
+    let (order, author): (FinalizeOrder, Owner) = match state_file::read_owned_document(&path, what) {
         Err(error) if error.is_not_found() => return Ok(None),
         read => read?,
     };
+    check_format(order.format, &path, what)?;
     if author.uid != Owner::current().uid {
         return Err(FinalizeError::Author { path, author });
     }
@@ -116,10 +118,16 @@ fn check_own(folder: &CloneFolder, order: &FinalizeOrder) -> Result<(), Finalize
 pub fn clear_folder(folder: &CloneFolder, order: &FinalizeOrder) -> Result<(), disk::Error> {
     let path = folder.path();
     let is_inside = order.data.to.starts_with(path);
+    // Once it is released its owner may have started it, with a log beside it.
+    let own = order.data.to.file_name().unwrap_or_default().as_encoded_bytes();
+    let is_beside = |left: &Path| {
+        left.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(&[own, b"."].concat()))
+    };
     let last = [folder.spec_file(), folder.order_file()];
     for entry in fs::read_dir(path).map_err(at("open directory", path))? {
         let left = entry.map_err(at("read directory", path))?.path();
-        let is_result = is_inside && order.places().any(|place| place.starts_with(&left));
+        let is_result =
+            is_inside && (is_beside(&left) || order.places().any(|place| place.starts_with(&left)));
         if !is_result && !last.contains(&left) {
             remove(&left)?;
         }
@@ -373,6 +381,11 @@ mod tests {
             let order = order(&folder, to.clone());
             write_order(&folder, &order).unwrap();
             assert_eq!(read_order(&folder).unwrap().as_ref(), Some(&order));
+            write_order(&folder, &FinalizeOrder { format: 2, ..order.clone() }).unwrap();
+            let later = read_order(&folder).unwrap_err().to_string();
+            assert!(later.contains("its format is 2"), "{later}");
+            write_order(&folder, &order).unwrap();
+            fs::write(folder.path().join("data.log"), "of a server that runs").unwrap();
             fs::remove_file(folder.spec_file()).unwrap();
             clear_folder(&folder, &order).unwrap();
             assert!(to.join("PG_VERSION").exists());
@@ -380,6 +393,7 @@ mod tests {
             assert_eq!(read_order(&folder).unwrap(), None);
             assert!(!folder.is_clone());
             assert!(!folder.upper().exists());
+            assert_eq!(folder.path().join("data.log").exists(), is_inside);
         }
     }
 }

@@ -103,6 +103,10 @@ pub(super) fn native_settings(
         Adoption::Archives(command) => {
             settings.push(("archive_mode".to_owned(), "on".to_owned()));
             settings.push(("archive_command".to_owned(), command.to_owned()));
+            // A library of the source's would archive in place of the command; the clone is told where there are any.
+            if clone.iter().any(|setting| setting.name == "archive_library") {
+                settings.push(("archive_library".to_owned(), String::new()));
+            }
         }
         Adoption::Private => {
             settings.extend(of_clone(&PRIVATE));
@@ -252,6 +256,10 @@ mod tests {
         let names: Vec<&str> = settings.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["max_prepared_transactions", "archive_mode", "archive_command"]);
         assert_eq!(value(&settings, "archive_mode"), Some("on"));
+        let mut of_15 = clone();
+        of_15.push(CloneSetting { name: "archive_library".to_owned(), ..of_15[1].clone() });
+        let settings = native_settings(&of_15, Path::new("/srv/one"), 15, adoption);
+        assert_eq!(value(&settings, "archive_library"), Some(""), "a library comes before the command");
         let received = native_settings(&clone(), Path::new("/srv/one"), 15, Adoption::Received);
         assert_eq!(value(&received, "archive_mode"), None);
         assert_eq!(value(&received, "max_prepared_transactions"), Some("7"));

@@ -172,13 +172,24 @@ fn a_clone_whose_description_cannot_be_read_is_not_deleted() {
     let file = clone.folder().join("clone.json");
     let text = fs::read_to_string(&file).unwrap();
     fs::write(&file, text.replacen('{', "{ \"of_a_later_release\": 1,", 1)).unwrap();
+    source.clone("even", &["--no-start"]);
+    // Those that can be read are shown, and done with what was asked for.
+    let list = clone.walden.try_run(&["clone", "list"]).expect_code(3);
+    assert!(list.stdout.contains("even") && !list.stdout.contains("odd"), "{}", list.stdout);
+    assert!(list.stderr.contains("1 of 2 clones could not be asked: odd: "), "{}", list.stderr);
+    let deleted = clone.walden.try_run(&["clone", "delete", "*"]).expect_code(3);
+    assert_eq!(deleted.stdout, "clone even is deleted\n");
+    assert!(deleted.stderr.contains("1 of 2 clones could not be deleted: odd: "), "{}", deleted.stderr);
     let refused = clone.walden.try_run(&["clone", "delete", "odd"]).expect_code(3);
     assert!(refused.stderr.contains("which basebackup the clone holds"), "{}", refused.stderr);
     assert!(clone.folder().join("upper").exists());
-    assert_eq!(source.pins(), (1, 0));
+    assert_eq!(source.pins(), (2, 1));
+    fs::write(&file, text.replacen("\"format\": 1", "\"format\": 2", 1)).unwrap();
+    let later = clone.walden.try_run(&["clone", "start", "odd"]).expect_code(3);
+    assert!(later.stderr.contains("its format is 2"), "{}", later.stderr);
     fs::write(&file, text).unwrap();
     clone.run("delete");
-    assert_eq!(source.pins(), (1, 1));
+    assert_eq!(source.pins(), (2, 2));
 }
 
 /// It has all sessions of 15 and later open their files again, and is not seen by anybody who looks afterwards.

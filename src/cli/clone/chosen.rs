@@ -1,7 +1,8 @@
 //! Which clones a command means: one by its name, several by a pattern, and what came of several.
 //!
 //! A pattern has `*` for any letters and `?` for one, which no name has. What is done to several is done to each,
-//! also after one has failed; then the command fails and names those. One that is named is told as ever.
+//! also after one has failed; then the command tells what was done, fails, and names those where it was not. One that is
+//! named is told as ever.
 
 use crate::control::CloneStatus;
 use crate::instance::clone_folder::CloneFolder;
@@ -52,12 +53,14 @@ impl Chosen {
         Ok(Self { folders: CloneFolder::list(&context.config()?.paths.clones)?, are_several: true })
     }
 
-    /// Does something to each; `undone` says what was not done to those where it failed, such as "stopped".
+    /// Does something to each, has `tell` print what was done, where anything was, and fails where anything was not;
+    /// `undone` says what was not done there, such as "stopped".
     pub(super) fn each<T>(
         &self,
         undone: &str,
         work: impl Fn(&CloneFolder) -> Result<T, CommandError>,
-    ) -> Result<Vec<T>, CommandError> {
+        tell: impl FnOnce(Vec<T>) -> Result<(), CommandError>,
+    ) -> Result<(), CommandError> {
         let mut outcomes = Outcomes { done: Vec::new(), failures: Vec::new() };
         for folder in &self.folders {
             match work(folder) {
@@ -65,7 +68,11 @@ impl Chosen {
                 Err(error) => outcomes.failures.push((folder.name().to_owned(), error)),
             }
         }
-        if self.are_several { outcomes.of_several(undone) } else { outcomes.of_one() }
+        let error = if self.are_several { outcomes.of_several(undone) } else { outcomes.of_one() };
+        if error.is_none() || !outcomes.done.is_empty() {
+            tell(outcomes.done)?;
+        }
+        error.map_or(Ok(()), Err)
     }
 
     /// Prints how they are: one by itself, several as a list.
@@ -78,22 +85,19 @@ impl Chosen {
 }
 
 impl<T> Outcomes<T> {
-    fn of_one(mut self) -> Result<Vec<T>, CommandError> {
-        match self.failures.pop() {
-            Some((_, error)) => Err(error),
-            None => Ok(self.done),
-        }
+    fn of_one(&mut self) -> Option<CommandError> {
+        self.failures.pop().map(|(_, error)| error)
     }
 
-    fn of_several(self, undone: &str) -> Result<Vec<T>, CommandError> {
+    fn of_several(&self, undone: &str) -> Option<CommandError> {
         let (failed, count) = (self.failures.len(), self.failures.len() + self.done.len());
-        let Some((_, first)) = self.failures.first() else { return Ok(self.done) };
+        let (_, first) = self.failures.first()?;
         let (kind, hint): (ExitKind, Option<String>) = (first.kind, first.hint.clone());
         let told = self.failures.iter().map(|(name, error)| format!("{name}: {}", error.message()));
         let told: Vec<String> = told.collect();
         let message = format!("{failed} of {count} clones could not be {undone}: {}", told.join("; "));
         let error = CommandError::new(kind, message);
-        Err(match hint {
+        Some(match hint {
             Some(hint) => error.hint(hint),
             None => error,
         })
@@ -158,15 +162,24 @@ mod tests {
             "b" => Err(CommandError::failed("the disk is full").hint("Make room.")),
             name => Ok(name.to_owned()),
         };
-        let chosen = |names: &[&str], are_several| Chosen {
-            folders: names.iter().map(|name| folder(name)).collect(),
-            are_several,
+        let each = |names: &[&str], are_several| {
+            let folders = names.iter().map(|name| folder(name)).collect();
+            let (chosen, mut told) = (Chosen { folders, are_several }, None);
+            let outcome = chosen.each("stopped", work, |done| {
+                told = Some(done);
+                Ok(())
+            });
+            (told, outcome.map_err(|error| (error.message(), error.hint)))
         };
-        assert_eq!(chosen(&["a", "c"], true).each("stopped", work).unwrap(), ["a", "c"]);
-        let error = chosen(&["a", "b", "c"], true).each("stopped", work).unwrap_err();
-        assert_eq!(error.message(), "1 of 3 clones could not be stopped: b: the disk is full");
-        assert_eq!(error.hint.as_deref(), Some("Make room."));
-        let error = chosen(&["b"], false).each("stopped", work).unwrap_err();
-        assert_eq!(error.message(), "the disk is full");
+        let told = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+        assert_eq!(each(&["a", "c"], true), (told(&["a", "c"]), Ok(())));
+        assert_eq!(each(&[], true), (told(&[]), Ok(())));
+        let hint = Some("Make room.".to_owned());
+        let failed = |message: &str| Err((message.to_owned(), hint.clone()));
+        let of_three = failed("1 of 3 clones could not be stopped: b: the disk is full");
+        assert_eq!(each(&["a", "b", "c"], true), (told(&["a", "c"]), of_three));
+        let of_one = failed("1 of 1 clones could not be stopped: b: the disk is full");
+        assert_eq!(each(&["b"], true), (None, of_one));
+        assert_eq!(each(&["b"], false), (None, failed("the disk is full")));
     }
 }

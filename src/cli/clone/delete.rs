@@ -43,11 +43,14 @@ struct SeveralDeleted {
 impl CloneDelete {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let chosen = Chosen::find(context, &self.name)?;
-        let deleted = chosen.each("deleted", |folder| delete(context, folder))?;
-        if chosen.are_several {
-            return context.output.print(&SeveralDeleted { deleted });
-        }
-        context.output.print(&Deleted { name: self.name.clone(), deleted: true })
+        chosen.each(
+            "deleted",
+            |folder| delete(context, folder),
+            |deleted| match chosen.are_several {
+                true => context.output.print(&SeveralDeleted { deleted }),
+                false => context.output.print(&Deleted { name: self.name.clone(), deleted: true }),
+            },
+        )
     }
 }
 

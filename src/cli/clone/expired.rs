@@ -21,10 +21,15 @@ pub(super) fn delete_expired(context: &Context) -> Result<(), CommandError> {
     let now = context.clock().now();
     for folder in CloneFolder::list(&context.config()?.paths.clones)? {
         let Ok(spec) = folder.read_spec() else { continue };
-        if !is_over(&spec, now) || folder.order_file().exists() || is_supervised(&folder)? {
+        if !is_over(&spec, now) || folder.order_file().exists() {
             continue;
         }
-        match delete_over(context, &folder) {
+        let deleted = match is_supervised(&folder) {
+            Ok(true) => Ok(false),
+            Ok(false) => delete_over(context, &folder),
+            Err(error) => Err(error),
+        };
+        match deleted {
             Ok(true) => tracing::warn!("clone \"{}\" has expired and is deleted", spec.name),
             Ok(false) => {}
             Err(error) => {

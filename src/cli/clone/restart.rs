@@ -3,6 +3,8 @@
 
 use clap::Args;
 
+use crate::instance::clone_folder::CloneFolder;
+
 use super::super::context::Context;
 use super::super::error::CommandError;
 use super::chosen::Chosen;
@@ -21,13 +23,13 @@ pub(super) struct CloneRestart {
 impl CloneRestart {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let chosen = Chosen::find(context, &self.name)?;
-        let restarted = chosen.each("restarted", |folder| {
+        let restart = |folder: &CloneFolder| {
             // What could not be started again is not taken from those who use it.
             refuse_finalizing(folder)?;
             refuse_over(context, folder)?;
             context.block_on_one_thread(stop(folder))??;
             start_and_tell(context, folder)
-        })?;
-        chosen.print(context, restarted)
+        };
+        chosen.each("restarted", restart, |restarted| chosen.print(context, restarted))
     }
 }

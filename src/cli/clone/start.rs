@@ -51,7 +51,7 @@ const POLL: Duration = Duration::from_millis(20);
 impl CloneStart {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let chosen = Chosen::find(context, &self.name)?;
-        let started = chosen.each("started", |folder| {
+        let start = |folder: &CloneFolder| {
             if !is_supervised(folder)? {
                 self.remember_hydration(folder)?;
                 return start_and_tell(context, folder);
@@ -61,8 +61,8 @@ impl CloneStart {
                 return Err(CommandError::failed(message));
             }
             context.block_on_one_thread(status_of(folder))?
-        })?;
-        chosen.print(context, started)
+        };
+        chosen.each("started", start, |started| chosen.print(context, started))
     }
 
     /// Writes down how the rest of the clone comes from now on, where that was said.

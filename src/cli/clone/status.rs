@@ -8,6 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::control::{CloneStatus, HydrationState};
+use crate::instance::clone_folder::CloneFolder;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
@@ -34,11 +35,10 @@ pub(super) struct CloneList {
 impl CloneStatusCommand {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let chosen = Chosen::find(context, &self.name)?;
-        let clones = chosen.each("asked", |folder| context.block_on_one_thread(status_of(folder))?)?;
-        if let ([status], false) = (&clones[..], chosen.are_several) {
-            return context.output.print(&StatusReport(status.clone()));
-        }
-        context.output.print(&SeveralReport { clones })
+        chosen.each("asked", asked(context), |clones| match (&clones[..], chosen.are_several) {
+            ([status], false) => context.output.print(&StatusReport(status.clone())),
+            _ => context.output.print(&SeveralReport { clones }),
+        })
     }
 }
 
@@ -49,15 +49,13 @@ impl CloneList {
             Some(name) => Chosen::find(context, name)?,
             None => Chosen::all(context)?,
         };
-        let clones = context.block_on_one_thread(async {
-            let mut clones = Vec::new();
-            for folder in &chosen.folders {
-                clones.push(status_of(folder).await?);
-            }
-            Ok::<_, CommandError>(clones)
-        })??;
-        context.output.print(&ListReport { clones })
+        chosen.each("asked", asked(context), |clones| context.output.print(&ListReport { clones }))
     }
+}
+
+/// Asks a clone how it is.
+fn asked(context: &Context) -> impl Fn(&CloneFolder) -> Result<CloneStatus, CommandError> {
+    |folder| context.block_on_one_thread(status_of(folder))?
 }
 
 /// How one clone is.

@@ -35,13 +35,13 @@ impl CloneStop {
             Some(name) => Chosen::find(context, name)?,
             None => Chosen::all(context)?,
         };
-        let stopped = chosen.each("stopped", |folder| {
+        let stop_and_tell = |folder: &CloneFolder| {
             context.block_on_one_thread(async {
                 stop(folder).await?;
                 status_of(folder).await
             })?
-        })?;
-        chosen.print(context, stopped)
+        };
+        chosen.each("stopped", stop_and_tell, |stopped| chosen.print(context, stopped))
     }
 }
 
