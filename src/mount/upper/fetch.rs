@@ -11,6 +11,7 @@ use std::sync::Mutex;
 
 use bytes::Bytes;
 use nix::errno::Errno;
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 use crate::mount::caller::Caller;
 use crate::mount::errno;
@@ -138,6 +139,9 @@ impl UpperFile {
     }
 }
 
+/// What is written at a time under the lock of a file, which readers of it wait for: a large read's worth.
+const FILL_BYTES: u64 = 256 << 10;
+
 /// Writes pieces into the upper as they come, for the holder of a claim.
 struct Filling<'a> {
     file: &'a UpperFile,
@@ -176,7 +180,10 @@ impl Filling<'_> {
 
 impl PieceSink for Filling<'_> {
     fn take(&self, pieces: Vec<Piece>) -> ControlFlow<()> {
-        match self.fill(&pieces) {
+        let fill = || parts_of(pieces).iter().try_for_each(|part| self.fill(part));
+        // Megabytes come for whom nobody waits for, and a disk that is behind puts to sleep whoever writes.
+        let filled = if self.urgency < Urgency::Foreground { apart(fill) } else { fill() };
+        match filled {
             Ok(()) => ControlFlow::Continue(()),
             Err(errno) => {
                 *self.failed.lock().expect("no holder of this lock panics") = Some(errno);
@@ -195,6 +202,73 @@ impl Shared {
     }
 }
 
+/// Groups pieces, and cuts those that are too long, so that no more than [`FILL_BYTES`] are written at a time.
+fn parts_of(pieces: Vec<Piece>) -> Vec<Vec<Piece>> {
+    let mut parts: Vec<Vec<Piece>> = Vec::new();
+    let mut room = 0;
+    for mut rest in pieces {
+        while !rest.bytes.is_empty() {
+            // Cut where units begin: each part is kept by itself.
+            let to_cut = (FILL_BYTES - rest.offset % FILL_BYTES) as usize;
+            let bytes = rest.bytes.split_to(to_cut.min(rest.bytes.len()));
+            let piece = Piece { offset: rest.offset, bytes };
+            let length = piece.bytes.len() as u64;
+            rest.offset += length;
+            match parts.last_mut().filter(|_| length <= room) {
+                Some(part) => {
+                    part.push(piece);
+                    room -= length;
+                }
+                None => {
+                    parts.push(vec![piece]);
+                    room = FILL_BYTES - length;
+                }
+            }
+        }
+    }
+    parts
+}
+
+/// Does work that may sleep; where there are several threads, what else this one would do goes on elsewhere.
+fn apart<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current() {
+        Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => {
+            tokio::task::block_in_place(work)
+        }
+        _ => work(),
+    }
+}
+
 fn content_of(node: &Node) -> Result<&Content, Errno> {
     node.content.as_ref().ok_or(Errno::EISDIR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_at_a_time_has_a_bound_and_begins_where_a_unit_does() {
+        let piece = |offset: u64, length: u64| Piece { offset, bytes: vec![1; length as usize].into() };
+        let sizes = |pieces| -> Vec<Vec<(u64, usize)>> {
+            let parts = parts_of(pieces);
+            parts
+                .iter()
+                .map(|part| part.iter().map(|piece| (piece.offset, piece.bytes.len())).collect())
+                .collect()
+        };
+        assert!(sizes(Vec::new()).is_empty());
+        assert_eq!(sizes(vec![piece(0, 8192), piece(65_536, 77)]), [vec![(0, 8192), (65_536, 77)]]);
+        let half = FILL_BYTES / 2;
+        let large = sizes(vec![piece(half, 2 * FILL_BYTES), piece(0, 4096)]);
+        let (half_bytes, full) = (half as usize, FILL_BYTES as usize);
+        assert_eq!(
+            large,
+            [
+                vec![(half, half_bytes)],
+                vec![(FILL_BYTES, full)],
+                vec![(2 * FILL_BYTES, half_bytes), (0, 4096)]
+            ]
+        );
+    }
 }

@@ -10,6 +10,7 @@ use crate::disk::Owner;
 use crate::mount::fs::{OpenFile, Volume};
 use crate::mount::memory_lower::{MemoryLower, PIECE};
 use crate::mount::repo_lower::RepoLower;
+use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::tests::world::{World, binding, caller, open, same};
 use crate::mount::upper::{Upper, UpperFile, UpperOptions};
 use crate::repo::builder::BasebackupBuilder;
@@ -131,6 +132,28 @@ async fn a_long_fetch_that_is_given_up_keeps_what_came_and_frees_the_rest() {
     assert_eq!(world.lower.fetches(), 2);
     drop(held);
     read_all(&world).await;
+}
+
+/// The kernel lets who writes too fast sleep, and there are few threads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_slow_disk_under_what_nobody_waits_for_leaves_the_thread_to_others() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::of(Arc::new(MemoryLower::build(&[(FILE, SIZE)])), &disk).await;
+    let file = open_file(&world).await;
+    disk.hold_writes(true);
+    let background =
+        tokio::spawn(async move { file.ensure_range_as(Urgency::Background, &caller(), 0..SIZE).await });
+    let writes = async {
+        while !disk.is_writing() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), writes).await.unwrap();
+    assert_eq!(tokio::spawn(async { 7 }).await.unwrap(), 7);
+    assert!(disk.is_writing(), "it was waited for");
+    disk.hold_writes(false);
+    background.await.unwrap().unwrap();
+    assert_eq!(world.upper.stats().filled_bytes, SIZE);
 }
 
 /// The patience of each counts from when it asks; one after the other they would wait for ever.

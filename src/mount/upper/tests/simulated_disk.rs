@@ -26,9 +26,10 @@ const ROOT: u64 = 1;
 pub(crate) struct SimulatedDisk {
     inner: Arc<Mutex<Inner>>,
     hold: Arc<Hold>,
+    write_hold: Arc<Hold>,
 }
 
-/// Keeps syncs of files and directories waiting.
+/// Keeps calls waiting.
 #[derive(Debug, Default)]
 struct Hold {
     is_on: AtomicBool,
@@ -134,7 +135,7 @@ impl SimulatedDisk {
         let (log, lost, write_failures) = (Vec::new(), VecDeque::new(), 0);
         let inner =
             Inner { state, log, forced: 0, calls_left, next_inode, full: false, lost, write_failures };
-        Self { inner: Arc::new(Mutex::new(inner)), hold: Arc::default() }
+        Self { inner: Arc::new(Mutex::new(inner)), hold: Arc::default(), write_hold: Arc::default() }
     }
 
     /// Takes away, or gives back, the room for new blocks and new files.
@@ -150,6 +151,16 @@ impl SimulatedDisk {
     /// Tells whether a sync is kept waiting.
     pub(crate) fn is_syncing(&self) -> bool {
         self.hold.waiting.load(Ordering::SeqCst) > 0
+    }
+
+    /// Keeps writes waiting from now on, or lets them go on.
+    pub(crate) fn hold_writes(&self, is_on: bool) {
+        self.write_hold.is_on.store(is_on, Ordering::SeqCst);
+    }
+
+    /// Tells whether a write is kept waiting.
+    pub(crate) fn is_writing(&self) -> bool {
+        self.write_hold.waiting.load(Ordering::SeqCst) > 0
     }
 
     /// Loses a write, which the next sync of anything but a directory tells, and no other.
@@ -535,6 +546,7 @@ impl LocalFile for SimulatedFile {
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.disk.write_hold.pass();
         let mut inner = self.disk.call()?;
         if inner.write_failures > 0 {
             inner.write_failures -= 1;
