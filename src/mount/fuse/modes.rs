@@ -20,8 +20,9 @@ use crate::mount::fs::IoMode;
 use crate::mount::tree::{HandleId, Ino};
 
 /// How long the kernel may take to act on the answer to an open: as long as the process that asked may have to wait for
-/// a processor.
-const SETTLE: Duration = Duration::from_secs(1);
+/// a processor, or for memory, on a host that has too little of both. Being too early is an error for that process; being
+/// late keeps a file direct that somebody opened and has not used since.
+const SETTLE: Duration = Duration::from_secs(30);
 
 /// How an open is to be answered; `B` is the kernel's id of a backing file.
 #[derive(Debug)]
