@@ -257,7 +257,7 @@ impl FileReader {
         if let Some(raw) = cached() {
             return Ok(raw);
         }
-        let _claim = self.flights.claim(&[key], urgency).await;
+        let claim = self.flights.claim(&[key], urgency).await;
         if let Some(raw) = cached() {
             return Ok(raw);
         }
@@ -266,6 +266,7 @@ impl FileReader {
             None => {
                 let bytes = u64::from(chunk.stored_len) + u64::from(chunk.raw_len);
                 let _permit = self.transfers.admit(urgency, bytes).await;
+                claim.goes_out();
                 let range = chunk.offset..chunk.offset.saturating_add(chunk.stored_len);
                 self.basebackup.fetch_run(&ChunkRun { pack: chunk.pack, range, chunks: 0..1 }).await?
             }
@@ -343,11 +344,12 @@ impl FileReader {
         &self,
         run: ChunkRun,
         chunks: Vec<WantedChunk>,
-        claim: Claim<ChunkKey>,
+        mut claim: Claim<ChunkKey>,
         urgency: Urgency,
         take: &PieceTaker<'_>,
     ) -> Result<ControlFlow<()>, Error> {
         let mut permit = self.transfers.admit(urgency, bytes_of(&run, &chunks)).await;
+        claim.goes_out();
         let stored = Arc::new(self.basebackup.fetch_run(&run).await?);
         permit.answered();
         let is_spread = chunks.len() > CHUNKS_OPENED_HERE;
@@ -357,12 +359,15 @@ impl FileReader {
         }
         let mut damage = None;
         while let Some(opened) = opening.next().await {
-            if noted(&mut damage, self.keep_and_hand_on(opened?, take))?.is_break() {
+            let opened = opened?;
+            let here: HashSet<ChunkKey> = opened.chunks.iter().map(|(wanted, _)| wanted.key()).collect();
+            let handed_on = self.keep_and_hand_on(opened, take);
+            // Only now: who waits for one of these finds it in the cache.
+            claim.land(|key| here.contains(key));
+            if noted(&mut damage, handed_on)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
         }
-        // Only now: who waits for one of these finds it in the cache.
-        drop(claim);
         damage.map_or(Ok(ControlFlow::Continue(())), Err)
     }
 

@@ -3,8 +3,8 @@
 //! Who wants several things claims those that nobody fetches, fetches them, and comes back for the others: so nobody
 //! who waits holds anything that somebody waits for. A claim ends when it is dropped, so a reader that is killed or
 //! fails hands its things to whoever waits. Who is waited for does not wait long for a fetch that nobody waits for:
-//! that may stand behind many others, so after a while it is taken over, at the price of a second request. Where somebody
-//! else sees to it that there is no second one, so is a fetch of an equal.
+//! that is taken over, at once while it stands behind others, or after a while, at the price of a second request. Where
+//! somebody else sees to it that there is no second one, so is a fetch of an equal.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -38,6 +38,8 @@ struct Busy<K> {
 struct Flight {
     claim: u64,
     urgency: Urgency,
+    /// Whether the request that brings it is on its way.
+    is_out: bool,
 }
 
 /// What only the holder fetches, until it drops this.
@@ -111,12 +113,13 @@ impl<K: Copy + Eq + Hash> Flights<K> {
                 None => true,
                 Some(flight) if self.outranks(urgency, flight.urgency) => {
                     outranks = true;
-                    is_overdue
+                    // What still stands behind others comes sooner by a request of one's own.
+                    is_overdue || (flight.urgency < urgency && !flight.is_out)
                 }
                 Some(_) => false,
             };
             if is_free {
-                busy.flights.insert(*key, Flight { claim: id, urgency });
+                busy.flights.insert(*key, Flight { claim: id, urgency, is_out: false });
                 taken.push(*key);
             }
         }
@@ -159,6 +162,16 @@ impl<K: Copy + Eq + Hash> Claim<K> {
     /// Returns what is claimed, in the order in which it was asked for.
     pub fn keys(&self) -> &[K] {
         &self.keys
+    }
+
+    /// Takes note that the request for what is claimed is on its way.
+    pub fn goes_out(&self) {
+        let mut busy = self.flights.lock();
+        for key in &self.keys {
+            if let Some(flight) = busy.flights.get_mut(key).filter(|flight| flight.claim == self.id) {
+                flight.is_out = true;
+            }
+        }
     }
 
     /// Lets go of what has come already, so that nobody waits for the rest.
@@ -245,6 +258,7 @@ mod tests {
     async fn who_is_waited_for_takes_over_what_nobody_waits_for_and_nothing_else() {
         let flights: Arc<Flights<u32>> = Flights::new();
         let slow = flights.claim(&[1, 2], Urgency::Background).await;
+        slow.goes_out();
         let equal = flights.claim(&[3], NOW).await;
         let taken = flights.claim(&[1, 3], NOW).await;
         assert_eq!(taken.keys(), [1]);
@@ -256,6 +270,27 @@ mod tests {
         drop(taken);
         assert_eq!(again.await.keys(), [1]);
         drop(equal);
+        assert!(flights.is_idle());
+    }
+
+    #[tokio::test]
+    async fn a_fetch_that_has_not_asked_yet_is_taken_over_at_once() {
+        let flights: Arc<Flights<u32>> = Flights::new();
+        let mut queued = flights.claim(&[1, 2, 3], Urgency::Background).await;
+        let asked = queued.split_front(1);
+        asked.goes_out();
+        let mut waits = Box::pin(flights.claim(&[1], NOW));
+        assert!(poll!(waits.as_mut()).is_pending(), "this one is on its way");
+        let ahead = flights.claim(&[2], Urgency::Ahead).await;
+        let taken = flights.claim(&[2, 3], NOW).await;
+        assert_eq!((ahead.keys(), taken.keys()), (&[2][..], &[2, 3][..]));
+        // It goes out without what it has lost, and comes to its end without ending the others.
+        queued.goes_out();
+        drop((queued, ahead));
+        let mut again = Box::pin(flights.claim(&[3], Urgency::Background));
+        assert!(poll!(again.as_mut()).is_pending());
+        drop((asked, taken));
+        assert_eq!((waits.await.keys(), again.await.keys()), (&[1][..], &[3][..]));
         assert!(flights.is_idle());
     }
 
