@@ -249,7 +249,7 @@ impl Namespace {
     }
 
     /// Hides the lower's name, and waits for stable storage where the upper's entry goes away next.
-    fn hide(&mut self, at: Name<'_>, upper_follows: bool) -> Result<(), Errno> {
+    pub(super) fn hide(&mut self, at: Name<'_>, upper_follows: bool) -> Result<(), Errno> {
         if let (Some((_, path)), true) = (self.lower_path(at.directory, at.name)?, at.below.is_some()) {
             self.journal.hide(&path).map_err(of_io)?;
         }

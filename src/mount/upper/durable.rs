@@ -2,15 +2,16 @@
 //!
 //! Every request of the mount needs the lock of the names, and the dispatcher itself takes it: behind a sync that holds it
 //! everything would stand still. So directories are opened under the lock and synced without it, and what has moved in
-//! the meantime is done again. Changes of names that need a sync between their steps keep the lock (`changes`).
+//! the meantime is done again. Only a rename that needs a sync between its steps keeps the lock (`changes`).
 
 use std::io;
 use std::path::Path;
 
 use nix::errno::Errno;
 
-use crate::mount::fs::LocalId;
+use crate::mount::fs::{FileKind, LocalId};
 use crate::mount::upper::Shared;
+use crate::mount::upper::changes::Name;
 use crate::mount::upper::local_disk::LocalDirectory;
 use crate::mount::upper::namespace::{Namespace, of_io};
 use crate::mount::upper::node::Node;
@@ -69,6 +70,21 @@ impl Shared {
         let directories = self.lock().directories_of(id)?;
         directories.iter().try_for_each(|directory| directory.sync()).map_err(of_io)?;
         self.make_durable(id)
+    }
+
+    /// Hides a name of the lower whose file in the upper is about to be removed, so that the removal need not wait for
+    /// that with the lock held. Until then, and for good if it comes to nothing, the file is one that came from elsewhere.
+    pub(super) fn hide_ahead(&self, at: Name<'_>) -> Result<(), Errno> {
+        {
+            let mut namespace = self.lock();
+            let Some(id) = namespace.table.at(at.directory, at.name) else { return Ok(()) };
+            let record = namespace.table.get(id)?;
+            if !record.in_upper || record.node.kind == FileKind::Directory {
+                return Ok(());
+            }
+            namespace.hide(at, false)?;
+        }
+        self.sync_journal().map_err(of_io)
     }
 
     /// Puts the names of the lower that are gone so far on stable storage.

@@ -324,8 +324,13 @@ impl Volume for Upper {
     async fn unlink(&self, caller: &Caller, directory: LocalId, name: &[u8]) -> Result<(), Errno> {
         let (found, below) = self.find(caller, directory, name).await?;
         let _found = found.ok_or(Errno::ENOENT)?;
-        let name = name.to_vec();
-        self.step(move |namespace| namespace.unlink(Name { directory, name: &name, below: &below })).await
+        let (shared, name) = (self.shared.clone(), name.to_vec());
+        blocking(move || {
+            let at = Name { directory, name: &name, below: &below };
+            shared.hide_ahead(at)?;
+            shared.lock().unlink(at)
+        })
+        .await
     }
 
     async fn remove_directory(&self, caller: &Caller, directory: LocalId, name: &[u8]) -> Result<(), Errno> {

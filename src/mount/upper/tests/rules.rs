@@ -279,7 +279,9 @@ async fn nobody_waits_for_a_sync_that_somebody_else_asked_for() {
     file.write(&caller(), 0, vec![1; 8192].into()).await.unwrap();
     let directory = world.find("base/1").await.unwrap().id;
     let cut = world.find(RELATION).await.unwrap().id;
-    for turn in 0..4 {
+    world.read("base/2/16384", 0, 10).await.unwrap();
+    let above = world.find("base/2").await.unwrap().id;
+    for turn in 0..5 {
         let (upper, file) = (world.upper.clone(), file.clone());
         disk.hold_syncs(true);
         let syncing = tokio::spawn(async move {
@@ -287,6 +289,7 @@ async fn nobody_waits_for_a_sync_that_somebody_else_asked_for() {
                 0 => file.sync_name().await,
                 1 => file.sync(true).await,
                 2 => upper.sync_directory(directory).await,
+                3 => upper.unlink(&caller(), above, b"16384").await,
                 _ => {
                     let set = SetAttributes { size: Some(70_000), ..SetAttributes::default() };
                     upper.set_attributes(&caller(), cut, set).await.map(drop)
