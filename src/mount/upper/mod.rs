@@ -154,7 +154,7 @@ impl Upper {
         disk.sync_all()
             .inspect_err(|error| {
                 if !is_new {
-                    stable.failed(error)
+                    stable.failed(error);
                 }
             })
             .map_err(io)?;

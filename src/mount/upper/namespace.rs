@@ -23,7 +23,7 @@ use crate::mount::lower_volume;
 use crate::mount::upper::content::Content;
 use crate::mount::upper::journal::NamesJournal;
 use crate::mount::upper::local_disk::{LocalDirectory, LocalDisk, LocalFile, Times};
-use crate::mount::upper::node::{LowerNode, Node, Record, Table};
+use crate::mount::upper::node::{LowerNode, Node, Table};
 use crate::mount::upper::origin::{self, Origin};
 use crate::mount::upper::stable::Stable;
 use crate::mount::upper::stats::Counters;
