@@ -241,7 +241,8 @@ impl Content {
         let mut state = self.lock();
         let (file, map) = state.parts()?;
         let end = offset.checked_add(length).ok_or_else(too_large)?;
-        let from = match map.first_missing(&(offset..end)) {
+        // The file system allocates whole units: with its end also the beginning of one that has yet to come.
+        let from = match map.first_missing(&(offset / UNIT * UNIT..end)) {
             None => offset,
             Some(_) => offset.max(map.base_length().next_multiple_of(UNIT)),
         };

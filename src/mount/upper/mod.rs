@@ -20,6 +20,7 @@ mod durable;
 mod fetch;
 pub mod file_system;
 mod forget_origins;
+mod found;
 pub mod hydrate;
 mod journal;
 mod local_disk;

@@ -19,6 +19,7 @@ use crate::mount::fs::{
 use crate::mount::lower::{Child, LowerError};
 use crate::mount::upper::changes::{Make, Name};
 use crate::mount::upper::content::Content;
+use crate::mount::upper::found::Found;
 use crate::mount::upper::local_disk::Times;
 use crate::mount::upper::namespace::{Below, Entered, Namespace, of_io};
 use crate::mount::upper::node::{LowerNode, Node};
@@ -35,19 +36,6 @@ pub struct UpperFile {
     pub(super) node: Arc<Node>,
     /// What is being fetched because it follows what was read here; ends with the file.
     pub(super) ahead: TasksAhead,
-}
-
-/// What an operation found under a name: nobody else's forgetting takes it out of the table while this is there.
-#[derive(Debug)]
-struct Found {
-    upper: Upper,
-    id: LocalId,
-}
-
-impl Drop for Found {
-    fn drop(&mut self) {
-        self.upper.forget(self.id, 1);
-    }
 }
 
 impl Upper {
@@ -92,7 +80,7 @@ impl Upper {
                 entered
             };
             match entered {
-                Entered::Known(id) => return Ok((Some(Found { upper: self.clone(), id }), below)),
+                Entered::Known(id) => return Ok((Some(Found::counted(self, id)), below)),
                 Entered::Absent => return Ok((None, below)),
                 Entered::NeedsOrigin(path) => {
                     let found = caller.killable(self.resolve(&path)).await?;
@@ -199,7 +187,7 @@ impl Volume for Upper {
         }
         let (found, _) = self.find(caller, directory, name).await?;
         let found = found.ok_or(Errno::ENOENT)?;
-        self.answer(&mut self.shared.lock(), found.id)
+        self.answer(&mut self.shared.lock(), found.id())
     }
 
     fn forget(&self, node: LocalId, references: u64) {
@@ -264,7 +252,7 @@ impl Volume for Upper {
             let mut namespace = self.shared.lock();
             let id = match &found {
                 Some(_) if exclusive => return Err(Errno::EEXIST),
-                Some(found) => found.id,
+                Some(found) => found.id(),
                 None => namespace.create(Name { directory, name, below: &below }, mode, caller.owner)?,
             };
             (self.answer(&mut namespace, id)?, id)
@@ -336,7 +324,7 @@ impl Volume for Upper {
     async fn remove_directory(&self, caller: &Caller, directory: LocalId, name: &[u8]) -> Result<(), Errno> {
         let (found, below) = self.find(caller, directory, name).await?;
         let found = found.ok_or(Errno::ENOENT)?;
-        let children = self.children(caller, found.id).await?;
+        let children = self.children(caller, found.id()).await?;
         let name = name.to_vec();
         self.step(move |namespace| {
             namespace.remove_directory(Name { directory, name: &name, below: &below }, &children)
@@ -354,9 +342,9 @@ impl Volume for Upper {
         let (moved, below_from) = self.find(caller, from.0, from.1).await?;
         let (replaced, below_to) = self.find(caller, to.0, to.1).await?;
         let moved = moved.ok_or(Errno::ENOENT)?;
-        let target = self.link_target(caller, moved.id).await?;
+        let target = self.link_target(caller, moved.id()).await?;
         let children = match &replaced {
-            Some(replaced) => self.children(caller, replaced.id).await?,
+            Some(replaced) => self.children(caller, replaced.id()).await?,
             None => Vec::new(),
         };
         let (from, to) = ((from.0, from.1.to_vec()), (to.0, to.1.to_vec()));

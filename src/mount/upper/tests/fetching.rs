@@ -67,7 +67,7 @@ async fn a_piece_that_came_is_read_while_the_rest_is_under_way() {
         let file = file.clone();
         async move { file.ensure_range_as(Urgency::Background, &caller(), 0..SIZE).await }
     });
-    while world.lower.fetches() == 0 {
+    while world.upper.stats().filled_bytes < PIECE {
         tokio::task::yield_now().await;
     }
     read_page(&world, &file, 0).await;
@@ -222,16 +222,16 @@ async fn a_scan_is_read_ahead_of_in_few_fetches() {
     let file = open_file(&world).await;
     for page in 0..SIZE / PAGE {
         read_page(&world, &file, page).await;
-        // As between two requests of the kernel.
-        tokio::task::yield_now().await;
+        // A reader that is slower than the line: one that is faster asks for what is under way itself, and the chunks' own
+        // flights see to it that it is asked for once.
+        idle(&world).await;
     }
-    idle(&world).await;
     // Two chunks until it is believed; then 256 KiB, and twice that each time until the end.
     let mut urgencies = world.lower.urgencies();
     urgencies.sort();
     assert_eq!(urgencies, [[Urgency::Ahead; 6].as_slice(), &[Urgency::Foreground; 2]].concat());
     assert_eq!(world.lower.fetched_bytes(), SIZE);
-    assert_eq!((world.upper.stats().read_aheads, world.upper.stats().waits > 1), (6, true));
+    assert_eq!((world.upper.stats().read_aheads, world.upper.stats().waits), (6, 2));
 }
 
 #[tokio::test]
