@@ -224,6 +224,7 @@ async fn a_scan_is_read_ahead_of_in_few_fetches() {
         read_page(&world, &file, page).await;
         // A reader that is slower than the line: one that is faster asks for what is under way itself, and the chunks' own
         // flights see to it that it is asked for once.
+        tokio::task::yield_now().await;
         idle(&world).await;
     }
     // Two chunks until it is believed; then 256 KiB, and twice that each time until the end.
