@@ -67,6 +67,26 @@ impl WalAhead {
         }
     }
 
+    /// Returns up to `count` of those behind a segment that was followed, the next one first.
+    pub fn behind(
+        &self,
+        segment: WalSegmentName,
+        plan: Option<&RecoveryPlan>,
+        count: usize,
+    ) -> Vec<WalSegmentName> {
+        let count = count.min(self.reader.ahead_max());
+        if let Some(plan) = plan.filter(|plan| !plan.standby) {
+            return plan.segments_behind(segment).take(count).collect();
+        }
+        let (timeline, size) = (segment.timeline(), self.reader.cluster().segment_size);
+        let Ok(number) = segment.number(size) else { return Vec::new() };
+        let known = self.lock().behind(timeline, number, count);
+        known
+            .into_iter()
+            .map(|number| WalSegmentName::new(timeline, WalSegmentNumber(number), size))
+            .collect()
+    }
+
     fn start(&self, timeline: TimelineId, numbers: Vec<u64>) {
         let size = self.reader.cluster().segment_size;
         let name = |number| WalSegmentName::new(timeline, WalSegmentNumber(number), size);

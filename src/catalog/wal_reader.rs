@@ -180,6 +180,18 @@ impl WalReader {
         }
     }
 
+    /// Returns a file that is being read ahead, as soon as it is there, or nothing where nobody reads it. It is not handed
+    /// out by that: who asks for it is given what counts then.
+    pub async fn coming(&self, name: ArchiveFileName) -> Option<Bytes> {
+        // First: what is on its way now is in the cache a moment later.
+        let flight = self.lock_flights().get(&name).cloned();
+        let cached = self.cache().find(name).map(|file| file.bytes.clone());
+        if cached.is_some() {
+            return cached;
+        }
+        flight?.get_or_try_init(|| self.read_once(name)).await.ok().cloned()
+    }
+
     /// Returns how many segments are read ahead at most: none where the cache holds but one.
     pub fn ahead_max(&self) -> usize {
         let segment_bytes = self.cluster.segment_size.bytes() as usize;

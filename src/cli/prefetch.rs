@@ -8,7 +8,7 @@
 //! PostgreSQL is the first process of a container it would take another one for a crash of its own.
 
 use std::cell::RefCell;
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -18,6 +18,7 @@ use std::pin::pin;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use bytes::Bytes;
 use clap::Args;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -25,14 +26,18 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::codec::Hasher;
 use crate::config::SiteConfig;
-use crate::control::{self, FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files};
+use crate::control::{
+    self, FileAnswer, FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files,
+};
 use crate::disk::durable::{Create, create_dir_all};
-use crate::disk::{self, LockFile};
+use crate::disk::{self, LockFile, StagedFile};
 use crate::pg::{ArchiveFileName, PostmasterPid};
 use crate::repo::{self, Repository};
 use crate::storage::Location;
+use crate::wal;
 use crate::wal::archive::Archive;
 use crate::wal::fetch::{ATTEMPT_MIN, FetchOptions, Fetched, find, read_on, stage};
+use crate::wal::written_ahead::WrittenAhead;
 
 use super::context::Context;
 use super::detached;
@@ -141,14 +146,8 @@ impl Place {
         let Ok(staged) = stage(options) else { return Asked::Nobody };
         let request = FileRequest { name: options.name.to_string() };
         let signs_max = (options.wait + 2 * ATTEMPT_MIN).div_duration_f64(SIGN_OF_LIFE) as u64;
-        let written = |bytes| staged.file().metadata().is_ok_and(|found| found.len() == bytes);
         match ask_for_file(&socket, &request, staged.file().as_fd(), signs_max) {
-            Ok(FileReply::Written { bytes }) if written(bytes) && staged.finish().is_ok() => {
-                Asked::Answer(Fetched::Restored)
-            }
-            Ok(FileReply::Written { .. }) => Asked::Nobody,
-            Ok(FileReply::Absent) => Asked::Answer(Fetched::Absent),
-            Ok(FileReply::CannotTell) => Asked::CannotTell,
+            Ok(FileAnswer { reply, file }) => take_answer(reply, file, staged),
             Err(error) => {
                 tracing::debug!("{error}");
                 if matches!(error, control::Error::Io { .. }) {
@@ -191,6 +190,21 @@ impl Place {
     }
 }
 
+/// Puts what was answered in its place: the file that was begun for it, or the one that came along.
+fn take_answer(reply: FileReply, ready: Option<File>, staged: StagedFile) -> Asked {
+    let has = |file: &File, bytes| file.metadata().is_ok_and(|found| found.len() == bytes);
+    let restored = match (reply, ready) {
+        (FileReply::Absent, _) => return Asked::Answer(Fetched::Absent),
+        (FileReply::CannotTell, _) => return Asked::CannotTell,
+        (FileReply::Written { bytes }, _) => has(staged.file(), bytes) && staged.finish().is_ok(),
+        (FileReply::Enclosed { bytes }, Some(ready)) => {
+            has(&ready, bytes) && staged.finish_with(ready).is_ok()
+        }
+        (FileReply::Enclosed { .. }, None) => false,
+    };
+    if restored { Asked::Answer(Fetched::Restored) } else { Asked::Nobody }
+}
+
 impl Prefetch {
     /// Serves until nobody asks any more; what goes wrong is told to the log alone.
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
@@ -218,12 +232,13 @@ impl Prefetch {
         let archive = Archive::reading_ahead(open, context.clock(), CACHE_BYTES);
         let options = FetchOptions {
             data_directory: place.data_directory.clone(),
-            name: self.after.parse().map_err(crate::wal::Error::from)?,
+            name: self.after.parse().map_err(wal::Error::from)?,
             target: PathBuf::new(),
             wait: site.fetch_wait,
         };
         let served = context.block_on(async {
-            let serving = Serving { place: &place, archive: &archive, options: &options };
+            let written = WrittenAhead::new(&place.data_directory);
+            let serving = Serving { place: &place, archive: &archive, options: &options, written };
             tokio::select! {
                 served = serving.serve(listener, context) => served,
                 () = terminated() => Ok(()),
@@ -240,6 +255,7 @@ struct Serving<'a, O> {
     archive: &'a Archive<O>,
     /// Those of every request, but for the name.
     options: &'a FetchOptions,
+    written: WrittenAhead,
 }
 
 impl<O: AsyncFn() -> Result<Repository, repo::Error>> Serving<'_, O> {
@@ -251,6 +267,7 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Serving<'_, O> {
             // Whoever asks meets it again, and tells it.
             tracing::debug!("{error}");
         }
+        self.write_on(self.options.name).await;
         let clock = context.clock();
         let mut asked_at = clock.monotonic();
         let mut answers = FuturesUnordered::new();
@@ -274,6 +291,7 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Serving<'_, O> {
                     }
                     if idle >= TICK {
                         self.archive.forget_served().await;
+                        self.written.clear();
                     }
                 }
             }
@@ -284,32 +302,53 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Serving<'_, O> {
     async fn answer(&self, mut ask: FileAsk) {
         let Ok(name) = ask.request.name.parse() else { return };
         let options = FetchOptions { name, ..self.options.clone() };
-        let mut finding = pin!(find(&options, self.archive));
-        let found = loop {
-            tokio::select! {
-                found = &mut finding => break found,
-                () = sleep(SIGN_OF_LIFE) => {
-                    if ask.sign_of_life().is_err() {
-                        return;
+        let found = {
+            let mut finding = pin!(self.find(&options, &ask.file));
+            loop {
+                tokio::select! {
+                    found = &mut finding => break found,
+                    () = sleep(SIGN_OF_LIFE) => {
+                        if ask.sign_of_life().is_err() {
+                            return;
+                        }
                     }
                 }
             }
         };
-        let reply = match found {
-            Ok(Some(content)) => {
+        match found {
+            Ok(Some((_, Some(ready)))) => ask.answer_with(ready),
+            Ok(Some((content, None))) => {
                 if let Err(error) = ask.file.write_all(&content) {
                     tracing::warn!("{name} could not be written: {error}");
                     return;
                 }
-                FileReply::Written { bytes: content.len() as u64 }
+                ask.answer(&FileReply::Written { bytes: content.len() as u64 });
             }
-            Ok(None) => FileReply::Absent,
+            Ok(None) => return ask.answer(&FileReply::Absent),
             Err(error) => {
                 tracing::debug!("{name}: {error}");
-                FileReply::CannotTell
+                return ask.answer(&FileReply::CannotTell);
             }
-        };
-        ask.answer(&reply);
+        }
+        self.write_on(name).await;
+    }
+
+    /// Finds a file, and what was written of it before it was asked for.
+    async fn find(
+        &self,
+        options: &FetchOptions,
+        wanted: &File,
+    ) -> Result<Option<(Bytes, Option<File>)>, wal::Error> {
+        let Some(content) = find(options, self.archive).await? else { return Ok(None) };
+        let ready = self.written.take(options.name, &content, wanted).await;
+        Ok(Some((content, ready)))
+    }
+
+    /// Has what comes behind a segment written where it will be asked for.
+    async fn write_on(&self, name: ArchiveFileName) {
+        if let ArchiveFileName::Segment(segment) = name {
+            self.written.follow(segment, self.archive).await;
+        }
     }
 }
 
@@ -357,10 +396,20 @@ mod tests {
     use std::io::Read;
     use std::thread;
 
+    use crate::disk::unnamed_file::begin_unnamed;
+
     use super::*;
 
     /// Asks for a segment where somebody listens and says this, and returns what stands at the target afterwards.
     fn ask_where_is_said(said: &'static [u8]) -> (Asked, Option<Vec<u8>>) {
+        ask_where(move |mut ask, _| {
+            ask.file.write_all(b"content").unwrap();
+            ask.say(said);
+        })
+    }
+
+    /// Asks for a segment where somebody listens and does this, in the same folder.
+    fn ask_where(does: impl FnOnce(FileAsk, &Path) + Send + 'static) -> (Asked, Option<Vec<u8>>) {
         let scratch = tempfile::tempdir().unwrap();
         let data_directory = scratch.path().canonicalize().unwrap();
         let identity = identity_of(&data_directory).unwrap();
@@ -377,10 +426,9 @@ mod tests {
         let options = FetchOptions { data_directory, name, target: target.clone(), wait: Duration::ZERO };
         assert!(matches!(place.ask(&options), Asked::Nobody));
         let listener = UnixListener::bind(place.socket()).unwrap();
+        let folder = options.data_directory.clone();
         let other = thread::spawn(move || {
-            let mut ask = FileAsk::receive(listener.accept().unwrap().0).unwrap();
-            ask.file.write_all(b"content").unwrap();
-            ask.say(said);
+            does(FileAsk::receive(listener.accept().unwrap().0).unwrap(), &folder);
         });
         let asked = place.ask(&options);
         other.join().unwrap();
@@ -410,6 +458,21 @@ mod tests {
             assert!(matches!(asked, Asked::Nobody), "{asked:?}");
             assert_eq!(target, None);
         }
+    }
+
+    #[test]
+    fn what_a_prefetcher_wrote_ahead_becomes_the_file_and_nothing_else_does() {
+        let (asked, target) = ask_where(|ask, folder| {
+            let mut ready = begin_unnamed(folder, Create::PRIVATE_FILE).unwrap();
+            ready.write_all(b"written ahead").unwrap();
+            ask.answer_with(ready);
+        });
+        assert!(matches!(asked, Asked::Answer(Fetched::Restored)), "{asked:?}");
+        assert_eq!(target.unwrap(), b"written ahead");
+        // It is said to come along, and does not.
+        let (asked, target) = ask_where_is_said(b"{\"enclosed\":{\"bytes\":7}}\n");
+        assert!(matches!(asked, Asked::Nobody), "{asked:?}");
+        assert_eq!(target, None);
     }
 
     /// The same path, the same inode, and in a container the same process number.

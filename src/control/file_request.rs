@@ -1,7 +1,8 @@
 //! Between `wal fetch` and its prefetcher: a name and an open file go in; signs of life and one answer come out.
 //!
-//! The file travels as a descriptor, so that whoever asks keeps its name: a prefetcher that was given up on and wakes
-//! again writes into a file that nobody looks at. The asking side is blocking and without a runtime, because a fetch is
+//! Files travel as descriptors, so that whoever asks keeps the name: a prefetcher that was given up on and wakes
+//! again writes into a file that nobody looks at. What it had written before it was asked comes back with the answer, as a
+//! file without a name, and then it has nothing more to do with it. The asking side is blocking and without a runtime, because a fetch is
 //! over in milliseconds. Both ends see to it that the other is the same user. Whatever does not look like an answer is
 //! none: the caller does the work itself.
 
@@ -33,10 +34,21 @@ pub struct FileRequest {
 pub enum FileReply {
     /// All of it is in the file that was handed over.
     Written { bytes: u64 },
+    /// All of it is in a file that comes along, which has no name and is nobody else's.
+    Enclosed { bytes: u64 },
     /// The archive has none, and recovery may go by that.
     Absent,
     /// It cannot tell, whoever else may.
     CannotTell,
+}
+
+/// An answer that was received.
+#[derive(Debug)]
+pub struct FileAnswer {
+    /// What was said.
+    pub reply: FileReply,
+    /// The file that came along.
+    pub file: Option<File>,
 }
 
 /// A request that was received.
@@ -65,7 +77,7 @@ pub fn ask_for_file(
     request: &FileRequest,
     file: BorrowedFd<'_>,
     signs_max: u64,
-) -> Result<FileReply, Error> {
+) -> Result<FileAnswer, Error> {
     let failed = |source: io::Error| Error::Io { path: path.to_owned(), source };
     let stream = through_its_folder(path, |path| UnixStream::connect(path))
         .map_err(|source| Error::NotRunning { path: path.to_owned(), source })?;
@@ -75,22 +87,13 @@ pub fn ask_for_file(
     let malformed = |detail: String| Error::Malformed { path: path.to_owned(), detail };
     let mut line = serde_json::to_vec(request).map_err(|error| malformed(error.to_string()))?;
     line.push(b'\n');
-    let descriptors = [file.as_raw_fd()];
-    let along = [ControlMessage::ScmRights(&descriptors)];
-    let sent =
-        sendmsg::<UnixAddr>(stream.as_raw_fd(), &[IoSlice::new(&line)], &along, MsgFlags::MSG_NOSIGNAL, None);
-    let sent = sent.map_err(|errno| failed(errno.into()))?;
-    (&stream).write_all(&line[sent..]).map_err(failed)?;
-    let mut lines = BufReader::new(&stream);
+    send_with_file(&stream, &line, file).map_err(failed)?;
+    let mut lines = Lines { stream: &stream, received: Vec::new(), file: None };
     for _ in 0..signs_max {
-        let mut answer = String::new();
-        lines.by_ref().take(LINE_BYTES_MAX).read_line(&mut answer).map_err(failed)?;
-        match answer.strip_suffix('\n') {
-            None => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
-            Some("") => {}
-            Some(answer) => {
-                return serde_json::from_str(answer).map_err(|error| malformed(error.to_string()));
-            }
+        let answer = lines.next_line().map_err(failed)?;
+        if !answer.is_empty() {
+            let reply = serde_json::from_slice(&answer).map_err(|error| malformed(error.to_string()))?;
+            return Ok(FileAnswer { reply, file: lines.file.map(File::from) });
         }
     }
     Err(failed(io::ErrorKind::TimedOut.into()))
@@ -139,11 +142,62 @@ impl FileAsk {
         let _ = (&self.stream).write_all(&line);
     }
 
+    /// Answers with a file that has all that was asked for, and is not kept here.
+    pub fn answer_with(self, file: File) {
+        let Ok(bytes) = file.metadata().map(|found| found.len()) else { return };
+        let Ok(mut line) = serde_json::to_vec(&FileReply::Enclosed { bytes }) else { return };
+        line.push(b'\n');
+        let _ = send_with_file(&self.stream, &line, file.as_fd());
+    }
+
     /// Says these bytes, whatever they mean.
     #[cfg(test)]
     pub(crate) fn say(self, bytes: &[u8]) {
         (&self.stream).write_all(bytes).unwrap();
     }
+}
+
+/// What comes over a connection line by line, and the last file that came along.
+struct Lines<'a> {
+    stream: &'a UnixStream,
+    received: Vec<u8>,
+    file: Option<OwnedFd>,
+}
+
+impl Lines<'_> {
+    /// Returns the next line, without its end.
+    fn next_line(&mut self) -> io::Result<Vec<u8>> {
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let behind = self.received.split_off(end + 1);
+                let mut line = std::mem::replace(&mut self.received, behind);
+                line.pop();
+                return Ok(line);
+            }
+            if self.received.len() as u64 >= LINE_BYTES_MAX {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let mut bytes = [0; 512];
+            match receive_with_file(self.stream, &mut bytes) {
+                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((length, file)) => {
+                    self.received.extend_from_slice(&bytes[..length]);
+                    self.file = file.or(self.file.take());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// Sends a line, and a descriptor along.
+fn send_with_file(mut stream: &UnixStream, line: &[u8], file: BorrowedFd<'_>) -> io::Result<()> {
+    let descriptors = [file.as_raw_fd()];
+    let along = [ControlMessage::ScmRights(&descriptors)];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    let sent = sendmsg::<UnixAddr>(stream.as_raw_fd(), &[IoSlice::new(line)], &along, flags, None)?;
+    stream.write_all(&line[sent..])
 }
 
 /// Receives bytes, and the one descriptor that came along.
@@ -190,7 +244,9 @@ mod tests {
     use super::*;
 
     fn ask(path: &Path, target: &File) -> Result<FileReply, Error> {
-        ask_for_file(path, &FileRequest { name: "x".into() }, target.as_fd(), 3)
+        let answer = ask_for_file(path, &FileRequest { name: "x".into() }, target.as_fd(), 3)?;
+        assert!(answer.file.is_none());
+        Ok(answer.reply)
     }
 
     /// Accepts one connection on another thread and does something with it.
@@ -221,6 +277,26 @@ mod tests {
         assert_eq!(ask(&path, &target).unwrap(), FileReply::Written { bytes: 7 });
         server.join().unwrap();
         assert_eq!(fs::read(folder.join("target")).unwrap(), b"content");
+    }
+
+    #[test]
+    fn a_file_comes_back_with_the_answer() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("x.sock");
+        let target = File::create(scratch.path().join("target")).unwrap();
+        let mut ready = File::create_new(scratch.path().join("ready")).unwrap();
+        ready.write_all(b"content").unwrap();
+        let server = answer_once(&path, |stream| {
+            let ask = FileAsk::receive(stream).unwrap();
+            ask.sign_of_life().unwrap();
+            ask.answer_with(ready);
+        });
+        let request = FileRequest { name: "x".into() };
+        let FileAnswer { reply, file } = ask_for_file(&path, &request, target.as_fd(), 3).unwrap();
+        server.join().unwrap();
+        assert_eq!(reply, FileReply::Enclosed { bytes: 7 });
+        assert_eq!(file.unwrap().metadata().unwrap().len(), 7);
+        assert_eq!(target.metadata().unwrap().len(), 0);
     }
 
     #[test]

@@ -17,7 +17,9 @@ pub use client::request;
 pub use daemon_client::ask_daemon;
 pub use daemon_messages::{ArchivedFile, DaemonAnswer, DaemonRequest, Destination, Failure, PushRequest};
 pub use daemon_server::{Caller, DaemonListener};
-pub use file_request::{FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files};
+pub use file_request::{
+    FileAnswer, FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files,
+};
 pub use messages::{CloneSetting, CloneState, CloneStatus, HydrationState, HydrationStatus, Reply, Request};
 pub use server::{Listener, Pending};
 

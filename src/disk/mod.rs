@@ -1,5 +1,5 @@
-//! Local files: durable write and rename, reading up to a limit, locks, free space, Walden's private area, the clone
-//! marker.
+//! Local files: durable write and rename, files without a name, reading up to a limit, locks, free space, Walden's
+//! private area, the clone marker.
 //!
 //! Everything here is synchronous and small; a caller on an async thread hands the slow ones (whatever
 //! fsyncs) to a blocking thread. A path that comes back from `durable` without error is on stable storage
@@ -16,6 +16,7 @@ pub mod space;
 pub mod staged_file;
 pub mod state_file;
 pub mod steady_file;
+pub mod unnamed_file;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::catalog::{RecoveryPlan, WalAhead, WalReader};
 use crate::clock::Clock;
+use crate::pg::WalSegmentName;
 use crate::repo::{self, ClusterId, Repository};
 
 /// One site's archive; `O` opens the repository.
@@ -44,10 +45,27 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Archive<O> {
 
     /// Forgets what was read and handed out.
     pub async fn forget_served(&self) {
-        let held = self.held.lock().await.clone();
+        let held = self.held_now().await;
         if let Some(ahead) = held.and_then(|held| held.lock_ahead().clone()) {
             ahead.reader().forget_served();
         }
+    }
+
+    /// Returns who reads what comes behind a segment, and up to `count` names of that, where the archive is open and was
+    /// asked for the segment by a plan.
+    pub(crate) async fn behind(
+        &self,
+        segment: WalSegmentName,
+        count: usize,
+    ) -> Option<(Arc<WalReader>, Vec<WalSegmentName>)> {
+        let held = self.held_now().await?;
+        let plan = held.lock_plan().clone()?;
+        let ahead = held.ahead(plan.cluster);
+        Some((ahead.reader().clone(), ahead.behind(segment, Some(&plan), count)))
+    }
+
+    async fn held_now(&self) -> Option<Arc<Held>> {
+        self.held.lock().await.clone()
     }
 
     pub(crate) fn clock(&self) -> &dyn Clock {

@@ -3,6 +3,7 @@
 mod held;
 mod last_request;
 mod own_copy;
+mod written;
 
 use std::fs;
 use std::path::PathBuf;

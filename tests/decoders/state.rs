@@ -72,7 +72,10 @@ pub fn decoders() -> Vec<Decoder> {
             ],
         ),
         json("request for a file", &[FileRequest { name: "00000002.history".into() }]),
-        json("reply about a file", &[FileReply::Written { bytes: 9 }, FileReply::Absent]),
+        json(
+            "reply about a file",
+            &[FileReply::Written { bytes: 9 }, FileReply::Enclosed { bytes: 9 }, FileReply::Absent],
+        ),
         json("binding of a private area", &[binding()]),
         json("description of a clone", &[clone_spec()]),
         json("order to finalize a clone", &[finalize_order()]),

@@ -1,5 +1,6 @@
 //! Recoveries whose fetches leave a prefetcher behind: killed at any moment, stuck, or before a store that comes and goes.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -94,6 +95,56 @@ fn a_prefetcher_that_is_stuck_is_left_behind() {
     // Awake again it finds that nobody will ask it any more.
     kill(stuck, Signal::SIGCONT).unwrap();
     wait_for("the prefetcher to end", || (!prefetchers(&data).contains(&stuck)).then_some(()));
+}
+
+/// Opens the files without a name that a process has open in a folder, so that their inodes are nobody else's.
+fn unnamed_files(pid: Pid, folder: &Path) -> Vec<fs::File> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let unnamed = open.filter(|entry| {
+        let named = fs::read_link(entry.path()).unwrap_or_default();
+        named.parent() == Some(folder) && named.to_string_lossy().ends_with(" (deleted)")
+    });
+    // What has been given up meanwhile cannot be opened any more.
+    unnamed.filter_map(|entry| fs::File::open(entry.path()).ok()).collect()
+}
+
+#[test]
+fn what_was_written_ahead_becomes_the_servers_file_and_nothing_of_the_rest_is_left() {
+    require!(Need::PostgreSQL(15));
+    let scene = Scene::new(15, 6);
+    let data = scene.cluster.scratch().path().join("copy");
+    let folder = data.join("pg_wal").canonicalize().unwrap();
+    let restored = folder.join("RECOVERYXLOG");
+    let fetch = |segment: &str| {
+        let mut command = scene.walden.command();
+        command.args(["wal", "fetch", segment, "pg_wal/RECOVERYXLOG"]).current_dir(&data);
+        Run::of(&mut command, "").expect_code(0);
+        let own = scene.cluster.data_directory().join("pg_wal").join(segment);
+        assert!(fs::read(&restored).unwrap() == fs::read(own).unwrap(), "{segment}");
+        let found = fs::metadata(&restored).unwrap();
+        assert_eq!((found.mode() & 0o7777, found.nlink()), (0o600, 1));
+        found
+    };
+    let owner = fetch(&scene.segments[0]).uid();
+    let names = || {
+        let names = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name());
+        names.collect::<BTreeSet<_>>()
+    };
+    let before = names();
+    let prefetcher = wait_for_prefetcher(&scene.walden, &data);
+    // After a second without requests it gives up what it has written, so that it may take more than one turn.
+    wait_for("a segment that was written ahead", || {
+        scene.segments[1..].iter().find_map(|segment| {
+            let ahead = unnamed_files(prefetcher, &folder);
+            let found = fetch(segment);
+            assert_eq!(found.uid(), owner);
+            let is_it = |file: &fs::File| file.metadata().is_ok_and(|file| file.ino() == found.ino());
+            ahead.iter().any(is_it).then_some(())
+        })
+    });
+    kill(prefetcher, Signal::SIGKILL).unwrap();
+    wait_for("the prefetcher to be gone", || prefetchers(&data).is_empty().then_some(()));
+    assert_eq!(names(), before);
 }
 
 #[test]

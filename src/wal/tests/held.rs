@@ -7,7 +7,7 @@ use super::{
 
 impl Server {
     /// Describes the archive as a prefetcher holds it, with room for eight segments to come.
-    fn held(&self) -> Archive<impl AsyncFn() -> Result<Repository, repo::Error>> {
+    pub(super) fn held(&self) -> Archive<impl AsyncFn() -> Result<Repository, repo::Error>> {
         Archive::reading_ahead(async || self.open().await, Arc::new(SystemClock), 9 * MIB)
     }
 
@@ -31,7 +31,7 @@ impl Server {
 }
 
 /// Lets what is read ahead come to its end: nothing here waits for anything but its turn.
-async fn settle() {
+pub(super) async fn settle() {
     for _ in 0..1000 {
         tokio::task::yield_now().await;
     }
