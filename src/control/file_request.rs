@@ -1,10 +1,10 @@
 //! Between `wal fetch` and its prefetcher: a name and an open file go in; signs of life and one answer come out.
 //!
 //! Files travel as descriptors, so that whoever asks keeps the name: a prefetcher that was given up on and wakes
-//! again writes into a file that nobody looks at. What it had written before it was asked comes back with the answer, as a
-//! file without a name, and then it has nothing more to do with it. The asking side is blocking and without a runtime, because a fetch is
-//! over in milliseconds. Both ends see to it that the other is the same user. Whatever does not look like an answer is
-//! none: the caller does the work itself.
+//! again writes into a file that nobody looks at. What it had written before it was asked comes back with the answer,
+//! as a file without a name, and then it has nothing more to do with it. The asking side is blocking and without a
+//! runtime, because a fetch is over in milliseconds. Both ends see to it that the other is the same user. Whatever does
+//! not look like an answer is none: the caller does the work itself.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};

@@ -4,8 +4,8 @@
 //! so they start quickly and do one thing. `plan_file` is the recovery plan as it lies in a data directory,
 //! `key_rotation` the key of a process that archives for long, `queue` the limit of what may wait for the archive, and
 //! `left_out` what was left out of it for that. `head` writes down how far the archive reaches, when `head_notes` says
-//! so. `receive` runs for long and keeps what is on its way in the `spool`. `written_ahead` is what a fetch is given that
-//! another process has written before.
+//! so. `receive` runs for long and keeps what is on its way in the `spool`. `written_ahead` is what another process has
+//! written for a fetch before it begins.
 //! `check` looks whether all is there that a recovery may ask for, and puts back what the server still has.
 //! Deliberately absent: exit statuses (`cli`), the decision what a name is answered (`catalog`) and any deletion.
 
