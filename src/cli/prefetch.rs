@@ -15,7 +15,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -97,6 +98,10 @@ const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 const LINGER: Duration = Duration::from_secs(60);
 /// How often it looks whether it is still of use.
 const TICK: Duration = Duration::from_secs(1);
+/// How long a fetch that starts it waits until it listens, which takes it some milliseconds; it ends at once where it cannot.
+const START_WAIT: Duration = Duration::from_millis(100);
+/// How often that is looked at.
+const START_STEP: Duration = Duration::from_millis(1);
 /// Requests that are answered at once; there is one recovery in a data directory.
 const REQUESTS_MAX: usize = 4;
 
@@ -176,10 +181,16 @@ impl Place {
         let mut command: Command = detached::command(context)?;
         command.args(["internal", "prefetch"]).arg(&self.data_directory).arg(after.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let started = command.spawn();
-        started
-            .map(drop)
-            .map_err(|error| CommandError::failed(format!("could not start a background process: {error}")))
+        let mut started = command.spawn().map_err(|error| {
+            CommandError::failed(format!("could not start a background process: {error}"))
+        })?;
+        // The next fetch comes at once. Finding nobody it would do everything alone, and take a core from this one.
+        let until = context.clock().monotonic() + START_WAIT;
+        let is_starting = |started: &mut Child| matches!(started.try_wait(), Ok(None));
+        while !self.socket().exists() && is_starting(&mut started) && context.clock().monotonic() < until {
+            thread::sleep(START_STEP);
+        }
+        Ok(())
     }
 
     /// Tells whether the data directory, its server and the socket are still those it was started for.
@@ -394,7 +405,6 @@ fn close_to_children() {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::thread;
 
     use crate::disk::unnamed_file::begin_unnamed;
 
