@@ -24,7 +24,15 @@ fn sigterm_ends_it_in_the_middle_of_an_upload_to_a_store_that_hangs() {
     line.inject("PUT", "", usize::MAX, Fault::Silence);
     line.take_requests();
     let push = scene.push(&segments[0]).stderr(Stdio::piped()).spawn().unwrap();
-    wait_for("the upload", || line.take_requests().iter().any(|head| head.starts_with("PUT")).then_some(()));
+    // Nobody asked for the others, and none of them ends: they are under way side by side.
+    let mut heads: Vec<String> = Vec::new();
+    wait_for("the uploads of all of them", || {
+        heads.extend(line.take_requests());
+        let is_put = |segment: &String| {
+            heads.iter().any(|head| head.starts_with("PUT ") && head.contains(segment.as_str()))
+        };
+        segments.iter().all(is_put).then_some(())
+    });
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait().success(), "{}", daemon.log());
     let output = push.wait_with_output().unwrap();
