@@ -32,6 +32,7 @@ use crate::wal::head;
 use crate::wal::head_notes::HEAD_INTERVAL;
 use crate::wal::key_rotation::KeyRotation;
 use crate::wal::left_out::RecoveryStart;
+use crate::wal::receive::PIECE_INTERVAL;
 use crate::wal::receive::disk_work::on_disk;
 use crate::wal::receive::plan::{InStore, PieceRule, Upload, durable_in_store, may_leave, plan_upload};
 use crate::wal::receive::state::{Shared, clear, note};
@@ -75,6 +76,8 @@ const PAUSE_FIRST: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How often it is looked whether a piece is due.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+// A commit is to be in the store within five seconds: what these leave of them is for sealing it and for the store.
+const _: () = assert!(PIECE_INTERVAL.saturating_add(LOOK_INTERVAL).as_millis() < 5_000);
 
 /// How often it is looked, while WAL is missing, whether there is a basebackup behind it: two small reads for each.
 const GAPS_INTERVAL: Duration = Duration::from_secs(5 * 60);
