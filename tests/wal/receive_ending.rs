@@ -219,6 +219,12 @@ fn the_command_ends_while_the_spool_is_on_a_dead_mount() {
         let sent = "select sent_lsn >= pg_current_wal_flush_lsn() from pg_stat_replication";
         (cluster.sql(sent) == "t").then_some(())
     });
+    // It is told now and then where we are, as after each write: by then all that is on its way has come.
+    let since = cluster.sql("select clock_timestamp()");
+    let told = format!("select reply_time > '{since}'::timestamptz + interval '1s' from pg_stat_replication");
+    wait_for("the server to be told again", || (cluster.sql(&told) == "t").then_some(()));
+    let behind = "select write_lsn < sent_lsn, flush_lsn < sent_lsn from pg_stat_replication";
+    assert_eq!(cluster.rows(behind), [["t", "t"]], "{}", receiver.log());
     receiver.stop_soon();
     // What hangs was not waited for any longer than is documented.
     assert!(receiver.log().contains("ending at once, with something that hangs"), "{}", receiver.log());
