@@ -31,9 +31,26 @@ fn assert_received(receiver: &Receiver, server: &Server, timeline: u32, at_least
 }
 
 #[test]
-fn two_switches_while_nobody_receives_are_followed_one_after_the_other() {
+fn two_switches_while_nobody_receives_are_followed_one_after_the_other_on_13() {
+    require!(Need::PostgreSQL(13));
+    two_switches_are_followed_one_after_the_other(13);
+}
+
+#[test]
+fn two_switches_while_nobody_receives_are_followed_one_after_the_other_on_15() {
     require!(Need::PostgreSQL(15));
-    let mut cluster = cluster(15);
+    two_switches_are_followed_one_after_the_other(15);
+}
+
+#[test]
+fn two_switches_while_nobody_receives_are_followed_one_after_the_other_on_18() {
+    require!(Need::PostgreSQL(18));
+    two_switches_are_followed_one_after_the_other(18);
+}
+
+#[track_caller]
+fn two_switches_are_followed_one_after_the_other(major: u32) {
+    let mut cluster = cluster(major);
     let mut receiver = Receiver::of(&cluster);
     receiver.wait_until_streaming();
     receiver.walden.run(&["backup"]);
