@@ -63,7 +63,7 @@ fn site_with(cluster: &Cluster, acknowledge: &str) -> crate::support::Site {
 
 /// Lets commits wait for a receiver by its name, and waits until they do.
 #[track_caller]
-fn commit_synchronously(server: &Server, names: &str) {
+pub fn commit_synchronously(server: &Server, names: &str) {
     server.sql(&format!("alter system set synchronous_standby_names = '{names}'"));
     server.sql("select pg_reload_conf()");
     wait_for("the receiver to be synchronous", || {

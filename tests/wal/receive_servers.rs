@@ -6,9 +6,14 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::receive::write_segments;
+use crate::receive_rounds::commit_synchronously;
 use crate::receive_scene::{Receiver, cluster, cluster_with, site};
+use crate::receive_timelines::commit;
+use crate::scene::base_backup;
 use crate::segment_sizes::{ONE_OBJECT_MIB, asked_for, report};
-use crate::support::{Cluster, Line, Need, Options, Run, Running, Site, Stop, Walden, require, wait_for};
+use crate::support::{
+    Cluster, Line, Need, Options, Run, Running, Server, Site, Stop, Walden, require, wait_for,
+};
 
 /// A part of a segment that is stored in parts.
 const PART_MIB: u32 = 32;
@@ -92,6 +97,39 @@ fn a_server_that_restarts_or_ends_the_connection_is_received_from_again_without_
     write_segments(&cluster, 1);
     receiver.wait_until_stored(&cluster);
     receiver.assert_equals_pg_wal(&cluster, 1, 5);
+    assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
+}
+
+/// Nothing but a primary has commits that wait for us: it is looked for while a standby is received from.
+#[test]
+fn a_primary_listed_behind_a_standby_is_received_from_and_again_once_it_is_back() {
+    require!(Need::PostgreSQL(15));
+    let mut primary = cluster(15);
+    let data = primary.scratch().path().join("standby");
+    base_backup(&primary, &data, &["-R"]);
+    let mut standby = Server::new(15, &data, &primary.scratch().folder("run2"));
+    standby.start();
+    let (first, second) = (standby.connection(), primary.connection());
+    let nodes = [(first.as_str(), "primary"), (second.as_str(), "primary")];
+    let site = Site::of(&primary, primary.data_directory()).nodes(&nodes).key("wal = \"receive\"");
+    let receiver = Receiver::start(primary.scratch(), Walden::configure(primary.scratch(), &site));
+    receiver.wait_until_streaming();
+    // It is the primary that says so.
+    commit_synchronously(&primary, "walden_main");
+    let server = receiver.state()["server"].clone();
+    write_segments(&primary, 1);
+    primary.stop(Stop::Fast);
+    receiver.wait_for_state("the standby", |state| {
+        (state["streaming"] == true && state["server"] != server).then_some(())
+    });
+    let sent_to = "select application_name from pg_stat_replication where state = 'streaming'";
+    wait_for("the standby's word", || (standby.sql(sent_to) == "walden_main").then_some(()));
+    primary.start();
+    commit(&primary, "create table r (n int)");
+    write_segments(&primary, 1);
+    receiver.wait_until_stored(&primary);
+    assert_eq!(receiver.state()["server"], server, "{}", receiver.log());
+    receiver.assert_equals_pg_wal(&primary, 1, 2);
     assert_eq!(receiver.state()["gaps"], serde_json::json!([]), "{}", receiver.log());
 }
 

@@ -209,7 +209,7 @@ fn the_archive_tells_of_the_history_that_a_server_lacks_and_without_it_that_is_s
 
 /// Runs a statement in a session of its own, so that a commit that waits for ever fails the test.
 #[track_caller]
-fn commit(server: &Server, statement: &str) {
+pub fn commit(server: &Server, statement: &str) {
     let mut psql = Command::new(program("psql").expect("the test required PostgreSQL"));
     psql.args(["-XqAt", "-c", statement]).arg(server.connection());
     let mut session = Running { process: psql.stdin(Stdio::null()).spawn().unwrap() };
