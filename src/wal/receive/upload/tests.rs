@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
-use crate::clock::SystemClock;
+use crate::clock::{ManualClock, SystemClock};
 use crate::codec::SeededRandom;
 use crate::pg::{Lsn, WalSegmentSize};
-use crate::repo::wal_object::{WalKey, archive_piece, archive_wal, read_pieces, read_wal};
+use crate::repo::wal_object::{WalKey, archive_piece, archive_wal, newest_head, read_pieces, read_wal};
 use crate::repo::{Keyring, RepositoryOptions};
 use crate::storage::{self, Fault, Faulty, MemoryStore, ObjectKey, Rule, Store};
 use crate::wal::spool::Spool;
@@ -75,6 +75,11 @@ impl Scene {
 
     /// Starts storing what comes into the spool, each byte at once.
     fn start(&self) -> Storing {
+        self.start_by(Arc::new(SystemClock))
+    }
+
+    /// The same by a clock of the test's.
+    fn start_by(&self, clock: Arc<dyn Clock>) -> Storing {
         let (stop, stopped) = watch::channel(Stop::No);
         let shared = Arc::new(Shared::new(self.spool(), Vec::new()));
         let (store, is_closed) = (self.store.clone(), self.is_closed.clone());
@@ -91,7 +96,7 @@ impl Scene {
             shared: shared.clone(),
             cluster: cluster(),
             open,
-            clock: Arc::new(SystemClock),
+            clock,
             compression: Compression::zstd(1),
             rule: PieceRule { interval: Duration::from_secs(2), bytes: 8 << 20, at_once: true },
             stop: stopped,
@@ -119,6 +124,21 @@ impl Scene {
             *bytes.last_mut().unwrap() ^= 1;
             Some(bytes.into())
         });
+    }
+
+    /// Returns how far the newest head says that the archive reaches.
+    async fn head(&self) -> Option<Lsn> {
+        let repository = open(self.store.clone()).await.unwrap();
+        newest_head(&repository, cluster(), TimelineId::FIRST).await.unwrap().map(|head| head.end)
+    }
+
+    async fn wait_for_head(&self, to: usize) {
+        let waiting = async {
+            while self.head().await != Some(at(to).lsn) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, waiting).await.expect("a head is written in time");
     }
 }
 
@@ -350,5 +370,26 @@ async fn what_is_behind_a_hole_counts_once_that_is_given_up() {
     storing
         .wait_for("the segment leaves the spool", |storing| storing.shared.spool.oldest(2).len() == 1)
         .await;
+    storing.end().await.unwrap();
+}
+
+/// A receiver may run for months: what is cut off of the archive's end shows by the newest head alone.
+#[tokio::test]
+async fn a_head_is_written_again_once_in_an_interval() {
+    let scene = Scene::new();
+    scene.put(0, 100).await;
+    let clock = ManualClock::new("2026-11-22T04:30:00Z".parse().unwrap());
+    let storing = scene.start_by(Arc::new(clock.clone()));
+    // All of it is stored: the first head has nothing else beside it.
+    storing.receive(0, 100);
+    scene.wait_for_head(100).await;
+    clock.advance(HEAD_INTERVAL - Duration::from_secs(1));
+    for to in [200, 300] {
+        storing.receive(to - 100, to);
+        storing.wait_until_stored(to).await;
+    }
+    assert_eq!(scene.head().await, Some(at(100).lsn), "the interval is not over");
+    clock.advance(Duration::from_secs(1));
+    scene.wait_for_head(300).await;
     storing.end().await.unwrap();
 }
