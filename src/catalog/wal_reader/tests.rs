@@ -1,4 +1,4 @@
-//! What was read ahead, and forced by somebody before anybody asked for it.
+//! What was read ahead, and forced by somebody before anybody asked for it; and partial segments, some of them damaged.
 
 use crate::clock::ManualClock;
 use crate::codec::Compression;
@@ -108,4 +108,42 @@ async fn a_store_that_cannot_tell_is_waited_for_like_any_read() {
     assert_eq!(error.kind(), ErrorKind::Retry);
     archive.store.inner().heal();
     assert_eq!(archive.read(2).await, &b"old"[..]);
+}
+
+#[tokio::test]
+async fn a_damaged_partial_does_not_hide_another_and_is_no_absence() {
+    let clock = ManualClock::new("2026-11-21T10:00:00Z".parse().unwrap());
+    let store = Arc::new(MemoryStore::new());
+    let repository = testing::site(store.clone(), clock.clone()).await;
+    let key = WalKey::create(repository.keyring()).unwrap();
+    let partial = |content: &str| partial_object(segment(3), Digest::of(content.as_bytes()));
+    for content in ["long", "longest", "lo"] {
+        let (name, content) = (partial(content), content.as_bytes());
+        archive_wal(&repository, cluster(), name, content, &key, Compression::NONE).await.unwrap();
+    }
+    let shared: Arc<dyn Clock> = Arc::new(clock.clone());
+    let reader = WalReader::new(repository.clone(), cluster(), shared, CACHE_BYTES);
+    let read = async || {
+        // Each time from the store.
+        reader.forget_served();
+        reader.read(ArchiveFileName::Partial(segment(3)), NOW(&clock)).await.unwrap()
+    };
+    let damage = |content: &str| {
+        store.tamper(&repository.layout().wal_object(cluster(), partial(content)), |bytes| {
+            let mut bytes = bytes.unwrap().to_vec();
+            *bytes.last_mut().unwrap() ^= 1;
+            Some(bytes.into())
+        });
+    };
+    for (longest, next) in [("longest", Some("long")), ("long", Some("lo")), ("lo", None)] {
+        let found = read().await;
+        assert!(matches!(&found, Found::Present(bytes) if *bytes == longest.as_bytes()), "{found:?}");
+        damage(longest);
+        let found = read().await;
+        match (&found, next) {
+            (Found::Present(bytes), Some(next)) => assert_eq!(*bytes, next.as_bytes()),
+            (Found::Unreadable(error), None) => assert_eq!(error.kind(), ErrorKind::Damaged),
+            _ => panic!("{found:?}"),
+        }
+    }
 }
