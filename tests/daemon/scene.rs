@@ -5,6 +5,8 @@ use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -134,6 +136,11 @@ impl Scene {
     }
 }
 
+/// Documented are five seconds for a daemon to end: that what it waits for adds up to less is asserted where those waits
+/// stand, when they are compiled. Here is told apart what would hold it up for a minute or for good, on a machine that is
+/// loaded.
+const ENDING: Duration = Duration::from_secs(25);
+
 /// A daemon; it is killed when dropped.
 #[derive(Debug)]
 pub struct Daemon {
@@ -174,10 +181,17 @@ impl Daemon {
         kill(Pid::from_raw(self.process.id() as i32), signal).unwrap();
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until it has ended, as it was told to.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
-        wait_for("the daemon to end", || self.process.try_wait().unwrap())
+        let deadline = Instant::now() + ENDING;
+        loop {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it has not ended within {ENDING:?}:\n{}", self.log());
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Ends it without a chance to do anything about it.
