@@ -47,7 +47,6 @@ instant_wait_plain() {
     if [ "$way" = restore ]; then
         plain_after=$(field plain_after_seconds "$(cat "$folder/instant.json")")
     else
-        rmdir "$folder/instant/data"
         walden "$instant_place" clone finalize instant --to "$folder/instant/data" >/dev/null
         plain_after=$(since "$started")
     fi
@@ -61,29 +60,34 @@ instant_log() {
 
 # Takes an instant restore away, however far it came.
 instant_end() {
-    local pid
+    local pid tries
     [ -n "$instant_place" ] || return 0
     if [ "$way" = restore ]; then
         stop_directory "$folder/instant/data"
         # Its own supervisor, which is named by the directory; it may have ended with the server.
         pid=$(pgrep -f "internal serve-restore .*$folder/instant/" | head -n 1) || true
         [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true
-        until ! grep -q " $folder/instant/" /proc/mounts; do sleep 0.1; done
-    elif [ -f "$folder/state-$instant_place/clones/instant/clone.json" ]; then
+        for tries in {1..600}; do
+            grep -q " $folder/instant/" /proc/mounts || break
+            [ "$tries" -lt 600 ] || { say "an instant restore stays mounted"; return 1; }
+            sleep 0.1
+        done
+    elif [ -e "$folder/state-$instant_place/clones/instant/clone.json" ]; then
         walden "$instant_place" clone delete instant >/dev/null
     fi
     [ -z "$instant_job" ] || wait "$instant_job" 2>/dev/null || true
     instant_job='' instant_place=''
-    rm -rf "$folder/instant" "$folder/instant/data.tablespaces"
+    rm -rf "$folder/instant"
 }
 
-# Before the end of a run that failed: the servers that parts have started.
+# Before the end of a run that failed: what parts have started, and what they told the source.
 instant_abandon() {
     [ -n "$folder" ] || return 0
-    stop_directory "$folder/restored/data" || true
-    stop_directory "$folder/instant/data" || true
+    [ -z "$postmaster" ] || sql "alter system reset all" >/dev/null 2>&1 || true
+    instant_end || true
+    stop_directory "$folder/restored/data"
+    stop_directory "$folder/instant/data"
     ! grep -q " $folder/mnt " /proc/mounts || walden local unmount "$folder/mnt" >&2 || true
-    [ -z "$instant_place" ] || timeout 60 bash -c : && instant_end || true
 }
 
 # Starts the server of a restored directory, on the socket in `run` beside it: start_directory TARGET [ARGUMENT...]
@@ -248,7 +252,6 @@ part_after() {
     await_cut_over after
     rates_by_turns cut-over "$folder/state-$place/clones/after/run"
     make_place "$folder/instant"
-    rmdir "$folder/instant/data"
     walden $place clone finalize after --to "$folder/instant/data" >/dev/null
     start_directory "$folder/instant"
     rates_by_turns finalized "$folder/instant/run"
@@ -325,6 +328,7 @@ part_plain() {
 part_redo() {
     local run started ended kind
     say "redo: $wal_mib MiB of WAL"
+    archive_to walden-local
     write_wal $wal_mib
     for run in $(seq "$runs"); do
         for kind in native native-warm; do
@@ -419,9 +423,8 @@ hydrate_terabyte() {
     pid=$(field supervisor_pid "$status")
     data=$(field data_directory "$status")
     from=$EPOCHREALTIME
-    (cd "$data" && xargs cat <"$folder/sample" >"$folder/read")
-    say "terabyte: $(wc -l <"$folder/sample") files read, $(stat -c %s "$folder/read") bytes, in $(since "$from") s"
-    rm "$folder/read"
+    mark=$(cd "$data" && xargs cat <"$folder/sample" | wc -c)
+    say "terabyte: $(wc -l <"$folder/sample") files read, $mark bytes, in $(since "$from") s"
     row terabyte "memory, files read" "$(peak_of "$pid")" MiB
     status=$(walden far clone status terabyte --output json)
     mark=$(field hydrated_bytes "$status") from=$EPOCHREALTIME
