@@ -292,8 +292,8 @@ rates_by_turns() {
 await_cut_over() {
     local status state
     while :; do
-        status=$(walden local clone status "$1" --output json | tr -d ' \n')
-        state=$(sed 's/.*"hydration":{"state":"\([a-z]*\)".*/\1/' <<<"$status")
+        status=$(walden local clone status "$1" --output json)
+        state=$(nested hydration.state "$status")
         case $state in
             done) break ;;
             failed | off) say "the clone does not become whole: $status"; exit 1 ;;
@@ -302,8 +302,18 @@ await_cut_over() {
     done
     # It tells what keeps it from cutting over, and nothing where it has.
     sleep 2
-    [ -z "$(field cut_over_waits_for "$(walden local clone status "$1" --output json | grep -v ': null')")" ] ||
-        { say "the cut-over waits"; exit 1; }
+    status=$(nested cut_over_waits_for "$(walden local clone status "$1" --output json)")
+    [ -z "$status" ] || { say "the cut-over waits: $status"; exit 1; }
+}
+
+# The value of a field of a JSON document by its path, a.b; nothing for null.
+nested() {
+    python3 -c '
+import json, sys
+value = json.loads(sys.argv[2])
+for key in sys.argv[1].split("."):
+    value = value[key]
+print("" if value is None else value)' "$@"
 }
 
 # The time until a plain directory, with nobody at it.
