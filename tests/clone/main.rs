@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod processes;
 mod site;
 
 mod commands;
@@ -14,6 +15,7 @@ mod hostile;
 mod hydration;
 mod life;
 mod pieces;
+mod rounds;
 mod store_away;
 mod tablespaces;
 mod targets;

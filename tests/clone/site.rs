@@ -132,7 +132,7 @@ impl Clone {
     pub fn amcheck(&self) {
         let bin = bin_directory(15).expect("the test required it");
         let mut amcheck = Command::new(bin.join("pg_amcheck"));
-        amcheck.args(["--all", "--install-missing", "-h"]).arg(&self.host);
+        amcheck.args(["--all", "--install-missing", "--heapallindexed", "-h"]).arg(&self.host);
         amcheck.args(["-p", &self.port.to_string(), "-U", "postgres"]);
         Run::of(&mut amcheck, "").expect_success();
     }

@@ -17,6 +17,7 @@ mod sql;
 mod chaos;
 mod checksum;
 mod pgbench;
+mod writers;
 
 mod source;
 mod walden;
@@ -44,12 +45,13 @@ pub use proxy::{Fault, Proxy, header};
 pub use run::Run;
 pub use s3::{RemoteS3, S3, s3_storage};
 pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
-pub use scratch::{Account, Scratch, mounts_below};
+pub use scratch::{Account, Scratch, mounts_below, unmount};
 pub use server::{Server, Stop};
 pub use source::Source;
 pub use sql::Sql;
 pub use test_store::StoreKind;
 pub use walden::{Mounted, Running, Site, Walden};
+pub use writers::{Acknowledged, Draw, Writers};
 
 /// Returns from the test, loudly, when something it needs is missing; under CI the test fails instead.
 macro_rules! require {
