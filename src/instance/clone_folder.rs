@@ -135,12 +135,15 @@ pub struct LastState {
     /// Whether it failed of damaged or untrusted data.
     #[serde(default)]
     pub damaged: bool,
+    /// What to do about it, where that is known.
+    #[serde(default)]
+    pub hint: Option<String>,
 }
 
 impl LastState {
     /// A state in which nothing has failed.
     pub fn sound(state: CloneState) -> Self {
-        Self { state, message: None, damaged: false }
+        Self { state, message: None, damaged: false, hint: None }
     }
 
     /// The end of a clone that failed, with every cause said once: what a store said stands below the first.
@@ -154,7 +157,7 @@ impl LastState {
             }
             cause = error.source();
         }
-        Self { state: CloneState::Failed, message: Some(message), damaged }
+        Self { state: CloneState::Failed, message: Some(message), damaged, hint: None }
     }
 }
 

@@ -86,7 +86,10 @@ pub(super) fn detach_dead_mount(folder: &CloneFolder) -> Result<(), CommandError
     if !mounting::is_mount_point(&mount_point) {
         return Ok(());
     }
-    mounting::detach_dead(&mount_point).map_err(|error| CommandError::failed(error.to_string()))
+    mounting::detach_dead(&mount_point).map_err(|error| {
+        let hint = error.hint();
+        CommandError { hint, ..CommandError::failed(error.to_string()) }
+    })
 }
 
 async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
