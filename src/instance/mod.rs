@@ -12,6 +12,7 @@ pub mod duplicate;
 pub mod expiry;
 pub mod finalize;
 pub mod finalize_plan;
+pub mod half_made;
 pub mod reset;
 pub mod supervise;
 

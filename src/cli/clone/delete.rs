@@ -11,6 +11,7 @@ use crate::config::KeyPurpose;
 use crate::disk::LockFile;
 use crate::instance::clone_folder::CloneFolder;
 use crate::instance::finalize_plan::read_order;
+use crate::instance::half_made::Making;
 use crate::mount::mounting;
 use crate::repo::lease::Pin;
 
@@ -94,8 +95,11 @@ pub(super) fn detach_dead_mount(folder: &CloneFolder) -> Result<(), CommandError
 
 async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
     let spec = match folder.read_spec() {
-        // A folder whose description was never written has no pin.
-        Err(error) if error.is_not_found() => return Ok(()),
+        // One that was never made may hold it all the same.
+        Err(error) if error.is_not_found() => {
+            let Some(making) = Making::read(folder)? else { return Ok(()) };
+            return let_go(context, &making.site, &making.pin).await;
+        }
         read => read.map_err(|error| {
             CommandError::from(error)
                 .context("it cannot be told which basebackup the clone holds")
