@@ -104,6 +104,11 @@ impl Clone {
         Self { walden: walden.clone(), name: status["name"].as_str().unwrap().to_owned(), sql }
     }
 
+    /// Names a clone that may not be there.
+    pub fn named(walden: &Walden, name: &str, sql: Sql) -> Self {
+        Self { walden: walden.clone(), name: name.to_owned(), sql }
+    }
+
     #[track_caller]
     pub fn status(&self) -> Value {
         self.walden.json(&["clone", "status", &self.name])
