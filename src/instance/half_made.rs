@@ -119,7 +119,9 @@ pub(super) async fn give_up(
         Ok(()) => folder.discard(),
         Err(error) => {
             let name = folder.name();
-            tracing::warn!("a basebackup may be held for nobody until \"walden clone delete {name}\": {error}");
+            tracing::warn!(
+                "a basebackup may be held for nobody until \"walden clone delete {name}\": {error}"
+            );
         }
     }
     error
@@ -158,7 +160,8 @@ mod tests {
         drop(folder.create(Owner::current()).unwrap());
         assert!(is_half_made(&folder).unwrap());
         std::fs::remove_dir(folder.upper()).unwrap();
-        for made in [folder.run(), folder.config(), folder.mount_point(), folder.pg_wal(), folder.stand_ins()] {
+        for made in [folder.run(), folder.config(), folder.mount_point(), folder.pg_wal(), folder.stand_ins()]
+        {
             std::fs::remove_dir(made).unwrap();
         }
         assert!(is_half_made(&folder).unwrap(), "killed before anything was in it");

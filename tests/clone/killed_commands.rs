@@ -48,7 +48,12 @@ impl Kills {
         if self.killed == self.wanted {
             return None;
         }
-        assert!(self.drawn < DRAWS_PER_KILL_MAX * self.wanted, "{} kills in {} draws", self.killed, self.drawn);
+        assert!(
+            self.drawn < DRAWS_PER_KILL_MAX * self.wanted,
+            "{} kills in {} draws",
+            self.killed,
+            self.drawn
+        );
         self.drawn += 1;
         Some(self.undisturbed.mul_f64(self.draw.below(1000) as f64 / 1000.0))
     }
@@ -186,7 +191,8 @@ fn a_finalize_that_is_killed_at_any_moment_is_ended_by_the_next_call() {
     let undisturbed = timed(|| drop(first.walden.run(&arguments)));
     let mut kills = Kills::new(0xf1a, undisturbed);
     while let Some(at) = kills.next() {
-        let (clone, to) = (source.clone(&format!("last{}", kills.drawn), &[]), places.join(kills.drawn.to_string()));
+        let (clone, to) =
+            (source.clone(&format!("last{}", kills.drawn), &[]), places.join(kills.drawn.to_string()));
         clone.sql("insert into kept values (1002)");
         let arguments = finalize(&clone, &to);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();

@@ -143,8 +143,16 @@ fn a_clone_is_not_started_while_somebody_has_a_file_of_its_killed_mount_open() {
     clone.kill(supervisor);
     for command in ["start", "reset", "delete"] {
         let refused = clone.walden.try_run(&["clone", command, "open"]).expect_code(1);
-        assert!(refused.stderr.contains(&format!("is in use by process {} (bash)", holder.id())), "{}", refused.stderr);
-        assert!(refused.stderr.contains(&format!("hint: End process {}: ", holder.id())), "{}", refused.stderr);
+        assert!(
+            refused.stderr.contains(&format!("is in use by process {} (bash)", holder.id())),
+            "{}",
+            refused.stderr
+        );
+        assert!(
+            refused.stderr.contains(&format!("hint: End process {}: ", holder.id())),
+            "{}",
+            refused.stderr
+        );
     }
     drop(holder.stdin.take());
     holder.wait().unwrap();

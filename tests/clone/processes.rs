@@ -52,7 +52,8 @@ impl Processes {
 
 fn processes() -> impl Iterator<Item = (Pid, PathBuf)> {
     let entries = fs::read_dir("/proc").unwrap().flatten();
-    let numbered = entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())));
+    let numbered =
+        entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())));
     numbered.map(|(pid, path)| (Pid::from_raw(pid), path))
 }
 

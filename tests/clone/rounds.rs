@@ -17,9 +17,7 @@ use serde_json::json;
 
 use crate::processes::Processes;
 use crate::site::{Clone, Source};
-use crate::support::{
-    Acknowledged, Draw, Need, Options, Writers, mounts_below, require, unmount, wait_for,
-};
+use crate::support::{Acknowledged, Draw, Need, Options, Writers, mounts_below, require, unmount, wait_for};
 
 /// Rounds where nobody asks for another number.
 const ROUNDS: usize = 20;
@@ -182,7 +180,8 @@ impl Life<'_> {
         if until == Until::CutOver {
             let log = self.clone.folder().join("server.log");
             // The source logs such statements, and so does its clone.
-            let is_told = || fs::read_to_string(&log).unwrap().contains("drop database if exists walden_cutover");
+            let is_told =
+                || fs::read_to_string(&log).unwrap().contains("drop database if exists walden_cutover");
             let left = "select count(*) from pg_database where datname like 'walden\\_cutover%'";
             wait_for("the cut-over", || (is_told() && self.clone.sql(left) == "0").then_some(()));
         }

@@ -28,7 +28,9 @@ impl Scene {
         let source = Source::start(Options::default());
         Writers::prepare(&source, 1);
         for table in ["cold", "colder"] {
-            source.sql(&format!("create table {table} as select n, md5(n::text) from generate_series(1, 200000) n"));
+            source.sql(&format!(
+                "create table {table} as select n, md5(n::text) from generate_series(1, 200000) n"
+            ));
         }
         source.sql("create role before; vacuum; checkpoint");
         source.backup_at_rest();
@@ -72,7 +74,8 @@ fn a_store_that_is_silent_for_a_while_loses_nothing_and_keeps_nobody() {
     scene.line.inject_only(Fault::Silence);
     scene.line.take_requests();
     // Old transactions and new ones, roles, a checkpoint: what is read in critical sections is local, never asked for.
-    let shared = "select txid_status('3'::bigint); select count(*) from commits; alter role before connection limit 7;
+    let shared =
+        "select txid_status('3'::bigint); select count(*) from commits; alter role before connection limit 7;
                   begin; savepoint a; insert into commits values (9, 1); rollback; checkpoint";
     clone.sql(shared);
     assert_eq!(scene.line.take_requests(), [] as [String; 0], "the store was asked");
@@ -91,7 +94,10 @@ fn a_store_that_is_silent_for_a_while_loses_nothing_and_keeps_nobody() {
     assert!(reader.join().unwrap().is_err());
     assert_eq!(clone.state(), "stopped");
     let said = log(&clone, "server.log");
-    assert!(said.contains("received fast shutdown request") && !said.contains("immediate shutdown"), "{said}");
+    assert!(
+        said.contains("received fast shutdown request") && !said.contains("immediate shutdown"),
+        "{said}"
+    );
     assert!(said.trim_end().ends_with("database system is shut down"), "{said}");
     assert!(!said.contains("PANIC"), "{said}");
     // Opening needs the store: that is told, and leaves nothing.

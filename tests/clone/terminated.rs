@@ -11,9 +11,7 @@ use nix::unistd::Pid;
 
 use crate::processes::Processes;
 use crate::site::{Clone, Source};
-use crate::support::{
-    Acknowledged, Draw, Need, Options, Running, Writers, mounts_below, require, wait_for,
-};
+use crate::support::{Acknowledged, Draw, Need, Options, Running, Writers, mounts_below, require, wait_for};
 
 /// Starts of which each is told to end at a moment of its own.
 const STARTS: usize = 20;
@@ -107,7 +105,10 @@ fn sigterm_at_any_moment_of_a_start_leaves_no_mount_and_the_next_start_is_right(
         in_peace += usize::from(!is_early);
         assert_ended(&clone);
     }
-    assert!(in_peace > STARTS / 2 && recovering > 0, "{in_peace} of {STARTS} in peace, {recovering} in recovery");
+    assert!(
+        in_peace > STARTS / 2 && recovering > 0,
+        "{in_peace} of {STARTS} in peace, {recovering} in recovery"
+    );
     clone.run("start");
     assert_eq!(clone.sql("select count(*), sum(n) from cold"), "100001|5000050000");
     clone.run("delete");

@@ -143,7 +143,8 @@ impl Acknowledged {
     /// Checks the tables that the load hardly touches, which takes reading all of them.
     #[track_caller]
     pub fn assert_rest(&self, sql: &Sql) {
-        let untouched = format!("select count(*) from pgbench_accounts where aid > {ACCOUNTS} and abalance <> 0");
+        let untouched =
+            format!("select count(*) from pgbench_accounts where aid > {ACCOUNTS} and abalance <> 0");
         assert_eq!(sql.sql(&untouched), "0");
         assert_eq!(sql.sql("select count(*) from breathing where text <> md5(n::text)"), "0");
     }
@@ -233,13 +234,17 @@ fn churn(draw: &mut Draw) -> [String; 9] {
     let kept = 1000 + draw.below(10_000);
     [
         format!("drop table if exists {table}"),
-        format!("create table {table} as select n as id, md5(n::text) as text from generate_series(1, {rows}) n"),
+        format!(
+            "create table {table} as select n as id, md5(n::text) as text from generate_series(1, {rows}) n"
+        ),
         format!("create index on {table} (text)"),
         format!("delete from {table} where id % 2 = 0"),
         format!("vacuum full {table}"),
         format!("truncate {table}"),
         format!("delete from breathing where n > {kept}"),
         "vacuum (truncate true) breathing".to_owned(),
-        format!("insert into breathing select n, md5(n::text) from generate_series({kept} + 1, {kept} + {rows}) n"),
+        format!(
+            "insert into breathing select n, md5(n::text) from generate_series({kept} + 1, {kept} + {rows}) n"
+        ),
     ]
 }

@@ -49,7 +49,9 @@ impl Room {
         match what {
             Use::Reads if !is_there => {
                 if !self.is_told.swap(true, Ordering::Relaxed) {
-                    tracing::warn!("the disk is almost full: what is read is not kept, and is fetched each time");
+                    tracing::warn!(
+                        "the disk is almost full: what is read is not kept, and is fetched each time"
+                    );
                 }
             }
             // Told only now, so that room that comes and goes by a page is not told each time.
