@@ -44,6 +44,8 @@ impl ServeClone {
                     () = over(&watched, &*clock) => is_over.set(true),
                 }
             });
+            // Before the store is asked: meanwhile nobody else is to remove the clone, nor to make another of its name.
+            let lock = folder.lock_to_work().await?;
             let opened = tokio::select! {
                 opened = context.open_repository(site, KeyPurpose::Read) => opened,
                 () = ends.as_mut() => return Ok(()),
@@ -52,7 +54,7 @@ impl ServeClone {
                 Ok(repository) => repository,
                 Err(error) => {
                     let damaged = error.kind == ExitKind::Damaged;
-                    if let Err(error) = could_not_open(&folder, error.error.as_ref(), damaged).await {
+                    if let Err(error) = could_not_open(&folder, &lock, error.error.as_ref(), damaged) {
                         tracing::warn!("{error}");
                     }
                     return Err(error);
@@ -68,7 +70,7 @@ impl ServeClone {
                 environment: context.environment.for_postgres(),
                 asked_at: now.checked_sub(spent).unwrap_or(now),
             };
-            supervise(options, ends).await.map_err(|error| CommandError::failed(error.to_string()))
+            supervise(options, &lock, ends).await.map_err(|error| CommandError::failed(error.to_string()))
         })??;
         if is_over.get() {
             delete_over(context, &watched)?;

@@ -18,7 +18,7 @@ use tokio::task::{JoinError, JoinSet};
 
 use crate::catalog::RecoveryPlan;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
-use crate::disk::{self, state_file};
+use crate::disk::{self, LockFile, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
 use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::cutting_over::CuttingOver;
@@ -128,13 +128,14 @@ const STATE_WAIT: Duration = Duration::from_secs(10);
 /// How often a server that lets readers in during recovery is looked at: whether recovery has ended.
 const RECOVERY_LOOK: Duration = Duration::from_secs(1);
 
-/// Runs a clone until it is told to stop or ends by itself; `terminated` resolves when this process is to end.
+/// Runs a clone until it is told to stop or ends by itself, for who holds the lock of its folder; `terminated` resolves
+/// when this process is to end.
 pub async fn supervise(
     options: SuperviseOptions,
+    _lock: &LockFile,
     terminated: impl Future<Output = ()>,
 ) -> Result<(), SuperviseError> {
     let folder = options.folder.clone();
-    let _lock = folder.lock_to_work().await?;
     // Only here: whoever asked for the start looked before, and the order may have come since.
     if folder.order_file().exists() {
         return Err(SuperviseError::Finalizing);
@@ -150,12 +151,12 @@ pub async fn supervise(
 }
 
 /// Notes why a supervisor could not even open the repository, for whoever started it: it ends without another word.
-pub async fn could_not_open(
+pub fn could_not_open(
     folder: &CloneFolder,
+    _lock: &LockFile,
     error: &(dyn StdError + Send + Sync + 'static),
     damaged: bool,
 ) -> Result<(), disk::Error> {
-    let _lock = folder.lock_to_work().await?;
     folder.write_state(&LastState::failed(error, damaged))
 }
 

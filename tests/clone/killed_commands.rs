@@ -115,7 +115,7 @@ fn a_clone_whose_making_was_killed_is_made_by_the_next_call() {
         };
         let clone = clone_of(&source, "again");
         for rest in [&["--no-start"][..], &[]] {
-            let arguments = [&arguments, rest].concat();
+            let arguments = [&arguments[..], rest].concat();
             let undisturbed = timed(|| drop(clone.walden.run(&arguments)));
             clone.run("delete");
             let mut kills = Kills::new(0xc0de, undisturbed);

@@ -109,6 +109,14 @@ struct Tally {
     checks: usize,
 }
 
+impl Tally {
+    fn new(seed: u64) -> Self {
+        let mut tally = Self::default();
+        tally.seed = seed;
+        tally
+    }
+}
+
 impl Drop for Tally {
     /// Tells it, also of rounds that a loss ended.
     fn drop(&mut self) {
@@ -258,7 +266,7 @@ fn nothing_acknowledged_is_lost_whatever_is_killed_under_load() {
     let wanted: i64 = plan.iter().map(|round| round.commits).sum();
     let source = source();
     let cold = source.sql(COLD);
-    let mut tally = Tally { seed, ..Tally::default() };
+    let mut tally = Tally::new(seed);
     for (number, rounds) in plan.chunks(LIFE).enumerate() {
         let clone = source.clone(&format!("life{number}"), &["--hydrate-rate", rounds[0].rate]);
         let mut life = Life { clone, cold: &cold, acknowledged: Acknowledged::default(), tally: &mut tally };

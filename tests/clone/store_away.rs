@@ -171,11 +171,11 @@ fn assert_shared_files_are_local(clone: &Clone) {
 fn a_recovery_that_waits_for_the_store_ends_when_its_supervisor_is_told_to() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let scene = Scene::new("told");
-    for hidden in [Scene::archive, Scene::packs] {
+    for folder in [scene.archive(), scene.packs()] {
         let supervisor = Supervisor::start(&scene.clone);
         // What is needed before there is a recovery has come by then.
         wait_for("the server to be started", || Processes::of(&scene.clone).postmaster);
-        let hidden = Hidden::new(hidden(&scene));
+        let hidden = Hidden::new(folder);
         supervisor.terminate();
         supervisor.terminate();
         let status = supervisor.wait();
@@ -183,9 +183,9 @@ fn a_recovery_that_waits_for_the_store_ends_when_its_supervisor_is_told_to() {
         assert_ended(&scene.clone);
         hidden.show();
     }
-    let archive = Hidden::new(scene.archive());
+    let (archive, waited) = (Hidden::new(scene.archive()), scene.waits(""));
     let supervisor = Supervisor::start(&scene.clone);
-    wait_for("recovery to wait for the archive", || (scene.waits("") > 0).then_some(()));
+    wait_for("recovery to wait for the archive", || (scene.waits("") > waited).then_some(()));
     supervisor.terminate();
     let status = supervisor.wait();
     assert_eq!(status.code(), Some(0), "{status}");

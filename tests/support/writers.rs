@@ -46,6 +46,14 @@ impl Writers {
         );
     }
 
+    /// Reads all that the sessions write to, so that no page of it is missing where it comes from a store.
+    #[track_caller]
+    pub fn warm(sql: &Sql) {
+        let accounts = format!("select sum(abalance) from pgbench_accounts where aid <= {ACCOUNTS}");
+        sql.sql(&format!("{accounts}; set enable_seqscan = off; set enable_bitmapscan = off; {accounts}"));
+        sql.sql("select count(*) from pgbench_tellers, pgbench_branches, breathing");
+    }
+
     /// Starts the load; what is drawn in it comes from `seed`.
     pub fn start(sql: &Sql, seed: u64, before: &Acknowledged) -> Self {
         let stop = Arc::<AtomicBool>::default();
