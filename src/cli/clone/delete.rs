@@ -11,6 +11,7 @@ use crate::config::KeyPurpose;
 use crate::disk::LockFile;
 use crate::instance::clone_folder::CloneFolder;
 use crate::instance::finalize_plan::read_order;
+use crate::instance::half_made::Making;
 use crate::mount::mounting;
 use crate::repo::lease::Pin;
 
@@ -86,13 +87,19 @@ pub(super) fn detach_dead_mount(folder: &CloneFolder) -> Result<(), CommandError
     if !mounting::is_mount_point(&mount_point) {
         return Ok(());
     }
-    mounting::detach_dead(&mount_point).map_err(|error| CommandError::failed(error.to_string()))
+    mounting::detach_dead(&mount_point).map_err(|error| {
+        let hint = error.hint();
+        CommandError { hint, ..CommandError::failed(error.to_string()) }
+    })
 }
 
 async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
     let spec = match folder.read_spec() {
-        // A folder whose description was never written has no pin.
-        Err(error) if error.is_not_found() => return Ok(()),
+        // One that was never made may hold it all the same.
+        Err(error) if error.is_not_found() => {
+            let Some(making) = Making::read(folder)? else { return Ok(()) };
+            return let_go(context, &making.site, &making.pin).await;
+        }
         read => read.map_err(|error| {
             CommandError::from(error)
                 .context("it cannot be told which basebackup the clone holds")

@@ -47,16 +47,22 @@ impl CloneStop {
 
 /// Stops a clone and waits until its supervisor is gone.
 pub(super) async fn stop(folder: &CloneFolder) -> Result<(), CommandError> {
-    match control::request(&folder.control_socket(), &Request::Stop).await {
-        Ok(Reply::Failed { message }) => return Err(CommandError::failed(message)),
-        // A supervisor that failed while stopping has closed the connection; its folder tells the rest.
-        Ok(_)
-        | Err(
-            control::Error::NotRunning { .. }
-            | control::Error::Io { .. }
-            | control::Error::Stranger { .. }
-            | control::Error::Malformed { .. },
-        ) => {}
+    for _ in 0..EXIT_POLLS_MAX {
+        match control::request(&folder.control_socket(), &Request::Stop).await {
+            Ok(Reply::Failed { message }) => return Err(CommandError::failed(message)),
+            // One that has only begun is about to listen.
+            Err(control::Error::NotRunning { .. }) if is_supervised(folder)? => {
+                tokio::time::sleep(EXIT_POLL).await;
+            }
+            // A supervisor that failed while stopping has closed the connection; its folder tells the rest.
+            Ok(_)
+            | Err(
+                control::Error::NotRunning { .. }
+                | control::Error::Io { .. }
+                | control::Error::Stranger { .. }
+                | control::Error::Malformed { .. },
+            ) => break,
+        }
     }
     wait_for_end(folder).await
 }

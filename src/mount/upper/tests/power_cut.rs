@@ -4,7 +4,8 @@
 //! sizes and the contents of each 4 KiB it has had since it was last synced. After the cut every name must stand for
 //! one of those, and every stretch of content must be one of those. Files and directories of the lower are moreover
 //! themselves: one that was never removed is found, and found once. What may be passed through is written past the
-//! upper, as the kernel does.
+//! upper, as the kernel does. An upper that is marked as whole needs the lower no more, and one that has lost a write and
+//! said so is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use proptest::prelude::*;
 use crate::mount::fs::{FileKind, LocalId, RenameMode, Volume};
 use crate::mount::lower::{Lower, NodeId, NodeKind};
 use crate::mount::memory_lower::MemoryLower;
+use crate::mount::upper::OpenError;
+use crate::mount::upper::hydrate::{HydrationState, Hydrator};
 use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::tests::world::{World, same};
 
@@ -63,6 +66,7 @@ enum Operation {
     Rename(usize, usize),
     Sync(usize),
     SyncDirectory(usize),
+    Hydrate,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -83,6 +87,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         4 => path().prop_map(Sync),
         1 => (0..FOLDERS.len()).prop_map(SyncDirectory),
         1 => Just(SyncDirectory(2)),
+        1 => Just(Hydrate),
     ]
 }
 
@@ -334,6 +339,7 @@ async fn apply(
                 file.synced();
             }
         }
+        Hydrate => Hydrator::hasty(&world.upper).run().await,
         SyncDirectory(p) => {
             if world.sync_directory(FOLDERS[p]).await.is_ok() {
                 expected.directory_synced(FOLDERS[p]);
@@ -442,21 +448,26 @@ async fn cut(operations: &[Operation], calls: u64, mut seed: u64) -> bool {
         apply(&world, &mut expected, &disk, operation, stamp).await;
     }
     drop(world);
-    let chance = || {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed >> 11
-    };
-    let after = disk.after_power_cut(&start, chance);
+    let after = disk.after_power_cut(&start, || chance(&mut seed));
     for _ in 0..2 {
         let world = World::of(lower.clone(), &after).await;
+        let fetches = lower.fetches();
         if let Err(wrong) = check(&world, &expected).await {
             panic!("after {calls} calls of {operations:?}: {wrong}");
         }
+        let is_needed = lower.fetches() > fetches;
+        assert!(!world.upper.is_hydrated() || !is_needed, "after {calls} calls of {operations:?}: not whole");
     }
     check_growth(&World::of(lower.clone(), &after).await).await;
     disk.is_dead()
+}
+
+/// Draws from a seed.
+fn chance(seed: &mut u64) -> u64 {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    *seed >> 11
 }
 
 fn run<T>(work: impl Future<Output = T>) -> T {
@@ -497,6 +508,9 @@ fn every_cut_of_the_delicate_changes_leaves_the_old_state_or_the_new() {
         vec![Create(NEW), Write(NEW, 0, 8192), Sync(NEW), Rename(NEW, RELATION), SyncDirectory(of_base_1)],
         vec![Rename(BASE_1, BASE_3), SyncDirectory(of_base), Create(BASE_1)],
         vec![Create(NEW), Sync(NEW), Rename(NEW, 0), SyncDirectory(of_top), Unlink(0), SyncDirectory(of_top)],
+        vec![Hydrate, Unlink(RELATION), SyncDirectory(of_base_1)],
+        vec![Hydrate, Truncate(RELATION, 5_001), Truncate(RELATION, 12_000), Sync(RELATION)],
+        vec![Truncate(RELATION, 5_001), Truncate(RELATION, 12_000), Rename(UNTOUCHED, NEW), Hydrate],
     ] {
         let operations: Vec<Operation> = changed.iter().cloned().chain(delicate).collect();
         run(async {
@@ -511,6 +525,67 @@ fn every_cut_of_the_delicate_changes_leaves_the_old_state_or_the_new() {
             // The last round was whole, and the one before was not: every call has been the last one.
             assert!(calls > CALLS_FIRST + operations.len() as u64);
         });
+    }
+}
+
+/// Whoever was told that a write is lost is told again by the next process, however soon the power went; and one that nobody
+/// was told of is a hole by then.
+#[test]
+fn every_cut_after_a_lost_write_leaves_an_upper_that_is_refused_or_right() {
+    const RELATION: usize = 2;
+    const UNTOUCHED: usize = 3;
+    for by_the_hydrator in [false, true] {
+        let (mut refused, mut opened) = (0, 0);
+        let mut calls = CALLS_FIRST;
+        let mut went = true;
+        while went {
+            for mut seed in (1..6).map(|seed| seed * 0x9e37_79b9) {
+                run(async {
+                    let lower = Arc::new(MemoryLower::build(&TREE));
+                    let disk = SimulatedDisk::new(calls);
+                    let start = disk.copy();
+                    let world = World::of(lower.clone(), &disk).await;
+                    let mut expected = Expected::new(&lower).await;
+                    for (stamp, operation) in (1..).zip([
+                        Operation::Write(RELATION, 0, 9_000),
+                        Operation::Sync(RELATION),
+                        Operation::Write(RELATION, 8192, 8192),
+                        Operation::Read(UNTOUCHED),
+                    ]) {
+                        apply(&world, &mut expected, &disk, &operation, stamp).await;
+                    }
+                    disk.lose_a_write(libc::EIO);
+                    let is_told = if by_the_hydrator {
+                        let hydrator = Hydrator::hasty(&world.upper);
+                        hydrator.clone().run().await;
+                        hydrator.report().state == HydrationState::Failed
+                    } else {
+                        match world.open_file(PATHS[RELATION]).await {
+                            Ok(file) => file.sync(false).await.is_err(),
+                            Err(_) => false,
+                        }
+                    };
+                    went = disk.is_dead();
+                    drop(world);
+                    let after = disk.after_power_cut(&start, || chance(&mut seed));
+                    match World::try_of(lower.clone(), &after).await {
+                        Err(error) => {
+                            assert!(matches!(error, OpenError::Lost { .. }), "{calls} calls: {error}");
+                            refused += 1;
+                        }
+                        Ok(world) => {
+                            assert!(went || !is_told, "{calls} calls: it was told, and is opened");
+                            if let Err(wrong) = check(&world, &expected).await {
+                                panic!("after {calls} calls: {wrong}");
+                            }
+                            opened += 1;
+                        }
+                    }
+                });
+            }
+            calls += 1;
+        }
+        assert!(refused > 0 && opened > 0, "{refused} refused, {opened} opened");
     }
 }
 
