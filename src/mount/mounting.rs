@@ -398,6 +398,22 @@ fn describe(holders: &[Holder]) -> String {
     holders.iter().map(Holder::to_string).collect::<Vec<_>>().join("; ")
 }
 
+/// Shows an open directory, such as one beneath a mount, at a path as well; only root can.
+pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
+    let source = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    nix::mount::mount(Some(&source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(|errno| io_error("show a directory at", path)(errno.into()))
+}
+
+/// Takes away what [`bind`] has shown; true where nothing is in the way.
+pub fn unbind(path: &Path) -> Result<bool, MountError> {
+    match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(true),
+        Err(Errno::EBUSY) => Ok(false),
+        Err(errno) => Err(io_error("unmount", path)(errno.into())),
+    }
+}
+
 /// Keeps the directory beneath a mount reachable: opened before mounting, it still names what is below.
 pub fn open_beneath(path: &Path) -> Result<File, MountError> {
     File::open(path).map_err(io_error("open directory", path))
