@@ -1,4 +1,4 @@
-//! A PostgreSQL running on a writable mount: clones, and the demo.
+//! A PostgreSQL running on a writable mount: clones, restores that are not finished, and the demo.
 //!
 //! A clone is a folder ([`clone_folder`]) and, while it runs, one supervisor process that mounts, starts PostgreSQL
 //! and answers requests. Invariant: a clone can harm nothing, neither the archive it came from nor a file, a slot or a
@@ -12,6 +12,7 @@ pub mod duplicate;
 pub mod expiry;
 pub mod finalize;
 pub mod finalize_plan;
+pub mod instant;
 pub mod reset;
 pub mod supervise;
 
@@ -27,6 +28,7 @@ pub mod launch;
 mod lazy_uppers;
 mod native_settings;
 mod orphans;
+mod pinning;
 mod places;
 mod postmaster;
 mod prepare;

@@ -242,7 +242,8 @@ fn prepare(path: &Path, options: &MountOptions) -> Result<PathBuf, MountError> {
     Ok(path)
 }
 
-fn is_fuse(path: &Path) -> bool {
+/// Tells whether what is mounted at a path is served by a process, ours or another.
+pub fn is_fuse(path: &Path) -> bool {
     const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
     nix::sys::statfs::statfs(path).is_ok_and(|figures| figures.filesystem_type().0 == FUSE_SUPER_MAGIC)
 }
