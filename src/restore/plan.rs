@@ -296,7 +296,8 @@ fn check_replay(scan: &WalScan, destinations: &Destinations) -> Result<(), Error
     Ok(())
 }
 
-async fn control_file(basebackup: &Basebackup) -> Result<ControlFile, Error> {
+/// Returns what a basebackup has of `pg_control`.
+pub async fn control_file(basebackup: &Basebackup) -> Result<ControlFile, Error> {
     let damaged =
         |detail: String| Error::Repository(repo::Error::Damaged { object: CONTROL_FILE.to_owned(), detail });
     let found = basebackup.entry(&tree_path(CONTROL_FILE)?).await?;

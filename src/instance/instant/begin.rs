@@ -16,7 +16,7 @@ use crate::instance::programs;
 use crate::mount::upper::file_system;
 use crate::repo::Basebackup;
 use crate::repo::entry::TreePath;
-use crate::restore::plan::RestorePlan;
+use crate::restore::plan::{RestorePlan, control_file};
 use crate::restore::settings_files::{main_file, to_json};
 use crate::restore::target::{STATE_FILE_NAME, check_existing};
 
@@ -67,6 +67,7 @@ pub async fn plan_instant(
         major: record.server.major,
         bin_directory,
         config_file,
+        full_page_writes: control_file(basebackup).await?.full_page_writes,
         superuser: record.server.superuser.clone(),
         began_at: basebackup.repository().clock().now(),
     })

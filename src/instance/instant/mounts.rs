@@ -91,7 +91,6 @@ impl InstantMounts {
 
     /// Unmounts what nobody holds; true where nothing is left. May be called again.
     pub(super) async fn try_close(&mut self) -> Result<bool, InstantError> {
-        self.sync().await?;
         let (shown, mounted) = (self.shown.take(), std::mem::take(&mut self.mounted));
         let (shown, mounted, outcome) = blocking(move || {
             let (shown, mut left, mut outcome) = (unshow(shown), Vec::new(), Ok(()));

@@ -43,6 +43,8 @@ pub struct InstantSpec {
     pub bin_directory: PathBuf,
     /// The main configuration file, where it is not in PGDATA.
     pub config_file: Option<PathBuf>,
+    /// Whether the first record about a page after a checkpoint brings the whole page.
+    pub full_page_writes: bool,
     /// The role that initdb created.
     pub superuser: String,
     /// When it was begun.
@@ -241,7 +243,7 @@ mod tests {
         let area = PrivateArea::create(scratch.path(), None).unwrap();
         assert!(matches!(find(scratch.path()), Ok(Found::Other)));
         let spec = r#"{"format":2,"site":"main","pin":null,"hydrate":{"in_background":true,"rate":null},
-            "cut_over":false,"major":15,"bin_directory":"/b","config_file":null,"superuser":"postgres",
+            "cut_over":false,"major":15,"bin_directory":"/b","config_file":null,"full_page_writes":true,"superuser":"postgres",
             "began_at":"2026-11-22T06:00:00Z"}"#;
         std::fs::write(area.directory().join(INSTANT_FILE_NAME), spec).unwrap();
         let refused = find(scratch.path()).unwrap_err();
