@@ -63,7 +63,7 @@ pub struct RestoreOutcome {
 pub const CHECKPOINT_BYTES: u64 = 2 << 30;
 const JOURNAL_FILE: &str = "restore.journal";
 /// Says that only the renames are left: all else is on stable storage.
-const COMPLETE_FILE: &str = "complete";
+pub(crate) const COMPLETE_FILE: &str = "complete";
 /// Map chunks and small files are read through a reader of their own.
 const READER_CACHE_BYTES: usize = 4 << 20;
 
