@@ -206,7 +206,7 @@ impl<'a> Serving<'a> {
                 () = terminated.as_mut() => return Ok(()),
             }
             self.look().await;
-            self.go_on().await?;
+            self.go_on().await;
             if self.ending.is_plain() && self.running.pid().is_none() && self.mounts.try_close().await? {
                 return Ok(());
             }
@@ -259,7 +259,7 @@ impl<'a> Serving<'a> {
     }
 
     /// Does what the state of the server and of the upper calls for.
-    async fn go_on(&mut self) -> Result<(), InstantError> {
+    async fn go_on(&mut self) {
         self.set_patience();
         let has_answered = self.answered.is_some();
         if !has_answered && self.server.answers() && self.fetching.is_empty() {
@@ -270,8 +270,11 @@ impl<'a> Serving<'a> {
             self.hydrating.begin(&self.mounts);
         }
         if !self.ending.is_plain() && self.mounts.is_hydrated() && self.fetching.is_empty() {
-            self.ending.make_plain(&self.mounts, self.unfinished, &self.options.repository).await?;
-            self.plain = Some(self.seconds());
+            match self.ending.make_plain(&self.mounts, self.unfinished, &self.options.repository).await {
+                Ok(()) => self.plain = Some(self.seconds()),
+                // The server goes on, and so does this: the disk may have room later.
+                Err(error) => self.tell_once(&error),
+            }
         }
         let cuts_over = self.unfinished.spec.cut_over && self.ending.is_plain();
         if cuts_over && self.server == RestoredServer::Running && !self.cutting.has_begun() {
@@ -280,10 +283,17 @@ impl<'a> Serving<'a> {
             let found = file.and_then(|file| endpoint(&file, &self.unfinished.spec.superuser, owner));
             match found {
                 Some(endpoint) => self.cutting.begin(&self.options.repository, &endpoint),
-                None => tracing::warn!("the server has no socket that a cut-over could connect to"),
+                None => tracing::debug!("the server has no socket that a cut-over could connect to"),
             }
         }
-        Ok(())
+    }
+
+    fn tell_once(&mut self, error: &InstantError) {
+        let message = format!("not everything of the directory could be put in its place: {}", told(error));
+        if self.message.as_ref() != Some(&message) {
+            tracing::error!("{message}");
+            self.message = Some(message);
+        }
     }
 
     /// Starts PostgreSQL; the mount has been synced before.
