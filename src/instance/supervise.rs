@@ -20,12 +20,13 @@ use crate::catalog::RecoveryPlan;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::disk::{self, LockFile, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
-use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::clone_mount::CloneMount;
 use crate::instance::cutting_over::CuttingOver;
 use crate::instance::ending::{Step, step};
 use crate::instance::hydration::{self, Hydrating};
 use crate::instance::isolation::clone_settings;
 use crate::instance::launch_order::{facts, launch, listed};
+use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::prepare::prepare;
 use crate::instance::requests;
@@ -315,7 +316,7 @@ impl<'a> Run<'a> {
         let control = blocking(move || prepare(&prepared_folder, &prepared_spec)).await?;
         mount.sync().await?;
         let endpoint =
-            Endpoint { socket_directory: folder.run(), port: spec.port, superuser: spec.superuser.clone() };
+            Endpoint::of_clone(folder.run(), spec.port, spec.superuser.clone());
         mount.wait_for_store(Patience::Forever);
         let settings = clone_settings(&facts(options, spec, &control, is_recovering(folder)));
         let server = Server::start(&launch(options, spec, &settings), endpoint).await?;
