@@ -60,13 +60,19 @@ fn what_was_acknowledged_is_there_after_sigterm_under_load() {
     let clone = source.clone("load", &["--no-start", "--hydrate-rate", "512KiB"]);
     let mut acknowledged = Acknowledged::default();
     let whole = clone.folder().join("upper/data/.walden/whole");
-    for signals in [1, 2, 5] {
+    for (signals, is_for_all) in [(1, false), (2, false), (5, false), (1, true)] {
         let supervisor = Supervisor::start(&clone);
         wait_for("the clone to answer", || clone.answers().then_some(()));
         acknowledged.assert_hold(&clone);
-        let load = Writers::start(&clone, signals, &acknowledged);
+        let load = Writers::start(&clone, 1, &acknowledged);
         load.wait_for_commits(100);
         assert!(!whole.exists(), "its data still comes");
+        if is_for_all {
+            // As systemd does by default, with every process of a service.
+            Processes::of(&clone)
+                .all()
+                .for_each(|process| kill(process, Signal::SIGTERM).unwrap_or_default());
+        }
         for _ in 0..signals {
             supervisor.terminate();
             std::thread::sleep(Duration::from_millis(30));
