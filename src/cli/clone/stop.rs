@@ -28,6 +28,8 @@ pub(super) struct CloneStop {
 /// Between the answer and the end of the process lie a few system calls.
 const EXIT_POLL: Duration = Duration::from_millis(10);
 const EXIT_POLLS_MAX: u32 = 3000;
+/// One that has begun listens after some milliseconds, unless it waits for the store first.
+const LISTEN_POLLS_MAX: u32 = 300;
 
 impl CloneStop {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
@@ -47,7 +49,7 @@ impl CloneStop {
 
 /// Stops a clone and waits until its supervisor is gone.
 pub(super) async fn stop(folder: &CloneFolder) -> Result<(), CommandError> {
-    for _ in 0..EXIT_POLLS_MAX {
+    for _ in 0..LISTEN_POLLS_MAX {
         match control::request(&folder.control_socket(), &Request::Stop).await {
             Ok(Reply::Failed { message }) => return Err(CommandError::failed(message)),
             // One that has only begun is about to listen.
