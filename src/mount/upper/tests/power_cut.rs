@@ -520,26 +520,46 @@ fn every_cut_of_the_delicate_changes_leaves_the_old_state_or_the_new() {
         vec![Create(NEW), Write(NEW, 0, 8192), Sync(NEW), Rename(NEW, RELATION), SyncDirectory(of_base_1)],
         vec![Rename(BASE_1, BASE_3), SyncDirectory(of_base), Create(BASE_1)],
         vec![Create(NEW), Sync(NEW), Rename(NEW, 0), SyncDirectory(of_top), Unlink(0), SyncDirectory(of_top)],
+    ] {
+        let operations: Vec<Operation> = changed.iter().cloned().chain(delicate).collect();
+        cut_throughout(&operations, 1, 5);
+    }
+}
+
+/// The same around the mark that says that everything is local. A hydrator makes many calls, and sleeps between them: the
+/// cuts are a few calls apart, and elsewhere in each sequence.
+#[test]
+fn cuts_throughout_a_hydration_leave_a_whole_upper_or_one_that_goes_on() {
+    use Operation::*;
+    const RELATION: usize = 2;
+    const UNTOUCHED: usize = 3;
+    const NEW: usize = 11;
+    let of_base_1 = FOLDERS.iter().position(|folder| *folder == "base/1").unwrap();
+    for delicate in [
         vec![Hydrate, Unlink(RELATION), SyncDirectory(of_base_1)],
         vec![Hydrate, Truncate(RELATION, 5_001), Truncate(RELATION, 12_000), Sync(RELATION)],
         vec![Truncate(RELATION, 5_001), Truncate(RELATION, 12_000), Rename(UNTOUCHED, NEW), Hydrate],
     ] {
-        let operations: Vec<Operation> = changed.iter().cloned().chain(delicate).collect();
-        run(async {
-            let mut calls = CALLS_FIRST;
-            let mut went = true;
-            while went {
-                // A hydrator makes many calls, and sleeps.
-                let seeds = if operations.iter().any(|one| matches!(one, Hydrate)) { 1..3 } else { 1..6 };
-                for seed in seeds {
-                    went = cut(&operations, calls, seed * 0x9e37_79b9).await;
-                }
-                calls += 1;
-            }
-            // The last round was whole, and the one before was not: every call has been the last one.
-            assert!(calls > CALLS_FIRST + operations.len() as u64);
-        });
+        let operations: Vec<Operation> = [Write(RELATION, 0, 9_000)].into_iter().chain(delicate).collect();
+        cut_throughout(&operations, 5, 1);
     }
+}
+
+/// Cuts at every so manyth call, until a run comes to its end, each time with several outcomes.
+fn cut_throughout(operations: &[Operation], step: usize, outcomes: u64) {
+    run(async {
+        for calls in (CALLS_FIRST..).step_by(step) {
+            let mut went = false;
+            for seed in 1..=outcomes {
+                went = cut(operations, calls, seed * 0x9e37_79b9).await;
+            }
+            if !went {
+                // This one was whole, and the one before was not: every call that is reached has been the last one.
+                assert!(calls > CALLS_FIRST + operations.len() as u64);
+                return;
+            }
+        }
+    });
 }
 
 /// Whoever was told that a write is lost is told again by the next process, however soon the power went; and one that nobody
