@@ -1,9 +1,9 @@
 //! SIGTERM, as a service manager sends it: the server is stopped, everything acknowledged is there at the next start, nothing
 //! stays mounted, and the exit status says that all went well; under load, while data comes, at any moment of a start.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -33,7 +33,12 @@ pub struct Supervisor(Running);
 
 impl Supervisor {
     pub fn start(clone: &Clone) -> Self {
-        Self(clone.walden.start(&["--site", "main", "internal", "serve-clone", &clone.name]))
+        let log = clone.folder().join("mount.log");
+        let log = File::options().append(true).create(true).open(log).unwrap();
+        let mut command = clone.walden.command();
+        command.args(["--site", "main", "internal", "serve-clone", &clone.name]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        Self(Running { process: command.spawn().unwrap() })
     }
 
     pub fn terminate(&self) {
