@@ -11,8 +11,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::durable;
-use crate::disk::{self, LockFile, Owner, state_file};
+use crate::disk::{self, LockFile, Owner, durable, state_file};
 use crate::instance::clone_folder::{CloneFolder, check_format, write_json};
 use crate::instance::create::CreateError;
 use crate::instance::places::is_absent_or_empty;

@@ -340,23 +340,25 @@ async fn apply(
                 file.synced();
             }
         }
-        Hydrate => {
-            // What it would try again after the cut tells nothing.
-            let cut = async {
-                while !disk.is_dead() {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-            };
-            tokio::select! {
-                () = Hydrator::hasty(&world.upper).run() => {}
-                () = cut => {}
-            }
-        }
+        Hydrate => hydrate(world, disk).await,
         SyncDirectory(p) => {
             if world.sync_directory(FOLDERS[p]).await.is_ok() {
                 expected.directory_synced(FOLDERS[p]);
             }
         }
+    }
+}
+
+/// Hydrates until the end or the cut: what would be tried again after that tells nothing.
+async fn hydrate(world: &World, disk: &SimulatedDisk) {
+    let cut = async {
+        while !disk.is_dead() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        () = Hydrator::hasty(&world.upper).run() => {}
+        () = cut => {}
     }
 }
 
