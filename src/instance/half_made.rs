@@ -43,6 +43,21 @@ impl Making {
             Err(error) => Err(error),
         }
     }
+
+    /// Ends the pin, which may never have come about.
+    ///
+    /// # Errors
+    /// What keeps it from being ended, or from being told: it may hold the basebackup then.
+    pub async fn end(&self, repository: &Repository) -> Result<(), repo::Error> {
+        match self.pin.end(repository).await {
+            // Where the store takes no writes there is none; but credentials expire, and others may have made it.
+            Err(error) if is_denied(&error) => match self.pin.is_there(repository).await? {
+                true => Err(error),
+                false => Ok(()),
+            },
+            ended => ended,
+        }
+    }
 }
 
 /// Makes a clone's folder, in place of what was left of one that was never made; nobody else works on it while the lock is
@@ -70,7 +85,7 @@ pub(super) async fn make_folder(
             }
             if let Some(making) = making {
                 tracing::warn!("clone \"{}\" was begun and never made; it is made anew", folder.name());
-                end(repository, &making.pin).await?;
+                making.end(repository).await?;
             }
             folder.remove()?;
             Ok(folder.create(owner)?)
@@ -110,7 +125,7 @@ pub(super) async fn give_up(
 ) -> CreateError {
     // Whether a pin came about nobody knows where the store did not say; ended, it holds nothing.
     let ended = match Making::read(folder) {
-        Ok(Some(making)) => end(repository, &making.pin).await,
+        Ok(Some(making)) => making.end(repository).await.map_err(CreateError::from),
         Ok(None) => Ok(()),
         Err(error) => Err(error.into()),
     };
@@ -124,14 +139,6 @@ pub(super) async fn give_up(
         }
     }
     error
-}
-
-async fn end(repository: &Repository, pin: &Pin) -> Result<(), CreateError> {
-    match pin.end(repository).await {
-        // Then there was none either.
-        Err(error) if is_denied(&error) => Ok(()),
-        ended => Ok(ended?),
-    }
 }
 
 fn is_denied(error: &repo::Error) -> bool {
@@ -150,7 +157,69 @@ fn file(folder: &CloneFolder) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::repo::testing;
+    use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, Rule, Verb};
+
+    const ID: &str = "20261120T101500Z-3fa9";
+
+    async fn site() -> (Arc<Faulty<MemoryStore>>, Repository) {
+        let store = Arc::new(Faulty::new(MemoryStore::new()));
+        let repository = testing::site(store.clone(), testing::clock()).await;
+        (store, repository)
+    }
+
+    async fn is_ended(repository: &Repository, pin: &Pin) -> bool {
+        repository.store().head(&repository.layout().pin_end(pin.id, &pin.random)).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn what_a_kill_has_left_is_made_anew_and_what_somebody_makes_is_left_alone() {
+        let clones = tempfile::tempdir().unwrap();
+        let (_, repository) = site().await;
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        let make = |site| make_folder(&repository, &folder, site, Owner::current());
+        let lock = make("main").await.unwrap();
+        let held = pin(&repository, ID.parse().unwrap(), &folder, "main").await.unwrap().unwrap();
+        let refused = make("main").await.unwrap_err();
+        assert!(matches!(refused, CreateError::Disk(disk::Error::Locked { .. })), "{refused}");
+        drop(lock);
+        let refused = make("other").await.unwrap_err();
+        assert!(matches!(refused, CreateError::Disk(disk::Error::Exists { .. })), "{refused}");
+        assert!(!is_ended(&repository, &held).await);
+        let lock = make("main").await.unwrap();
+        assert!(is_ended(&repository, &held).await && Making::read(&folder).unwrap().is_none());
+        std::fs::write(folder.spec_file(), "").unwrap();
+        drop(lock);
+        let refused = make("main").await.unwrap_err();
+        assert!(matches!(refused, CreateError::Disk(disk::Error::Exists { .. })), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_pin_that_may_not_be_ended_stays_written_down_and_one_that_never_was_is_in_nobodys_way() {
+        let clones = tempfile::tempdir().unwrap();
+        let (store, repository) = site().await;
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        let make = || make_folder(&repository, &folder, "main", Owner::current());
+        let denied = || Rule::on(Verb::Create, Fault::Before(ErrorKind::Denied));
+        let _lock = make().await.unwrap();
+        let held = pin(&repository, ID.parse().unwrap(), &folder, "main").await.unwrap().unwrap();
+        store.inject(denied());
+        give_up(&repository, &folder, CreateError::RootOwner).await;
+        assert_eq!(Making::read(&folder).unwrap().unwrap().pin, held);
+        store.heal();
+        give_up(&repository, &folder, CreateError::RootOwner).await;
+        assert!(is_ended(&repository, &held).await && !folder.path().exists());
+
+        store.inject(denied());
+        let _lock = make().await.unwrap();
+        assert!(pin(&repository, ID.parse().unwrap(), &folder, "main").await.unwrap().is_none());
+        Making::read(&folder).unwrap().unwrap().end(&repository).await.unwrap();
+        give_up(&repository, &folder, CreateError::RootOwner).await;
+        assert!(!folder.path().exists());
+    }
 
     #[test]
     fn only_a_folder_that_never_had_a_clone_is_half_made() {
