@@ -11,10 +11,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::durable::TEMPORARY_PREFIX;
 use crate::disk::{self, LockFile, Owner, durable, state_file};
 use crate::instance::clone_folder::{CloneFolder, check_format, write_json};
 use crate::instance::create::CreateError;
-use crate::instance::places::is_absent_or_empty;
+use crate::instance::places::{at, is_absent_or_empty};
 use crate::repo::lease::Pin;
 use crate::repo::{self, BasebackupId, Repository};
 use crate::storage;
@@ -32,6 +33,21 @@ pub struct Making {
 }
 
 const WHAT: &str = "the beginning of a clone";
+/// What Walden puts into the folder of a clone that was never started; `data`, which a clone may become, is not among it.
+const NAMES: [&str; 12] = [
+    "lock",
+    "upper",
+    "pg_wal",
+    "tablespaces",
+    "config",
+    "run",
+    "mnt",
+    "making.json",
+    "plan.json",
+    "state.json",
+    "server.log",
+    "mount.log",
+];
 
 impl Making {
     /// Reads what was held for a clone that is not made, if that came so far.
@@ -111,9 +127,12 @@ pub(super) async fn pin(
     }
 }
 
-/// Takes note that the clone has its description, by which its pin is found from now on.
-pub(super) fn made(folder: &CloneFolder) -> Result<(), disk::Error> {
-    durable::remove_file(&file(folder))
+/// Takes note that the clone has its description, by which its pin is found from now on: what stays of its making is passed
+/// over, and no reason to give up what is made.
+pub(super) fn made(folder: &CloneFolder) {
+    if let Err(error) = durable::remove_file(&file(folder)) {
+        tracing::warn!("{error}");
+    }
 }
 
 /// Leaves nothing of a clone that could not be made: nothing is mounted yet, and nothing in it is anybody's work. What the
@@ -145,10 +164,15 @@ fn is_denied(error: &repo::Error) -> bool {
     matches!(error, repo::Error::Store(error) if error.kind() == storage::ErrorKind::Denied)
 }
 
-/// Tells whether nothing but the beginning of a clone is in its folder.
+/// Tells whether nothing but the beginning of a clone is in its folder, and nothing of anybody else's.
 fn is_half_made(folder: &CloneFolder) -> Result<bool, disk::Error> {
     let is_described = folder.spec_file().exists() || folder.order_file().exists();
-    Ok(!is_described && folder.is_clone() && is_absent_or_empty(&folder.upper())?)
+    if is_described || !folder.is_clone() || !is_absent_or_empty(&folder.upper())? {
+        return Ok(false);
+    }
+    let is_own = |name: &str| NAMES.contains(&name) || name.starts_with(TEMPORARY_PREFIX);
+    let mut entries = std::fs::read_dir(folder.path()).map_err(at("open directory", folder.path()))?;
+    Ok(entries.all(|entry| entry.is_ok_and(|entry| entry.file_name().to_str().is_some_and(is_own))))
 }
 
 fn file(folder: &CloneFolder) -> PathBuf {
@@ -239,6 +263,15 @@ mod tests {
         std::fs::write(folder.spec_file(), "").unwrap();
         assert!(!is_half_made(&folder).unwrap());
         std::fs::remove_file(folder.spec_file()).unwrap();
+        for name in [".walden-tmp-1-2-making.json", "plan.json"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        assert!(is_half_made(&folder).unwrap(), "killed while it was written");
+        for somebodys in ["work", "data"] {
+            std::fs::create_dir(folder.path().join(somebodys)).unwrap();
+            assert!(!is_half_made(&folder).unwrap(), "{somebodys} is not of a clone that is being made");
+            std::fs::remove_dir(folder.path().join(somebodys)).unwrap();
+        }
         std::fs::remove_dir(folder.upper()).unwrap();
         std::fs::create_dir(folder.finalized_data()).unwrap();
         assert!(!is_half_made(&folder).unwrap(), "somebody's data directory");
