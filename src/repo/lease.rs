@@ -105,7 +105,7 @@ impl Pin {
     pub async fn is_there(&self, repository: &Repository) -> Result<bool, Error> {
         let key = repository.layout().pin(self.id, &self.random);
         match repository.store().head(&key).await {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) if error.is_absent() => Ok(false),
             found => Ok(found.map(|_| true)?),
         }
     }
