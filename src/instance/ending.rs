@@ -62,7 +62,8 @@ mod tests {
         };
         assert!(matches!(step(slow, pin!(ready(())), hurry).await, Step::Told(Some(2))));
         assert!(hurried.get());
-        let waits = step_within(Duration::from_millis(1), pending::<u8>(), pin!(ready(())), || {});
-        assert!(matches!(waits.await, Step::Told(None)));
+        let moment = Duration::from_millis(1);
+        let waits = step_within(moment, pending::<u8>(), pin!(ready(())), || {}).await;
+        assert!(matches!(waits, Step::Told(None)));
     }
 }

@@ -274,6 +274,9 @@ async fn run_server<T: Future<Output = ()>>(
     let outcome = loop {
         let is_ready = run.session.is_some();
         tokio::select! {
+            biased;
+            // First: a service manager tells the server too, which has ended by itself then only as far as it knows.
+            () = terminated.as_mut() => break Ok(None),
             next = run.server.next(!is_ready) => run.session = Some(next?),
             Some(fetched) = fetching.join_next() => {
                 let failed = |error: JoinError| MountFailure::Internal(error.to_string());
@@ -286,7 +289,6 @@ async fn run_server<T: Future<Output = ()>>(
                 break Ok(Some(stopping));
             },
             () = tokio::time::sleep(RECOVERY_LOOK), if is_ready && run.state != CloneState::Running => {}
-            () = terminated.as_mut() => break Ok(None),
         }
         if run.session.is_some() && fetching.is_empty() {
             if let Err(error) = run.ready().await {

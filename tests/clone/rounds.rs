@@ -8,7 +8,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};

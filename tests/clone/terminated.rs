@@ -1,10 +1,10 @@
 //! SIGTERM, as a service manager sends it: the server is stopped, everything acknowledged is there at the next start, nothing
 //! stays mounted, and the exit status says that all went well; under load, while data comes, at any moment of a start.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
-use std::time::Duration;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -15,8 +15,6 @@ use crate::support::{Acknowledged, Draw, Need, Options, Running, Writers, mounts
 
 /// Starts of which each is told to end at a moment of its own.
 const STARTS: usize = 20;
-/// A start takes about as long.
-const START_MILLISECONDS: u64 = 1500;
 
 fn source() -> Source {
     let source = Source::start(Options::default());
@@ -33,7 +31,12 @@ pub struct Supervisor(Running);
 
 impl Supervisor {
     pub fn start(clone: &Clone) -> Self {
-        Self(clone.walden.start(&["--site", "main", "internal", "serve-clone", &clone.name]))
+        let log = clone.folder().join("mount.log");
+        let log = File::options().append(true).create(true).open(log).unwrap();
+        let mut command = clone.walden.command();
+        command.args(["--site", "main", "internal", "serve-clone", &clone.name]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        Self(Running { process: command.spawn().unwrap() })
     }
 
     pub fn terminate(&self) {
@@ -57,16 +60,22 @@ pub fn assert_ended(clone: &Clone) {
 fn what_was_acknowledged_is_there_after_sigterm_under_load() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let source = source();
-    let clone = source.clone("load", &["--no-start", "--hydrate-rate", "512KiB"]);
+    let clone = source.clone("load", &["--no-start", "--hydrate-rate", "128KiB"]);
     let mut acknowledged = Acknowledged::default();
     let whole = clone.folder().join("upper/data/.walden/whole");
-    for signals in [1, 2, 5] {
+    for (signals, is_for_all) in [(1, false), (2, false), (5, false), (1, true)] {
         let supervisor = Supervisor::start(&clone);
         wait_for("the clone to answer", || clone.answers().then_some(()));
         acknowledged.assert_hold(&clone);
-        let load = Writers::start(&clone, signals, &acknowledged);
+        let load = Writers::start(&clone, 1, &acknowledged);
         load.wait_for_commits(100);
         assert!(!whole.exists(), "its data still comes");
+        if is_for_all {
+            // As systemd does by default, with every process of a service.
+            Processes::of(&clone)
+                .all()
+                .for_each(|process| kill(process, Signal::SIGTERM).unwrap_or_default());
+        }
         for _ in 0..signals {
             supervisor.terminate();
             std::thread::sleep(Duration::from_millis(30));
@@ -86,16 +95,31 @@ fn what_was_acknowledged_is_there_after_sigterm_under_load() {
     clone.run("delete");
 }
 
+/// Returns how long a clone's first start takes here, with its recovery.
+#[track_caller]
+fn first_start(source: &Source) -> Duration {
+    let clone = source.clone("measured", &["--no-start", "--no-hydrate"]);
+    let began = Instant::now();
+    let supervisor = Supervisor::start(&clone);
+    wait_for("the clone to answer", || clone.answers().then_some(()));
+    let took = began.elapsed();
+    supervisor.terminate();
+    assert_eq!(supervisor.wait().code(), Some(0));
+    clone.run("delete");
+    took
+}
+
 #[test]
 fn sigterm_at_any_moment_of_a_start_leaves_no_mount_and_the_next_start_is_right() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let source = source();
+    let undisturbed = first_start(&source);
     let clone = source.clone("starting", &["--no-start", "--no-hydrate"]);
-    let (mut draw, mut in_peace, mut recovering) = (Draw(0x7e5), 0, 0);
+    let (mut draw, mut in_peace, mut recovering) = (Draw(0x7ef), 0, 0);
     let signal_file = clone.folder().join("upper/data/recovery.signal");
     for start in 0..STARTS {
         let supervisor = Supervisor::start(&clone);
-        std::thread::sleep(Duration::from_millis(draw.below(START_MILLISECONDS)));
+        std::thread::sleep(undisturbed.mul_f64(draw.below(1000) as f64 / 1000.0));
         recovering += usize::from(signal_file.exists());
         supervisor.terminate();
         let status = supervisor.wait();
