@@ -213,6 +213,8 @@ part_warm_up() {
         awk -v a="$started" -v b="$ended" 'BEGIN { printf "%.2f\n", b - a }' >>"$folder/warm-answer"
         moment=$(awk -v p="$plain" -v m="${moments[2]}" 'BEGIN { t = 1.3 * p; printf "%d", (t > m ? t : m) + 3 }')
         load "$instant_socket" "$moment" "$folder/pgbench"
+        [ "$way" = restore ] || say "warm-up, run $run: local by the end" \
+            "$(walden far clone status instant --output json | grep -E '"(hydrated_bytes|total_bytes|state)"' | xargs)"
         instant_end
         for moment in "${moments[@]}"; do
             rate_around "$started" "$moment" "$folder/pgbench" >>"$folder/warm-$moment"
@@ -277,10 +279,13 @@ rates_by_turns() {
             for who in native walden; do
                 socket=$2
                 [ $who = walden ] || socket=$folder/restored/run
+                # Nobody's turn begins with what the one before has left to write.
+                ask "$socket" checkpoint
+                sync
                 # shellcheck disable=SC2086
                 as_postgres "$bin/pgbench" -h "$socket" -n -c 2 -j 2 -T $pgbench_seconds ${options[$load]} bench \
                     >"$folder/pgbench" 2>&1 || { cat "$folder/pgbench" >&2; exit 1; }
-                [ "$run" = 0 ] || sed -n 's/^tps = \([0-9.]*\).*/\1/p' "$folder/pgbench" >>"$folder/after-$1-$load-$who"
+                [ "$run" = 0 ] || sed -n 's/^tps = \([0-9]*\.[0-9]\).*/\1/p' "$folder/pgbench" >>"$folder/after-$1-$load-$who"
             done
             [ "$run" = 0 ] || say "after, $1, $load, run $run:" \
                 "$(tail -qn 1 "$folder/after-$1-$load-"{walden,native} | xargs) tps (walden, native)"
@@ -408,7 +413,7 @@ part_terabyte() {
     row terabyte "files" "$(field files "$made")" files
     row terabyte "size" "$(awk -v b="$(field bytes "$made")" 'BEGIN { printf "%.3f", b / 1e12 }')" TB
     row terabyte "in the store" "$(megabytes "$(field stored_bytes "$made")")" MB
-    row terabyte "manifest" "$(megabytes "$(field manifest_bytes "$made")")" MB
+    row terabyte "manifest" "$(awk -v b="$(field manifest_bytes "$made")" 'BEGIN { printf "%.2f", b / 1e6 }')" MB
     for run in $(seq "$runs"); do
         [ "$run" = 1 ] || walden far clone delete terabyte >/dev/null
         answer_from_clone terabyte
