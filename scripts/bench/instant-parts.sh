@@ -213,6 +213,8 @@ part_warm_up() {
         awk -v a="$started" -v b="$ended" 'BEGIN { printf "%.2f\n", b - a }' >>"$folder/warm-answer"
         moment=$(awk -v p="$plain" -v m="${moments[2]}" 'BEGIN { t = 1.3 * p; printf "%d", (t > m ? t : m) + 3 }')
         load "$instant_socket" "$moment" "$folder/pgbench"
+        [ "$way" = restore ] || say "warm-up, run $run: local by the end" \
+            "$(walden far clone status instant --output json | grep -E '"(hydrated_bytes|total_bytes|state)"' | xargs)"
         instant_end
         for moment in "${moments[@]}"; do
             rate_around "$started" "$moment" "$folder/pgbench" >>"$folder/warm-$moment"
@@ -277,10 +279,13 @@ rates_by_turns() {
             for who in native walden; do
                 socket=$2
                 [ $who = walden ] || socket=$folder/restored/run
+                # Nobody's turn begins with what the one before has left to write.
+                ask "$socket" checkpoint
+                sync
                 # shellcheck disable=SC2086
                 as_postgres "$bin/pgbench" -h "$socket" -n -c 2 -j 2 -T $pgbench_seconds ${options[$load]} bench \
                     >"$folder/pgbench" 2>&1 || { cat "$folder/pgbench" >&2; exit 1; }
-                [ "$run" = 0 ] || sed -n 's/^tps = \([0-9.]*\).*/\1/p' "$folder/pgbench" >>"$folder/after-$1-$load-$who"
+                [ "$run" = 0 ] || sed -n 's/^tps = \([0-9]*\.[0-9]\).*/\1/p' "$folder/pgbench" >>"$folder/after-$1-$load-$who"
             done
             [ "$run" = 0 ] || say "after, $1, $load, run $run:" \
                 "$(tail -qn 1 "$folder/after-$1-$load-"{walden,native} | xargs) tps (walden, native)"
@@ -387,7 +392,7 @@ print(f"{float(done[3]) / ((lsn(done) - lsn(starts)) / 1e9):.2f}")'
 }
 
 # A repository that says it is a terabyte of 200 000 files, on a small real cluster: first queries, and the memory of the
-# process of the mount then, after a thousand files were read, and after some GB have become local.
+# process of the mount then, after a thousand of them were read, and after some GB have become local.
 part_terabyte() {
     local size=1 unit=10 place=far run started ended status counts made pid from
     make_cluster 1
@@ -408,7 +413,7 @@ part_terabyte() {
     row terabyte "files" "$(field files "$made")" files
     row terabyte "size" "$(awk -v b="$(field bytes "$made")" 'BEGIN { printf "%.3f", b / 1e12 }')" TB
     row terabyte "in the store" "$(megabytes "$(field stored_bytes "$made")")" MB
-    row terabyte "manifest" "$(megabytes "$(field manifest_bytes "$made")")" MB
+    row terabyte "manifest" "$(awk -v b="$(field manifest_bytes "$made")" 'BEGIN { printf "%.2f", b / 1e6 }')" MB
     for run in $(seq "$runs"); do
         [ "$run" = 1 ] || walden far clone delete terabyte >/dev/null
         answer_from_clone terabyte
@@ -429,16 +434,18 @@ hydrate_terabyte() {
     local status from to mark data
     # In one process, which begins anew: its peak is that of both.
     walden far clone stop terabyte >/dev/null
-    status=$(walden far clone start terabyte --hydrate-rate none --output json)
+    # Not as fast as it comes: while a thousand files are read it would fill the disk.
+    status=$(walden far clone start terabyte --hydrate-rate 100MiB --output json)
     pid=$(field supervisor_pid "$status")
     data=$(field data_directory "$status")
     from=$EPOCHREALTIME
-    mark=$(cd "$data" && xargs cat <"$folder/sample" | wc -c)
-    say "terabyte: $(wc -l <"$folder/sample") files read, $mark bytes, in $(since "$from") s"
+    mark=$(cd "$data" && head -n $read_files "$folder/sample" | xargs cat | wc -c)
+    say "terabyte: $read_files files read, $mark bytes, in $(since "$from") s"
     row terabyte "memory, files read" "$(peak_of "$pid")" MiB
     status=$(walden far clone status terabyte --output json)
     mark=$(field hydrated_bytes "$status") from=$EPOCHREALTIME
     to=$((mark + hydrate_mb * 1000000))
+    [ $to -lt "$(field total_bytes "$status")" ] || { say "there is too little left to hydrate: $status"; exit 1; }
     while [ "$(field hydrated_bytes "$status")" -lt $to ]; do
         [ -d "/proc/$pid" ] || { say "the process of the mount is gone"; exit 1; }
         sleep 0.5
