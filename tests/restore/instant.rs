@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::source::{Source, wait_until_writable};
 use crate::support::{
-    Account, Checksums, Need, Options, Pgbench, Run, Server, Sql, Walden, bin_directory, mounts_below, require,
-    wait_for,
+    Account, Checksums, Need, Options, Pgbench, Run, Server, Sql, Walden, bin_directory, mounts_below,
+    require, wait_for,
 };
 
 /// A source whose own files say where a restored server listens.
@@ -76,7 +76,9 @@ fn a_restore_that_is_used_at_once_becomes_a_plain_directory_under_its_running_se
     let mut scene = InstantSource::start();
     let folder = scene.source.scratch().folder("space");
     scene.source.sql(&format!("create tablespace space location '{}'", folder.display()));
-    scene.source.sql("create table apart tablespace space as select n, md5(n::text) from generate_series(1, 30000) n");
+    scene.source.sql(
+        "create table apart tablespace space as select n, md5(n::text) from generate_series(1, 30000) n",
+    );
     Pgbench::initialize(&scene.source, 3);
     let load = Pgbench::start(&scene.source, 2);
     let id = scene.source.backup();
@@ -89,8 +91,7 @@ fn a_restore_that_is_used_at_once_becomes_a_plain_directory_under_its_running_se
 
     let space = scene.source.place("new-space");
     let map = format!("space={}", space.display());
-    let report =
-        scene.instant(&["--target-action", "promote", "--tablespace-map", &map, "--cut-over"]);
+    let report = scene.instant(&["--target-action", "promote", "--tablespace-map", &map, "--cut-over"]);
     assert_eq!((&report["state"], &report["server"]), (&"plain".into(), &"running".into()), "{report}");
     assert_eq!(report["basebackup"], id.as_str());
     assert_eq!(report["cut_over"], "done", "{report}");
@@ -151,7 +152,8 @@ fn a_killed_restore_refuses_to_start_bare_and_goes_on_when_it_is_resumed() {
     assert!(refused.stderr.contains("--resume"), "{}", refused.stderr);
 
     let supervisor = i32::try_from(report["supervisor_pid"].as_i64().unwrap()).unwrap();
-    let kill = |pid: i32| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+    let kill =
+        |pid: i32| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
     kill(supervisor).unwrap();
     let words = ["restore", "--resume", "--target-dir", target, "--no-start"];
     let mounted = scene.walden.json(&words);
@@ -167,7 +169,8 @@ fn a_killed_restore_refuses_to_start_bare_and_goes_on_when_it_is_resumed() {
     assert!(!bare.success(), "a directory of holes was started");
     assert!(!scene.target.join("PG_VERSION").exists() && !scene.target.join("global/pg_control").exists());
 
-    let resumed = scene.walden.json(&["restore", "--resume", "--target-dir", target, "--hydrate-rate", "none"]);
+    let resumed =
+        scene.walden.json(&["restore", "--resume", "--target-dir", target, "--hydrate-rate", "none"]);
     assert_eq!(resumed["state"], "plain", "{resumed}");
     wait_until_writable(&scene.native);
     assert_eq!(scene.sql().sql("select count(*) from mine"), "100");
@@ -175,7 +178,8 @@ fn a_killed_restore_refuses_to_start_bare_and_goes_on_when_it_is_resumed() {
     expected.assert_same(&Checksums::of(scene.sql()));
     // Told to end, it takes everything down.
     let supervisor = i32::try_from(resumed["supervisor_pid"].as_i64().unwrap()).unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(supervisor), nix::sys::signal::Signal::SIGTERM).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(supervisor), nix::sys::signal::Signal::SIGTERM)
+        .unwrap();
     wait_for("the mounts to go", || mounts_below(&scene.target).is_empty().then_some(()));
     assert!(scene.target.join("PG_VERSION").exists());
     assert!(!scene.target.join("postmaster.pid").exists(), "the server was stopped first");
