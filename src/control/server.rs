@@ -71,7 +71,11 @@ impl<Q> Drop for Listener<Q> {
     }
 }
 
-async fn read_requests<Q: DeserializeOwned>(socket: UnixListener, path: PathBuf, requests: mpsc::Sender<Pending<Q>>) {
+async fn read_requests<Q: DeserializeOwned>(
+    socket: UnixListener,
+    path: PathBuf,
+    requests: mpsc::Sender<Pending<Q>>,
+) {
     loop {
         let Ok((stream, _)) = socket.accept().await else {
             // Out of file descriptors, for example: others will be closed.

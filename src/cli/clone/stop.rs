@@ -110,7 +110,8 @@ mod tests {
     #[test]
     fn only_the_supervisor_of_the_clone_is_told_to_end() {
         let line = |words: &[&str]| words.join("\0").into_bytes();
-        let serves = ["walden", "--site", "main", "internal", "serve-clone", "one", "--spent-seconds", "0", ""];
+        let serves =
+            ["walden", "--site", "main", "internal", "serve-clone", "one", "--spent-seconds", "0", ""];
         assert!(is_supervisor(&line(&serves), "one"));
         assert!(!is_supervisor(&line(&serves), "two"));
         assert!(!is_supervisor(&line(&["walden", "clone", "finalize", "one", ""]), "one"));
