@@ -9,7 +9,8 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::{KeyPurpose, machine_memory};
-use crate::instance::clone_folder::CloneFolder;
+use crate::control::CloneState;
+use crate::instance::clone_folder::{CloneFolder, LastState};
 use crate::instance::expiry::over;
 use crate::instance::supervise::{SuperviseOptions, could_not_open, supervise};
 
@@ -49,7 +50,8 @@ impl ServeClone {
             });
             let opened = tokio::select! {
                 opened = context.open_repository(site, KeyPurpose::Read) => opened,
-                () = ends.as_mut() => return Ok(()),
+                // Else what it ended of the last time would be told of this one.
+                () = ends.as_mut() => return Ok(folder.write_state(&LastState::sound(CloneState::Stopped))?),
             };
             let repository = match opened {
                 Ok(repository) => repository,

@@ -352,9 +352,10 @@ impl CloneFolder {
         durable::fsync_parent(&self.path)
     }
 
-    /// Removes a folder in which nothing is mounted and nothing is anybody's work.
+    /// Removes a folder in which nothing is mounted and nothing is anybody's work, in the order by which what a kill leaves
+    /// of it is known for a clone's.
     pub fn discard(&self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+        if let Err(error) = self.remove() {
             tracing::warn!("could not remove \"{}\": {error}", self.path.display());
         }
     }

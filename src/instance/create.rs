@@ -253,7 +253,8 @@ pub(super) fn write_folder(
     write_json(&folder.plan_file(), plan, "a recovery plan")?;
     folder.write_state(&LastState::sound(CloneState::Creating))?;
     folder.write_spec(spec)?;
-    made(folder)
+    made(folder);
+    Ok(())
 }
 
 /// Makes the folders that stand in for foreign paths, and the generated configuration.

@@ -11,10 +11,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::durable::TEMPORARY_PREFIX;
 use crate::disk::{self, LockFile, Owner, durable, state_file};
 use crate::instance::clone_folder::{CloneFolder, check_format, write_json};
 use crate::instance::create::CreateError;
-use crate::instance::places::is_absent_or_empty;
+use crate::instance::places::{at, is_absent_or_empty};
 use crate::repo::lease::Pin;
 use crate::repo::{self, BasebackupId, Repository};
 use crate::storage;
@@ -32,6 +33,21 @@ pub struct Making {
 }
 
 const WHAT: &str = "the beginning of a clone";
+/// What Walden puts into the folder of a clone that was never started; `data`, which a clone may become, is not among it.
+const NAMES: [&str; 12] = [
+    "lock",
+    "upper",
+    "pg_wal",
+    "tablespaces",
+    "config",
+    "run",
+    "mnt",
+    "making.json",
+    "plan.json",
+    "state.json",
+    "server.log",
+    "mount.log",
+];
 
 impl Making {
     /// Reads what was held for a clone that is not made, if that came so far.
@@ -41,6 +57,21 @@ impl Making {
             Ok(making) => check_format(making.format, &path, WHAT).map(|()| Some(making)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Ends the pin, which may never have come about.
+    ///
+    /// # Errors
+    /// What keeps it from being ended, or from being told: it may hold the basebackup then.
+    pub async fn end(&self, repository: &Repository) -> Result<(), repo::Error> {
+        match self.pin.end(repository).await {
+            // Where the store takes no writes there is none; but credentials expire, and others may have made it.
+            Err(error) if is_denied(&error) => match self.pin.is_there(repository).await? {
+                true => Err(error),
+                false => Ok(()),
+            },
+            ended => ended,
         }
     }
 }
@@ -70,7 +101,7 @@ pub(super) async fn make_folder(
             }
             if let Some(making) = making {
                 tracing::warn!("clone \"{}\" was begun and never made; it is made anew", folder.name());
-                end(repository, &making.pin).await?;
+                making.end(repository).await?;
             }
             folder.remove()?;
             Ok(folder.create(owner)?)
@@ -96,9 +127,12 @@ pub(super) async fn pin(
     }
 }
 
-/// Takes note that the clone has its description, by which its pin is found from now on.
-pub(super) fn made(folder: &CloneFolder) -> Result<(), disk::Error> {
-    durable::remove_file(&file(folder))
+/// Takes note that the clone has its description, by which its pin is found from now on: what stays of its making is passed
+/// over, and no reason to give up what is made.
+pub(super) fn made(folder: &CloneFolder) {
+    if let Err(error) = durable::remove_file(&file(folder)) {
+        tracing::warn!("{error}");
+    }
 }
 
 /// Leaves nothing of a clone that could not be made: nothing is mounted yet, and nothing in it is anybody's work. What the
@@ -110,7 +144,7 @@ pub(super) async fn give_up(
 ) -> CreateError {
     // Whether a pin came about nobody knows where the store did not say; ended, it holds nothing.
     let ended = match Making::read(folder) {
-        Ok(Some(making)) => end(repository, &making.pin).await,
+        Ok(Some(making)) => making.end(repository).await.map_err(CreateError::from),
         Ok(None) => Ok(()),
         Err(error) => Err(error.into()),
     };
@@ -126,22 +160,19 @@ pub(super) async fn give_up(
     error
 }
 
-async fn end(repository: &Repository, pin: &Pin) -> Result<(), CreateError> {
-    match pin.end(repository).await {
-        // Then there was none either.
-        Err(error) if is_denied(&error) => Ok(()),
-        ended => Ok(ended?),
-    }
-}
-
 fn is_denied(error: &repo::Error) -> bool {
     matches!(error, repo::Error::Store(error) if error.kind() == storage::ErrorKind::Denied)
 }
 
-/// Tells whether nothing but the beginning of a clone is in its folder.
+/// Tells whether nothing but the beginning of a clone is in its folder, and nothing of anybody else's.
 fn is_half_made(folder: &CloneFolder) -> Result<bool, disk::Error> {
     let is_described = folder.spec_file().exists() || folder.order_file().exists();
-    Ok(!is_described && folder.is_clone() && is_absent_or_empty(&folder.upper())?)
+    if is_described || !folder.is_clone() || !is_absent_or_empty(&folder.upper())? {
+        return Ok(false);
+    }
+    let is_own = |name: &str| NAMES.contains(&name) || name.starts_with(TEMPORARY_PREFIX);
+    let mut entries = std::fs::read_dir(folder.path()).map_err(at("open directory", folder.path()))?;
+    Ok(entries.all(|entry| entry.is_ok_and(|entry| entry.file_name().to_str().is_some_and(is_own))))
 }
 
 fn file(folder: &CloneFolder) -> PathBuf {
@@ -150,7 +181,69 @@ fn file(folder: &CloneFolder) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::repo::testing;
+    use crate::storage::{ErrorKind, Fault, Faulty, MemoryStore, Rule, Verb};
+
+    const ID: &str = "20261120T101500Z-3fa9";
+
+    async fn site() -> (Arc<Faulty<MemoryStore>>, Repository) {
+        let store = Arc::new(Faulty::new(MemoryStore::new()));
+        let repository = testing::site(store.clone(), testing::clock()).await;
+        (store, repository)
+    }
+
+    async fn is_ended(repository: &Repository, pin: &Pin) -> bool {
+        repository.store().head(&repository.layout().pin_end(pin.id, &pin.random)).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn what_a_kill_has_left_is_made_anew_and_what_somebody_makes_is_left_alone() {
+        let clones = tempfile::tempdir().unwrap();
+        let (_, repository) = site().await;
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        let make = |site| make_folder(&repository, &folder, site, Owner::current());
+        let lock = make("main").await.unwrap();
+        let held = pin(&repository, ID.parse().unwrap(), &folder, "main").await.unwrap().unwrap();
+        let refused = make("main").await.unwrap_err();
+        assert!(matches!(refused, CreateError::Disk(disk::Error::Locked { .. })), "{refused}");
+        drop(lock);
+        let refused = make("other").await.unwrap_err();
+        assert!(matches!(refused, CreateError::Disk(disk::Error::Exists { .. })), "{refused}");
+        assert!(!is_ended(&repository, &held).await);
+        let lock = make("main").await.unwrap();
+        assert!(is_ended(&repository, &held).await && Making::read(&folder).unwrap().is_none());
+        std::fs::write(folder.spec_file(), "").unwrap();
+        drop(lock);
+        let refused = make("main").await.unwrap_err();
+        assert!(matches!(refused, CreateError::Disk(disk::Error::Exists { .. })), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_pin_that_may_not_be_ended_stays_written_down_and_one_that_never_was_is_in_nobodys_way() {
+        let clones = tempfile::tempdir().unwrap();
+        let (store, repository) = site().await;
+        let folder = CloneFolder::new(clones.path(), "one").unwrap();
+        let make = || make_folder(&repository, &folder, "main", Owner::current());
+        let denied = || Rule::on(Verb::Create, Fault::Before(ErrorKind::Denied));
+        let _lock = make().await.unwrap();
+        let held = pin(&repository, ID.parse().unwrap(), &folder, "main").await.unwrap().unwrap();
+        store.inject(denied());
+        give_up(&repository, &folder, CreateError::RootOwner).await;
+        assert_eq!(Making::read(&folder).unwrap().unwrap().pin, held);
+        store.heal();
+        give_up(&repository, &folder, CreateError::RootOwner).await;
+        assert!(is_ended(&repository, &held).await && !folder.path().exists());
+
+        store.inject(denied());
+        let _lock = make().await.unwrap();
+        assert!(pin(&repository, ID.parse().unwrap(), &folder, "main").await.unwrap().is_none());
+        Making::read(&folder).unwrap().unwrap().end(&repository).await.unwrap();
+        give_up(&repository, &folder, CreateError::RootOwner).await;
+        assert!(!folder.path().exists());
+    }
 
     #[test]
     fn only_a_folder_that_never_had_a_clone_is_half_made() {
@@ -170,6 +263,15 @@ mod tests {
         std::fs::write(folder.spec_file(), "").unwrap();
         assert!(!is_half_made(&folder).unwrap());
         std::fs::remove_file(folder.spec_file()).unwrap();
+        for name in [".walden-tmp-1-2-making.json", "plan.json"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        assert!(is_half_made(&folder).unwrap(), "killed while it was written");
+        for somebodys in ["work", "data"] {
+            std::fs::create_dir(folder.path().join(somebodys)).unwrap();
+            assert!(!is_half_made(&folder).unwrap(), "{somebodys} is not of a clone that is being made");
+            std::fs::remove_dir(folder.path().join(somebodys)).unwrap();
+        }
         std::fs::remove_dir(folder.upper()).unwrap();
         std::fs::create_dir(folder.finalized_data()).unwrap();
         assert!(!is_half_made(&folder).unwrap(), "somebody's data directory");

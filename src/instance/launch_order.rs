@@ -55,7 +55,7 @@ pub(super) fn launch(options: &SuperviseOptions, spec: &CloneSpec, settings: &[S
         data_directory: folder.data_directory(),
         pid_file: folder.beneath_mount("postmaster.pid"),
         owner: spec.owner,
-        isolation: Isolation { writable: folder.writable(), stand_ins: spec.stand_ins.clone() },
+        isolation: Some(Isolation { writable: folder.writable(), stand_ins: spec.stand_ins.clone() }),
         log_file: folder.server_log(),
         environment: options.environment.clone(),
         supervisor: std::process::id(),

@@ -20,12 +20,13 @@ use crate::catalog::RecoveryPlan;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::disk::{self, LockFile, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
-use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::clone_mount::CloneMount;
 use crate::instance::cutting_over::CuttingOver;
 use crate::instance::ending::{Step, step};
 use crate::instance::hydration::{self, Hydrating};
 use crate::instance::isolation::clone_settings;
 use crate::instance::launch_order::{facts, launch, listed};
+use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::prepare::prepare;
 use crate::instance::requests;
@@ -273,6 +274,9 @@ async fn run_server<T: Future<Output = ()>>(
     let outcome = loop {
         let is_ready = run.session.is_some();
         tokio::select! {
+            biased;
+            // First: a service manager tells the server too, which has ended by itself then only as far as it knows.
+            () = terminated.as_mut() => break Ok(None),
             next = run.server.next(!is_ready) => run.session = Some(next?),
             Some(fetched) = fetching.join_next() => {
                 let failed = |error: JoinError| MountFailure::Internal(error.to_string());
@@ -285,7 +289,6 @@ async fn run_server<T: Future<Output = ()>>(
                 break Ok(Some(stopping));
             },
             () = tokio::time::sleep(RECOVERY_LOOK), if is_ready && run.state != CloneState::Running => {}
-            () = terminated.as_mut() => break Ok(None),
         }
         if run.session.is_some() && fetching.is_empty() {
             if let Err(error) = run.ready().await {
@@ -314,8 +317,7 @@ impl<'a> Run<'a> {
         let (prepared_folder, prepared_spec) = (folder.clone(), spec.clone());
         let control = blocking(move || prepare(&prepared_folder, &prepared_spec)).await?;
         mount.sync().await?;
-        let endpoint =
-            Endpoint { socket_directory: folder.run(), port: spec.port, superuser: spec.superuser.clone() };
+        let endpoint = Endpoint::of_clone(folder.run(), spec.port, spec.superuser.clone());
         mount.wait_for_store(Patience::Forever);
         let settings = clone_settings(&facts(options, spec, &control, is_recovering(folder)));
         let server = Server::start(&launch(options, spec, &settings), endpoint).await?;

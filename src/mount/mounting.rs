@@ -30,6 +30,9 @@ use crate::mount::tree::Tree;
 const SURVIVOR_LOOKS: u32 = 100;
 const SURVIVOR_INTERVAL: Duration = Duration::from_millis(100);
 
+/// What the kernel lists our mounts as.
+const TYPE: &str = "fuse.walden";
+
 /// How to mount.
 #[derive(Debug, Clone)]
 pub struct MountOptions {
@@ -216,8 +219,11 @@ pub fn detach_dead(path: &Path) -> Result<(), MountError> {
 }
 
 /// Tells whether the process that served a mount has died and left it behind (failure 38).
+///
+/// Of a root whose attributes the kernel remembers it goes on to tell them; how much room there is it always asks.
 pub fn is_dead(path: &Path) -> bool {
     fs::metadata(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+        || nix::sys::statfs::statfs(path).is_err_and(|errno| errno == Errno::ENOTCONN)
 }
 
 /// Tells whether something is mounted on exactly this path.
@@ -229,6 +235,12 @@ pub fn is_mount_point(path: &Path) -> bool {
     let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
     let path = real.as_deref().unwrap_or(path);
     holders::mount_points().iter().any(|mounted| mounted == path)
+}
+
+/// Tells whether a mount of Walden's lies at exactly this path, dead or alive; the path must be absolute and without links.
+pub fn is_own(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    holders::mounted_at(&table, path).is_some_and(|kind| kind == TYPE)
 }
 
 /// Checks the mount point and returns it absolute and without links.
@@ -285,14 +297,8 @@ fn mount_as_root(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountEr
     if options.read_only {
         flags |= MsFlags::MS_RDONLY;
     }
-    nix::mount::mount(
-        Some(safe_name(options).as_str()),
-        path,
-        Some("fuse.walden"),
-        flags,
-        Some(data.as_str()),
-    )
-    .map_err(|errno| io_error("mount on", path)(errno.into()))?;
+    nix::mount::mount(Some(safe_name(options).as_str()), path, Some(TYPE), flags, Some(data.as_str()))
+        .map_err(|errno| io_error("mount on", path)(errno.into()))?;
     Ok(device.into())
 }
 
@@ -412,6 +418,22 @@ fn describe(holders: &[Holder]) -> String {
         return "a process this user cannot see".to_owned();
     }
     holders.iter().map(Holder::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// Shows an open directory, such as one beneath a mount, at a path as well; only root can.
+pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
+    let source = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    nix::mount::mount(Some(&source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(|errno| io_error("show a directory at", path)(errno.into()))
+}
+
+/// Takes away what [`bind`] has shown; true where nothing is in the way.
+pub fn unbind(path: &Path) -> Result<bool, MountError> {
+    match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(true),
+        Err(Errno::EBUSY) => Ok(false),
+        Err(errno) => Err(io_error("unmount", path)(errno.into())),
+    }
 }
 
 /// Keeps the directory beneath a mount reachable: opened before mounting, it still names what is below.

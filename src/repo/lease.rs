@@ -101,6 +101,15 @@ impl Pin {
         }
     }
 
+    /// Tells whether the pin came about, be it ended by now.
+    pub async fn is_there(&self, repository: &Repository) -> Result<bool, Error> {
+        let key = repository.layout().pin(self.id, &self.random);
+        match repository.store().head(&key).await {
+            Err(error) if error.is_absent() => Ok(false),
+            found => Ok(found.map(|_| true)?),
+        }
+    }
+
     /// Ends the pin; ending it again changes nothing.
     pub async fn end(&self, repository: &Repository) -> Result<(), Error> {
         let key = repository.layout().pin_end(self.id, &self.random);

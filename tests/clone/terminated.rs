@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -15,8 +15,6 @@ use crate::support::{Acknowledged, Draw, Need, Options, Running, Writers, mounts
 
 /// Starts of which each is told to end at a moment of its own.
 const STARTS: usize = 20;
-/// A start takes about as long.
-const START_MILLISECONDS: u64 = 1500;
 
 fn source() -> Source {
     let source = Source::start(Options::default());
@@ -62,7 +60,7 @@ pub fn assert_ended(clone: &Clone) {
 fn what_was_acknowledged_is_there_after_sigterm_under_load() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let source = source();
-    let clone = source.clone("load", &["--no-start", "--hydrate-rate", "512KiB"]);
+    let clone = source.clone("load", &["--no-start", "--hydrate-rate", "128KiB"]);
     let mut acknowledged = Acknowledged::default();
     let whole = clone.folder().join("upper/data/.walden/whole");
     for (signals, is_for_all) in [(1, false), (2, false), (5, false), (1, true)] {
@@ -97,16 +95,31 @@ fn what_was_acknowledged_is_there_after_sigterm_under_load() {
     clone.run("delete");
 }
 
+/// Returns how long a clone's first start takes here, with its recovery.
+#[track_caller]
+fn first_start(source: &Source) -> Duration {
+    let clone = source.clone("measured", &["--no-start", "--no-hydrate"]);
+    let began = Instant::now();
+    let supervisor = Supervisor::start(&clone);
+    wait_for("the clone to answer", || clone.answers().then_some(()));
+    let took = began.elapsed();
+    supervisor.terminate();
+    assert_eq!(supervisor.wait().code(), Some(0));
+    clone.run("delete");
+    took
+}
+
 #[test]
 fn sigterm_at_any_moment_of_a_start_leaves_no_mount_and_the_next_start_is_right() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let source = source();
+    let undisturbed = first_start(&source);
     let clone = source.clone("starting", &["--no-start", "--no-hydrate"]);
-    let (mut draw, mut in_peace, mut recovering) = (Draw(0x7e5), 0, 0);
+    let (mut draw, mut in_peace, mut recovering) = (Draw(0x7ef), 0, 0);
     let signal_file = clone.folder().join("upper/data/recovery.signal");
     for start in 0..STARTS {
         let supervisor = Supervisor::start(&clone);
-        std::thread::sleep(Duration::from_millis(draw.below(START_MILLISECONDS)));
+        std::thread::sleep(undisturbed.mul_f64(draw.below(1000) as f64 / 1000.0));
         recovering += usize::from(signal_file.exists());
         supervisor.terminate();
         let status = supervisor.wait();

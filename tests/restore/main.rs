@@ -9,5 +9,6 @@ mod source;
 mod equal;
 mod hosts;
 mod incomplete;
+mod instant;
 mod places;
 mod targets;
