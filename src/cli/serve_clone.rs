@@ -37,6 +37,9 @@ impl ServeClone {
         let spent = Duration::try_from_secs_f64(self.spent.spent_seconds).unwrap_or_default();
         // A clone whose time is over ends like one that is told to, and is then deleted.
         let (watched, clock, is_over) = (folder.clone(), context.clock(), Cell::new(false));
+        // Before the store is asked, and until no thread of the runtime is left: meanwhile nobody else is to remove the clone,
+        // nor to make another of its name.
+        let lock = context.block_on_one_thread(folder.lock_to_work())??;
         context.block_on(async {
             let told = terminated();
             let mut ends = pin!(async {
@@ -45,8 +48,6 @@ impl ServeClone {
                     () = over(&watched, &*clock) => is_over.set(true),
                 }
             });
-            // Before the store is asked: meanwhile nobody else is to remove the clone, nor to make another of its name.
-            let lock = folder.lock_to_work().await?;
             let opened = tokio::select! {
                 opened = context.open_repository(site, KeyPurpose::Read) => opened,
                 // Else what it ended of the last time would be told of this one.
@@ -74,6 +75,7 @@ impl ServeClone {
             };
             supervise(options, &lock, ends).await.map_err(|error| CommandError::failed(error.to_string()))
         })??;
+        drop(lock);
         if is_over.get() {
             delete_over(context, &watched)?;
         }

@@ -133,6 +133,8 @@ fn a_clone_whose_making_was_killed_is_made_by_the_next_call() {
                     // As it lies there.
                     half_made += usize::from(!clone.folder().join("clone.json").exists());
                     clone.run("delete");
+                    // One that had only been started finds nothing to supervise.
+                    wait_for("the supervisor to end", || Processes::of(&clone).is_empty().then_some(()));
                 }
                 go_on(&clone, &arguments);
                 assert_eq!(clone.sql(CONTENT), ROWS, "{command} killed after {at:?}");
