@@ -8,7 +8,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -47,6 +47,8 @@ pub struct MountOptions {
     /// Directories that must stay reachable: the local repository, the state folder. Mounting over one of them, or
     /// over a directory above one, is refused: the mount would wait for itself (failure 33).
     pub must_not_cover: Vec<PathBuf>,
+    /// The very directory that root mounts over, whatever its path leads to by then.
+    pub at: Option<Arc<File>>,
 }
 
 impl MountOptions {
@@ -58,6 +60,7 @@ impl MountOptions {
             allow_other: Owner::current().is_root(),
             over_content: false,
             must_not_cover: Vec::new(),
+            at: None,
         }
     }
 }
@@ -278,7 +281,8 @@ fn mount_as_root(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountEr
     if options.read_only {
         flags |= MsFlags::MS_RDONLY;
     }
-    nix::mount::mount(Some(safe_name(options).as_str()), path, Some(TYPE), flags, Some(data.as_str()))
+    let at = options.at.as_ref().map_or_else(|| path.to_owned(), |at| path_of(at));
+    nix::mount::mount(Some(safe_name(options).as_str()), &at, Some(TYPE), flags, Some(data.as_str()))
         .map_err(|errno| io_error("mount on", path)(errno.into()))?;
     Ok(device.into())
 }
@@ -403,8 +407,7 @@ fn describe(holders: &[Holder]) -> String {
 
 /// Shows an open directory, such as one beneath a mount, at a path as well; only root can.
 pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
-    let source = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
-    nix::mount::mount(Some(&source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    nix::mount::mount(Some(&path_of(directory)), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|errno| io_error("show a directory at", path)(errno.into()))
 }
 
@@ -417,9 +420,17 @@ pub fn unbind(path: &Path) -> Result<bool, MountError> {
     }
 }
 
-/// Keeps the directory beneath a mount reachable: opened before mounting, it still names what is below.
+/// Keeps the directory beneath a mount reachable: opened before mounting, it still names what is below. Not through a
+/// link: its owner could have put one there for root to follow.
 pub fn open_beneath(path: &Path) -> Result<File, MountError> {
-    File::open(path).map_err(io_error("open directory", path))
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    opened.map_err(io_error("open directory", path))
+}
+
+/// Returns a path that leads to an open directory, wherever that is by now.
+pub fn path_of(directory: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()))
 }
 
 #[cfg(test)]
