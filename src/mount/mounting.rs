@@ -218,16 +218,20 @@ pub fn is_dead(path: &Path) -> bool {
 /// The kernel lists mounts without the links on the way there. The last part is not looked at: it may be a mount that is
 /// dead, or waits for its store.
 pub fn is_mount_point(path: &Path) -> bool {
-    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
-    let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
-    let path = real.as_deref().unwrap_or(path);
-    holders::mount_points().iter().any(|mounted| mounted == path)
+    let path = as_listed(path);
+    holders::mount_points().contains(&path)
 }
 
-/// Tells whether a mount of Walden's lies at exactly this path, dead or alive; the path must be absolute and without links.
+/// Tells whether a mount of Walden's lies at exactly this path, dead or alive.
 pub fn is_own(path: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    holders::mounted_at(&table, path).is_some_and(|kind| kind == TYPE)
+    holders::mounted_at(&table, &as_listed(path)).is_some_and(|kind| kind == TYPE)
+}
+
+fn as_listed(path: &Path) -> PathBuf {
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
+    real.unwrap_or_else(|| path.to_owned())
 }
 
 /// Checks the mount point and returns it absolute and without links.
@@ -465,6 +469,17 @@ mod tests {
         assert!(matches!(prepare(&file, &options), Err(MountError::NotADirectory { .. })));
         options.over_content = true;
         prepare(scratch.path(), &options).unwrap();
+    }
+
+    #[test]
+    fn a_mount_point_is_looked_up_without_the_links_above_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let real = scratch.path().canonicalize().unwrap().join("real");
+        fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, scratch.path().join("link")).unwrap();
+        assert_eq!(as_listed(&scratch.path().join("link/data")), real.join("data"));
+        assert_eq!(as_listed(Path::new("/")), Path::new("/"));
+        assert!(!is_own(&real) && !is_own(Path::new("/")));
     }
 
     #[test]
