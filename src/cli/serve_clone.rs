@@ -73,13 +73,20 @@ impl ServeClone {
 
 /// Resolves when this process is asked to end.
 pub(super) async fn terminated() {
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    termination().await;
+}
+
+/// The same for who must not be ended otherwise from this call on, also before anybody waits for it: the signals would
+/// leave dead mounts.
+pub(super) fn termination() -> impl Future<Output = ()> {
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async move {
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
 }

@@ -123,9 +123,12 @@ fn told(error: &dyn StdError) -> String {
 async fn run<T: Future<Output = ()>>(
     options: &SuperviseOptions,
     unfinished: &Unfinished,
-    terminated: Pin<&mut T>,
+    mut terminated: Pin<&mut T>,
 ) -> Result<(), InstantError> {
-    let mounts = InstantMounts::open(&options.repository, unfinished).await?;
+    let mounts = tokio::select! {
+        opened = InstantMounts::open(&options.repository, unfinished) => opened?,
+        () = terminated.as_mut() => return Ok(()),
+    };
     let mut serving = Serving::new(options, unfinished, mounts);
     let outcome = match Listener::bind(&options.socket) {
         Ok(listener) => serving.serve(&listener, terminated).await,
