@@ -113,4 +113,17 @@ mod tests {
         drop(listener);
         assert!(!path.exists());
     }
+
+    #[tokio::test]
+    async fn whoever_is_hung_up_on_is_told_of_no_malformed_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("clone.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (asked, ()) = tokio::join!(control::request(&path, &Request::Status), async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut line = String::new();
+            BufReader::new(&mut stream).read_line(&mut line).await.unwrap();
+        });
+        assert!(matches!(asked, Err(Error::Io { .. })), "{asked:?}");
+    }
 }
