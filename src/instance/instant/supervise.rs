@@ -67,6 +67,9 @@ const STARTS_MAX: u32 = 5;
 /// How often a server is looked at until it answers, and after that.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_LATER: Duration = Duration::from_secs(1);
+/// Between two attempts at what the server must always be able to read, and how often where something is damaged.
+const FETCH_AGAIN: Duration = Duration::from_secs(5);
+const FETCHES_MAX: u32 = 3;
 /// How long a cut-over that is under way is waited for at the end: what is cut off may leave a database.
 const CUT_OVER_WAIT: Duration = Duration::from_secs(10);
 const CUT_OVER_LOOK: Duration = Duration::from_millis(50);
@@ -153,6 +156,7 @@ struct Serving<'a> {
     answered: Option<f64>,
     plain: Option<f64>,
     fetching: JoinSet<Result<(), MountFailure>>,
+    fetches_failed: u32,
     hydrating: Hydrating,
     waiting: JoinSet<Waited>,
     cutting: CuttingOver,
@@ -174,6 +178,7 @@ impl<'a> Serving<'a> {
             answered: None,
             plain: None,
             fetching: JoinSet::new(),
+            fetches_failed: 0,
             hydrating: Hydrating::default(),
             waiting: JoinSet::new(),
             cutting,
@@ -202,7 +207,7 @@ impl<'a> Serving<'a> {
                     self.server_ended(status).await?;
                 }
                 Some(fetched) = self.fetching.join_next() => {
-                    fetched.map_err(|error| InstantError::Internal(error.to_string()))??;
+                    self.was_fetched(fetched.map_err(|error| InstantError::Internal(error.to_string()))?);
                 }
                 Some(ended) = self.hydrating.ended() => if let Err(error) = ended {
                     tracing::error!("the hydrator ended: {error}");
@@ -217,6 +222,22 @@ impl<'a> Serving<'a> {
                 return Ok(());
             }
         }
+    }
+
+    /// Fetches again what must never fail to be read: its server is not ended because that could not be had at once, when
+    /// it was stopped while the store was away, or has no room. What is damaged is left to the hydrator to tell.
+    fn was_fetched(&mut self, fetched: Result<(), MountFailure>) {
+        let Err(error) = fetched else { return };
+        self.fetches_failed += 1;
+        tracing::error!("{error}");
+        if self.mounts.damage().is_some() && self.fetches_failed >= FETCHES_MAX {
+            return;
+        }
+        let fetch = self.mounts.fetch_never_failing();
+        self.fetching.spawn(async {
+            tokio::time::sleep(FETCH_AGAIN).await;
+            fetch.await
+        });
     }
 
     /// Tells whether no server runs, and none is about to.
