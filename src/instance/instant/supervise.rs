@@ -159,6 +159,8 @@ struct Serving<'a> {
     fetches_failed: u32,
     hydrating: Hydrating,
     waiting: JoinSet<Waited>,
+    /// Whether what the store is waited for was a server that had answered, and ended as it does when one of its processes has.
+    has_crashed: bool,
     cutting: CuttingOver,
     ending: Ending,
 }
@@ -181,6 +183,7 @@ impl<'a> Serving<'a> {
             fetches_failed: 0,
             hydrating: Hydrating::default(),
             waiting: JoinSet::new(),
+            has_crashed: false,
             cutting,
             ending: Ending::default(),
         }
@@ -378,21 +381,24 @@ impl<'a> Serving<'a> {
         if self.starts >= STARTS_MAX || self.mounts.damage().is_some() {
             return Ok(());
         }
+        self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
         if is_recovering(&self.beneath) {
             let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
             let message = format!("recovery starts again when the store answers: {message}");
             self.waiting.spawn(async move { until_it_answers(&repository, id, &message).await });
-        } else if self.answered.is_some() && status.code() == Some(CRASHED) {
+        } else if self.has_crashed {
             // It was told to leave that to us.
             self.start_or_tell().await;
         }
         Ok(())
     }
 
-    /// Starts a recovery again that ended for want of the store.
+    /// Starts a recovery again that ended for want of the store, or was over.
     async fn store_was_asked(&mut self, waited: Option<Waited>) {
         match waited {
             Some(Waited::ItIsBack) => self.start_or_tell().await,
+            // At its target it waits for a person, and lost one of its sessions meanwhile.
+            Some(Waited::ItWasThere) if self.has_crashed => self.start_or_tell().await,
             // It was not the cause, or is gone for good: the message stays.
             Some(Waited::ItWasThere | Waited::TooLong | Waited::Stopped(_)) | None => {}
         }
