@@ -29,7 +29,7 @@ use crate::instance::instant::unfinished::{self, Found, Unfinished};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::postmaster::Postmaster;
-use crate::instance::server::{StopMode, last_words, tail};
+use crate::instance::server::{ServerError, StopMode, last_words, tail};
 use crate::instance::store_wait::{Waited, until_it_answers};
 use crate::mount::patience::Patience;
 use crate::repo::{self, Repository};
@@ -237,7 +237,7 @@ impl<'a> Serving<'a> {
             return;
         }
         let fetch = self.mounts.fetch_never_failing();
-        self.fetching.spawn(async {
+        self.fetching.spawn(async move {
             tokio::time::sleep(FETCH_AGAIN).await;
             fetch.await
         });
@@ -261,8 +261,8 @@ impl<'a> Serving<'a> {
     /// Looks what the server does, whoever started it.
     async fn look(&mut self) {
         let file = read_pid_file(&self.beneath);
-        let data = &self.unfinished.plan.destinations.data;
-        if self.running.look_for_others(file.as_ref(), data) {
+        let plan = &self.unfinished.plan;
+        if self.running.look_for_others(file.as_ref(), &plan.destinations.data, plan.owner()) {
             tracing::info!("a server that was started by somebody else runs here now");
             self.message = None;
         }
@@ -472,6 +472,18 @@ impl<'a> Serving<'a> {
         }
     }
 
+    /// Stops the server, and one that somebody has started since the last look, perhaps in the stead of the first.
+    async fn stop_servers(&mut self) -> Result<(), ServerError> {
+        let plan = &self.unfinished.plan;
+        let mut stopped = Ok(());
+        for _ in 0..2 {
+            let file = read_pid_file(&self.beneath);
+            self.running.look_for_others(file.as_ref(), &plan.destinations.data, plan.owner());
+            stopped = stopped.and(self.running.stop(StopMode::Fast, &plan.destinations.data).await);
+        }
+        stopped
+    }
+
     /// Stops the server, whoever started it, and takes the mounts away.
     async fn close(&mut self) -> Result<(), InstantError> {
         let paused = async {
@@ -487,7 +499,7 @@ impl<'a> Serving<'a> {
         self.waiting.shutdown().await;
         // A server that waits for the store has to hear that it is to stop.
         self.mounts.wait_for_store(STOPPING_PATIENCE);
-        let stopped = self.running.stop(StopMode::Fast, &self.unfinished.plan.destinations.data).await;
+        let stopped = self.stop_servers().await;
         let ended = blocking(|| {
             orphans::end();
             Ok(())
