@@ -14,12 +14,13 @@ use serde::{Deserialize, Serialize};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, PrivateArea, private_area, state_file};
 use crate::instance::clone_folder::{HydrateSpec, write_json};
-use crate::instance::instant::InstantError;
+use crate::instance::instant::{InstantError, boot_unit};
 use crate::instance::lazy_uppers::MountFailure;
 use crate::mount::mounting;
 use crate::repo::Repository;
 use crate::repo::lease::Pin;
 use crate::restore;
+use crate::restore::destinations::Destinations;
 use crate::restore::plan::RestorePlan;
 use crate::restore::run::read_unfinished;
 use crate::restore::target::{INSTANT_FILE_NAME, MARKER_FILE_NAME, RestoreMarker, resolve};
@@ -156,21 +157,20 @@ impl Unfinished {
     }
 
     /// Gives it up for another restore into the same directory: ends its pin, and has nobody take it for what it was.
+    ///
+    /// The pin comes first: where the store does not answer all is as before. What has lost a part of it is not gone on with.
     pub async fn give_up(&self, repository: &Repository) -> Result<(), InstantError> {
-        for place in self.plan.destinations.tablespaces.values() {
-            let area = place.join(private_area::DIRECTORY_NAME);
-            match std::fs::remove_dir_all(&area) {
-                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(disk::Error::Io { action: "remove", path: area, source }.into());
-                }
-                _ => {}
-            }
-        }
         if let Some(pin) = &self.spec.pin {
             pin.end(repository).await?;
         }
-        let area = area_of(&self.plan.destinations.data);
-        Ok(durable::remove_file(&area.join(INSTANT_FILE_NAME))?)
+        let Destinations { data, tablespaces, .. } = &self.plan.destinations;
+        for place in tablespaces.values() {
+            PrivateArea::discard(place)?;
+        }
+        if let Err(error) = boot_unit::remove(data) {
+            tracing::warn!("could not remove the unit that mounts at boot: {error}");
+        }
+        Ok(durable::remove_file(&area_of(data).join(INSTANT_FILE_NAME))?)
     }
 }
 
