@@ -66,8 +66,8 @@ pub(super) async fn begin_and_follow(
     let target = plan.destinations.data.clone();
     let spec = plan_instant(basebackup, &mut plan, options).await?;
     plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    begin(basebackup, plan, spec).await?;
-    install_unit(context, &target)?;
+    let begun = begin(basebackup, plan, spec).await?;
+    install_unit(context, &target, &begun)?;
     let supervisor = spawn(context, &target, false, &HandedOver::of(context, asked_at))?;
     follow(context, &target, Some(supervisor), Until::Done).await
 }
@@ -319,7 +319,7 @@ fn ended_without_a_word(
 }
 
 /// Has the host mount the restore at boot where that can be arranged, and says what is to be done where it cannot.
-fn install_unit(context: &Context, target: &Path) -> Result<(), CommandError> {
+fn install_unit(context: &Context, target: &Path, begun: &Unfinished) -> Result<(), CommandError> {
     let by_hand = format!(
         "after a reboot \"walden restore --resume --target-dir {}\" goes on with it",
         target.display()
@@ -329,7 +329,7 @@ fn install_unit(context: &Context, target: &Path) -> Result<(), CommandError> {
     let mut words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
     words.extend(["restore", "--resume", "--no-start", "--target-dir"].map(str::to_owned));
     words.push(target.display().to_string());
-    let installed = BootUnit::of(target, &words)
+    let installed = BootUnit::of(target, begun.plan.destinations.tablespaces.values(), &words)
         .filter(|_| Owner::current().is_root())
         .map(|unit| unit.install().map(|done| (done, unit.path())));
     match installed {
