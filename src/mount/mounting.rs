@@ -127,6 +127,11 @@ impl Mounted {
 
     /// Unmounts if nothing holds the mount; otherwise says who does, and goes on serving.
     pub fn unmount(&mut self) -> Result<(), MountError> {
+        if !is_own(&self.path) {
+            // Somebody else has unmounted it, and what he mounts a directory on is his.
+            self.serving.take();
+            return Err(MountError::NotMounted { path: self.path.clone() });
+        }
         unmount(&self.path)?;
         self.finish();
         Ok(())
@@ -137,7 +142,7 @@ impl Mounted {
     /// A detached file system lives on until then; the process that serves it must not wait for that.
     pub fn detach(mut self) -> Result<(), MountError> {
         self.serving.take();
-        detach(&self.path)
+        if is_own(&self.path) { detach(&self.path) } else { Ok(()) }
     }
 
     /// Waits until somebody unmounts it.
@@ -157,6 +162,7 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         if self.serving.take().is_some()
+            && is_own(&self.path)
             && let Err(error) = detach(&self.path)
         {
             tracing::error!("{error}");
