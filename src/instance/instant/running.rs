@@ -45,6 +45,11 @@ impl Running {
         self.own.as_ref().map(Postmaster::pid).or(self.foreign)
     }
 
+    /// Tells whether the one that runs was started by somebody else.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.own.is_none() && self.foreign.is_some()
+    }
+
     /// Waits until the one that was started here ends; for ever where none was.
     pub(super) async fn own_ended(&mut self) -> io::Result<ExitStatus> {
         match &mut self.own {
@@ -174,7 +179,9 @@ mod tests {
         assert!(!running.look_for_others(Some(&file), Path::new("/elsewhere"), owner));
         let other = Owner { uid: owner.uid + 1, ..owner };
         assert!(!running.look_for_others(Some(&file), &data, other), "somebody else stands there");
+        assert!(!running.is_foreign());
         assert!(running.look_for_others(Some(&file), &data, owner), "it is new");
+        assert!(running.is_foreign());
         assert!(!running.look_for_others(Some(&file), &data, owner), "it is known");
         assert_eq!(running.pid().unwrap().as_raw().unsigned_abs(), sleeper.id());
         assert!(!running.look_for_others(None, &data, owner) && running.pid().is_some(), "it still works there");

@@ -32,6 +32,7 @@ use crate::instance::postmaster::Postmaster;
 use crate::instance::server::{ServerError, StopMode, last_words, tail};
 use crate::instance::store_wait::{Waited, until_it_answers};
 use crate::mount::patience::Patience;
+use crate::mount::upper::Upper;
 use crate::repo::{self, Repository};
 use crate::restore;
 use crate::restore::target::resolve;
@@ -286,7 +287,17 @@ impl<'a> Serving<'a> {
             },
             None => None,
         };
-        self.server = decide(status, lasts, told);
+        let before = std::mem::replace(&mut self.server, decide(status, lasts, told));
+        if self.running.is_foreign() && self.server == RestoredServer::Recovering && before != self.server {
+            self.sync_beside();
+        }
+    }
+
+    /// Has the disk take what was written, beside a recovery that was not begun here: its server may ask the mount for that
+    /// by `syncfs`, of which no mount hears. One that fails is taken note of there.
+    fn sync_beside(&self) {
+        let uppers = self.mounts.uppers().to_vec();
+        drop(tokio::task::spawn_blocking(move || uppers.iter().try_for_each(Upper::sync_all)));
     }
 
     /// Does what the state of the server and of the upper calls for.
@@ -396,6 +407,8 @@ impl<'a> Serving<'a> {
     /// Starts a recovery again that ended for want of the store, or was over.
     async fn store_was_asked(&mut self, waited: Option<Waited>) {
         match waited {
+            // Somebody else has started one meanwhile.
+            _ if self.running.pid().is_some() => {}
             Some(Waited::ItIsBack) => self.start_or_tell().await,
             // At its target it waits for a person, and lost one of its sessions meanwhile.
             Some(Waited::ItWasThere) if self.has_crashed => self.start_or_tell().await,
