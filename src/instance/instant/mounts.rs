@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::disk::durable::{self, Create};
-use crate::disk::{Binding, Owner, PrivateArea};
+use crate::disk::{self, Binding, Owner, PrivateArea};
 use crate::instance::clone_mount::take_away;
 use crate::instance::instant::InstantError;
 use crate::instance::instant::prepare::{is_prepared, prepare};
@@ -173,13 +173,23 @@ async fn open_place(
     let (path, directory) = (mounting::path_of(&beneath), directory.to_owned());
     check_place(&path, &directory, owner, was_begun)?;
     let options = UpperOptions { directory: path, binding, owner, holds_back };
-    let named = |error| match error {
-        OpenError::Lost { .. } => OpenError::Lost { path: directory.clone() },
-        OpenError::Io { source, .. } => OpenError::Io { path: directory.clone(), source },
-        other => other,
-    };
-    let upper = Upper::open(lower, options).await.map_err(named).map_err(MountFailure::Upper)?;
+    let opened = Upper::open(lower, options).await;
+    let upper = opened.map_err(|error| named(error, &directory)).map_err(MountFailure::Upper)?;
     Ok(Place { directory, upper, beneath })
+}
+
+/// Has an error name a directory that it knows by its descriptor.
+fn named(error: OpenError, directory: &Path) -> OpenError {
+    let path = directory.to_owned();
+    match error {
+        OpenError::Lost { .. } => OpenError::Lost { path },
+        OpenError::Io { source, .. } => OpenError::Io { path, source },
+        OpenError::Disk(disk::Error::Locked { holder, .. }) => disk::Error::Locked { path, holder }.into(),
+        OpenError::Disk(disk::Error::BoundElsewhere { found, wanted, .. }) => {
+            disk::Error::BoundElsewhere { path, found, wanted }.into()
+        }
+        other => other,
+    }
 }
 
 /// Refuses a directory, which `path` leads to, that is not the one it was.
