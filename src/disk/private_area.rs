@@ -12,8 +12,7 @@
 //! .walden/tmp/…             files on their way to their place; emptied by whoever opens it
 //! ```
 //!
-//! A mount hides it, a backup skips it, and completion removes it. While it exists the directory is incomplete.
-//! Its directory is a user's, and it may be root who opens it: what should be a directory here may be no link.
+//! A mount hides it, a backup skips it, completion removes it. Above it all is a user's: what is opened here is no link.
 
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
