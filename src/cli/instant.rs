@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::config::SiteConfig;
+use crate::config::{KeyPurpose, SiteConfig};
 use crate::control::{self, HydrationState, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer};
 use crate::disk::Owner;
 use crate::instance::clone_folder::HydrateSpec;
@@ -108,6 +108,15 @@ pub(super) async fn resume(
     let mut unfinished = match found.map_err(|error| CommandError::failed(error.to_string()))?? {
         Found::Instant(unfinished) => *unfinished,
         Found::Other => return Ok(None),
+        Found::Ended(unfinished) => {
+            let repository = context.open_repository(context.site()?, KeyPurpose::Read).await?;
+            unfinished.tidy(&repository).await?;
+            let message = format!(
+                "\"{}\" is an ordinary data directory; what its restore had left there is gone",
+                target.display()
+            );
+            return Err(CommandError::failed(message).hint("Start its server as ever, unless it runs."));
+        }
         Found::Plain => {
             let message = format!(
                 "\"{}\" is an ordinary data directory; dead mounts were taken away",
@@ -135,7 +144,7 @@ pub(super) async fn refuse_served(context: &Context, target: &Path) -> Result<()
 /// Returns an unfinished restore of this kind that another one is to replace.
 pub(super) fn replaced(target: &Path) -> Result<Option<Unfinished>, CommandError> {
     Ok(match find(target)? {
-        Found::Instant(unfinished) => Some(*unfinished),
+        Found::Instant(unfinished) | Found::Ended(unfinished) => Some(*unfinished),
         Found::Other | Found::Plain => None,
     })
 }
