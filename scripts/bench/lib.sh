@@ -10,6 +10,11 @@
 # over a line of 10 ms each way and 1 Gbit/s each way of a connection; `near` the same store without the line.
 
 json=false quick=false keep=false build=true wal=true runs=3 peer_runs=1 dir=/var/tmp/walden-bench rest=()
+small=false profile=release only=''
+# What pgbench calls the scale of a cluster of one size: 1.9 GB, with --small 0.2 GB.
+unit=100
+# The examples of the package that are built and stand beside walden in the folder of a run.
+programs=(bench-store bench-run)
 folder='' postmaster='' store='' cluster='' bin='' store_json=''
 delay_ms=10 mbit=1000
 
@@ -18,6 +23,9 @@ options() {
         case $1 in
             --json) json=true ;;
             --quick) quick=true runs=1 ;;
+            --small) small=true unit=10 ;;
+            --debug) profile=debug ;;
+            --only) only=$2; shift ;;
             --keep) keep=true ;;
             --no-build) build=false ;;
             --no-wal) wal=false ;;
@@ -32,10 +40,15 @@ options() {
     [ "$(id -u)" = 0 ] || { say "dropping caches and mounting take root"; exit 1; }
 }
 
-# The programs of the newest PostgreSQL that Debian has installed, and the peer.
-find_programs() {
+# The programs of the newest PostgreSQL that Debian has installed.
+find_server() {
     bin=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
     [ -x "$bin/pgbench" ] || { say "no PostgreSQL server: run scripts/install demo"; exit 1; }
+}
+
+# The same, and the peer.
+find_programs() {
+    find_server
     command -v pgbackrest >/dev/null || {
         say "installing pgbackrest, the peer, from Debian"
         apt-get install -y --no-install-recommends pgbackrest >&2
@@ -45,13 +58,14 @@ find_programs() {
 
 # Builds what is measured; with --no-build it is what was built last.
 build() {
+    local how=(--profile release)
+    [ $profile = release ] || how=(--profile dev)
     if $build; then
-        say "building (release; some minutes the first time)"
-        (cd "$root" && cargo build --quiet --locked --release --bin walden --example bench-store --example bench-run) \
-            </dev/null 1>&2
+        say "building ($profile; some minutes the first time)"
+        (cd "$root" && cargo build --quiet --locked "${how[@]}" --bin walden "${programs[@]/#/--example=}") </dev/null 1>&2
     fi
     built=$(cd "$root" && cargo metadata --locked --no-deps --format-version 1 |
-        sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release
+        sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/$profile
 }
 
 as_postgres() { setpriv --reuid postgres --regid postgres --init-groups env -C / "$@"; }
@@ -69,6 +83,20 @@ median_of() { sed 's/.*"'"$1"'":\([0-9.]*\).*/\1/' "$2" | median; }
 # $1 / $2, or nothing where one of them was not measured.
 ratio() { awk -v a="$1" -v b="$2" 'BEGIN { if (b > 0) printf "%.2f", a / b }'; }
 megabytes() { awk -v b="$1" 'BEGIN { printf "%.0f", b / 1e6 }'; }
+# Seconds since a moment of $EPOCHREALTIME.
+since() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.3f", b - a }'; }
+
+# aim NAME least|most LIMIT VALUE: notes in `aims` and `verdict` whether it is met; what was not measured is not.
+aim() {
+    local met told=met
+    met=$(awk -v how="$2" -v limit="$3" -v value="${4:-0}" 'BEGIN {
+        met = how == "least" ? value >= limit : value > 0 && value <= limit
+        print met ? "true" : "false"
+    }')
+    aims+=("{\"aim\":\"$1\",\"at_$2\":$3,\"measured\":${4:-null},\"met\":$met}")
+    $met || told='NOT MET'
+    verdict+="$(printf '%-52s %8s  at %-5s %4s  %s' "$1" "${4:--}" "$2" "$3" "$told")"$'\n'
+}
 
 # Nothing that is read next was read before.
 cold() {
@@ -81,7 +109,7 @@ begin() {
     mkdir -p "$dir"
     folder=$(mktemp -d "$dir/run-XXXXXX")
     chmod 755 "$dir" "$folder"
-    install -m 755 "$built/walden" "$built/examples/bench-store" "$built/examples/bench-run" "$folder"
+    install -m 755 "$built/walden" "${programs[@]/#/$built/examples/}" "$folder"
     mkdir "$folder/run" "$folder"/run-{local,near,far} "$folder/repository" "$folder/peer" "$folder/peer-work"
     chown -R postgres: "$folder"
     as_postgres env -C "$folder" ./walden key create --id bench >/dev/null
@@ -229,12 +257,13 @@ fresh_archives() {
     archive_to "$@"
 }
 
-# The cluster of $1 times 1.9 GB: made once, kept in $dir. A cluster like people's: accounts of pgbench, text that
-# compresses as text does, noise that does not, many small tables, a tablespace.
+# The cluster of $1 times 1.9 GB, with --small a tenth of it: made once, kept in $dir. A cluster like people's: accounts
+# of pgbench, text that compresses as text does, noise that does not, many small tables, a tablespace.
 make_cluster() {
     cluster=$dir/cluster-$1
+    [ "$unit" = 100 ] || cluster+=-of-$unit
     [ ! -e "$cluster/complete" ] || return 0
-    say "making a cluster of $1 times 1.9 GB in $cluster, which stays there"
+    say "making a cluster of $1 times $(awk -v unit="$unit" 'BEGIN { print 0.019 * unit }') GB in $cluster, which stays there"
     rm -rf "$cluster"
     install -d -o postgres -g postgres "$cluster" "$cluster/tablespace"
     as_postgres "$bin/initdb" -D "$cluster/data" --data-checksums --no-sync --auth=trust -E UTF8 --locale=C >/dev/null
@@ -248,7 +277,7 @@ CONF
     install -d -o postgres -g postgres "$folder/run"
     start_server -c wal_level=minimal -c max_wal_senders=0 -c autovacuum=off
     as_postgres "$bin/createdb" -h "$folder/run" bench
-    as_postgres "$bin/pgbench" -h "$folder/run" -i -q -I dtGvp -s $(($1 * 100)) bench >&2 2>/dev/null
+    as_postgres "$bin/pgbench" -h "$folder/run" -i -q -I dtGvp -s $(($1 * unit)) bench >&2 2>/dev/null
     as_postgres "$bin/psql" -Xq -v ON_ERROR_STOP=1 -h "$folder/run" -d bench <<SQL
         create extension pgcrypto;
         create tablespace bench location '$cluster/tablespace';
@@ -258,11 +287,11 @@ CONF
         analyze words;
         create table texts tablespace bench as
             select i, (select string_agg(word, ' ') from words where n between i % 4001 and i % 4001 + i % 40) as text
-            from generate_series(1::bigint, $1 * 1000000 * 7919::bigint, 7919) i;
+            from generate_series(1::bigint, $1 * $unit * 10000 * 7919::bigint, 7919) i;
         create index on texts (i) tablespace bench;
         create table noise (n int, noise bytea);
         alter table noise alter noise set storage plain;
-        insert into noise select n, gen_random_bytes(1000) from generate_series(1, $1 * 89000) n;
+        insert into noise select n, gen_random_bytes(1000) from generate_series(1, $1 * $unit * 890) n;
         do \$\$ begin
             for n in 1 .. 300 loop
                 execute format('create table small_%s as select i, md5(i::text) as text from generate_series(1, %s) i', n, n * 3);
@@ -323,6 +352,68 @@ backup_by() {
                 backup >/dev/null
             ;;
     esac
+}
+
+# Looks a row of a user table up by its index: lookup SOCKET_DIRECTORY PORT, in a cluster of `size`.
+lookup() {
+    as_postgres "$bin/psql" -XAtq -h "$1" -p "$2" -d bench \
+        -c "select abalance from pgbench_accounts where aid = $((size * unit * 50000 + SRANDOM % (unit * 50000)))"
+}
+
+# Makes a clone at `place`, with no cache warm, and leaves when it was asked for and when it had answered a look-up in
+# `started` and `ended`, its status then in `status`, and requests and bytes until then in `counts`: those of the store,
+# counted at its edge where it is far, by Walden where it is local.
+answer_from_clone() {
+    local created
+    store_says GET counts >/dev/null
+    cold
+    started=$EPOCHREALTIME
+    # Without what comes in the background: bytes and requests are those of the query.
+    created=$(walden "$place" clone create "$1" --no-hydrate --output json)
+    # The look-up itself, on the socket of the clone; no other command comes in between.
+    lookup "$(field socket_directory "$created")" "$(field port "$created")" >/dev/null
+    ended=$EPOCHREALTIME
+    status=$(walden "$place" clone status "$1" --output json)
+    counts=$(store_says GET counts)
+    [ "$place" = far ] || counts="{\"requests\":$(field requests "$status"),\"bytes_sent\":$(field bytes_fetched "$status")}"
+}
+
+# Prints JSON of what took from `started` to `ended` and had `counts`.
+result() {
+    awk -v from="$started" -v to="$ended" -v b="$(field bytes_sent "$counts")" -v r="$(field requests "$counts")" \
+        'BEGIN { printf "{\"seconds\":%.3f,\"bytes\":%d,\"requests\":%d}\n", to - from, b, r }'
+}
+
+# Prints JSON of one cold start of a clone.
+first_by_walden() {
+    local started ended status counts
+    answer_from_clone bench
+    walden "$place" clone delete bench >/dev/null
+    result
+}
+
+# Writes so many MiB of WAL by pgbench into the source and has them archived.
+write_wal() {
+    local from
+    start_source -c fsync=off -c logging_collector=off
+    from=$(sql "select pg_current_wal_lsn()")
+    until [ "$(sql "select pg_current_wal_lsn() - '$from' > $1 * 1024 * 1024")" = t ]; do
+        as_postgres "$bin/pgbench" -h "$folder/run" -n -N -c 4 -t 5000 bench >/dev/null 2>&1
+    done
+    archive_wal
+    stop_server
+}
+
+# Makes a place for a restore, which is as new: make_place TARGET
+make_place() {
+    rm -rf "$1"
+    install -d -m 700 -o postgres -g postgres "$1" "$1/data" "$1/tablespace" "$1/run"
+}
+
+# Restores into a place and appends what it took to a file: restore_plainly PLACE TARGET FILE
+restore_plainly() {
+    as_postgres "$folder/bench-run" "$3" "$folder/walden" --config "$folder/walden-$1.toml" --no-progress restore \
+        --target-dir "$2/data" --tablespace-map "bench=$2/tablespace" >/dev/null
 }
 
 # What the store of the benches does by itself, so that one sees that it is not what is measured.

@@ -90,8 +90,9 @@ pub(super) enum Asked {
 const FOLDER: &str = "fetch";
 /// The log of all of them, below the state folder.
 const LOG: &str = "prefetch";
-/// Nine segments of 16 MiB: one that is handed out and eight to come, some of them still on their way.
-const CACHE_BYTES: usize = 144 << 20;
+/// Eight segments of 16 MiB: one that is handed out and seven to come, some of them still on their way. With nine the process
+/// had 306 MiB on a fast store (`scripts/bench/wal 200`), where 300 are what it may have.
+const CACHE_BYTES: usize = 128 << 20;
 /// Larger segments are not worth the memory: reading one takes longer than opening the repository.
 const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 /// How long it waits for the next request: longer than a standby pauses, and than a segment is replayed.

@@ -14,7 +14,7 @@ use super::clone::HandedOver;
 use super::context::Context;
 use super::error::CommandError;
 use super::instant::server_log;
-use super::serve_clone::termination;
+use super::serve_clone::terminated;
 
 /// Mounts an unfinished restore, runs its PostgreSQL and answers for it
 #[derive(Debug, Args)]
@@ -37,7 +37,7 @@ impl ServeRestore {
         let socket = control_socket(&run, &self.target_dir)?;
         let server_log = server_log(context, &self.target_dir)?;
         context.block_on(async {
-            let terminated = termination();
+            let terminated = terminated();
             let options = SuperviseOptions {
                 target: self.target_dir.clone(),
                 socket,

@@ -40,7 +40,7 @@ async fn ask<Q: Serialize, R: DeserializeOwned>(path: &Path, request: &Q) -> Res
     let mut answer = String::new();
     let read = BufReader::new(stream).take(LINE_BYTES_MAX).read_line(&mut answer).await.map_err(failed)?;
     if read == 0 {
-        // It ends, or turned to something else while the request was on its way.
+        // It ended while it was asked.
         return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
     }
     serde_json::from_str(&answer).map_err(|error| malformed(error.to_string()))

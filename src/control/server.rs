@@ -1,10 +1,12 @@
 //! Takes requests one after the other and hands them to the process that listens.
 //!
+//! A task of its own reads them: who listens has more to do, and a request that has begun to come must not be lost when
+//! something else comes first.
+//!
 //! The socket stands in a folder of mode 0700, which is all the protection it needs; a file that a killed process
 //! left at its place is replaced, because the folder's lock has told that nobody else is alive.
 
 use std::io;
-use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +14,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinHandle;
 
 use crate::control::messages::Request;
 use crate::control::{Error, LINE_BYTES_MAX};
@@ -23,8 +27,8 @@ const REQUEST_WAIT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Listener<Q = Request> {
     path: PathBuf,
-    inner: UnixListener,
-    kind: PhantomData<fn() -> Q>,
+    requests: Mutex<mpsc::Receiver<Pending<Q>>>,
+    reading: JoinHandle<()>,
 }
 
 /// A request whose answer is awaited.
@@ -35,7 +39,7 @@ pub struct Pending<Q = Request> {
     stream: UnixStream,
 }
 
-impl<Q: DeserializeOwned> Listener<Q> {
+impl<Q: DeserializeOwned + Send + 'static> Listener<Q> {
     /// Listens at `path`, replacing what a killed process has left there.
     pub fn bind(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Io { path: path.to_owned(), source };
@@ -43,32 +47,52 @@ impl<Q: DeserializeOwned> Listener<Q> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
         }
-        let inner = UnixListener::bind(path).map_err(failed)?;
-        Ok(Self { path: path.to_owned(), inner, kind: PhantomData })
+        let socket = UnixListener::bind(path).map_err(failed)?;
+        // One that is read while another is answered; whoever comes then waits in the socket.
+        let (read, requests) = mpsc::channel(1);
+        let reading = tokio::spawn(read_requests(socket, path.to_owned(), read));
+        Ok(Self { path: path.to_owned(), requests: Mutex::new(requests), reading })
     }
 
-    /// Waits for the next request that is understood.
+    /// Waits for the next request that is understood; may be given up at any time, and none is lost.
     pub async fn next(&self) -> Pending<Q> {
-        loop {
-            let Ok((stream, _)) = self.inner.accept().await else {
-                // Out of file descriptors, for example: others will be closed.
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            };
-            let read = tokio::time::timeout(REQUEST_WAIT, read_request(stream)).await;
-            match read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-                Ok(pending) => return pending,
-                Err(error) => {
-                    tracing::debug!("a request on {} was not understood: {error}", self.path.display());
-                }
-            }
+        match self.requests.lock().await.recv().await {
+            Some(pending) => pending,
+            // The task ends with this.
+            None => std::future::pending().await,
         }
     }
 }
 
 impl<Q> Drop for Listener<Q> {
     fn drop(&mut self) {
+        self.reading.abort();
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+async fn read_requests<Q: DeserializeOwned>(
+    socket: UnixListener,
+    path: PathBuf,
+    requests: mpsc::Sender<Pending<Q>>,
+) {
+    loop {
+        let Ok((stream, _)) = socket.accept().await else {
+            // Out of file descriptors, for example: others will be closed.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let read = tokio::time::timeout(REQUEST_WAIT, read_request(stream)).await;
+        match read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok(pending) => {
+                if requests.send(pending).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::debug!("a request on {} was not understood: {error}", path.display());
+            }
+        }
     }
 }
 
@@ -125,5 +149,20 @@ mod tests {
             BufReader::new(&mut stream).read_line(&mut line).await.unwrap();
         });
         assert!(matches!(asked, Err(Error::Io { .. })), "{asked:?}");
+    }
+
+    /// Whoever listens turns to something else while a request comes.
+    #[tokio::test]
+    async fn a_request_is_not_lost_when_something_else_comes_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("clone.sock");
+        let listener = Listener::bind(&path).unwrap();
+        let whole = serde_json::to_vec(&Request::Stop).unwrap();
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        let (begin, end) = whole.split_at(whole.len() / 2);
+        client.write_all(begin).await.unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(20), listener.next()).await.is_err());
+        client.write_all(&[end, b"\n"].concat()).await.unwrap();
+        assert_eq!(listener.next().await.request, Request::Stop);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <clones>/<name>/clone.json    what it was made from and how it is run
-//!                 plan.json     what its recovery may ask of the archive
+//!                 plan.json     what its recovery may ask of the archive     making.json   its pin, while it is made
 //!                 state.json, settings.json, hydration.json   how it ended, for when nothing of it runs
 //!                 upper/        what differs from the basebackup
 //!                 mnt/          the mount: data, tablespaces, wal
@@ -135,12 +135,15 @@ pub struct LastState {
     /// Whether it failed of damaged or untrusted data.
     #[serde(default)]
     pub damaged: bool,
+    /// What to do about it, where that is known.
+    #[serde(default)]
+    pub hint: Option<String>,
 }
 
 impl LastState {
     /// A state in which nothing has failed.
     pub fn sound(state: CloneState) -> Self {
-        Self { state, message: None, damaged: false }
+        Self { state, message: None, damaged: false, hint: None }
     }
 
     /// The end of a clone that failed, with every cause said once: what a store said stands below the first.
@@ -154,7 +157,7 @@ impl LastState {
             }
             cause = error.source();
         }
-        Self { state: CloneState::Failed, message: Some(message), damaged }
+        Self { state: CloneState::Failed, message: Some(message), damaged, hint: None }
     }
 }
 
@@ -311,20 +314,23 @@ impl CloneFolder {
         entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK_NAME))
     }
 
-    /// Makes the folder and those in it; of two callers exactly one succeeds.
+    /// Makes the folder and those in it, and takes its lock; of two callers exactly one succeeds.
     ///
     /// # Errors
-    /// `Exists` where it is there already, which is then left as it is; after any other nothing is left.
-    pub fn create(&self, owner: Owner) -> Result<(), disk::Error> {
+    /// `Exists` where it is there already, and `Locked` where somebody has taken it over, which is then left as it is; after
+    /// any other nothing is left.
+    pub fn create(&self, owner: Owner) -> Result<LockFile, disk::Error> {
         let private = Create::PRIVATE_DIRECTORY.owned_by(owner);
         durable::create_new_dir(&self.path, private)?;
+        // First: what nobody holds the lock of looks like what a kill has left.
+        let lock = self.lock()?;
         let folders =
             [self.upper(), self.pg_wal(), self.stand_ins(), self.config(), self.run(), self.mount_point()];
         let made = folders.iter().try_for_each(|folder| durable::create_dir(folder, private));
         if made.is_err() {
             self.discard();
         }
-        made
+        made.map(|()| lock)
     }
 
     /// Removes everything of a clone of which nothing runs or is mounted, for who holds its lock.
@@ -346,9 +352,10 @@ impl CloneFolder {
         durable::fsync_parent(&self.path)
     }
 
-    /// Removes a folder in which nothing is mounted and nothing is anybody's work.
+    /// Removes a folder in which nothing is mounted and nothing is anybody's work, in the order by which what a kill leaves
+    /// of it is known for a clone's.
     pub fn discard(&self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+        if let Err(error) = self.remove() {
             tracing::warn!("could not remove \"{}\": {error}", self.path.display());
         }
     }
@@ -471,7 +478,7 @@ mod tests {
     fn a_folder_is_made_once_and_listed_when_it_has_a_description() {
         let clones = tempfile::tempdir().unwrap();
         let folder = CloneFolder::new(clones.path(), "one").unwrap();
-        folder.create(Owner::current()).unwrap();
+        drop(folder.create(Owner::current()).unwrap());
         std::fs::write(folder.server_log(), "work").unwrap();
         assert!(matches!(folder.create(Owner::current()), Err(disk::Error::Exists { .. })));
         assert_eq!(std::fs::read_to_string(folder.server_log()).unwrap(), "work");
@@ -507,7 +514,7 @@ mod tests {
     fn what_a_kill_leaves_of_a_removal_can_be_removed() {
         let clones = tempfile::tempdir().unwrap();
         let folder = CloneFolder::new(clones.path(), "one").unwrap();
-        folder.create(Owner::current()).unwrap();
+        drop(folder.create(Owner::current()).unwrap());
         std::fs::write(folder.spec_file(), "{}").unwrap();
         let file = folder.upper().join("data/base/1/1259");
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();

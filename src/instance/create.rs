@@ -1,7 +1,8 @@
 //! Making a clone: which basebackup, what its recovery may ask for, what has to stand in for foreign paths.
 //!
 //! Everything is decided and checked before the folder exists; what is written then is the decision. The basebackup
-//! is pinned first, so that no sweep can take it while the clone lives. Starting it is the supervisor's work.
+//! is pinned first, so that no sweep can take it while the clone lives. What a kill leaves is `half_made`'s. Starting it is
+//! the supervisor's work.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -17,11 +18,10 @@ use crate::control::CloneState;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, HydrateSpec, LastState, write_json};
+use crate::instance::half_made::{give_up, made, make_folder, pin};
 use crate::instance::isolation::{config_files, socket_path};
-use crate::instance::pinning::pin;
 use crate::instance::preload::{Preload, is_in, plan_preload};
 use crate::repo::documents::ServerRecord;
-use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
 use crate::repo::{self, Basebackup, Repository};
 
@@ -137,11 +137,12 @@ pub async fn create(
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
     let basebackup = Basebackup::open(repository, record.id).await?;
-    folder.create(options.owner)?;
+    // Held until all is written: what somebody makes is not what a kill has left.
+    let _lock = make_folder(repository, folder, &options.site, options.owner).await?;
     warnings.extend(warnings_of(&record.server, options));
-    let pin = match pin(repository, record.id, &holder(folder)).await {
+    let pin = match pin(repository, record.id, folder, &options.site).await {
         Ok(pin) => pin,
-        Err(error) => return Err(give_up(repository, folder, None, error.into()).await),
+        Err(error) => return Err(give_up(repository, folder, error).await),
     };
     if pin.is_none() {
         warnings.push(NO_PIN.to_owned());
@@ -149,10 +150,10 @@ pub async fn create(
     // Pinned before the long look at the WAL: no sweep can take the basebackup meanwhile.
     let scan = match scan_wal(repository, &plan, &target.target, record.start_lsn).await {
         Ok(scan) => scan,
-        Err(error) => return Err(give_up(repository, folder, pin, error.into()).await),
+        Err(error) => return Err(give_up(repository, folder, error.into()).await),
     };
     if let Some(error) = unreplayable(&scan, &options.preload) {
-        return Err(give_up(repository, folder, pin, error).await);
+        return Err(give_up(repository, folder, error).await);
     }
     let preload = preload(&record.server.preload_libraries, &options.preload, &bin_directory);
     let left_out = preload.left_out.iter();
@@ -174,7 +175,7 @@ pub async fn create(
         port: options.port,
         superuser: record.server.superuser.clone(),
         owner: (options.owner.uid, options.owner.gid),
-        pin: pin.clone(),
+        pin,
         limits: scan.limits,
         stand_ins: stand_ins(folder, &basebackup, &scan),
         warnings,
@@ -187,7 +188,7 @@ pub async fn create(
             spec.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
             Ok(spec)
         }
-        Err(error) => Err(give_up(repository, folder, pin, error.into()).await),
+        Err(error) => Err(give_up(repository, folder, error.into()).await),
     }
 }
 
@@ -198,27 +199,6 @@ fn warnings_of(server: &ServerRecord, options: &CreateOptions) -> Vec<String> {
         warnings.push(SHARED_USER.to_owned());
     }
     warnings
-}
-
-/// Says of a pin whose it is.
-pub(super) fn holder(folder: &CloneFolder) -> String {
-    format!("clone {}", folder.name())
-}
-
-/// Leaves nothing of a clone that could not be made: nothing is mounted yet, and nothing in it is anybody's work.
-pub(super) async fn give_up(
-    repository: &Repository,
-    folder: &CloneFolder,
-    pin: Option<Pin>,
-    error: CreateError,
-) -> CreateError {
-    if let Some(pin) = pin
-        && let Err(error) = pin.end(repository).await
-    {
-        tracing::warn!("could not let go of basebackup {}: {error}", pin.id);
-    }
-    let _ = std::fs::remove_dir_all(folder.path());
-    error
 }
 
 /// Refuses WAL that needs a library, while nobody has said which: the server would end in the middle of it.
@@ -272,7 +252,9 @@ pub(super) fn write_folder(
     durable::write_file(&folder.server_log(), b"", Create::PRIVATE_FILE.owned_by(owner))?;
     write_json(&folder.plan_file(), plan, "a recovery plan")?;
     folder.write_state(&LastState::sound(CloneState::Creating))?;
-    folder.write_spec(spec)
+    folder.write_spec(spec)?;
+    made(folder);
+    Ok(())
 }
 
 /// Makes the folders that stand in for foreign paths, and the generated configuration.

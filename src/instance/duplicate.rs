@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use crate::catalog::RecoveryPlan;
 use crate::disk::{Owner, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec};
-use crate::instance::create::{CreateError, give_up, holder, write_folder};
+use crate::instance::create::{CreateError, write_folder};
+use crate::instance::half_made::{give_up, make_folder, pin};
 use crate::instance::isolation::socket_path;
-use crate::instance::pinning::pin;
 use crate::repo::Repository;
 
 /// Makes the folder `new` of a clone like that in `folder`; it can be started afterwards.
@@ -24,10 +24,10 @@ pub async fn duplicate(
     let first = folder.read_spec()?;
     let plan: RecoveryPlan = state_file::read_document(&folder.plan_file(), "a recovery plan")?;
     let owner = Owner { uid: first.owner.0, gid: first.owner.1 };
-    new.create(owner)?;
-    let pin = match pin(repository, first.basebackup, &holder(new)).await {
+    let _lock = make_folder(repository, new, &first.site, owner).await?;
+    let pin = match pin(repository, first.basebackup, new, &first.site).await {
         Ok(pin) => pin,
-        Err(error) => return Err(give_up(repository, new, None, error.into()).await),
+        Err(error) => return Err(give_up(repository, new, error).await),
     };
     let created_at = repository.clock().now();
     // It lives as long as the first was to.
@@ -36,7 +36,7 @@ pub async fn duplicate(
     let spec = CloneSpec {
         name: new.name().to_owned(),
         port,
-        pin: pin.clone(),
+        pin,
         stand_ins: stand_ins.collect(),
         created_at,
         expires_at: lifetime.and_then(|lifetime| created_at.checked_add(lifetime).ok()),
@@ -44,7 +44,7 @@ pub async fn duplicate(
     };
     match write_folder(new, &spec, &plan, owner) {
         Ok(()) => Ok(spec),
-        Err(error) => Err(give_up(repository, new, pin, error.into()).await),
+        Err(error) => Err(give_up(repository, new, error.into()).await),
     }
 }
 

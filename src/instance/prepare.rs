@@ -38,8 +38,12 @@ pub(super) fn prepare(folder: &CloneFolder, spec: &CloneSpec) -> Result<ControlF
         };
         marker.write(&data, Create { mode: 0o600, owner: Some(owner) })?;
     } else {
-        // Whoever wrote it died with the last supervisor: the lock is ours.
-        remove_if_there(&pid_file).map_err(step("remove", &pid_file))?;
+        // Whoever wrote them died with the last supervisor: the lock is ours.
+        // Left empty by a kill, or with the number of a process that is somebody else's by now, each keeps a server from starting.
+        let socket_lock = folder.run().join(format!(".s.PGSQL.{}.lock", spec.port));
+        for file in [pid_file, socket_lock] {
+            remove_if_there(&file).map_err(step("remove", &file))?;
+        }
     }
     let control = data.join("global/pg_control");
     let bytes = std::fs::read(&control).map_err(step("read", &control))?;

@@ -17,15 +17,15 @@ use std::time::{Duration, Instant};
 use tokio::task::{JoinError, JoinSet};
 
 use crate::catalog::RecoveryPlan;
-use crate::catalog::wal_scan::greatest;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
-use crate::disk::{self, state_file};
+use crate::disk::{self, LockFile, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
 use crate::instance::clone_mount::CloneMount;
 use crate::instance::cutting_over::CuttingOver;
+use crate::instance::ending::{Step, step};
 use crate::instance::hydration::{self, Hydrating};
-use crate::instance::isolation::{CloneFacts, Setting, clone_settings};
-use crate::instance::launch::{Isolation, Launch};
+use crate::instance::isolation::clone_settings;
+use crate::instance::launch_order::{facts, launch, listed};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::prepare::prepare;
@@ -34,7 +34,7 @@ use crate::instance::reset;
 use crate::instance::server::{Endpoint, Server, ServerError, StopMode};
 use crate::instance::store_wait::{self, Waited};
 use crate::mount::patience::Patience;
-use crate::pg::{ControlFile, ControlFileError, RECOVERY_SIGNAL};
+use crate::pg::{ControlFileError, RECOVERY_SIGNAL};
 use crate::replication::Session;
 use crate::repo::{self, Repository};
 use crate::storage::Traffic;
@@ -93,6 +93,15 @@ pub enum SuperviseError {
 }
 
 impl SuperviseError {
+    /// Returns what the user should do, where that is another thing than to read the logs.
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Mount(MountFailure::Mount(error)) => error.hint(),
+            Self::Damaged { error, .. } => error.hint(),
+            _ => None,
+        }
+    }
+
     /// Says whether data of the repository is damaged or not to be trusted.
     fn is_damage(&self) -> bool {
         match self {
@@ -120,13 +129,14 @@ const STATE_WAIT: Duration = Duration::from_secs(10);
 /// How often a server that lets readers in during recovery is looked at: whether recovery has ended.
 const RECOVERY_LOOK: Duration = Duration::from_secs(1);
 
-/// Runs a clone until it is told to stop or ends by itself; `terminated` resolves when this process is to end.
+/// Runs a clone until it is told to stop or ends by itself, for who holds the lock of its folder; `terminated` resolves
+/// when this process is to end.
 pub async fn supervise(
     options: SuperviseOptions,
+    _lock: &LockFile,
     terminated: impl Future<Output = ()>,
 ) -> Result<(), SuperviseError> {
     let folder = options.folder.clone();
-    let _lock = folder.lock_to_work().await?;
     // Only here: whoever asked for the start looked before, and the order may have come since.
     if folder.order_file().exists() {
         return Err(SuperviseError::Finalizing);
@@ -135,19 +145,19 @@ pub async fn supervise(
     let outcome = run(options, terminated).await;
     let last = match &outcome {
         Ok(()) => LastState::sound(CloneState::Stopped),
-        Err(error) => LastState::failed(error, error.is_damage()),
+        Err(error) => LastState { hint: error.hint(), ..LastState::failed(error, error.is_damage()) },
     };
     folder.write_state(&last)?;
     outcome
 }
 
 /// Notes why a supervisor could not even open the repository, for whoever started it: it ends without another word.
-pub async fn could_not_open(
+pub fn could_not_open(
     folder: &CloneFolder,
+    _lock: &LockFile,
     error: &(dyn StdError + Send + Sync + 'static),
     damaged: bool,
 ) -> Result<(), disk::Error> {
-    let _lock = folder.lock_to_work().await?;
     folder.write_state(&LastState::failed(error, damaged))
 }
 
@@ -158,8 +168,14 @@ async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) ->
     let plan: RecoveryPlan = state_file::read_document(&folder.plan_file(), "a recovery plan")?;
     folder.write_state(&LastState::sound(CloneState::Recovering))?;
     let listener = Listener::bind(&folder.control_socket())?;
-    let mut mount = CloneMount::open(&options.repository, folder, &spec, plan).await?;
-    let outcome = run_servers(&options, &spec, &listener, &mount, pin!(terminated)).await;
+    let mut terminated = pin!(terminated);
+    let opening = CloneMount::open(&options.repository, folder, &spec, plan);
+    let mut mount = match step(opening, terminated.as_mut(), || {}).await {
+        Step::Done(opened) => opened?,
+        Step::Told(Some(Ok(mut opened))) => return Ok(opened.close().await?),
+        Step::Told(_) => return Ok(()),
+    };
+    let outcome = run_servers(&options, &spec, &listener, &mount, terminated).await;
     let outcome = outcome.map_err(|error| match mount.damage() {
         // PostgreSQL only saw that a read failed.
         Some(damage) => SuperviseError::Damaged { damage: damage.to_owned(), error: Box::new(error) },
@@ -195,6 +211,8 @@ async fn run_servers<T: Future<Output = ()>>(
         })
         .await?;
         let error = match outcome {
+            // Nobody is to stand beside it.
+            Err(error @ SuperviseError::Server(ServerError::StillRunning(_))) => return Err(error),
             Err(error @ SuperviseError::Server(_)) => error,
             other => return other,
         };
@@ -237,12 +255,28 @@ async fn run_server<T: Future<Output = ()>>(
     mount: &CloneMount,
     mut terminated: Pin<&mut T>,
 ) -> Result<Option<Pending>, SuperviseError> {
-    let mut run = Run::start(options, spec, mount).await?;
+    let hurry = || mount.wait_for_store(STOPPING_PATIENCE);
+    let mut run = match step(Run::start(options, spec, mount), terminated.as_mut(), hurry).await {
+        Step::Done(started) => started?,
+        // What a server that was started all the same leaves is ended like that of any other.
+        Step::Told(Some(Ok(mut started))) => {
+            mount.wait_for_store(STOPPING_PATIENCE);
+            return started.server.stop(StopMode::Fast, STOP_WAIT).await.map(|()| None).map_err(Into::into);
+        }
+        Step::Told(Some(Err(error))) => {
+            tracing::warn!("the server did not start, and is not to any more: {error}");
+            return Ok(None);
+        }
+        Step::Told(None) => return Ok(None),
+    };
     let mut fetching = JoinSet::new();
     fetching.spawn(mount.fetch_never_failing());
     let outcome = loop {
         let is_ready = run.session.is_some();
         tokio::select! {
+            biased;
+            // First: a service manager tells the server too, which has ended by itself then only as far as it knows.
+            () = terminated.as_mut() => break Ok(None),
             next = run.server.next(!is_ready) => run.session = Some(next?),
             Some(fetched) = fetching.join_next() => {
                 let failed = |error: JoinError| MountFailure::Internal(error.to_string());
@@ -255,7 +289,6 @@ async fn run_server<T: Future<Output = ()>>(
                 break Ok(Some(stopping));
             },
             () = tokio::time::sleep(RECOVERY_LOOK), if is_ready && run.state != CloneState::Running => {}
-            () = terminated.as_mut() => break Ok(None),
         }
         if run.session.is_some() && fetching.is_empty() {
             if let Err(error) = run.ready().await {
@@ -462,55 +495,6 @@ async fn state_of(session: &Session) -> Result<CloneState, ServerError> {
         Some("paused") => CloneState::Paused,
         _ => CloneState::Recovering,
     })
-}
-
-fn facts(
-    options: &SuperviseOptions,
-    spec: &CloneSpec,
-    control: &ControlFile,
-    recovering: bool,
-) -> CloneFacts {
-    let folder = &options.folder;
-    CloneFacts {
-        name: spec.name.clone(),
-        major: spec.major,
-        socket_directory: folder.run(),
-        port: spec.port,
-        config_directory: folder.config(),
-        wal_directory: folder.mount_point().join("wal"),
-        limits: greatest(control.limits, spec.limits),
-        recovery: recovering.then(|| (spec.target.clone(), spec.timeline)),
-        wal_segment_size: control.wal_segment_size,
-        full_page_writes: control.full_page_writes,
-        preload: spec.preload.clone(),
-        read_early: spec.read_early,
-        host_memory_bytes: options.host_memory_bytes,
-    }
-}
-
-fn listed(setting: Setting) -> CloneSetting {
-    let Setting { name, value, reason } = setting;
-    CloneSetting { name: name.to_owned(), value, reason: reason.to_owned() }
-}
-
-fn launch(options: &SuperviseOptions, spec: &CloneSpec, settings: &[Setting]) -> Launch {
-    let folder = &options.folder;
-    let mut arguments = vec!["-D".into(), folder.data_directory().into_os_string()];
-    for setting in settings {
-        arguments.push("-c".into());
-        arguments.push(format!("{}={}", setting.name, setting.value).into());
-    }
-    Launch {
-        program: spec.bin_directory.join("postgres"),
-        arguments,
-        data_directory: folder.data_directory(),
-        pid_file: folder.beneath_mount("postmaster.pid"),
-        owner: spec.owner,
-        isolation: Some(Isolation { writable: folder.writable(), stand_ins: spec.stand_ins.clone() }),
-        log_file: folder.server_log(),
-        environment: options.environment.clone(),
-        supervisor: std::process::id(),
-    }
 }
 
 /// Runs what goes through our own mount on a thread that may block.

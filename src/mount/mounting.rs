@@ -86,6 +86,22 @@ pub enum MountError {
     Fusermount { path: PathBuf, detail: String },
 }
 
+impl MountError {
+    /// Returns what the user should do.
+    pub fn hint(&self) -> Option<String> {
+        let Self::Busy { holders, .. } = self else { return None };
+        let processes = holders.iter().filter_map(|holder| match holder {
+            Holder::Process { pid, .. } => Some(pid.to_string()),
+            Holder::Mount { .. } => None,
+        });
+        let processes: Vec<String> = processes.collect();
+        (!processes.is_empty()).then(|| {
+            let plural = if processes.len() > 1 { "es" } else { "" };
+            format!("End process{plural} {}: what it has open it can still change.", processes.join(", "))
+        })
+    }
+}
+
 /// A mounted tree, served until it is unmounted.
 ///
 /// Dropping it detaches the mount: it is gone from the path at once and from the kernel when the last file closes.
@@ -486,6 +502,17 @@ mod tests {
         assert_eq!(as_listed(&scratch.path().join("link/data")), real.join("data"));
         assert_eq!(as_listed(Path::new("/")), Path::new("/"));
         assert!(!is_own(&real) && !is_own(Path::new("/")));
+    }
+
+    #[test]
+    fn whoever_is_in_the_way_is_named_and_told_what_to_do_about() {
+        let process = |pid| Holder::Process { pid, command: "tail".into(), what: "open \"/mnt/f\"".into() };
+        let busy = |holders| MountError::Busy { path: "/mnt".into(), holders };
+        let one = busy(vec![process(7), Holder::Mount { path: "/mnt/inside".into() }]);
+        assert!(one.to_string().contains("process 7 (tail): open"), "{one}");
+        assert!(one.hint().unwrap().starts_with("End process 7: "));
+        assert!(busy(vec![process(7), process(8)]).hint().unwrap().starts_with("End processes 7, 8: "));
+        assert_eq!(busy(Vec::new()).hint(), None);
     }
 
     #[test]

@@ -80,13 +80,33 @@ impl Lease {
 impl Pin {
     /// Pins a basebackup until [`Pin::end`], saying for whom.
     pub async fn create(repository: &Repository, id: BasebackupId, owner: &str) -> Result<Self, Error> {
-        let pin = Self { id, random: repository.keyring().random().array() };
-        let key = repository.layout().pin(id, &pin.random);
+        let pin = Self::draw(repository, id);
+        pin.hold(repository, owner).await?;
+        Ok(pin)
+    }
+
+    /// Draws a pin that holds nothing yet: whoever writes it down before [`Pin::hold`] can end it, whatever happens.
+    pub fn draw(repository: &Repository, id: BasebackupId) -> Self {
+        Self { id, random: repository.keyring().random().array() }
+    }
+
+    /// Holds the basebackup until [`Pin::end`], saying for whom.
+    pub async fn hold(&self, repository: &Repository, owner: &str) -> Result<(), Error> {
+        let key = repository.layout().pin(self.id, &self.random);
         repository.store().create(&key, format!("{owner}\n").into()).await?;
-        match repository.is_expired(id).await {
-            Ok(false) => Ok(pin),
-            Ok(true) => pin.end(repository).await.and(Err(Error::Expired(id))),
-            Err(error) => pin.end(repository).await.and(Err(error)),
+        match repository.is_expired(self.id).await {
+            Ok(false) => Ok(()),
+            Ok(true) => self.end(repository).await.and(Err(Error::Expired(self.id))),
+            Err(error) => self.end(repository).await.and(Err(error)),
+        }
+    }
+
+    /// Tells whether the pin came about, be it ended by now.
+    pub async fn is_there(&self, repository: &Repository) -> Result<bool, Error> {
+        let key = repository.layout().pin(self.id, &self.random);
+        match repository.store().head(&key).await {
+            Err(error) if error.is_absent() => Ok(false),
+            found => Ok(found.map(|_| true)?),
         }
     }
 

@@ -13,14 +13,14 @@ use crate::support::{
 };
 
 /// A data directory as its owner runs it, without a word of the tests on the command line.
-struct Native {
+pub struct Native {
     data: PathBuf,
-    sql: Sql,
+    pub sql: Sql,
 }
 
 impl Native {
     #[track_caller]
-    fn start(data: &Path, socket: &Path, port: u16) -> Self {
+    pub fn start(data: &Path, socket: &Path, port: u16) -> Self {
         let native = Self { data: data.to_owned(), sql: Sql::at(socket, port) };
         // Beside it: in the directory itself a server would count it as a file of its own.
         let log = PathBuf::from(format!("{}.log", data.display()));

@@ -1,6 +1,8 @@
 //! A clone's life: stopped and started, killed, made twice, made in vain, deleted.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 
 use crate::site::{Clone, Source, assert_unchanged, listing, servers_of};
 use crate::support::{Chaos, Ledger, Need, Options, mounts_below, require, wait_for};
@@ -114,6 +116,48 @@ fn every_acknowledged_row_survives_the_supervisors_death() {
     // Once more, and deleted as it lies there, with a dead mount (failure 38).
     let [supervisor, _] = clone.processes();
     clone.kill(supervisor);
+    clone.run("delete");
+    assert_nothing_is_left(&source, &clone);
+}
+
+/// What is passed through can be written without the process that served it: nobody mounts the same files beside that.
+#[test]
+fn a_clone_is_not_started_while_somebody_has_a_file_of_its_killed_mount_open() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("open", &[]);
+    let whole = clone.folder().join("upper/data/.walden/whole");
+    wait_for("everything to be local", || whole.exists().then_some(()));
+    let file = clone.sql("select pg_relation_filepath('kept')");
+    let mut holder = Command::new("bash")
+        .args(["-c", "exec 3<>\"$FILE\"; echo open; read"])
+        .env("FILE", clone.folder().join("mnt/data").join(file))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(holder.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "open\n");
+    let [supervisor, _] = clone.processes();
+    clone.kill(supervisor);
+    for command in ["start", "delete"] {
+        let refused = clone.walden.try_run(&["clone", command, "open"]).expect_code(1);
+        assert!(
+            refused.stderr.contains(&format!("is in use by process {} (bash)", holder.id())),
+            "{}",
+            refused.stderr
+        );
+        assert!(
+            refused.stderr.contains(&format!("hint: End process {}: ", holder.id())),
+            "{}",
+            refused.stderr
+        );
+    }
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    clone.run("start");
+    assert_eq!(clone.sql("select count(*) from kept"), "1001");
     clone.run("delete");
     assert_nothing_is_left(&source, &clone);
 }

@@ -4,17 +4,23 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod processes;
 mod site;
 
 mod commands;
 mod equal;
 mod finalize;
+mod full_disk;
 mod holes;
 mod hostile;
 mod hydration;
+mod killed_commands;
 mod life;
 mod pieces;
+mod rounds;
+mod silent_store;
 mod store_away;
 mod tablespaces;
 mod targets;
+mod terminated;
 mod told;

@@ -104,6 +104,11 @@ impl Clone {
         Self { walden: walden.clone(), name: status["name"].as_str().unwrap().to_owned(), sql }
     }
 
+    /// Names a clone that may not be there.
+    pub fn named(walden: &Walden, name: &str, sql: Sql) -> Self {
+        Self { walden: walden.clone(), name: name.to_owned(), sql }
+    }
+
     #[track_caller]
     pub fn status(&self) -> Value {
         self.walden.json(&["clone", "status", &self.name])
@@ -132,7 +137,7 @@ impl Clone {
     pub fn amcheck(&self) {
         let bin = bin_directory(15).expect("the test required it");
         let mut amcheck = Command::new(bin.join("pg_amcheck"));
-        amcheck.args(["--all", "--install-missing", "-h"]).arg(&self.host);
+        amcheck.args(["--all", "--install-missing", "--heapallindexed", "-h"]).arg(&self.host);
         amcheck.args(["-p", &self.port.to_string(), "-U", "postgres"]);
         Run::of(&mut amcheck, "").expect_success();
     }

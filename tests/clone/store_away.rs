@@ -9,8 +9,10 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::processes::Processes;
 use crate::site::{Clone, Source, is_alive};
 use crate::support::{Need, Options, Running, Sql, require, wait_for};
+use crate::terminated::{Supervisor, assert_ended};
 
 /// A folder of the repository that cannot be read: it leads to itself, which fails for everyone, root too, and says
 /// nothing of what is in it.
@@ -163,6 +165,36 @@ fn assert_shared_files_are_local(clone: &Clone) {
         }
     }
     assert!(files > 40, "{files} files");
+}
+
+#[test]
+fn a_recovery_that_waits_for_the_store_ends_when_its_supervisor_is_told_to() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let scene = Scene::new("told");
+    for folder in [scene.archive(), scene.packs()] {
+        let supervisor = Supervisor::start(&scene.clone);
+        // What is needed before there is a recovery has come by then.
+        wait_for("the server to be started", || Processes::of(&scene.clone).postmaster);
+        let hidden = Hidden::new(folder);
+        supervisor.terminate();
+        supervisor.terminate();
+        let status = supervisor.wait();
+        assert_eq!(status.code(), Some(0), "{status}");
+        assert_ended(&scene.clone);
+        hidden.show();
+    }
+    let (archive, waited) = (Hidden::new(scene.archive()), scene.waits(""));
+    let supervisor = Supervisor::start(&scene.clone);
+    wait_for("recovery to wait for the archive", || (scene.waits("") > waited).then_some(()));
+    supervisor.terminate();
+    let status = supervisor.wait();
+    assert_eq!(status.code(), Some(0), "{status}");
+    assert_ended(&scene.clone);
+    archive.show();
+    scene.clone.run("start");
+    assert_eq!(scene.clone.sql("select count(*) from changed"), "999");
+    scene.assert_no_panic();
+    scene.clone.run("delete");
 }
 
 #[test]

@@ -8,6 +8,7 @@
 mod needs;
 mod run;
 mod scratch;
+mod small_disk;
 
 mod cluster;
 mod debian;
@@ -17,6 +18,7 @@ mod sql;
 mod chaos;
 mod checksum;
 mod pgbench;
+mod writers;
 
 mod source;
 mod walden;
@@ -46,10 +48,12 @@ pub use s3::{RemoteS3, S3, s3_storage};
 pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
 pub use scratch::{Account, Scratch, mounts_below, unmount};
 pub use server::{Server, Stop};
+pub use small_disk::{fill, small_disk};
 pub use source::Source;
 pub use sql::Sql;
 pub use test_store::StoreKind;
 pub use walden::{Mounted, Running, Site, Walden};
+pub use writers::{Acknowledged, Draw, Writers};
 
 /// Returns from the test, loudly, when something it needs is missing; under CI the test fails instead.
 macro_rules! require {

@@ -11,7 +11,9 @@ use crate::config::KeyPurpose;
 use crate::disk::LockFile;
 use crate::instance::clone_folder::CloneFolder;
 use crate::instance::finalize_plan::read_order;
+use crate::instance::half_made::Making;
 use crate::mount::mounting;
+use crate::repo;
 use crate::repo::lease::Pin;
 
 use super::super::context::Context;
@@ -86,13 +88,21 @@ pub(super) fn detach_dead_mount(folder: &CloneFolder) -> Result<(), CommandError
     if !mounting::is_mount_point(&mount_point) {
         return Ok(());
     }
-    mounting::detach_dead(&mount_point).map_err(|error| CommandError::failed(error.to_string()))
+    mounting::detach_dead(&mount_point).map_err(|error| {
+        let hint = error.hint();
+        CommandError { hint, ..CommandError::failed(error.to_string()) }
+    })
 }
 
 async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandError> {
     let spec = match folder.read_spec() {
-        // A folder whose description was never written has no pin.
-        Err(error) if error.is_not_found() => return Ok(()),
+        // One that was never made may hold it all the same.
+        Err(error) if error.is_not_found() => {
+            let Some(making) = Making::read(folder)? else { return Ok(()) };
+            let site = context.config()?.site(Some(&making.site))?;
+            let repository = context.open_repository(site, KeyPurpose::Read).await?;
+            return making.end(&repository).await.map_err(|error| held_on(error, &making.pin));
+        }
         read => read.map_err(|error| {
             CommandError::from(error)
                 .context("it cannot be told which basebackup the clone holds")
@@ -110,9 +120,11 @@ async fn end_pin(context: &Context, folder: &CloneFolder) -> Result<(), CommandE
 pub(super) async fn let_go(context: &Context, site: &str, pin: &Pin) -> Result<(), CommandError> {
     let site = context.config()?.site(Some(site))?;
     let repository = context.open_repository(site, KeyPurpose::Read).await?;
-    pin.end(&repository).await.map_err(|error| {
-        CommandError::from(error).context(format!("could not let go of basebackup {}", pin.id))
-    })
+    pin.end(&repository).await.map_err(|error| held_on(error, pin))
+}
+
+fn held_on(error: repo::Error, pin: &Pin) -> CommandError {
+    CommandError::from(error).context(format!("could not let go of basebackup {}", pin.id))
 }
 
 impl Report for Deleted {

@@ -153,11 +153,10 @@ fn failure(folder: &CloneFolder, status: &str) -> CommandError {
     let last = folder.read_state().ok();
     let kind =
         if last.as_ref().is_some_and(|last| last.damaged) { ExitKind::Damaged } else { ExitKind::Failed };
-    let message = last.and_then(|last| last.message);
+    let (message, hint) = last.map(|last| (last.message, last.hint)).unwrap_or_default();
     let message = message.unwrap_or_else(|| format!("the supervisor ended with {status}"));
-    CommandError::new(kind, format!("clone \"{}\" did not start: {message}", folder.name())).hint(format!(
-        "See \"{}\" and \"{}\".",
-        folder.server_log().display(),
-        folder.mount_log().display()
-    ))
+    let logs = [folder.server_log(), folder.mount_log()];
+    let see = format!("See \"{}\" and \"{}\".", logs[0].display(), logs[1].display());
+    CommandError::new(kind, format!("clone \"{}\" did not start: {message}", folder.name()))
+        .hint(hint.unwrap_or(see))
 }

@@ -3,8 +3,8 @@
 //! `ensure_range` makes a range local: claim its windows, so that nobody else fetches them; look again, because
 //! somebody just may have; fetch what is missing; write each piece, as it comes, where it is still missing, and let go
 //! of its window; and check that all of it now is local, because an answer that falls short must be an error and never
-//! zeros (failure 36). When the disk is full, a read is answered from what was fetched without keeping it: PostgreSQL's
-//! own writes need the room more.
+//! zeros (failure 36). When the disk is full, or what is left of it is the server's (`room`), a read is answered from what
+//! was fetched without keeping it.
 
 use std::ops::{ControlFlow, Range};
 use std::sync::Mutex;
@@ -21,6 +21,7 @@ use crate::mount::upper::Shared;
 use crate::mount::upper::content::{Content, Written};
 use crate::mount::upper::namespace::of_io;
 use crate::mount::upper::node::Node;
+use crate::mount::upper::room::Use;
 use crate::mount::upper::stats::Counters;
 use crate::mount::upper::volume::UpperFile;
 use crate::repo::Urgency;
@@ -30,6 +31,19 @@ impl UpperFile {
     pub(super) fn check_not_lost(&self) -> Result<(), Errno> {
         let is_of_lower = self.node.content.as_ref().is_some_and(|content| content.lower_node().is_some());
         if is_of_lower && self.shared.stable.is_in_doubt() { Err(Errno::EIO) } else { Ok(()) }
+    }
+
+    /// Makes a range local for a read, or fails with `ENOSPC` where it is not to be kept: then it is read through.
+    pub(super) async fn ensure_to_read(&self, caller: &Caller, range: Range<u64>) -> Result<(), Errno> {
+        let content = content_of(&self.node)?;
+        if !content.is_mapped() {
+            // What an earlier process fetched is known only once the upper's file has been looked at.
+            self.open_if_local()?;
+        }
+        if content.first_missing(&range).is_some() && !self.shared.room.is_for(Use::Reads) {
+            return Err(Errno::ENOSPC);
+        }
+        self.ensure_range(caller, range).await
     }
 
     /// Makes a range of the file local; what lies beyond what the lower has is local already.

@@ -10,7 +10,7 @@
 //! volume      ask the lower, then change under the lock     fetch, read_ahead   ensure_range, and what follows a scan
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
 //! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
-//! hydrate     all the rest, in the background     stable, durable   syncs, and what may be lost
+//! hydrate     all the rest, in the background     stable, durable   syncs, and what may be lost     room   whose it is
 //! alone       the lower is no longer needed
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls
 //! ```
@@ -33,6 +33,7 @@ mod node;
 mod origin;
 mod read_ahead;
 mod real_disk;
+mod room;
 mod sequential;
 mod stable;
 mod stats;
@@ -56,6 +57,7 @@ use crate::mount::upper::namespace::Namespace;
 use crate::mount::upper::node::LowerNode;
 use crate::mount::upper::read_ahead::ReadAheads;
 use crate::mount::upper::real_disk::RealDisk;
+use crate::mount::upper::room::Room;
 use crate::mount::upper::stable::Stable;
 use crate::mount::upper::stats::Counters;
 
@@ -109,6 +111,7 @@ pub(crate) struct Shared {
     counters: Arc<Counters>,
     foreground: ForegroundReads,
     stable: Arc<Stable>,
+    room: Room,
     _lock: Option<LockFile>,
 }
 
@@ -172,6 +175,7 @@ impl Upper {
         let namespace = Mutex::new(namespace.map_err(|errno| io(errno.into()))?);
         let shared = Shared {
             lower,
+            room: Room::new(disk.clone()),
             disk,
             namespace,
             flights: Flights::new(),

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use crate::mount::caller::Caller;
 use crate::mount::fs::LocalId;
 use crate::mount::upper::Upper;
+use crate::mount::upper::room::Use;
 use crate::mount::upper::sequential::{ReadAhead, Sequential};
 use crate::mount::upper::stats::Counters;
 use crate::mount::upper::volume::UpperFile;
@@ -112,6 +113,9 @@ impl UpperFile {
         let Some(ReadAhead { range }) = read_aheads.note(id, read, content.base_length()) else { return };
         if content.first_missing(&range).is_none() {
             return;
+        }
+        if !self.shared.room.is_for(Use::Reads) {
+            return self.stop_reading_ahead();
         }
         let Ok(runtime) = Handle::try_current() else { return };
         let Ok(place) = read_aheads.places.clone().try_acquire_owned() else {

@@ -421,7 +421,7 @@ impl UpperFile {
     }
 
     /// Opens what the upper has of the file, and leaves it at that where it has nothing.
-    fn open_if_local(&self) -> Result<(), Errno> {
+    pub(super) fn open_if_local(&self) -> Result<(), Errno> {
         if self.content()?.file().is_none() {
             let mut namespace = self.shared.lock();
             if namespace.table.get(self.node.id)?.in_upper {
@@ -462,7 +462,7 @@ impl OpenFile for UpperFile {
         let range = offset..offset.saturating_add(u64::from(length));
         // First, so that what follows is under way while this is waited for.
         self.read_ahead(&range);
-        match self.ensure_range(caller, range).await {
+        match self.ensure_to_read(caller, range).await {
             Ok(()) => {
                 self.open_if_local()?;
                 self.content()?.read(offset, length).map_err(of_io)

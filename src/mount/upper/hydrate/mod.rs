@@ -33,7 +33,7 @@ use tokio::task::JoinSet;
 
 use crate::clock::Clock;
 use crate::disk::private_area::WHOLE_MARK;
-use crate::mount::fs::{Capacity, FileKind, LocalId};
+use crate::mount::fs::{FileKind, LocalId};
 use crate::mount::lower::NodeId;
 use crate::mount::single_flight::WINDOW;
 use crate::mount::upper::Upper;
@@ -42,6 +42,7 @@ use crate::mount::upper::hydrate::plan::{Plan, Wanted};
 use crate::mount::upper::hydrate::progress::Watch;
 use crate::mount::upper::hydrate::survey::{Survey, Trouble};
 use crate::mount::upper::namespace::of_io;
+use crate::mount::upper::room::Use;
 
 pub use plan::{Place, StoredOrder};
 pub use progress::{HydrationReport, HydrationState};
@@ -120,11 +121,6 @@ const WANTED_MAX: usize = 500_000;
 const IDLE_SURVEYS_MAX: u32 = 3;
 /// Attempts in a row at what fails for no reason that anybody gives, each after a longer pause: half a minute in all.
 const UNCLEAR_ATTEMPTS_MAX: u32 = 5;
-/// Room that is left to the server: a PostgreSQL of default settings writes `max_wal_size`, 1 GB, between two
-/// checkpoints, and stops for good when a write of WAL finds no room.
-const RESERVE_BYTES: u64 = 1 << 30;
-/// On a small disk the reserve is this part of it.
-const RESERVE_PART: u64 = 20;
 
 const NOT_STARTED: &str = "the server does not answer yet";
 const NO_ROOM: &str = "the disk has no room beyond what the server may need";
@@ -392,9 +388,7 @@ impl Hydrator {
     /// Waits until a request for so many bytes may be made.
     async fn gate(&self, upper: usize, bytes: u64) {
         loop {
-            // A disk that cannot be asked is tried.
-            let has_room = self.uppers[upper].shared.disk.capacity().map_or(true, |room| has_room(&room));
-            if has_room {
+            if self.uppers[upper].shared.room.is_for(Use::Hydration) {
                 self.pass(bytes).await;
                 return;
             }
@@ -498,14 +492,6 @@ fn said(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a word")
 }
 
-/// Tells whether a disk has room beyond the reserve; one that does not tell its size has.
-fn has_room(capacity: &Capacity) -> bool {
-    let unit = u64::from(capacity.block_size);
-    let (total, free) =
-        (capacity.blocks.saturating_mul(unit), capacity.blocks_available.saturating_mul(unit));
-    total == 0 || free > RESERVE_BYTES.min(total / RESERVE_PART)
-}
-
 /// Returns how large the parts of a large file are: no more than a second's worth, and whole windows.
 fn part_bytes(rate: Option<NonZeroU64>) -> u64 {
     let second = rate.map_or(PART_BYTES, NonZeroU64::get);
@@ -560,22 +546,6 @@ impl Hydrator {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_reserve_is_left_to_the_server_and_on_a_small_disk_a_smaller_one() {
-        let disk = |blocks: u64, blocks_available: u64| Capacity {
-            block_size: 4096,
-            blocks,
-            blocks_available,
-            ..Capacity::default()
-        };
-        let blocks = |bytes: u64| bytes / 4096;
-        assert!(has_room(&disk(blocks(1 << 40), blocks(2 << 30))));
-        assert!(!has_room(&disk(blocks(1 << 40), blocks(1 << 30))));
-        assert!(has_room(&disk(1000, 51)));
-        assert!(!has_room(&disk(1000, 50)));
-        assert!(has_room(&Capacity::default()), "a disk that does not tell");
-    }
 
     #[test]
     fn parts_are_a_second_s_worth_of_whole_windows() {

@@ -4,10 +4,12 @@
 //! sizes and the contents of each 4 KiB it has had since it was last synced. After the cut every name must stand for
 //! one of those, and every stretch of content must be one of those. Files and directories of the lower are moreover
 //! themselves: one that was never removed is found, and found once. What may be passed through is written past the
-//! upper, as the kernel does.
+//! upper, as the kernel does. An upper that is marked as whole needs the lower no more, and one that has lost a write and
+//! said so is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use proptest::prelude::*;
@@ -15,6 +17,8 @@ use proptest::prelude::*;
 use crate::mount::fs::{FileKind, LocalId, RenameMode, Volume};
 use crate::mount::lower::{Lower, NodeId, NodeKind};
 use crate::mount::memory_lower::MemoryLower;
+use crate::mount::upper::OpenError;
+use crate::mount::upper::hydrate::{HydrationState, Hydrator};
 use crate::mount::upper::tests::simulated_disk::SimulatedDisk;
 use crate::mount::upper::tests::world::{World, same};
 
@@ -63,6 +67,7 @@ enum Operation {
     Rename(usize, usize),
     Sync(usize),
     SyncDirectory(usize),
+    Hydrate,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -83,6 +88,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         4 => path().prop_map(Sync),
         1 => (0..FOLDERS.len()).prop_map(SyncDirectory),
         1 => Just(SyncDirectory(2)),
+        1 => Just(Hydrate),
     ]
 }
 
@@ -334,11 +340,25 @@ async fn apply(
                 file.synced();
             }
         }
+        Hydrate => hydrate(world, disk).await,
         SyncDirectory(p) => {
             if world.sync_directory(FOLDERS[p]).await.is_ok() {
                 expected.directory_synced(FOLDERS[p]);
             }
         }
+    }
+}
+
+/// Hydrates until the end or the cut: what would be tried again after that tells nothing.
+async fn hydrate(world: &World, disk: &SimulatedDisk) {
+    let cut = async {
+        while !disk.is_dead() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        () = Hydrator::hasty(&world.upper).run() => {}
+        () = cut => {}
     }
 }
 
@@ -442,21 +462,26 @@ async fn cut(operations: &[Operation], calls: u64, mut seed: u64) -> bool {
         apply(&world, &mut expected, &disk, operation, stamp).await;
     }
     drop(world);
-    let chance = || {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed >> 11
-    };
-    let after = disk.after_power_cut(&start, chance);
+    let after = disk.after_power_cut(&start, || chance(&mut seed));
     for _ in 0..2 {
         let world = World::of(lower.clone(), &after).await;
+        let fetches = lower.fetches();
         if let Err(wrong) = check(&world, &expected).await {
             panic!("after {calls} calls of {operations:?}: {wrong}");
         }
+        let is_needed = lower.fetches() > fetches;
+        assert!(!world.upper.is_hydrated() || !is_needed, "after {calls} calls of {operations:?}: not whole");
     }
     check_growth(&World::of(lower.clone(), &after).await).await;
     disk.is_dead()
+}
+
+/// Draws from a seed.
+fn chance(seed: &mut u64) -> u64 {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    *seed >> 11
 }
 
 fn run<T>(work: impl Future<Output = T>) -> T {
@@ -499,18 +524,106 @@ fn every_cut_of_the_delicate_changes_leaves_the_old_state_or_the_new() {
         vec![Create(NEW), Sync(NEW), Rename(NEW, 0), SyncDirectory(of_top), Unlink(0), SyncDirectory(of_top)],
     ] {
         let operations: Vec<Operation> = changed.iter().cloned().chain(delicate).collect();
-        run(async {
-            let mut calls = CALLS_FIRST;
-            let mut went = true;
-            while went {
-                for seed in 1..6 {
-                    went = cut(&operations, calls, seed * 0x9e37_79b9).await;
-                }
-                calls += 1;
+        cut_throughout(&operations, 1, 5);
+    }
+}
+
+/// The same around the mark that says that everything is local. A hydrator makes many calls, and sleeps between them: the
+/// cuts are a few calls apart, and elsewhere in each sequence.
+#[test]
+fn cuts_throughout_a_hydration_leave_a_whole_upper_or_one_that_goes_on() {
+    use Operation::*;
+    const RELATION: usize = 2;
+    const UNTOUCHED: usize = 3;
+    const NEW: usize = 11;
+    let of_base_1 = FOLDERS.iter().position(|folder| *folder == "base/1").unwrap();
+    for delicate in [
+        vec![Hydrate, Unlink(RELATION), SyncDirectory(of_base_1)],
+        vec![Hydrate, Truncate(RELATION, 5_001), Truncate(RELATION, 12_000), Sync(RELATION)],
+        vec![Truncate(RELATION, 5_001), Truncate(RELATION, 12_000), Rename(UNTOUCHED, NEW), Hydrate],
+    ] {
+        let operations: Vec<Operation> = [Write(RELATION, 0, 9_000)].into_iter().chain(delicate).collect();
+        cut_throughout(&operations, 5, 1);
+    }
+}
+
+/// Cuts at every so manyth call, until a run comes to its end, each time with several outcomes.
+fn cut_throughout(operations: &[Operation], step: usize, outcomes: u64) {
+    run(async {
+        for calls in (CALLS_FIRST..).step_by(step) {
+            let mut went = false;
+            for seed in 1..=outcomes {
+                went = cut(operations, calls, seed * 0x9e37_79b9).await;
             }
-            // The last round was whole, and the one before was not: every call has been the last one.
-            assert!(calls > CALLS_FIRST + operations.len() as u64);
-        });
+            if !went {
+                // This one was whole, and the one before was not: every call that is reached has been the last one.
+                assert!(calls > CALLS_FIRST + operations.len() as u64);
+                return;
+            }
+        }
+    });
+}
+
+/// Whoever was told that a write is lost is told again by the next process, however soon the power went; and one that nobody
+/// was told of is a hole by then.
+#[test]
+fn every_cut_after_a_lost_write_leaves_an_upper_that_is_refused_or_right() {
+    const RELATION: usize = 2;
+    const UNTOUCHED: usize = 3;
+    for by_the_hydrator in [false, true] {
+        let (mut refused, mut opened) = (0, 0);
+        let mut calls = CALLS_FIRST;
+        let mut went = true;
+        while went {
+            for mut seed in (1..4).map(|seed| seed * 0x9e37_79b9) {
+                run(async {
+                    let lower = Arc::new(MemoryLower::build(&TREE));
+                    let disk = SimulatedDisk::new(calls);
+                    let start = disk.copy();
+                    let world = World::of(lower.clone(), &disk).await;
+                    let mut expected = Expected::new(&lower).await;
+                    for (stamp, operation) in (1..).zip([
+                        Operation::Write(RELATION, 0, 9_000),
+                        Operation::Sync(RELATION),
+                        Operation::Write(RELATION, 8192, 8192),
+                        Operation::Read(UNTOUCHED),
+                    ]) {
+                        if !disk.is_dead() {
+                            apply(&world, &mut expected, &disk, &operation, stamp).await;
+                        }
+                    }
+                    disk.lose_a_write(libc::EIO);
+                    let is_told = if by_the_hydrator {
+                        let hydrator = Hydrator::hasty(&world.upper);
+                        hydrator.clone().run().await;
+                        hydrator.report().state == HydrationState::Failed
+                    } else {
+                        match world.open_file(PATHS[RELATION]).await {
+                            Ok(file) => file.sync(false).await.is_err(),
+                            Err(_) => false,
+                        }
+                    };
+                    went = disk.is_dead();
+                    drop(world);
+                    let after = disk.after_power_cut(&start, || chance(&mut seed));
+                    match World::try_of(lower.clone(), &after).await {
+                        Err(error) => {
+                            assert!(matches!(error, OpenError::Lost { .. }), "{calls} calls: {error}");
+                            refused += 1;
+                        }
+                        Ok(world) => {
+                            assert!(went || !is_told, "{calls} calls: it was told, and is opened");
+                            if let Err(wrong) = check(&world, &expected).await {
+                                panic!("after {calls} calls: {wrong}");
+                            }
+                            opened += 1;
+                        }
+                    }
+                });
+            }
+            calls += 1;
+        }
+        assert!(refused > 0 && opened > 0, "{refused} refused, {opened} opened");
     }
 }
 

@@ -269,6 +269,48 @@ async fn on_a_full_disk_reads_go_on_and_writes_say_so() {
     same(&world.read(RELATION, 0, 200_000).await.unwrap(), &content, "opened anew");
 }
 
+/// What is left of the disk is for what the server writes: a read takes none of it, and loses nothing by that.
+#[tokio::test]
+async fn on_a_disk_that_is_almost_full_reads_are_answered_and_not_kept() {
+    let disk = SimulatedDisk::new(u64::MAX);
+    let world = World::on(&disk).await;
+    world.read(RELATION, 70_000, 10).await.unwrap();
+    disk.tell_free(12);
+    let before = world.upper.stats();
+    for path in [RELATION, "base/2/16384"] {
+        let size = world.attributes(path).await.size;
+        // In the steps of a scan, which would be fetched ahead otherwise.
+        let mut whole = Vec::new();
+        while (whole.len() as u64) < size {
+            whole.extend(world.read(path, whole.len() as u64, 8192).await.unwrap());
+        }
+        same(&whole, &expected(&world, path, 0..size), path);
+    }
+    let after = world.upper.stats();
+    assert_eq!((after.filled_bytes, after.read_aheads), (before.filled_bytes, before.read_aheads));
+    assert!(after.read_through > before.read_through);
+    // What was local is, and what is not kept comes again.
+    let bytes = world.lower.fetched_bytes();
+    world.read(RELATION, 70_000, 10).await.unwrap();
+    assert_eq!(world.lower.fetched_bytes(), bytes);
+    world.read(RELATION, 0, 10).await.unwrap();
+    assert!(world.lower.fetched_bytes() > bytes);
+    // Writes have the room: whole pages, edges that have to be fetched, and what must never fail to be read.
+    world.write(RELATION, 8192, &[1; 8192]).await.unwrap();
+    world.write("base/2/16384", 5, &[2; 5]).await.unwrap();
+    world.upper.make_local("global").await.unwrap();
+    let (bytes, kept) = (world.lower.fetched_bytes(), world.upper.stats().filled_bytes);
+    world.read("global/pg_control", 0, 8192).await.unwrap();
+    assert_eq!(world.lower.fetched_bytes(), bytes);
+    disk.tell_free(13);
+    world.read(RELATION, 0, 10).await.unwrap();
+    assert!(world.upper.stats().filled_bytes > kept);
+    let mut content = expected(&world, RELATION, 0..200_000);
+    content[8192..16_384].fill(1);
+    let world = world.anew_on(&disk).await;
+    same(&world.read(RELATION, 0, 200_000).await.unwrap(), &content, "opened anew");
+}
+
 /// The dispatcher itself needs the locks that such a sync would hold.
 #[tokio::test]
 async fn nobody_waits_for_a_sync_that_somebody_else_asked_for() {

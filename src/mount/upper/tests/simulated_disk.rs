@@ -59,6 +59,8 @@ struct Inner {
     calls_left: u64,
     next_inode: u64,
     full: bool,
+    /// Blocks of 1000 that are free, where it tells.
+    told_free: Option<u64>,
     /// What the next syncs fail with; each is told once.
     lost: VecDeque<i32>,
     write_failures: u32,
@@ -133,14 +135,20 @@ impl SimulatedDisk {
     fn holding(state: State, calls_left: u64) -> Self {
         let next_inode = state.inodes.keys().max().map_or(ROOT, |last| last + 1);
         let (log, lost, write_failures) = (Vec::new(), VecDeque::new(), 0);
+        let (full, told_free) = (false, None);
         let inner =
-            Inner { state, log, forced: 0, calls_left, next_inode, full: false, lost, write_failures };
+            Inner { state, log, forced: 0, calls_left, next_inode, full, told_free, lost, write_failures };
         Self { inner: Arc::new(Mutex::new(inner)), hold: Arc::default(), write_hold: Arc::default() }
     }
 
     /// Takes away, or gives back, the room for new blocks and new files.
     pub(crate) fn set_full(&self, full: bool) {
         self.lock().full = full;
+    }
+
+    /// Tells of so many free blocks of 1000 from now on, whatever is written.
+    pub(crate) fn tell_free(&self, blocks: u64) {
+        self.lock().told_free = Some(blocks);
     }
 
     /// Keeps syncs of files and directories waiting from now on, or lets them go on.
@@ -522,7 +530,9 @@ impl LocalDisk for SimulatedDisk {
     }
 
     fn capacity(&self) -> io::Result<Capacity> {
-        Ok(Capacity::default())
+        let Some(free) = self.lock().told_free else { return Ok(Capacity::default()) };
+        let block_size = u32::try_from(BLOCK).expect("a block is small");
+        Ok(Capacity { block_size, blocks: 1000, blocks_available: free, ..Capacity::default() })
     }
 }
 
