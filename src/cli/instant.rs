@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::config::SiteConfig;
+use crate::config::{KeyPurpose, SiteConfig};
 use crate::control::{self, HydrationState, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer};
 use crate::disk::Owner;
 use crate::instance::clone_folder::HydrateSpec;
@@ -66,8 +66,8 @@ pub(super) async fn begin_and_follow(
     let target = plan.destinations.data.clone();
     let spec = plan_instant(basebackup, &mut plan, options).await?;
     plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    begin(basebackup, plan, spec).await?;
-    install_unit(context, &target)?;
+    let begun = begin(basebackup, plan, spec).await?;
+    install_unit(context, &target, &begun)?;
     let supervisor = spawn(context, &target, false, &HandedOver::of(context, asked_at))?;
     follow(context, &target, Some(supervisor), Until::Done).await
 }
@@ -108,6 +108,15 @@ pub(super) async fn resume(
     let mut unfinished = match found.map_err(|error| CommandError::failed(error.to_string()))?? {
         Found::Instant(unfinished) => *unfinished,
         Found::Other => return Ok(None),
+        Found::Ended(unfinished) => {
+            let repository = context.open_repository(context.site()?, KeyPurpose::Read).await?;
+            unfinished.tidy(&repository).await?;
+            let message = format!(
+                "\"{}\" is an ordinary data directory; what its restore had left there is gone",
+                target.display()
+            );
+            return Err(CommandError::failed(message).hint("Start its server as ever, unless it runs."));
+        }
         Found::Plain => {
             let message = format!(
                 "\"{}\" is an ordinary data directory; dead mounts were taken away",
@@ -135,7 +144,7 @@ pub(super) async fn refuse_served(context: &Context, target: &Path) -> Result<()
 /// Returns an unfinished restore of this kind that another one is to replace.
 pub(super) fn replaced(target: &Path) -> Result<Option<Unfinished>, CommandError> {
     Ok(match find(target)? {
-        Found::Instant(unfinished) => Some(*unfinished),
+        Found::Instant(unfinished) | Found::Ended(unfinished) => Some(*unfinished),
         Found::Other | Found::Plain => None,
     })
 }
@@ -319,7 +328,7 @@ fn ended_without_a_word(
 }
 
 /// Has the host mount the restore at boot where that can be arranged, and says what is to be done where it cannot.
-fn install_unit(context: &Context, target: &Path) -> Result<(), CommandError> {
+fn install_unit(context: &Context, target: &Path, begun: &Unfinished) -> Result<(), CommandError> {
     let by_hand = format!(
         "after a reboot \"walden restore --resume --target-dir {}\" goes on with it",
         target.display()
@@ -329,7 +338,7 @@ fn install_unit(context: &Context, target: &Path) -> Result<(), CommandError> {
     let mut words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
     words.extend(["restore", "--resume", "--no-start", "--target-dir"].map(str::to_owned));
     words.push(target.display().to_string());
-    let installed = BootUnit::of(target, &words)
+    let installed = BootUnit::of(target, begun.plan.destinations.tablespaces.values(), &words)
         .filter(|_| Owner::current().is_root())
         .map(|unit| unit.install().map(|done| (done, unit.path())));
     match installed {

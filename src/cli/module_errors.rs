@@ -105,6 +105,8 @@ impl From<InstantError> for CommandError {
             | InstantError::NoFuse { .. }
             | InstantError::NoConfiguration
             | InstantError::RootOwner(_)
+            | InstantError::NotThere(_)
+            | InstantError::NotItsOwn { .. }
             | InstantError::Served(_)
             | InstantError::Ending { .. } => Self::of_module(ExitKind::Failed, error, hint),
         }

@@ -155,6 +155,10 @@ impl Restore {
                 true => self.resumed(&repository).await?,
                 false => self.planned(context, site, &repository).await?,
             };
+            if self.delta && instant::replaced(&self.target_dir)?.is_some() {
+                // Its server may have written what is in no basebackup, and its pin would be nobody's.
+                return Err(restore::Error::Unfinished { path: self.target_dir.clone() }.into());
+            }
             if self.instant {
                 let options = instant::options_of(site, &self.hydrate, self.cut_over);
                 instant::check(&basebackup, &mut plan, &options).await?;

@@ -37,6 +37,7 @@ impl ServeRestore {
         let socket = control_socket(&run, &self.target_dir)?;
         let server_log = server_log(context, &self.target_dir)?;
         context.block_on(async {
+            let terminated = terminated();
             let options = SuperviseOptions {
                 target: self.target_dir.clone(),
                 socket,
@@ -49,7 +50,7 @@ impl ServeRestore {
                 asked_at: now.checked_sub(spent).unwrap_or(now),
                 starts: !self.no_start,
             };
-            Ok::<_, CommandError>(supervise(options, terminated()).await?)
+            Ok::<_, CommandError>(supervise(options, terminated).await?)
         })?
     }
 }

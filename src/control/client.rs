@@ -38,6 +38,10 @@ async fn ask<Q: Serialize, R: DeserializeOwned>(path: &Path, request: &Q) -> Res
     line.push(b'\n');
     stream.write_all(&line).await.map_err(failed)?;
     let mut answer = String::new();
-    BufReader::new(stream).take(LINE_BYTES_MAX).read_line(&mut answer).await.map_err(failed)?;
+    let read = BufReader::new(stream).take(LINE_BYTES_MAX).read_line(&mut answer).await.map_err(failed)?;
+    if read == 0 {
+        // It ended while it was asked.
+        return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
+    }
     serde_json::from_str(&answer).map_err(|error| malformed(error.to_string()))
 }

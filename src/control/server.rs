@@ -138,6 +138,19 @@ mod tests {
         assert!(!path.exists());
     }
 
+    #[tokio::test]
+    async fn whoever_is_hung_up_on_is_told_of_no_malformed_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("clone.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (asked, ()) = tokio::join!(control::request(&path, &Request::Status), async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut line = String::new();
+            BufReader::new(&mut stream).read_line(&mut line).await.unwrap();
+        });
+        assert!(matches!(asked, Err(Error::Io { .. })), "{asked:?}");
+    }
+
     /// Whoever listens turns to something else while a request comes.
     #[tokio::test]
     async fn a_request_is_not_lost_when_something_else_comes_first() {

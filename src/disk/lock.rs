@@ -31,6 +31,8 @@ impl LockFile {
                 .create(true)
                 .truncate(false)
                 .mode(0o600)
+                // Who owns the folder could have root write its number into any file.
+                .custom_flags(libc::O_NOFOLLOW)
                 .open(path)
                 .map_err(Error::at("open lock file", path))?;
             let mut held = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -99,6 +101,16 @@ mod tests {
         assert!(refused.to_string().ends_with(&format!("is locked by process {pid}")));
         drop(first);
         assert_eq!(LockFile::acquire(&path).unwrap().path(), path);
+    }
+
+    #[test]
+    fn a_link_in_the_stead_of_a_lock_is_not_followed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (link, other) = (scratch.path().join("lock"), scratch.path().join("somebody's"));
+        std::fs::write(&other, "theirs").unwrap();
+        std::os::unix::fs::symlink(&other, &link).unwrap();
+        assert!(matches!(LockFile::acquire(&link), Err(Error::Io { .. })));
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "theirs");
     }
 
     #[test]

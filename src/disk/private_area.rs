@@ -12,10 +12,13 @@
 //! .walden/tmp/…             files on their way to their place; emptied by whoever opens it
 //! ```
 //!
-//! A mount hides it, a backup skips it, and completion removes it. While it exists the directory is incomplete.
+//! A mount hides it, a backup skips it, completion removes it. Above it all is a user's: what is opened here is no link.
 
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -53,6 +56,8 @@ pub struct Binding {
     /// Which part of the basebackup: the data directory or one tablespace.
     pub part: String,
 }
+
+const LOCK_NAME: &str = "lock";
 
 /// What a released area is called until it is removed: PostgreSQL's tools and Walden's backups leave out such a name.
 const RELEASED_NAME: &str = "pgsql_tmp.walden";
@@ -103,9 +108,11 @@ impl PrivateArea {
     pub fn create(parent: &Path, owner: Option<Owner>) -> Result<Self, Error> {
         let area = Self { directory: parent.join(DIRECTORY_NAME) };
         let create = Create { owner, ..Create::PRIVATE_DIRECTORY };
-        durable::create_dir(&area.directory, create)?;
-        durable::create_dir(&area.held_directory(), create)?;
-        durable::create_dir(&area.temporary_directory(), create)?;
+        for directory in [area.directory.clone(), area.held_directory(), area.temporary_directory()] {
+            durable::create_dir(&directory, create)?;
+            let made = fs::symlink_metadata(&directory).map_err(Error::at("stat", &directory))?;
+            check_directory(&directory, &made)?;
+        }
         Ok(area)
     }
 
@@ -113,7 +120,7 @@ impl PrivateArea {
     pub fn open(parent: &Path) -> Result<Option<Self>, Error> {
         let directory = parent.join(DIRECTORY_NAME);
         match fs::symlink_metadata(&directory) {
-            Ok(_) => Ok(Some(Self { directory })),
+            Ok(found) => check_directory(&directory, &found).map(|()| Some(Self { directory })),
             Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Error::at("stat", &directory)(source)),
         }
@@ -121,22 +128,27 @@ impl PrivateArea {
 
     /// Locks the area for this process; the lock ends when the value is dropped.
     pub fn lock(&self) -> Result<LockFile, Error> {
-        LockFile::acquire(&self.directory.join("lock"))
+        LockFile::acquire(&self.directory.join(LOCK_NAME))
     }
 
     /// Removes what a crash left of files on their way; only for who holds the lock.
     pub fn clear_temporary(&self, _held: &LockFile) -> Result<(), Error> {
         let path = self.temporary_directory();
-        for entry in fs::read_dir(&path).map_err(Error::at("open directory", &path))? {
-            let left = entry.map_err(Error::at("read directory", &path))?.path();
-            let removed = if left.is_dir() && !left.is_symlink() {
-                fs::remove_dir_all(&left)
-            } else {
-                fs::remove_file(&left)
-            };
-            removed.map_err(Error::at("remove", &left))?;
-        }
-        Ok(())
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let opened = OpenOptions::new().read(true).custom_flags(flags).open(&path);
+        let opened = opened.map_err(Error::at("open directory", &path))?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
+        clear_but(&path, None)
+    }
+
+    /// Removes everything but the lock, which says of another restore how far that one came; only for who holds it.
+    pub fn clear(&self, _held: &LockFile) -> Result<(), Error> {
+        clear_but(&self.directory, Some(LOCK_NAME))
+    }
+
+    /// Removes the area of `parent`, if there is one, with all that it holds; only for who begins anew there.
+    pub fn discard(parent: &Path) -> Result<(), Error> {
+        ReleaseStep::Remove { directory: parent.join(DIRECTORY_NAME) }.take()
     }
 
     /// Binds the directory to a basebackup, or checks that it is bound to this very one.
@@ -218,6 +230,32 @@ impl PrivateArea {
     }
 }
 
+/// Refuses what is no directory, such as a link to one.
+fn check_directory(path: &Path, found: &fs::Metadata) -> Result<(), Error> {
+    match found.is_dir() {
+        true => Ok(()),
+        false => Err(Error::at("open directory", path)(io::ErrorKind::NotADirectory.into())),
+    }
+}
+
+/// Removes what is in a directory, but for one name; no link is followed.
+fn clear_but(directory: &Path, spared: Option<&str>) -> Result<(), Error> {
+    for entry in fs::read_dir(directory).map_err(Error::at("open directory", directory))? {
+        let entry = entry.map_err(Error::at("read directory", directory))?;
+        if spared.is_some_and(|spared| entry.file_name() == OsStr::new(spared)) {
+            continue;
+        }
+        let left = entry.path();
+        let removed = if left.is_dir() && !left.is_symlink() {
+            fs::remove_dir_all(&left)
+        } else {
+            fs::remove_file(&left)
+        };
+        removed.map_err(Error::at("remove", &left))?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,6 +281,50 @@ mod tests {
         assert!(refused.to_string().contains("20261120T101500Z-3fa9"), "{refused}");
         again.unbind().unwrap();
         again.bind(&binding("20261121T101500Z-0000")).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_the_stead_of_a_directory_is_not_followed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (parent, theirs) = (scratch.path().join("data"), scratch.path().join("theirs"));
+        for directory in [&parent, &theirs] {
+            fs::create_dir(directory).unwrap();
+        }
+        fs::write(theirs.join("file"), b"x").unwrap();
+        let area = PrivateArea::create(&parent, None).unwrap();
+        let lock = area.lock().unwrap();
+        fs::remove_dir(area.temporary_directory()).unwrap();
+        std::os::unix::fs::symlink(&theirs, area.temporary_directory()).unwrap();
+        area.clear_temporary(&lock).unwrap_err();
+        PrivateArea::create(&parent, None).unwrap_err();
+        fs::remove_dir_all(area.directory()).unwrap();
+        std::os::unix::fs::symlink(&theirs, area.directory()).unwrap();
+        PrivateArea::create(&parent, None).unwrap_err();
+        PrivateArea::open(&parent).unwrap_err();
+        PrivateArea::discard(&parent).unwrap();
+        assert_eq!(names(&theirs), ["file"]);
+        assert!(PrivateArea::open(&parent).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_an_earlier_restore_has_left_goes_and_the_lock_stays() {
+        let scratch = tempfile::tempdir().unwrap();
+        let area = PrivateArea::create(scratch.path(), None).unwrap();
+        let lock = area.lock().unwrap();
+        for left in ["names.journal", WHOLE_MARK, "held/pg_control"] {
+            fs::write(area.directory().join(left), b"x").unwrap();
+        }
+        area.clear(&lock).unwrap();
+        assert_eq!(names(area.directory()), ["lock"]);
+        assert!(matches!(area.lock(), Err(Error::Locked { .. })), "it is the same lock");
+        PrivateArea::discard(scratch.path()).unwrap();
+        PrivateArea::discard(scratch.path()).unwrap();
+        assert!(PrivateArea::open(scratch.path()).unwrap().is_none());
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
     #[test]

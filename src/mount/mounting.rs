@@ -8,7 +8,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -47,6 +47,8 @@ pub struct MountOptions {
     /// Directories that must stay reachable: the local repository, the state folder. Mounting over one of them, or
     /// over a directory above one, is refused: the mount would wait for itself (failure 33).
     pub must_not_cover: Vec<PathBuf>,
+    /// The very directory that root mounts over, whatever its path leads to by then.
+    pub at: Option<Arc<File>>,
 }
 
 impl MountOptions {
@@ -58,6 +60,7 @@ impl MountOptions {
             allow_other: Owner::current().is_root(),
             over_content: false,
             must_not_cover: Vec::new(),
+            at: None,
         }
     }
 }
@@ -140,6 +143,11 @@ impl Mounted {
 
     /// Unmounts if nothing holds the mount; otherwise says who does, and goes on serving.
     pub fn unmount(&mut self) -> Result<(), MountError> {
+        if !is_own(&self.path) {
+            // Somebody else has unmounted it, and what he mounts a directory on is his.
+            self.serving.take();
+            return Err(MountError::NotMounted { path: self.path.clone() });
+        }
         unmount(&self.path)?;
         self.finish();
         Ok(())
@@ -150,7 +158,7 @@ impl Mounted {
     /// A detached file system lives on until then; the process that serves it must not wait for that.
     pub fn detach(mut self) -> Result<(), MountError> {
         self.serving.take();
-        detach(&self.path)
+        if is_own(&self.path) { detach(&self.path) } else { Ok(()) }
     }
 
     /// Waits until somebody unmounts it.
@@ -170,6 +178,7 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         if self.serving.take().is_some()
+            && is_own(&self.path)
             && let Err(error) = detach(&self.path)
         {
             tracing::error!("{error}");
@@ -231,16 +240,20 @@ pub fn is_dead(path: &Path) -> bool {
 /// The kernel lists mounts without the links on the way there. The last part is not looked at: it may be a mount that is
 /// dead, or waits for its store.
 pub fn is_mount_point(path: &Path) -> bool {
-    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
-    let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
-    let path = real.as_deref().unwrap_or(path);
-    holders::mount_points().iter().any(|mounted| mounted == path)
+    let path = as_listed(path);
+    holders::mount_points().contains(&path)
 }
 
-/// Tells whether a mount of Walden's lies at exactly this path, dead or alive; the path must be absolute and without links.
+/// Tells whether a mount of Walden's lies at exactly this path, dead or alive.
 pub fn is_own(path: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    holders::mounted_at(&table, path).is_some_and(|kind| kind == TYPE)
+    holders::mounted_at(&table, &as_listed(path)).is_some_and(|kind| kind == TYPE)
+}
+
+fn as_listed(path: &Path) -> PathBuf {
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
+    real.unwrap_or_else(|| path.to_owned())
 }
 
 /// Checks the mount point and returns it absolute and without links.
@@ -297,7 +310,8 @@ fn mount_as_root(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountEr
     if options.read_only {
         flags |= MsFlags::MS_RDONLY;
     }
-    nix::mount::mount(Some(safe_name(options).as_str()), path, Some(TYPE), flags, Some(data.as_str()))
+    let at = options.at.as_ref().map_or_else(|| path.to_owned(), |at| path_of(at));
+    nix::mount::mount(Some(safe_name(options).as_str()), &at, Some(TYPE), flags, Some(data.as_str()))
         .map_err(|errno| io_error("mount on", path)(errno.into()))?;
     Ok(device.into())
 }
@@ -422,8 +436,7 @@ fn describe(holders: &[Holder]) -> String {
 
 /// Shows an open directory, such as one beneath a mount, at a path as well; only root can.
 pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
-    let source = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
-    nix::mount::mount(Some(&source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    nix::mount::mount(Some(&path_of(directory)), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|errno| io_error("show a directory at", path)(errno.into()))
 }
 
@@ -436,9 +449,17 @@ pub fn unbind(path: &Path) -> Result<bool, MountError> {
     }
 }
 
-/// Keeps the directory beneath a mount reachable: opened before mounting, it still names what is below.
+/// Keeps the directory beneath a mount reachable: opened before mounting, it still names what is below. Not through a
+/// link: its owner could have put one there for root to follow.
 pub fn open_beneath(path: &Path) -> Result<File, MountError> {
-    File::open(path).map_err(io_error("open directory", path))
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    opened.map_err(io_error("open directory", path))
+}
+
+/// Returns a path that leads to an open directory, wherever that is by now.
+pub fn path_of(directory: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()))
 }
 
 #[cfg(test)]
@@ -470,6 +491,17 @@ mod tests {
         assert!(matches!(prepare(&file, &options), Err(MountError::NotADirectory { .. })));
         options.over_content = true;
         prepare(scratch.path(), &options).unwrap();
+    }
+
+    #[test]
+    fn a_mount_point_is_looked_up_without_the_links_above_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let real = scratch.path().canonicalize().unwrap().join("real");
+        fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, scratch.path().join("link")).unwrap();
+        assert_eq!(as_listed(&scratch.path().join("link/data")), real.join("data"));
+        assert_eq!(as_listed(Path::new("/")), Path::new("/"));
+        assert!(!is_own(&real) && !is_own(Path::new("/")));
     }
 
     #[test]

@@ -69,6 +69,16 @@ const READER_CACHE_BYTES: usize = 4 << 20;
 
 /// Reads the plan of an unfinished restore, for `--resume`; refuses where going on by it would touch what is not its own.
 pub fn read_unfinished(target_directory: &Path) -> Result<RestorePlan, Error> {
+    let plan = read_plan(target_directory)?;
+    // All but the removal of the private area may have been done, and the server started.
+    match server_in(&plan.destinations.data) {
+        Some(server) => Err(server.refusal(&plan.destinations.data)),
+        None => Ok(plan),
+    }
+}
+
+/// The same where it does not matter whether a server runs.
+pub fn read_plan(target_directory: &Path) -> Result<RestorePlan, Error> {
     let nothing = || Error::NothingToResume { path: target_directory.to_owned() };
     let area = PrivateArea::open(target_directory)?.ok_or_else(nothing)?;
     let path = area.directory().join(STATE_FILE_NAME);
@@ -90,11 +100,7 @@ pub fn read_unfinished(target_directory: &Path) -> Result<RestorePlan, Error> {
     if path != *began {
         return Err(Error::Moved { path, began: began.clone() });
     }
-    // All but the removal of the private area may have been done, and the server started.
-    match server_in(&path) {
-        Some(server) => Err(server.refusal(&path)),
-        None => Ok(plan),
-    }
+    Ok(plan)
 }
 
 /// Restores by a plan; `resume` goes on with an unfinished restore by the same plan.

@@ -7,12 +7,14 @@
 use std::path::{Path, PathBuf};
 
 use crate::disk::durable::{self, Create};
-use crate::disk::{Owner, PrivateArea};
+use crate::disk::{self, Owner, PrivateArea};
 use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::InstantError;
 use crate::instance::instant::unfinished::{InstantSpec, Unfinished, write_spec};
+use crate::instance::lazy_uppers::MountFailure;
 use crate::instance::pinning::pin;
 use crate::instance::programs;
+use crate::mount::mounting::open_beneath;
 use crate::mount::upper::file_system;
 use crate::repo::Basebackup;
 use crate::repo::entry::TreePath;
@@ -112,14 +114,35 @@ fn write_down(begun: &Unfinished) -> Result<(), InstantError> {
         durable::create_dir_all(root, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
     }
     let area = PrivateArea::create(&destinations.data, Some(owner))?;
-    let _lock = area.lock()?;
+    let lock = area.lock()?;
     check()?;
-    // What a restore has left that ended before it had begun.
-    area.unbind()?;
+    // What an earlier restore has left would be taken for this one's: `rm -rf DIR/*` leaves it.
+    area.clear(&lock)?;
+    let area = PrivateArea::create(&destinations.data, Some(owner))?;
+    for place in destinations.tablespaces.values() {
+        if let Some(left) = PrivateArea::open(place)? {
+            let _held = left.lock()?;
+            PrivateArea::discard(place)?;
+        }
+    }
+    let places = std::iter::once(&destinations.data).chain(destinations.tablespaces.values());
+    for place in places {
+        give(place, owner)?;
+    }
     write_spec(plan, spec)?;
     // Its owner says who has decided this.
     let state = area.directory().join(STATE_FILE_NAME);
     Ok(durable::write_file(&state, &to_json(plan)?, Create::PRIVATE_FILE)?)
+}
+
+/// Gives a directory to the server's user: whoever opens it later goes by that (`mounts::check_place`).
+fn give(place: &Path, owner: Owner) -> Result<(), InstantError> {
+    let directory = open_beneath(place).map_err(MountFailure::Mount)?;
+    if Owner::current().is_root() {
+        std::os::unix::fs::fchown(&directory, Some(owner.uid), Some(owner.gid))
+            .map_err(disk::Error::at("change the owner of", place))?;
+    }
+    Ok(())
 }
 
 /// Refuses a host on which nobody, or not this user, can mount.

@@ -23,16 +23,24 @@ pub struct BootUnit {
 }
 
 impl BootUnit {
-    /// Returns the unit of a restore into `data`, where Debian has a cluster; `command` mounts it.
-    pub fn of(data: &Path, command: &[String]) -> Option<Self> {
+    /// Returns the unit of a restore into `data`, where Debian has a cluster; `command` mounts it, once the disks of `data`
+    /// and of its `tablespaces` are there.
+    pub fn of<'a>(
+        data: &Path,
+        tablespaces: impl IntoIterator<Item = &'a PathBuf>,
+        command: &[String],
+    ) -> Option<Self> {
         let (version, cluster) = debian_cluster(data)?;
-        let command: Vec<String> = command.iter().map(|word| quoted(word)).collect();
+        let command: Vec<String> = command.iter().map(|word| quoted(&word.replace('$', "$$"))).collect();
+        let places = tablespaces.into_iter().filter_map(|place| place.to_str()).chain(data.to_str());
+        let places: Vec<String> = places.map(quoted).collect();
         let text = format!(
             "# Written by walden restore --instant; removed when the directory needs it no more.\n\
              [Unit]\n\
              Description=Mount the unfinished restore of PostgreSQL cluster {version}-{cluster}\n\
              Wants=network-online.target\n\
-             After=network-online.target local-fs.target\n\
+             After=network-online.target local-fs.target remote-fs.target\n\
+             RequiresMountsFor={}\n\
              Before=postgresql@{version}-{cluster}.service\n\
              \n\
              [Service]\n\
@@ -44,6 +52,7 @@ impl BootUnit {
              \n\
              [Install]\n\
              WantedBy=multi-user.target\n",
+            places.join(" "),
             command.join(" ")
         );
         Some(Self { name: format!("walden-restore-{version}-{cluster}.service"), text })
@@ -75,7 +84,7 @@ impl BootUnit {
 /// # Errors
 /// What was in the way, in words.
 pub fn remove(data: &Path) -> Result<(), String> {
-    let Some(unit) = BootUnit::of(data, &[]) else { return Ok(()) };
+    let Some(unit) = BootUnit::of(data, [], &[]) else { return Ok(()) };
     if !unit.path().exists() {
         return Ok(());
     }
@@ -96,9 +105,9 @@ fn systemctl(arguments: &[&str]) -> Result<(), String> {
     }
 }
 
-/// Writes a word as systemd wants it in a command line.
+/// Writes a word as systemd wants it in a list.
 fn quoted(word: &str) -> String {
-    let escaped = word.replace('\\', r"\\").replace('"', r#"\""#).replace('%', "%%").replace('$', "$$");
+    let escaped = word.replace('\\', r"\\").replace('"', r#"\""#).replace('%', "%%");
     format!("\"{escaped}\"")
 }
 
@@ -110,17 +119,22 @@ mod tests {
     fn the_unit_mounts_before_the_cluster_is_started_and_nothing_else() {
         let command = ["/usr/bin/walden", "--config", "/etc/my 100%.toml", "restore", "--resume"];
         let command = command.map(str::to_owned);
-        let unit = BootUnit::of(Path::new("/var/lib/postgresql/15/main"), &command).unwrap();
+        let tablespaces = ["/srv/fast disk", "/srv/100%"].map(PathBuf::from);
+        let unit = BootUnit::of(Path::new("/var/lib/postgresql/15/main"), &tablespaces, &command).unwrap();
         assert_eq!(unit.path(), Path::new("/etc/systemd/system/walden-restore-15-main.service"));
         for line in [
             "Before=postgresql@15-main.service",
+            r#"RequiresMountsFor="/srv/fast disk" "/srv/100%%" "/var/lib/postgresql/15/main""#,
             r#"ExecStart="/usr/bin/walden" "--config" "/etc/my 100%%.toml" "restore" "--resume""#,
             "RemainAfterExit=yes",
             "WantedBy=multi-user.target",
         ] {
             assert!(unit.text.lines().any(|found| found == line), "no {line:?} in:\n{}", unit.text);
         }
-        assert!(BootUnit::of(Path::new("/srv/data"), &command).is_none());
+        assert!(BootUnit::of(Path::new("/srv/data"), [], &command).is_none());
+        let price = ["$5".to_owned()];
+        let unit = BootUnit::of(Path::new("/var/lib/postgresql/15/main"), [], &price).unwrap();
+        assert!(unit.text.contains("ExecStart=\"$$5\"\n"), "{}", unit.text);
     }
 
     #[test]

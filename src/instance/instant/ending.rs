@@ -7,19 +7,23 @@
 //! Every step may be taken again after a crash; the mark says that only these are left. The pin ends before the private
 //! area goes, which is where it is written down. A store that does not answer holds up only that.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 
 use crate::disk::durable::{self, Create};
-use crate::disk::{self, PrivateArea, private_area};
+use crate::disk::{self, LockFile, PrivateArea, private_area};
 use crate::instance::instant::InstantError;
 use crate::instance::instant::boot_unit;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::unfinished::{Unfinished, area_of};
+use crate::instance::lazy_uppers::MountFailure;
+use crate::mount::mounting::{open_beneath, path_of};
 use crate::mount::upper::{Upper, forget_origins};
 use crate::repo::Repository;
+use crate::restore::destinations::Destinations;
 use crate::restore::run::COMPLETE_FILE;
 
 /// The end of one restore.
@@ -94,9 +98,7 @@ async fn tidy(uppers: Vec<Upper>, beneath: Vec<PathBuf>, unfinished: Unfinished,
         for path in places.iter().skip(1) {
             release(path)?;
         }
-        if let Err(error) = boot_unit::remove(&data) {
-            tracing::warn!("could not remove the unit that mounts at boot: {error}");
-        }
+        remove_unit(&data);
         Ok(())
     })
     .await;
@@ -114,6 +116,50 @@ async fn tidy(uppers: Vec<Upper>, beneath: Vec<PathBuf>, unfinished: Unfinished,
     match released {
         Ok(()) => tracing::info!("the directory is an ordinary data directory"),
         Err(error) => tracing::error!("the private area stays: {error}"),
+    }
+}
+
+impl Unfinished {
+    /// Tidies what a process has left that ended when the directory was plain already.
+    ///
+    /// # Errors
+    /// Where another process is at it, and where the store does not take the end of the pin: it is as good as before then.
+    pub async fn tidy(&self, repository: &Repository) -> Result<(), InstantError> {
+        let destinations = self.plan.destinations.clone();
+        let held = blocking(move || tidy_places(&destinations)).await?;
+        let Some((lock, data)) = held else { return Ok(()) };
+        if let Some(pin) = &self.spec.pin {
+            pin.end(repository).await?;
+        }
+        blocking(move || Ok(release(&path_of(&data))?)).await?;
+        drop(lock);
+        Ok(())
+    }
+}
+
+/// Tidies all but what remembers the pin; returns who keeps others away meanwhile, and the data directory.
+fn tidy_places(destinations: &Destinations) -> Result<Option<(LockFile, File)>, InstantError> {
+    let Destinations { data, tablespaces, .. } = destinations;
+    let Some(area) = PrivateArea::open(data)? else { return Ok(None) };
+    let lock = area.lock()?;
+    let opened = open_beneath(data).map_err(MountFailure::Mount)?;
+    let tablespaces = tablespaces.values().map(|place| (place, true));
+    for (place, is_tablespace) in std::iter::once((data, false)).chain(tablespaces) {
+        let directory = open_beneath(place).map_err(MountFailure::Mount)?;
+        let path = path_of(&directory);
+        forget_origins(&path.join(".")).map_err(|source| ending("forget the origins in", place, source))?;
+        durable::sync_file_system(&path)?;
+        if is_tablespace {
+            release(&path)?;
+        }
+    }
+    remove_unit(data);
+    Ok(Some((lock, opened)))
+}
+
+fn remove_unit(data: &Path) {
+    if let Err(error) = boot_unit::remove(data) {
+        tracing::warn!("could not remove the unit that mounts at boot: {error}");
     }
 }
 

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use crate::control;
-use crate::disk;
+use crate::disk::{self, Owner};
 use crate::instance::lazy_uppers::MountFailure;
 use crate::instance::programs::ProgramsError;
 use crate::instance::server::ServerError;
@@ -50,6 +50,15 @@ pub enum InstantError {
     /// The server would run as root.
     #[error("PostgreSQL does not run as root, and \"{}\" would belong to root", .0.display())]
     RootOwner(PathBuf),
+    /// A tablespace is not where it was.
+    #[error("\"{}\" has nothing of the tablespace that was being restored there", .0.display())]
+    NotThere(PathBuf),
+    /// A directory of the restore belongs to somebody else.
+    #[error(
+        "\"{}\" belongs to user {}, and the server runs as user {}",
+        path.display(), found.user(), owner.user()
+    )]
+    NotItsOwn { path: PathBuf, found: Owner, owner: Owner },
     /// Another process serves it.
     #[error("the restore in \"{}\" is being served already", .0.display())]
     Served(PathBuf),
@@ -89,6 +98,10 @@ impl InstantError {
             Self::NoConfiguration => "Restore it as well with --config-dir.".to_owned(),
             Self::RootOwner(_) => {
                 "Make the directory, and give it to the user that is to run PostgreSQL.".to_owned()
+            }
+            Self::NotThere(_) => "Is its disk mounted? Mount it, then go on with --resume.".to_owned(),
+            Self::NotItsOwn { .. } => {
+                "Look who has put it there; give it to the server's user, then go on with --resume.".to_owned()
             }
             Self::Served(_) => "\"walden restore --resume\" follows it.".to_owned(),
         })

@@ -5,27 +5,27 @@
 //! what hides nothing else goes first; whatever is still held stays, unless there is no time left for that.
 //!
 //! This process looks beneath, not through its own mounts: a thread that waits for its own answer when it is killed would
-//! keep the mount, and all who wait for it, for ever.
+//! keep the mount, and all who wait for it, for ever. It goes by descriptors, because who owns a directory may put a link
+//! in its place.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Deref;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::disk::durable::{self, Create};
-use crate::disk::{Binding, Owner};
+use crate::disk::{self, Binding, Owner, PrivateArea};
 use crate::instance::clone_mount::take_away;
 use crate::instance::instant::InstantError;
-use crate::instance::instant::prepare::prepare;
+use crate::instance::instant::prepare::{is_prepared, prepare};
 use crate::instance::instant::unfinished::Unfinished;
 use crate::instance::lazy_uppers::{LazyBasebackup, LazyUppers, MountFailure};
 use crate::mount::lower::Lower;
 use crate::mount::mounting::{self, MountError, MountOptions, Mounted};
 use crate::mount::tree::Tree;
-use crate::mount::upper::{Upper, UpperOptions};
+use crate::mount::upper::{OpenError, Upper, UpperOptions};
 use crate::mount::virtual_dir::Item;
 use crate::repo::Repository;
 use crate::restore::plan::RestorePlan;
@@ -39,14 +39,14 @@ pub(super) struct InstantMounts {
     /// Where pg_wal is shown, if it is.
     shown: Option<PathBuf>,
     /// Each directory beneath a mount, that of the data directory first.
-    beneath: Vec<File>,
+    beneath: Vec<Arc<File>>,
 }
 
 /// A directory that is to be mounted over.
 struct Place {
     directory: PathBuf,
     upper: Upper,
-    beneath: File,
+    beneath: Arc<File>,
 }
 
 impl Deref for InstantMounts {
@@ -81,12 +81,12 @@ impl InstantMounts {
 
     /// Returns a path by which the data directory beneath is reached.
     pub(super) fn data_beneath(&self) -> PathBuf {
-        self.beneath.first().map(path_of).unwrap_or_default()
+        self.beneath.first().map(|directory| mounting::path_of(directory)).unwrap_or_default()
     }
 
     /// Returns paths by which all directories beneath are reached, that of the data directory first.
     pub(super) fn beneath(&self) -> Vec<PathBuf> {
-        self.beneath.iter().map(path_of).collect()
+        self.beneath.iter().map(|directory| mounting::path_of(directory)).collect()
     }
 
     /// Unmounts what nobody holds; true where nothing is left. May be called again.
@@ -151,6 +151,7 @@ fn unshow(shown: Option<PathBuf>) -> Option<PathBuf> {
     }
 }
 
+/// Opens a directory that is to be mounted over, and its upper.
 async fn open_place(
     plan: &RestorePlan,
     directory: &Path,
@@ -159,17 +160,53 @@ async fn open_place(
     holds_back: bool,
 ) -> Result<Place, InstantError> {
     let owner = plan.owner();
-    durable::create_dir_all(directory, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
+    let was_begun = is_prepared(&plan.destinations.data);
+    if !was_begun {
+        durable::create_dir_all(directory, Create::PRIVATE_DIRECTORY.owned_by(owner))?;
+    }
     let binding = Binding {
         basebackup: plan.basebackup.to_string(),
         manifest_digest: plan.manifest_digest.clone(),
         part: part.to_owned(),
     };
-    let beneath = mounting::open_beneath(directory).map_err(MountFailure::Mount)?;
-    let directory = directory.to_owned();
-    let options = UpperOptions { directory: directory.clone(), binding, owner, holds_back };
-    let upper = Upper::open(lower, options).await.map_err(MountFailure::Upper)?;
+    let beneath = Arc::new(mounting::open_beneath(directory).map_err(MountFailure::Mount)?);
+    let (path, directory) = (mounting::path_of(&beneath), directory.to_owned());
+    check_place(&path, &directory, owner, was_begun)?;
+    let options = UpperOptions { directory: path, binding, owner, holds_back };
+    let opened = Upper::open(lower, options).await;
+    let upper = opened.map_err(|error| named(error, &directory)).map_err(MountFailure::Upper)?;
     Ok(Place { directory, upper, beneath })
+}
+
+/// Has an error name a directory that it knows by its descriptor.
+fn named(error: OpenError, directory: &Path) -> OpenError {
+    let path = directory.to_owned();
+    match error {
+        OpenError::Lost { .. } => OpenError::Lost { path },
+        OpenError::Io { source, .. } => OpenError::Io { path, source },
+        OpenError::Disk(disk::Error::Locked { holder, .. }) => disk::Error::Locked { path, holder }.into(),
+        OpenError::Disk(disk::Error::BoundElsewhere { found, wanted, .. }) => {
+            disk::Error::BoundElsewhere { path, found, wanted }.into()
+        }
+        other => other,
+    }
+}
+
+/// Refuses a directory, which `path` leads to, that is not the one it was.
+///
+/// A tablespace whose disk is not mounted would come anew from the basebackup, older than everything else. And what is not
+/// the server's own was put there by its user for root to give to him.
+fn check_place(path: &Path, directory: &Path, owner: Owner, was_begun: bool) -> Result<(), InstantError> {
+    let found = Owner::of(path)?;
+    if Owner::current().is_root() && found.uid != owner.uid {
+        return Err(InstantError::NotItsOwn { path: directory.to_owned(), found, owner });
+    }
+    let area = PrivateArea::open(path)?;
+    let binding = area.map_or(Ok(None), |area| area.binding())?;
+    match was_begun && binding.is_none() {
+        true => Err(InstantError::NotThere(directory.to_owned())),
+        false => Ok(()),
+    }
 }
 
 /// Mounts over every place, the data directory last; where one cannot be, none stays.
@@ -192,6 +229,7 @@ fn mount_all(
         let tree = Tree::new(Item::Volume(Arc::new(place.upper.clone())), owner);
         let mut options = MountOptions::new(format!("walden:{}", place.directory.display()), false);
         options.over_content = true;
+        options.at = Some(place.beneath.clone());
         mounted
             .push(mounting::mount(tree, &place.directory, &options, runtime).map_err(MountFailure::Mount)?);
     }
@@ -205,13 +243,58 @@ fn mount_all(
     Ok(mounts)
 }
 
-fn path_of(directory: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()))
-}
-
 /// Runs what blocks on a thread for that.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, InstantError> + Send + 'static,
 ) -> Result<T, InstantError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| InstantError::Internal(error.to_string()))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner() -> Owner {
+        Owner::current()
+    }
+
+    #[test]
+    fn a_tablespace_whose_disk_is_not_mounted_does_not_come_anew() {
+        let scratch = tempfile::tempdir().unwrap();
+        let place = scratch.path();
+        check_place(place, place, owner(), false).unwrap();
+        for _ in 0..2 {
+            let refused = check_place(place, place, owner(), true).unwrap_err();
+            assert!(matches!(&refused, InstantError::NotThere(path) if path == place), "{refused}");
+            assert!(refused.hint().unwrap().contains("mounted"), "{refused:?}");
+            // One that nobody has bound yet is none either.
+            PrivateArea::create(place, None).unwrap();
+        }
+        let part = "tablespaces/16400".to_owned();
+        let binding = Binding { basebackup: "b".to_owned(), manifest_digest: "d".to_owned(), part };
+        PrivateArea::open(place).unwrap().unwrap().bind(&binding).unwrap();
+        check_place(place, place, owner(), true).unwrap();
+    }
+
+    #[test]
+    fn root_takes_no_directory_that_is_not_the_servers_own() {
+        if !owner().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let scratch = tempfile::tempdir().unwrap();
+        let other = Owner { uid: 65_534, gid: 65_534 };
+        let refused = check_place(scratch.path(), scratch.path(), other, false).unwrap_err();
+        assert!(matches!(refused, InstantError::NotItsOwn { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_link_in_a_places_stead_is_not_followed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (real, link) = (scratch.path().join("real"), scratch.path().join("link"));
+        std::fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        mounting::open_beneath(&real).unwrap();
+        mounting::open_beneath(&link).unwrap_err();
+    }
 }

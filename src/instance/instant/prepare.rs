@@ -19,8 +19,7 @@ const PREPARED_FILE: &str = "prepared";
 /// Prepares the data directory, unless that has been done; its upper is open, and nothing is mounted.
 pub(super) async fn prepare(reader: &FileReader, plan: &RestorePlan) -> Result<(), InstantError> {
     let data = &plan.destinations.data;
-    let mark = area_of(data).join(PREPARED_FILE);
-    if mark.exists() {
+    if is_prepared(data) {
         return Ok(());
     }
     let directory = Create::PRIVATE_DIRECTORY.owned_by(plan.owner());
@@ -29,7 +28,12 @@ pub(super) async fn prepare(reader: &FileReader, plan: &RestorePlan) -> Result<(
     }
     restore_configuration(reader, plan).await?;
     write_settings(plan, &stored_auto_conf(reader).await?)?;
-    Ok(durable::write_file(&mark, b"", Create::PRIVATE_FILE)?)
+    Ok(durable::write_file(&area_of(data).join(PREPARED_FILE), b"", Create::PRIVATE_FILE)?)
+}
+
+/// Tells whether a data directory has been prepared: every place of its restore was open before.
+pub(super) fn is_prepared(data: &Path) -> bool {
+    area_of(data).join(PREPARED_FILE).exists()
 }
 
 /// Removes the word of a server that is gone: nobody has a file open here, and its number may be another's now.

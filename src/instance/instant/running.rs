@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::disk::Owner;
 use crate::instance::instant::unfinished::Unfinished;
 use crate::instance::launch::Launch;
 use crate::instance::postmaster::Postmaster;
@@ -44,6 +45,11 @@ impl Running {
         self.own.as_ref().map(Postmaster::pid).or(self.foreign)
     }
 
+    /// Tells whether the one that runs was started by somebody else.
+    pub(super) fn is_foreign(&self) -> bool {
+        self.own.is_none() && self.foreign.is_some()
+    }
+
     /// Waits until the one that was started here ends; for ever where none was.
     pub(super) async fn own_ended(&mut self) -> io::Result<ExitStatus> {
         match &mut self.own {
@@ -58,12 +64,20 @@ impl Running {
     }
 
     /// Looks for one that somebody else has started; true where one was found that was not known.
-    pub(super) fn look_for_others(&mut self, file: Option<&PostmasterPid>, data: &Path) -> bool {
+    ///
+    /// The file is its owner's to write, and what it names is stopped: it must be his as well.
+    pub(super) fn look_for_others(
+        &mut self,
+        file: Option<&PostmasterPid>,
+        data: &Path,
+        owner: Owner,
+    ) -> bool {
         if self.own.is_some() {
             return false;
         }
         let before = self.foreign;
-        let named = file.map(|file| Pid::from_raw(file.pid)).filter(|pid| works_in(*pid, data));
+        let is_one = |pid: &Pid| works_in(*pid, data) && is_of(*pid, owner);
+        let named = file.map(|file| Pid::from_raw(file.pid)).filter(is_one);
         // One that has removed its file is there until its last process is.
         self.foreign = named.or(before.filter(|pid| works_in(*pid, data)));
         self.foreign.is_some() && self.foreign != before
@@ -95,6 +109,11 @@ impl Running {
 /// our own mount.
 fn works_in(pid: Pid, data: &Path) -> bool {
     fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data)
+}
+
+/// Tells whose a process is.
+fn is_of(pid: Pid, owner: Owner) -> bool {
+    Owner::of(format!("/proc/{pid}").as_ref()).is_ok_and(|found| found.uid == owner.uid)
 }
 
 /// Returns how the server is started on the mount; `pid_file` is where it writes its own beneath.
@@ -155,15 +174,19 @@ mod tests {
         let data = scratch.path().canonicalize().unwrap();
         let mut sleeper = Command::new("sleep").arg("60").current_dir(&data).spawn().unwrap();
         let file = PostmasterPid::parse(&format!("{}\n{}\n", sleeper.id(), data.display())).unwrap();
-        let mut running = Running::default();
-        assert!(!running.look_for_others(None, &data));
-        assert!(!running.look_for_others(Some(&file), Path::new("/elsewhere")));
-        assert!(running.look_for_others(Some(&file), &data), "it is new");
-        assert!(!running.look_for_others(Some(&file), &data), "it is known");
+        let (mut running, owner) = (Running::default(), Owner::current());
+        assert!(!running.look_for_others(None, &data, owner));
+        assert!(!running.look_for_others(Some(&file), Path::new("/elsewhere"), owner));
+        let other = Owner { uid: owner.uid + 1, ..owner };
+        assert!(!running.look_for_others(Some(&file), &data, other), "somebody else stands there");
+        assert!(!running.is_foreign());
+        assert!(running.look_for_others(Some(&file), &data, owner), "it is new");
+        assert!(running.is_foreign());
+        assert!(!running.look_for_others(Some(&file), &data, owner), "it is known");
         assert_eq!(running.pid().unwrap().as_raw().unsigned_abs(), sleeper.id());
-        assert!(!running.look_for_others(None, &data) && running.pid().is_some(), "it still works there");
+        assert!(!running.look_for_others(None, &data, owner) && running.pid().is_some(), "it still works there");
         sleeper.kill().unwrap();
         sleeper.wait().unwrap();
-        assert!(!running.look_for_others(Some(&file), &data) && running.pid().is_none());
+        assert!(!running.look_for_others(Some(&file), &data, owner) && running.pid().is_none());
     }
 }

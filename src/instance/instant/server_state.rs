@@ -4,18 +4,20 @@
 //! Whether that waits at its target only a session can tell, and a server may let none of Walden's in: then one that lets
 //! readers in is taken at its word.
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use crate::control::RestoredServer;
-use crate::disk::Owner;
+use crate::disk::{Owner, state_file};
 use crate::instance::server::Endpoint;
 use crate::pg::{PostmasterPid, PostmasterStatus, RECOVERY_SIGNAL};
 use crate::replication;
 
 /// How long the server is asked: its answer may need pages from the store.
 const ASK_WAIT: Duration = Duration::from_secs(10);
+
+/// Seven lines, of which two are paths.
+const PID_FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// What a session was told of recovery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,9 +31,12 @@ pub(super) enum Told {
 }
 
 /// Reads the server's word on itself; nothing where there is none, or not all of it yet.
+///
+/// Its owner may have put anything there, and who looks serves the mount: it waits for nobody.
 pub(super) fn read_pid_file(beneath: &Path) -> Option<PostmasterPid> {
-    let text = fs::read_to_string(beneath.join("postmaster.pid")).ok()?;
-    PostmasterPid::parse(&text).ok()
+    let path = beneath.join("postmaster.pid");
+    let text = state_file::read(&path, "the server's word on itself", PID_FILE_BYTES_MAX).ok()?;
+    PostmasterPid::parse(str::from_utf8(&text).ok()?).ok()
 }
 
 /// Tells whether recovery has not ended: the server removes the file when it has, before it lets anybody write.
@@ -98,6 +103,8 @@ async fn ask_session(endpoint: &Endpoint) -> Result<Option<Told>, replication::E
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -135,7 +142,14 @@ mod tests {
         assert!(read_pid_file(scratch.path()).is_none() && !is_recovering(scratch.path()));
         fs::write(scratch.path().join("postmaster.pid"), "4711\n").unwrap();
         fs::write(scratch.path().join(RECOVERY_SIGNAL), "").unwrap();
+        let there = scratch.path().join("postmaster.pid");
         assert_eq!(read_pid_file(scratch.path()).unwrap().pid, 4711);
         assert!(is_recovering(scratch.path()));
+        fs::remove_file(&there).unwrap();
+        nix::unistd::mkfifo(&there, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        assert!(read_pid_file(scratch.path()).is_none(), "nobody waits for who writes into a pipe");
+        fs::remove_file(&there).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &there).unwrap();
+        assert!(read_pid_file(scratch.path()).is_none(), "and nobody reads for ever");
     }
 }

@@ -29,9 +29,10 @@ use crate::instance::instant::unfinished::{self, Found, Unfinished};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::postmaster::Postmaster;
-use crate::instance::server::{StopMode, last_words, tail};
+use crate::instance::server::{ServerError, StopMode, last_words, tail};
 use crate::instance::store_wait::{Waited, until_it_answers};
 use crate::mount::patience::Patience;
+use crate::mount::upper::Upper;
 use crate::repo::{self, Repository};
 use crate::restore;
 use crate::restore::target::resolve;
@@ -67,6 +68,9 @@ const STARTS_MAX: u32 = 5;
 /// How often a server is looked at until it answers, and after that.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_LATER: Duration = Duration::from_secs(1);
+/// Between two attempts at what the server must always be able to read, and how often where something is damaged.
+const FETCH_AGAIN: Duration = Duration::from_secs(5);
+const FETCHES_MAX: u32 = 3;
 /// How long a cut-over that is under way is waited for at the end: what is cut off may leave a database.
 const CUT_OVER_WAIT: Duration = Duration::from_secs(10);
 const CUT_OVER_LOOK: Duration = Duration::from_millis(50);
@@ -83,7 +87,7 @@ pub async fn supervise(
     let target = data.clone();
     let unfinished = match blocking(move || unfinished::find(&target)).await? {
         Found::Instant(unfinished) => *unfinished,
-        Found::Other | Found::Plain => return Err(restore::Error::NothingToResume { path: data }.into()),
+        Found::Ended(_) | Found::Other | Found::Plain => return Err(restore::Error::NothingToResume { path: data }.into()),
     };
     unfinished::clear_last_words(&data)?;
     let outcome = run(&options, &unfinished, pin!(terminated)).await;
@@ -123,9 +127,12 @@ fn told(error: &dyn StdError) -> String {
 async fn run<T: Future<Output = ()>>(
     options: &SuperviseOptions,
     unfinished: &Unfinished,
-    terminated: Pin<&mut T>,
+    mut terminated: Pin<&mut T>,
 ) -> Result<(), InstantError> {
-    let mounts = InstantMounts::open(&options.repository, unfinished).await?;
+    let mounts = tokio::select! {
+        opened = InstantMounts::open(&options.repository, unfinished) => opened?,
+        () = terminated.as_mut() => return Ok(()),
+    };
     let mut serving = Serving::new(options, unfinished, mounts);
     let outcome = match Listener::bind(&options.socket) {
         Ok(listener) => serving.serve(&listener, terminated).await,
@@ -150,8 +157,11 @@ struct Serving<'a> {
     answered: Option<f64>,
     plain: Option<f64>,
     fetching: JoinSet<Result<(), MountFailure>>,
+    fetches_failed: u32,
     hydrating: Hydrating,
     waiting: JoinSet<Waited>,
+    /// Whether what the store is waited for was a server that had answered, and ended as it does when one of its processes has.
+    has_crashed: bool,
     cutting: CuttingOver,
     ending: Ending,
 }
@@ -171,8 +181,10 @@ impl<'a> Serving<'a> {
             answered: None,
             plain: None,
             fetching: JoinSet::new(),
+            fetches_failed: 0,
             hydrating: Hydrating::default(),
             waiting: JoinSet::new(),
+            has_crashed: false,
             cutting,
             ending: Ending::default(),
         }
@@ -199,7 +211,7 @@ impl<'a> Serving<'a> {
                     self.server_ended(status).await?;
                 }
                 Some(fetched) = self.fetching.join_next() => {
-                    fetched.map_err(|error| InstantError::Internal(error.to_string()))??;
+                    self.was_fetched(fetched.map_err(|error| InstantError::Internal(error.to_string()))?);
                 }
                 Some(ended) = self.hydrating.ended() => if let Err(error) = ended {
                     tracing::error!("the hydrator ended: {error}");
@@ -214,6 +226,22 @@ impl<'a> Serving<'a> {
                 return Ok(());
             }
         }
+    }
+
+    /// Fetches again what must never fail to be read: its server is not ended because that could not be had at once, when
+    /// it was stopped while the store was away, or has no room. What is damaged is left to the hydrator to tell.
+    fn was_fetched(&mut self, fetched: Result<(), MountFailure>) {
+        let Err(error) = fetched else { return };
+        self.fetches_failed += 1;
+        tracing::error!("{error}");
+        if self.mounts.damage().is_some() && self.fetches_failed >= FETCHES_MAX {
+            return;
+        }
+        let fetch = self.mounts.fetch_never_failing();
+        self.fetching.spawn(async move {
+            tokio::time::sleep(FETCH_AGAIN).await;
+            fetch.await
+        });
     }
 
     /// Tells whether no server runs, and none is about to.
@@ -234,8 +262,8 @@ impl<'a> Serving<'a> {
     /// Looks what the server does, whoever started it.
     async fn look(&mut self) {
         let file = read_pid_file(&self.beneath);
-        let data = &self.unfinished.plan.destinations.data;
-        if self.running.look_for_others(file.as_ref(), data) {
+        let plan = &self.unfinished.plan;
+        if self.running.look_for_others(file.as_ref(), &plan.destinations.data, plan.owner()) {
             tracing::info!("a server that was started by somebody else runs here now");
             self.message = None;
         }
@@ -259,7 +287,17 @@ impl<'a> Serving<'a> {
             },
             None => None,
         };
-        self.server = decide(status, lasts, told);
+        let before = std::mem::replace(&mut self.server, decide(status, lasts, told));
+        if self.running.is_foreign() && self.server == RestoredServer::Recovering && before != self.server {
+            self.sync_beside();
+        }
+    }
+
+    /// Has the disk take what was written, beside a recovery that was not begun here: its server may ask the mount for that
+    /// by `syncfs`, of which no mount hears. One that fails is taken note of there.
+    fn sync_beside(&self) {
+        let uppers = self.mounts.uppers().to_vec();
+        drop(tokio::task::spawn_blocking(move || uppers.iter().try_for_each(Upper::sync_all)));
     }
 
     /// Does what the state of the server and of the upper calls for.
@@ -354,21 +392,26 @@ impl<'a> Serving<'a> {
         if self.starts >= STARTS_MAX || self.mounts.damage().is_some() {
             return Ok(());
         }
+        self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
         if is_recovering(&self.beneath) {
             let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
             let message = format!("recovery starts again when the store answers: {message}");
             self.waiting.spawn(async move { until_it_answers(&repository, id, &message).await });
-        } else if self.answered.is_some() && status.code() == Some(CRASHED) {
+        } else if self.has_crashed {
             // It was told to leave that to us.
             self.start_or_tell().await;
         }
         Ok(())
     }
 
-    /// Starts a recovery again that ended for want of the store.
+    /// Starts a recovery again that ended for want of the store, or was over.
     async fn store_was_asked(&mut self, waited: Option<Waited>) {
         match waited {
+            // Somebody else has started one meanwhile.
+            _ if self.running.pid().is_some() => {}
             Some(Waited::ItIsBack) => self.start_or_tell().await,
+            // At its target it waits for a person, and lost one of its sessions meanwhile.
+            Some(Waited::ItWasThere) if self.has_crashed => self.start_or_tell().await,
             // It was not the cause, or is gone for good: the message stays.
             Some(Waited::ItWasThere | Waited::TooLong | Waited::Stopped(_)) | None => {}
         }
@@ -442,6 +485,18 @@ impl<'a> Serving<'a> {
         }
     }
 
+    /// Stops the server, and one that somebody has started since the last look, perhaps in the stead of the first.
+    async fn stop_servers(&mut self) -> Result<(), ServerError> {
+        let plan = &self.unfinished.plan;
+        let mut stopped = Ok(());
+        for _ in 0..2 {
+            let file = read_pid_file(&self.beneath);
+            self.running.look_for_others(file.as_ref(), &plan.destinations.data, plan.owner());
+            stopped = stopped.and(self.running.stop(StopMode::Fast, &plan.destinations.data).await);
+        }
+        stopped
+    }
+
     /// Stops the server, whoever started it, and takes the mounts away.
     async fn close(&mut self) -> Result<(), InstantError> {
         let paused = async {
@@ -457,7 +512,7 @@ impl<'a> Serving<'a> {
         self.waiting.shutdown().await;
         // A server that waits for the store has to hear that it is to stop.
         self.mounts.wait_for_store(STOPPING_PATIENCE);
-        let stopped = self.running.stop(StopMode::Fast, &self.unfinished.plan.destinations.data).await;
+        let stopped = self.stop_servers().await;
         let ended = blocking(|| {
             orphans::end();
             Ok(())

@@ -14,14 +14,15 @@ use serde::{Deserialize, Serialize};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, PrivateArea, private_area, state_file};
 use crate::instance::clone_folder::{HydrateSpec, write_json};
-use crate::instance::instant::InstantError;
+use crate::instance::instant::{InstantError, boot_unit};
 use crate::instance::lazy_uppers::MountFailure;
 use crate::mount::mounting;
 use crate::repo::Repository;
 use crate::repo::lease::Pin;
 use crate::restore;
+use crate::restore::destinations::Destinations;
 use crate::restore::plan::RestorePlan;
-use crate::restore::run::read_unfinished;
+use crate::restore::run::{COMPLETE_FILE, read_plan, read_unfinished};
 use crate::restore::target::{INSTANT_FILE_NAME, MARKER_FILE_NAME, RestoreMarker, resolve};
 
 /// How a restore goes on whose server runs before everything is there.
@@ -66,6 +67,8 @@ pub struct Unfinished {
 pub enum Found {
     /// A restore that goes on while its server runs.
     Instant(Box<Unfinished>),
+    /// One whose directory is plain, and which has not been tidied; its server may run.
+    Ended(Box<Unfinished>),
     /// None of that kind; a plain one perhaps.
     Other,
     /// A data directory that was one, and of which only dead mounts were left.
@@ -113,11 +116,23 @@ pub fn find(target: &Path) -> Result<Found, InstantError> {
         let detail = format!("it has format {}", spec.format);
         return Err(restore::Error::State { path, detail }.into());
     }
-    let plan = read_unfinished(&data)?;
+    let has_ended = is_plain(&data, &area);
+    let plan = if has_ended { read_plan(&data)? } else { read_unfinished(&data)? };
     for place in plan.destinations.tablespaces.values() {
         detach_dead(place)?;
     }
-    Ok(Found::Instant(Box::new(Unfinished { plan, spec })))
+    let unfinished = Box::new(Unfinished { plan, spec });
+    Ok(if has_ended { Found::Ended(unfinished) } else { Found::Instant(unfinished) })
+}
+
+/// Tells whether a data directory needs nobody any more, though its area is still there. It is never mounted over again:
+/// what its server has dropped since then stands in no journal, and would be seen in the basebackup.
+fn is_plain(data: &Path, area: &PrivateArea) -> bool {
+    let has = |name: &str| area.directory().join(name).exists();
+    let placed = |(place, name): &(&str, &str)| {
+        data.join(place).exists() && !area.held_directory().join(name).exists()
+    };
+    has(COMPLETE_FILE) || (has(private_area::WHOLE_MARK) && private_area::HELD_BACK.iter().all(placed))
 }
 
 /// Takes away what a killed process has left mounted at a place; true where something was.
@@ -156,21 +171,20 @@ impl Unfinished {
     }
 
     /// Gives it up for another restore into the same directory: ends its pin, and has nobody take it for what it was.
+    ///
+    /// The pin comes first: where the store does not answer all is as before. What has lost a part of it is not gone on with.
     pub async fn give_up(&self, repository: &Repository) -> Result<(), InstantError> {
-        for place in self.plan.destinations.tablespaces.values() {
-            let area = place.join(private_area::DIRECTORY_NAME);
-            match std::fs::remove_dir_all(&area) {
-                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(disk::Error::Io { action: "remove", path: area, source }.into());
-                }
-                _ => {}
-            }
-        }
         if let Some(pin) = &self.spec.pin {
             pin.end(repository).await?;
         }
-        let area = area_of(&self.plan.destinations.data);
-        Ok(durable::remove_file(&area.join(INSTANT_FILE_NAME))?)
+        let Destinations { data, tablespaces, .. } = &self.plan.destinations;
+        for place in tablespaces.values() {
+            PrivateArea::discard(place)?;
+        }
+        if let Err(error) = boot_unit::remove(data) {
+            tracing::warn!("could not remove the unit that mounts at boot: {error}");
+        }
+        Ok(durable::remove_file(&area_of(data).join(INSTANT_FILE_NAME))?)
     }
 }
 
@@ -253,6 +267,29 @@ mod tests {
         let refused = find(scratch.path()).unwrap_err();
         assert!(refused.to_string().contains("it has format 2"), "{refused}");
         assert!(refused.hint().unwrap().contains("release"), "{refused:?}");
+    }
+
+    #[test]
+    fn a_directory_is_plain_once_both_files_are_in_their_places_and_not_before() {
+        let scratch = tempfile::tempdir().unwrap();
+        let data = scratch.path();
+        let area = PrivateArea::create(data, None).unwrap();
+        std::fs::create_dir(data.join("global")).unwrap();
+        let write = |path: PathBuf| std::fs::write(path, b"x").unwrap();
+        for (_, name) in private_area::HELD_BACK {
+            write(area.held_directory().join(name));
+        }
+        for (place, name) in private_area::HELD_BACK {
+            assert!(!is_plain(data, &area), "{place}");
+            std::fs::rename(area.held_directory().join(name), data.join(place)).unwrap();
+        }
+        assert!(!is_plain(data, &area), "somebody may have put them there");
+        write(area.directory().join(private_area::WHOLE_MARK));
+        assert!(is_plain(data, &area));
+        std::fs::remove_file(data.join("PG_VERSION")).unwrap();
+        assert!(!is_plain(data, &area));
+        write(area.directory().join(COMPLETE_FILE));
+        assert!(is_plain(data, &area));
     }
 
     #[test]

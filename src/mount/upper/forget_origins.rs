@@ -1,11 +1,12 @@
 //! Takes off the attributes that say where in the lower something came from.
 //!
 //! For a tree that is an upper no longer: there is no lower any more that they could name, and a copy with attributes
-//! would carry them on. Safe to repeat; what has none is passed over, and so is what somebody removes meanwhile.
+//! would carry them on. Safe to repeat; what has none is passed over, and so is what somebody removes meanwhile, or what
+//! is not this user's: it came from no lower.
 
 use std::ffi::CString;
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -17,7 +18,7 @@ pub fn forget_origins(directory: &Path) -> io::Result<()> {
     let mut directories = vec![directory.to_owned()];
     while let Some(directory) = directories.pop() {
         let entries = match fs::read_dir(&directory) {
-            Err(error) if is_gone(&error) => continue,
+            Err(error) if is_gone(&error) || error.kind() == ErrorKind::PermissionDenied => continue,
             entries => entries?,
         };
         for entry in entries {
@@ -26,7 +27,8 @@ pub fn forget_origins(directory: &Path) -> io::Result<()> {
                 Err(error) if is_gone(&error) => continue,
                 kind => kind?,
             };
-            if kind.is_symlink() {
+            // The socket of a server that runs has none, and refuses to be asked.
+            if !kind.is_file() && !kind.is_dir() {
                 continue;
             }
             let path = entry.path();
@@ -51,6 +53,8 @@ fn remove_attribute(path: &Path) -> io::Result<()> {
     match error.raw_os_error() {
         // There is none; or the file system has none at all, such as a copy's.
         Some(libc::ENODATA | libc::EOPNOTSUPP) => Ok(()),
+        // Somebody else's, or one that an administrator has made unchangeable; there it harms nobody.
+        Some(libc::EPERM | libc::EACCES) => Ok(()),
         _ if is_gone(&error) => Ok(()),
         _ => Err(error),
     }
@@ -58,7 +62,7 @@ fn remove_attribute(path: &Path) -> io::Result<()> {
 
 /// Tells whether something else has come of a path since it was listed.
 fn is_gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
 #[cfg(test)]
@@ -75,6 +79,7 @@ mod tests {
         disk.make_directory(directory, 0o700).unwrap();
         disk.create(file, 0o600).unwrap();
         std::os::unix::fs::symlink("nowhere", scratch.path().join("base/link")).unwrap();
+        let _server = std::os::unix::net::UnixListener::bind(scratch.path().join(".s.PGSQL.5432")).unwrap();
         for path in [directory, file] {
             disk.set_origin(path, b"1 8192 base/1").unwrap();
         }

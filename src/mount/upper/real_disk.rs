@@ -57,6 +57,10 @@ impl RealDisk {
         Ok(openat(&self.directory, here(path), flags, Mode::from_bits_truncate(mode))?)
     }
 
+    fn is_anothers(&self, path: &Path) -> io::Result<bool> {
+        Ok(self.stat(path)?.is_some_and(|found| found.attributes.owner.uid != Owner::current().uid))
+    }
+
     /// Opens a file or directory just to look at its attributes.
     fn open_to_look(&self, path: &Path) -> io::Result<OwnedFd> {
         // Never blocks on a fifo; nothing else is opened that could.
@@ -177,7 +181,13 @@ impl LocalDisk for RealDisk {
     }
 
     fn origin(&self, path: &Path) -> io::Result<Option<Vec<u8>>> {
-        let file = self.open_to_look(path)?;
+        let file = match self.open_to_look(path) {
+            // What is another user's and closed to us came from no lower: `lost+found`, or a key that root has put there.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && self.is_anothers(path)? => {
+                return Ok(None);
+            }
+            opened => opened?,
+        };
         get_attribute(&file, ORIGIN_ATTRIBUTE)
     }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
+use crate::disk::Owner;
 use crate::mount::caller::Caller;
 use crate::mount::fs::{Entry, FileKind, LocalId, Volume};
 use crate::mount::lower::{Child, LowerError};
@@ -194,11 +195,18 @@ impl Upper {
         };
         match self.listed_now(directory, makes_directories, &below) {
             Err(errno) if is_gone(errno) && !self.is_there(directory) => Ok(Vec::new()),
+            // `lost+found`, where this is not root.
+            Err(Errno::EACCES) if node.lower.is_none() && self.is_anothers(directory) => Ok(Vec::new()),
             outcome => {
                 let path = node.lower.as_ref().map_or(&b""[..], |lower| lower.path.as_slice());
                 outcome.map_err(|errno| Trouble::of_errno(errno, path))
             }
         }
+    }
+
+    fn is_anothers(&self, directory: LocalId) -> bool {
+        let attributes = self.shared.lock().attributes(directory);
+        attributes.is_ok_and(|found| found.owner.uid != Owner::current().uid)
     }
 
     fn listed_now(
