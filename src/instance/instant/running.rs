@@ -184,7 +184,10 @@ mod tests {
         assert!(running.is_foreign());
         assert!(!running.look_for_others(Some(&file), &data, owner), "it is known");
         assert_eq!(running.pid().unwrap().as_raw().unsigned_abs(), sleeper.id());
-        assert!(!running.look_for_others(None, &data, owner) && running.pid().is_some(), "it still works there");
+        assert!(
+            !running.look_for_others(None, &data, owner) && running.pid().is_some(),
+            "it still works there"
+        );
         sleeper.kill().unwrap();
         sleeper.wait().unwrap();
         assert!(!running.look_for_others(Some(&file), &data, owner) && running.pid().is_none());

@@ -87,7 +87,9 @@ pub async fn supervise(
     let target = data.clone();
     let unfinished = match blocking(move || unfinished::find(&target)).await? {
         Found::Instant(unfinished) => *unfinished,
-        Found::Ended(_) | Found::Other | Found::Plain => return Err(restore::Error::NothingToResume { path: data }.into()),
+        Found::Ended(_) | Found::Other | Found::Plain => {
+            return Err(restore::Error::NothingToResume { path: data }.into());
+        }
     };
     unfinished::clear_last_words(&data)?;
     let outcome = run(&options, &unfinished, pin!(terminated)).await;

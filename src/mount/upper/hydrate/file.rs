@@ -103,7 +103,7 @@ impl Hydrator {
         if bytes == 0 {
             return Ok(0);
         }
-        self.gate(wanted.upper, if is_charged { bytes } else { 0 }).await;
+        let _under_way = self.gate(wanted.upper, if is_charged { bytes } else { 0 }).await;
         if !file.has_name() {
             return Ok(0);
         }

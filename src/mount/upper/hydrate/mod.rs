@@ -3,7 +3,7 @@
 //! survey → plan → files side by side → survey again, until one finds nothing; then everything is put on stable storage,
 //! and a mark in the private area says so. Allocation is the record: whoever begins anew surveys and goes on.
 //!
-//! Before each request stands a gate: no request while a read of somebody else waits for bytes, none beyond the rate,
+//! Before each request stands a gate: few at once while a read of somebody else waits for bytes, none beyond the rate,
 //! none while the store is away, none while the disk has less room than a reserve. Files that cannot come for another
 //! reason are told, counted and left. Deliberately absent: relations that are dropped before a recovery target; the
 //! hydrator begins when recovery has ended, and they are gone by then.
@@ -11,6 +11,7 @@
 //! ```text
 //! survey   what is missing      plan     in which order      heat   who waits, and for what
 //! file     one file             bucket   how fast            progress   how far
+//! share    how many at once
 //! ```
 
 mod bucket;
@@ -18,6 +19,7 @@ mod file;
 pub(crate) mod heat;
 mod plan;
 mod progress;
+pub(crate) mod share;
 mod survey;
 
 use std::any::Any;
@@ -40,6 +42,7 @@ use crate::mount::upper::Upper;
 use crate::mount::upper::hydrate::bucket::{Backoff, TokenBucket};
 use crate::mount::upper::hydrate::plan::{Plan, Wanted};
 use crate::mount::upper::hydrate::progress::Watch;
+use crate::mount::upper::hydrate::share::{REQUESTS_AT_ONCE, Share, UnderWay};
 use crate::mount::upper::hydrate::survey::{Survey, Trouble};
 use crate::mount::upper::namespace::of_io;
 use crate::mount::upper::room::Use;
@@ -66,6 +69,7 @@ pub struct Hydrator {
     pauses: Pauses,
     part_bytes: u64,
     requests: Semaphore,
+    share: Share,
     bucket: Option<Mutex<TokenBucket>>,
     backoff: Mutex<Backoff>,
     failures: Mutex<Failures>,
@@ -108,9 +112,6 @@ const PAUSES: Pauses = Pauses {
 /// The longest sleep at the gate, so that what has changed is seen.
 const GATE_SLEEP_MAX: Duration = Duration::from_secs(1);
 
-/// Requests that are on their way at once: enough to fill a line of 1 Gbit/s at 20 ms, and each holds a part in memory,
-/// stored and decoded: 64 MiB in all at most.
-const REQUESTS_AT_ONCE: usize = 8;
 /// Files or groups of small files that are taken up at once.
 const JOBS_AT_ONCE: usize = 8;
 /// A large file comes in parts of this size; with a rate, in parts of a second's worth.
@@ -126,7 +127,6 @@ const NOT_STARTED: &str = "the server does not answer yet";
 const NO_ROOM: &str = "the disk has no room beyond what the server may need";
 const NO_STORE: &str = "the store does not answer";
 const LOST: &str = "the disk has lost something that was written to it";
-const GIVES_WAY: &str = "the server's own reads come first";
 
 impl Hydrator {
     /// Creates a hydrator that does nothing before [`Self::run`].
@@ -159,6 +159,7 @@ impl Hydrator {
             pauses,
             part_bytes: part_bytes(options.rate),
             requests: Semaphore::new(REQUESTS_AT_ONCE),
+            share: Share::default(),
             bucket: options.rate.map(|rate| Mutex::new(TokenBucket::new(rate))),
             backoff: Mutex::new(Backoff::new(pauses.store_first, pauses.store_longest)),
             failures: Mutex::default(),
@@ -305,7 +306,7 @@ impl Hydrator {
         let is_group = job.len() > 1;
         if is_group {
             let _permit = self.requests.acquire().await;
-            self.gate(job[0].upper, job.iter().map(|wanted| wanted.bytes).sum()).await;
+            let _under_way = self.gate(job[0].upper, job.iter().map(|wanted| wanted.bytes).sum()).await;
             let files = job.iter().filter(|wanted| wanted.kind == FileKind::File && wanted.bytes > 0);
             let nodes: Vec<NodeId> = files.map(Wanted::node).collect();
             // Each file is asked for again, and says what is wrong.
@@ -385,27 +386,34 @@ impl Hydrator {
         }
     }
 
-    /// Waits until a request for so many bytes may be made.
-    async fn gate(&self, upper: usize, bytes: u64) {
-        loop {
-            if self.uppers[upper].shared.room.is_for(Use::Hydration) {
-                self.pass(bytes).await;
-                return;
-            }
+    /// Waits until a request for so many bytes may be made; it is on its way while the answer is held.
+    async fn gate(&self, upper: usize, bytes: u64) -> UnderWay<'_> {
+        while !self.uppers[upper].shared.room.is_for(Use::Hydration) {
             self.watch.waits(NO_ROOM);
             tokio::time::sleep(self.pauses.room).await;
         }
+        let under_way = self.give_way().await;
+        self.pass(bytes).await;
+        under_way
     }
 
-    /// Waits for all but the disk; whoever is let pass asks the store and says what came of it.
+    /// Waits until there is a place beside what others wait for.
+    async fn give_way(&self) -> UnderWay<'_> {
+        loop {
+            let are_reads_waiting = self.uppers.iter().any(|upper| upper.shared.foreground.are_waiting());
+            if let Some(under_way) = self.share.begin(are_reads_waiting) {
+                return under_way;
+            }
+            tokio::time::sleep(self.pauses.gate).await;
+        }
+    }
+
+    /// Waits for the rate and the store; whoever is let pass asks the store and says what came of it.
     async fn pass(&self, bytes: u64) {
         let mut is_paid = false;
         loop {
             let now = self.clock.monotonic();
-            let pause = if self.uppers.iter().any(|upper| upper.shared.foreground.are_waiting()) {
-                self.watch.waits(GIVES_WAY);
-                self.pauses.gate
-            } else if !is_paid {
+            let pause = if !is_paid {
                 self.watch.goes_on();
                 let pause = self.spend(bytes, now);
                 is_paid = pause.is_zero();

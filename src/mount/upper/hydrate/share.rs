@@ -1,0 +1,58 @@
+//! How many requests of a hydrator are on their way at once: all it has, or fewer while somebody else's read waits.
+//! Deliberately absent: how many bytes a mount fetches in all, which the gate of the transfers bounds for everybody.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Requests that are on their way at once: enough to fill a line of 1 Gbit/s at 20 ms, and each holds a part in memory,
+/// stored and decoded: 64 MiB in all at most.
+pub(crate) const REQUESTS_AT_ONCE: usize = 8;
+/// The same while a read of somebody else waits for bytes. Two parts of 4 MiB keep that line busy, one on its way while
+/// the other is asked for, and a page that is waited for stands behind 8 MiB at most. With none, a server that always
+/// waits for some cold page never came to the end of them: TPC-B stayed below a tenth of native for as long as it ran.
+pub(crate) const BESIDE_READS: usize = 2;
+
+/// Counts what is on its way.
+#[derive(Debug, Default)]
+pub(crate) struct Share {
+    under_way: AtomicUsize,
+}
+
+/// A request that is on its way until this is dropped.
+#[derive(Debug)]
+pub(crate) struct UnderWay<'a> {
+    share: &'a Share,
+}
+
+impl Share {
+    /// Begins a request, unless as many are on their way as there may be now.
+    pub(crate) fn begin(&self, are_reads_waiting: bool) -> Option<UnderWay<'_>> {
+        let most = if are_reads_waiting { BESIDE_READS } else { REQUESTS_AT_ONCE };
+        let next = |under_way| (under_way < most).then_some(under_way + 1);
+        let begun = self.under_way.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+        begun.is_ok().then_some(UnderWay { share: self })
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.share.under_way.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fewer_are_begun_while_somebody_waits_and_none_is_taken_back() {
+        let share = Share::default();
+        let mut all: Vec<_> = std::iter::from_fn(|| share.begin(false)).collect();
+        assert_eq!(all.len(), REQUESTS_AT_ONCE);
+        all.truncate(BESIDE_READS);
+        assert!(share.begin(true).is_none());
+        all.pop();
+        let again = share.begin(true);
+        assert!(again.is_some() && share.begin(true).is_none());
+        assert!(share.begin(false).is_some(), "nobody waits any more");
+    }
+}
