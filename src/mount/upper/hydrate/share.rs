@@ -29,7 +29,7 @@ impl Share {
         let most = if are_reads_waiting { BESIDE_READS } else { REQUESTS_AT_ONCE };
         let next = |under_way| (under_way < most).then_some(under_way + 1);
         let begun = self.under_way.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
-        begun.is_ok().then_some(UnderWay { share: self })
+        begun.is_ok().then(|| UnderWay { share: self })
     }
 }
 
