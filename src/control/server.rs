@@ -143,7 +143,7 @@ mod tests {
     async fn a_request_is_not_lost_when_something_else_comes_first() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("clone.sock");
-        let listener = Listener::bind(&path).unwrap();
+        let listener: Listener = Listener::bind(&path).unwrap();
         let whole = serde_json::to_vec(&Request::Stop).unwrap();
         let mut client = UnixStream::connect(&path).await.unwrap();
         let (begin, end) = whole.split_at(whole.len() / 2);
