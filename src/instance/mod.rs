@@ -31,7 +31,6 @@ mod launch_order;
 mod lazy_uppers;
 mod native_settings;
 mod orphans;
-mod pinning;
 mod places;
 mod postmaster;
 mod prepare;

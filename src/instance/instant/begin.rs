@@ -7,20 +7,21 @@
 use std::path::{Path, PathBuf};
 
 use crate::disk::durable::{self, Create};
-use crate::disk::{self, Owner, PrivateArea};
+use crate::disk::{self, LockFile, Owner, PrivateArea};
 use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::InstantError;
-use crate::instance::instant::unfinished::{InstantSpec, Unfinished, write_spec};
+use crate::instance::instant::unfinished::{InstantSpec, Unfinished, read_spec};
 use crate::instance::lazy_uppers::MountFailure;
-use crate::instance::pinning::pin;
 use crate::instance::programs;
 use crate::mount::mounting::open_beneath;
 use crate::mount::upper::file_system;
-use crate::repo::Basebackup;
 use crate::repo::entry::TreePath;
+use crate::repo::lease::Pin;
+use crate::repo::{self, Basebackup};
 use crate::restore::plan::{RestorePlan, control_file};
 use crate::restore::settings_files::{main_file, to_json};
 use crate::restore::target::{STATE_FILE_NAME, check_existing};
+use crate::storage;
 
 /// What the user asked for, beyond what any restore is asked for.
 #[derive(Debug, Clone)]
@@ -76,35 +77,44 @@ pub async fn plan_instant(
 }
 
 /// Pins the basebackup and writes down what was decided; from here on it is gone on with.
+///
+/// The pin is written down before it holds, so that whoever comes after a kill in between can end it; the plan comes last,
+/// for with it the restore has begun.
 pub async fn begin(
     basebackup: &Basebackup,
     plan: RestorePlan,
     spec: InstantSpec,
 ) -> Result<Unfinished, InstantError> {
-    let repository = basebackup.repository();
-    let mut begun = Unfinished { plan, spec };
+    let (repository, mut begun) = (basebackup.repository(), Unfinished { plan, spec });
+    let (area, lock) = take_hold(&begun.plan)?;
+    let left = read_spec(&begun.plan.destinations.data)?.filter(|left| left.site == begun.spec.site);
+    if let Some(pin) = left.and_then(|left| left.pin) {
+        pin.end(repository).await?;
+    }
+    let area = clear_left(&begun.plan, &area, &lock)?;
+    let pin = Pin::draw(repository, begun.plan.basebackup);
+    begun.spec.pin = Some(pin.clone());
+    begun.write_spec()?;
     let whom = format!("restore to {}", begun.plan.destinations.data.display());
-    begun.spec.pin = pin(repository, begun.plan.basebackup, &whom).await?;
-    if begun.spec.pin.is_none() {
-        begun.plan.warnings.push(NO_PIN.to_owned());
-        tracing::warn!("{NO_PIN}");
-    }
-    match write_down(&begun) {
-        Ok(()) => Ok(begun),
-        Err(error) => {
-            if let Some(pin) = &begun.spec.pin
-                && let Err(error) = pin.end(repository).await
-            {
-                tracing::warn!("could not let go of basebackup {}: {error}", pin.id);
-            }
-            Err(error)
+    match pin.hold(repository, &whom).await {
+        Ok(()) => {}
+        Err(repo::Error::Store(error)) if error.kind() == storage::ErrorKind::Denied => {
+            tracing::warn!("{NO_PIN}");
+            begun.plan.warnings.push(NO_PIN.to_owned());
+            begun.spec.pin = None;
+            begun.write_spec()?;
         }
+        // What was written down ends it, should it have come about.
+        Err(error) => return Err(error.into()),
     }
+    // Its owner says who has decided this.
+    let state = area.directory().join(STATE_FILE_NAME);
+    durable::write_file(&state, &to_json(&begun.plan)?, Create::PRIVATE_FILE)?;
+    Ok(begun)
 }
 
-/// Takes hold of the target, as plain restore does; the plan comes last, for with it the restore has begun.
-fn write_down(begun: &Unfinished) -> Result<(), InstantError> {
-    let Unfinished { plan, spec } = begun;
+/// Takes hold of the target, as plain restore does.
+fn take_hold(plan: &RestorePlan) -> Result<(PrivateArea, LockFile), InstantError> {
     let (destinations, owner) = (&plan.destinations, plan.owner());
     let check = || check_existing(destinations, plan.existing, plan.recovery.cluster, Owner::current(), None);
     if PrivateArea::open(&destinations.data)?.is_none() {
@@ -116,8 +126,13 @@ fn write_down(begun: &Unfinished) -> Result<(), InstantError> {
     let area = PrivateArea::create(&destinations.data, Some(owner))?;
     let lock = area.lock()?;
     check()?;
-    // What an earlier restore has left would be taken for this one's: `rm -rf DIR/*` leaves it.
-    area.clear(&lock)?;
+    Ok((area, lock))
+}
+
+/// Removes what an earlier restore has left, which would be taken for this one's: `rm -rf DIR/*` leaves it.
+fn clear_left(plan: &RestorePlan, area: &PrivateArea, lock: &LockFile) -> Result<PrivateArea, InstantError> {
+    let (destinations, owner) = (&plan.destinations, plan.owner());
+    area.clear(lock)?;
     let area = PrivateArea::create(&destinations.data, Some(owner))?;
     for place in destinations.tablespaces.values() {
         if let Some(left) = PrivateArea::open(place)? {
@@ -129,10 +144,7 @@ fn write_down(begun: &Unfinished) -> Result<(), InstantError> {
     for place in places {
         give(place, owner)?;
     }
-    write_spec(plan, spec)?;
-    // Its owner says who has decided this.
-    let state = area.directory().join(STATE_FILE_NAME);
-    Ok(durable::write_file(&state, &to_json(plan)?, Create::PRIVATE_FILE)?)
+    Ok(area)
 }
 
 /// Gives a directory to the server's user: whoever opens it later goes by that (`mounts::check_place`).

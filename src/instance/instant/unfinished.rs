@@ -23,7 +23,7 @@ use crate::restore;
 use crate::restore::destinations::Destinations;
 use crate::restore::plan::RestorePlan;
 use crate::restore::run::{COMPLETE_FILE, read_plan, read_unfinished};
-use crate::restore::target::{INSTANT_FILE_NAME, MARKER_FILE_NAME, RestoreMarker, resolve};
+use crate::restore::target::{INSTANT_FILE_NAME, MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME, resolve};
 
 /// How a restore goes on whose server runs before everything is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,18 +103,10 @@ pub fn find(target: &Path) -> Result<Found, InstantError> {
     let Some(area) = PrivateArea::open(&data)? else {
         return Ok(if was_mounted { Found::Plain } else { Found::Other });
     };
-    let path = area.directory().join(INSTANT_FILE_NAME);
-    let (spec, author): (InstantSpec, _) = match state_file::read_owned_document(&path, WHAT) {
-        Err(error) if error.is_not_found() => return Ok(Found::Other),
-        read => read?,
-    };
-    if disk::Owner::current().is_root() && !author.is_root() {
-        let author = author.user();
-        return Err(restore::Error::OthersPlan { path: data, author }.into());
-    }
-    if spec.format != FORMAT {
-        let detail = format!("it has format {}", spec.format);
-        return Err(restore::Error::State { path, detail }.into());
+    let Some(spec) = read_spec(&data)? else { return Ok(Found::Other) };
+    // Before it had begun, it ended.
+    if !area.directory().join(STATE_FILE_NAME).exists() {
+        return Ok(Found::Other);
     }
     let has_ended = is_plain(&data, &area);
     let plan = if has_ended { read_plan(&data)? } else { read_unfinished(&data)? };
@@ -133,6 +125,24 @@ fn is_plain(data: &Path, area: &PrivateArea) -> bool {
         data.join(place).exists() && !area.held_directory().join(name).exists()
     };
     has(COMPLETE_FILE) || (has(private_area::WHOLE_MARK) && private_area::HELD_BACK.iter().all(placed))
+}
+
+/// Reads how a restore goes on, of a directory over which nothing is mounted; nothing where it is none of this kind.
+pub(super) fn read_spec(data: &Path) -> Result<Option<InstantSpec>, InstantError> {
+    let path = area_of(data).join(INSTANT_FILE_NAME);
+    let (spec, author): (InstantSpec, disk::Owner) = match state_file::read_owned_document(&path, WHAT) {
+        Err(error) if error.is_not_found() => return Ok(None),
+        read => read?,
+    };
+    if disk::Owner::current().is_root() && !author.is_root() {
+        let (path, author) = (data.to_owned(), author.user());
+        return Err(restore::Error::OthersPlan { path, author }.into());
+    }
+    if spec.format != FORMAT {
+        let detail = format!("it has format {}", spec.format);
+        return Err(restore::Error::State { path, detail }.into());
+    }
+    Ok(Some(spec))
 }
 
 /// Takes away what a killed process has left mounted at a place; true where something was.
@@ -167,7 +177,8 @@ fn detach_tablespaces(data: &Path) -> Result<(), InstantError> {
 impl Unfinished {
     /// Writes down how it goes on from now.
     pub fn write_spec(&self) -> Result<(), InstantError> {
-        write_spec(&self.plan, &self.spec)
+        let path = area_of(&self.plan.destinations.data).join(INSTANT_FILE_NAME);
+        Ok(write_json(&path, &self.spec, WHAT)?)
     }
 
     /// Gives it up for another restore into the same directory: ends its pin, and has nobody take it for what it was.
@@ -186,11 +197,6 @@ impl Unfinished {
         }
         Ok(durable::remove_file(&area_of(data).join(INSTANT_FILE_NAME))?)
     }
-}
-
-/// Writes down how a restore goes on; its private area is there.
-pub(super) fn write_spec(plan: &RestorePlan, spec: &InstantSpec) -> Result<(), InstantError> {
-    Ok(write_json(&area_of(&plan.destinations.data).join(INSTANT_FILE_NAME), spec, WHAT)?)
 }
 
 /// Returns the private area of a directory.
