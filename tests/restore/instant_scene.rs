@@ -4,10 +4,12 @@
 //! told on its command line. What is beneath a mount is seen through a bind mount of the test's folder, which has only that.
 //! A restore is driven as a DBA does: `walden restore`, `pg_ctl`, `kill`.
 
+use std::ffi::CString;
 use std::fs;
 use std::ops::Deref;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
@@ -336,6 +338,8 @@ impl Restored<'_> {
             for name in AREA_NAMES {
                 assert!(!place.join(name).exists(), "{} has {name}", place.display());
             }
+            let marked = marked_below(place);
+            assert!(marked.is_empty(), "these say where they came from: {marked:?}");
         }
         for file in ["PG_VERSION", "global/pg_control"] {
             assert!(self.directory.join(file).is_file(), "{file} is not in its place");
@@ -416,17 +420,23 @@ impl Beside {
     /// Waits until it ends well, and returns its report.
     #[track_caller]
     pub fn report(&mut self) -> Value {
-        let status = wait_for("the command to end", || self.process.try_wait().unwrap());
+        let status = self.wait();
         assert!(status.success(), "{status}: {}", self.told());
         serde_json::from_str(&self.read("out")).unwrap()
     }
 
+    /// Waits until it ends, whatever comes of it.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_for("the command to end", || self.process.try_wait().unwrap())
+    }
+
     /// Sends it a signal and returns how it ended.
     #[track_caller]
-    pub fn signal(&mut self, signal: Signal) -> std::process::ExitStatus {
+    pub fn signal(&mut self, signal: Signal) -> ExitStatus {
         assert!(!self.has_ended(), "it had ended: {}", self.told());
         kill(Pid::from_raw(self.process.id() as i32), signal).unwrap();
-        wait_for("the command to end", || self.process.try_wait().unwrap())
+        self.wait()
     }
 }
 
@@ -457,6 +467,31 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
         if path.is_dir() { found.extend(files_below(&path)) } else { found.push(path) }
     }
     found
+}
+
+/// Everything below a directory that has an attribute of Walden's.
+fn marked_below(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).unwrap().flatten() {
+        let path = entry.path();
+        if attributes(&path).contains("walden") {
+            found.push(path.clone());
+        }
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(marked_below(&path));
+        }
+    }
+    found
+}
+
+/// The names of a file's extended attributes.
+#[expect(unsafe_code, reason = "no wrapper for extended attributes")]
+fn attributes(path: &Path) -> String {
+    let name = CString::new(path.as_os_str().as_bytes()).unwrap();
+    let mut buffer = [0_u8; 1024];
+    // SAFETY: the name ends in NUL, the buffer is as long as is said, and both outlive the call.
+    let length = unsafe { libc::llistxattr(name.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
+    String::from_utf8_lossy(&buffer[..usize::try_from(length).unwrap_or(0)]).into_owned()
 }
 
 /// What `report` has under a name.

@@ -150,3 +150,43 @@ fn a_stop_without_the_store_comes_to_its_end_and_loses_nothing() {
     restored.stop();
     restored.assert_plain();
 }
+
+/// Going on does not help until the object is well: it is named, the server stays, and what it asks for elsewhere comes.
+#[test]
+fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root, Need::Folder);
+    let scene = scene();
+    let (restored, _) = scene.answering("restored", &[]);
+    let mut whole = Vec::new();
+    for pack in fs::read_dir(scene.packs()).unwrap() {
+        let path = pack.unwrap().path();
+        let bytes = fs::read(&path).unwrap();
+        let mut damaged = bytes.clone();
+        // Not in its last bytes, which say what is where.
+        let places = (bytes.len() / 4..bytes.len() * 3 / 4).step_by(1 << 12);
+        places.for_each(|at| damaged[at] ^= 1);
+        fs::write(&path, damaged).unwrap();
+        whole.push((path, bytes));
+    }
+    let mut beside = restored.resume_beside(&[]);
+    wait_for("the damage to be told", || {
+        assert!(!beside.has_told("\"plain\""), "{}", beside.told());
+        (beside.has_told("packs/") || beside.has_told("pack ") || beside.has_ended()).then_some(())
+    });
+    assert!(beside.has_told("pack"), "the object is not named: {}", beside.told());
+    assert!(restored.answers(), "the server is gone");
+    restored.sql("insert into changed values (0)");
+    let status = beside.wait();
+    assert!(!status.success(), "{status}: {}", beside.told());
+    assert!(restored.answers(), "the server is gone");
+    for (path, bytes) in whole {
+        fs::write(&path, bytes).unwrap();
+        scene.source.scratch().account().own(&path);
+    }
+    assert_eq!(word(&restored.resume(), "state"), "plain");
+    assert_eq!(restored.sql("select count(*) from changed"), "999");
+    assert_eq!(restored.sql("select sum(n) from cold"), "200010000");
+    restored.stop();
+    restored.assert_plain();
+    restored.assert_checksums();
+}
