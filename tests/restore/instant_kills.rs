@@ -164,6 +164,9 @@ fn a_host_that_dies_while_the_last_files_come_to_their_place_loses_nothing() {
         // From here on PostgreSQL needs nobody's help.
         restored.start();
         crate::source::wait_until_writable(&restored);
+        // What PostgreSQL has dropped since then would come back from the basebackup under a mount.
+        let on_top = restored.try_resume();
+        assert!(restored.mounts().is_empty(), "a mount over a plain directory: {}", on_top.stderr);
         Ledger::assert_holds(&restored, acknowledged);
         restored.amcheck();
         restored.stop();
