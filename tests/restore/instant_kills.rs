@@ -7,8 +7,11 @@
 use std::fs;
 use std::time::Duration;
 
-use crate::instant_scene::{Beside, Restored, Scene, Victim, word};
-use crate::support::{Chaos, Checksums, Ledger, Need, Options, require, wait_for};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::instant_scene::{Beside, Restored, Scene, Victim, is_alive, word};
+use crate::support::{Chaos, Checksums, Ledger, Need, Options, processes_in, require, wait_for};
 
 /// Kills of one restore; the last one may find it plain.
 const ROUNDS: usize = 3;
@@ -196,4 +199,66 @@ fn a_supervisor_that_dies_takes_its_server_along() {
     assert_eq!(restored.sql("select count(*) from kept"), "1000");
     restored.stop();
     restored.assert_plain();
+}
+
+/// Nobody tells a server that its owner has started: it goes on until it meets the mount, and until then holds it.
+#[test]
+fn a_server_that_its_owner_has_started_holds_the_mount_of_a_dead_supervisor() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = source();
+    let (restored, _) = scene.answering("restored", &[]);
+    restored.stop();
+    restored.start();
+    crate::source::wait_until_writable(&restored);
+    let load = Chaos::start(&restored);
+    load.wait_for_commits(COMMITS);
+    let (supervisor, postmaster) = (restored.supervisor().unwrap(), restored.postmaster());
+    kill(supervisor, Signal::SIGKILL).unwrap();
+    wait_for("the supervisor to be gone", || (!is_alive(supervisor)).then_some(()));
+    if is_alive(postmaster) {
+        let refused = restored.try_resume();
+        assert!(!refused.success() || !is_alive(postmaster), "a mount beside one that is still written to");
+        let _ = kill(postmaster, Signal::SIGQUIT);
+    }
+    wait_for("the server to be gone", || processes_in(&restored.directory).is_empty().then_some(()));
+    let acknowledged = load.abandon().acknowledged();
+    if restored.supervisor().is_none() {
+        goes_on(&restored, acknowledged);
+    }
+    assert_eq!(word(&restored.resume(), "state"), "plain");
+    Ledger::assert_holds(&restored, acknowledged);
+    restored.amcheck();
+    restored.stop();
+    restored.assert_plain();
+    restored.assert_checksums();
+}
+
+/// One process of the server that dies takes all of its sessions along, and not the server: before it is plain, and after.
+#[test]
+fn a_backend_that_is_killed_ends_no_server() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = source();
+    let restored = scene.place("restored");
+    let mut beside = restored.begin_beside(&["--hydrate-rate", RATE]);
+    restored.wait_until_writable(&mut beside);
+    restored.sql("create table kept as select n from generate_series(1, 1000) n");
+    let crash = || {
+        let pid = restored.sql("select pid from pg_stat_activity where backend_type = 'walwriter'");
+        let pid = Pid::from_raw(pid.parse().unwrap());
+        kill(pid, Signal::SIGKILL).unwrap();
+        wait_for("the process to be gone", || (!is_alive(pid)).then_some(()));
+        let rows = "select count(*) from kept";
+        wait_for("the server to recover", || {
+            restored.try_sql(rows).is_ok_and(|it| it == "1000").then_some(())
+        });
+        crate::source::wait_until_writable(&restored);
+    };
+    crash();
+    drop(beside);
+    assert_eq!(word(&hurry(&restored).report(), "state"), "plain");
+    crash();
+    restored.amcheck();
+    restored.stop();
+    restored.assert_plain();
+    restored.assert_checksums();
 }

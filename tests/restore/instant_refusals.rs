@@ -128,14 +128,13 @@ fn nothing_is_restored_into_an_unfinished_one() {
             assert_eq!(run.code(), Some(1), "{moment}, {words:?}: {}", run.stderr);
             assert!(run.stderr.contains("--resume"), "{moment}, {words:?}: {}", run.stderr);
         }
-        // It replaces what walden restored, and this is being restored.
-        let forced = scene.walden().try_run(&[&plain[..], &["--force"]].concat());
-        assert_eq!(forced.code(), Some(1), "{moment}: {}", forced.stderr);
-        let clone = scene.walden().try_run(&["backup"]);
-        assert!(clone.success(), "{moment}: the source is not concerned: {}", clone.stderr);
         assert_eq!(scene.holds().pins, pins, "{moment}: a refused restore has pinned something");
     };
     refused("running");
+    let words = ["restore", "--force", "--target-dir", restored.directory.to_str().unwrap()];
+    let forced = scene.walden().try_run(&words).expect_code(1);
+    assert_tells(&forced, &["hint: "]);
+    assert_eq!(restored.sql("select count(*) from kept"), "20001");
     restored.kill(Victim::Both);
     refused("dead");
     restored.detach();
@@ -276,4 +275,26 @@ fn links_that_the_owner_plants_lead_root_nowhere() {
     assert_eq!(word(&restored.resume(), "state"), "plain");
     restored.stop();
     restored.assert_plain();
+}
+
+/// Who does not want it any more begins anew, and nothing keeps the first basebackup.
+#[test]
+fn an_unfinished_one_that_nobody_serves_is_replaced_where_that_is_asked_for() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = small();
+    for victim in [Victim::Both, Victim::Host] {
+        let (restored, _) = scene.answering("restored", &[]);
+        restored.sql("insert into kept values (0, 'new')");
+        restored.kill(victim);
+        scene.walden().run(&["restore", "--force", "--target-dir", restored.directory.to_str().unwrap()]);
+        assert!(restored.mounts().is_empty() && restored.supervisor().is_none());
+        let holds = scene.holds();
+        assert_eq!((holds.open_pins, holds.open_leases), (0, 0), "{holds:?}");
+        restored.assert_plain();
+        restored.start();
+        crate::source::wait_until_writable(&restored);
+        assert_eq!(restored.sql("select count(*) from kept"), "20000");
+        restored.stop();
+        fs::remove_dir_all(&restored.directory).unwrap();
+    }
 }

@@ -127,3 +127,24 @@ fn all_of_it_is_right_before_and_after_it_is_plain() {
     rows.assert_same(&Checksums::of(&restored));
     restored.stop();
 }
+
+/// Nobody answers then: the directory becomes plain without a server, and stands where it was to.
+#[test]
+fn a_restore_that_shuts_down_at_its_target_becomes_plain_and_the_command_ends() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = scene();
+    let restored = scene.place("restored");
+    let report = restored.begin(&["--target-name", "one", "--target-action", "shutdown"]);
+    assert_eq!(word(&report, "state"), "plain");
+    assert!(!restored.answers());
+    restored.assert_plain();
+    assert_eq!(scene.holds().open_pins, 0);
+    // Told otherwise it shows where it stands.
+    let auto = restored.directory.join("postgresql.auto.conf");
+    let told = std::fs::read_to_string(&auto).unwrap() + "\nrecovery_target_action = 'pause'\n";
+    std::fs::write(&auto, told).unwrap();
+    restored.start();
+    wait_for("the pause", || restored.try_sql(STATE).is_ok_and(|it| it == "paused").then_some(()));
+    assert_eq!(restored.sql(ROWS), "1");
+    restored.stop();
+}
