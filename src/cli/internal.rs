@@ -15,6 +15,7 @@ use super::error::CommandError;
 use super::mount;
 use super::prefetch::Prefetch;
 use super::serve_clone::ServeClone;
+use super::serve_restore::ServeRestore;
 
 /// Processes that walden starts of itself
 #[derive(Debug, Args)]
@@ -27,6 +28,7 @@ pub struct Internal {
 enum Action {
     Serve(Serve),
     ServeClone(ServeClone),
+    ServeRestore(ServeRestore),
     Prefetch(Prefetch),
     /// Becomes a postmaster that can write nowhere but in its clone
     RunPostgres,
@@ -49,6 +51,7 @@ impl Internal {
         match &self.action {
             Action::Serve(serve) => mount::serve(context, &serve.dir, serve.allow_other),
             Action::ServeClone(command) => command.run(context),
+            Action::ServeRestore(command) => command.run(context),
             Action::Prefetch(command) => command.run(context),
             Action::RunPostgres => Err(CommandError::failed(launch::run().to_string())),
         }

@@ -17,6 +17,8 @@ mod error;
 mod exit;
 mod info;
 mod info_text;
+mod instant;
+mod instant_report;
 mod internal;
 mod key;
 mod list;
@@ -35,6 +37,7 @@ mod restore;
 mod restore_report;
 mod screen;
 mod serve_clone;
+mod serve_restore;
 mod show;
 mod site;
 #[cfg(test)]

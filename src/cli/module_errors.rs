@@ -12,6 +12,7 @@ use crate::disk;
 use crate::instance::adoption::AdoptionError;
 use crate::instance::create::CreateError;
 use crate::instance::finalize::FinalizeError;
+use crate::instance::instant::InstantError;
 use crate::replication;
 use crate::repo;
 use crate::restore;
@@ -84,6 +85,28 @@ impl From<FinalizeError> for CommandError {
             | FinalizeError::Strange { .. }
             | FinalizeError::Author { .. }
             | FinalizeError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),
+        }
+    }
+}
+
+impl From<InstantError> for CommandError {
+    fn from(error: InstantError) -> Self {
+        let hint = error.hint();
+        match error {
+            InstantError::Restore(error) => error.into(),
+            InstantError::Disk(error) => error.into(),
+            InstantError::Repository(error) => error.into(),
+            InstantError::Control(error) => error.into(),
+            InstantError::Internal(_) => Self::of_module(ExitKind::Bug, error, hint),
+            InstantError::Mount(_)
+            | InstantError::FileSystem(_)
+            | InstantError::Programs(_)
+            | InstantError::Server(_)
+            | InstantError::NoFuse { .. }
+            | InstantError::NoConfiguration
+            | InstantError::RootOwner(_)
+            | InstantError::Served(_)
+            | InstantError::Ending { .. } => Self::of_module(ExitKind::Failed, error, hint),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Messages between Walden's own processes, and the client that sends them.
 //!
-//! A clone's supervisor listens on a unix socket in a private folder; whoever may enter the folder may ask. One
+//! A clone's supervisor, or a restore's, listens on a unix socket in a private folder; whoever may enter it may ask. One
 //! JSON line goes in, one comes out, and the connection ends. A daemon's socket is open to every user of the host, and
 //! tells who asks. Deliberately absent: anything over a network, and what a request means; the processes that listen
 //! know that.
@@ -11,9 +11,10 @@ mod daemon_messages;
 mod daemon_server;
 mod file_request;
 mod messages;
+mod restore_messages;
 mod server;
 
-pub use client::request;
+pub use client::{request, request_of_restore};
 pub use daemon_client::ask_daemon;
 pub use daemon_messages::{ArchivedFile, DaemonAnswer, DaemonRequest, Destination, Failure, PushRequest};
 pub use daemon_server::{Caller, DaemonListener};
@@ -21,6 +22,7 @@ pub use file_request::{
     FileAnswer, FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files,
 };
 pub use messages::{CloneSetting, CloneState, CloneStatus, HydrationState, HydrationStatus, Reply, Request};
+pub use restore_messages::{RestoreReply, RestoreRequest, RestoreStatus, RestoredServer, RestoredTablespace};
 pub use server::{Listener, Pending};
 
 use std::io;

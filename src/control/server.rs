@@ -4,34 +4,38 @@
 //! left at its place is replaced, because the folder's lock has told that nobody else is alive.
 
 use std::io;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::control::messages::{Reply, Request};
+use crate::control::messages::Request;
 use crate::control::{Error, LINE_BYTES_MAX};
 
 /// A client that connects and says nothing keeps others waiting no longer than this.
 const REQUEST_WAIT: Duration = Duration::from_secs(5);
 
-/// A socket that takes requests.
+/// A socket that takes requests of one kind.
 #[derive(Debug)]
-pub struct Listener {
+pub struct Listener<Q = Request> {
     path: PathBuf,
     inner: UnixListener,
+    kind: PhantomData<fn() -> Q>,
 }
 
 /// A request whose answer is awaited.
 #[derive(Debug)]
-pub struct Pending {
+pub struct Pending<Q = Request> {
     /// What was asked.
-    pub request: Request,
+    pub request: Q,
     stream: UnixStream,
 }
 
-impl Listener {
+impl<Q: DeserializeOwned> Listener<Q> {
     /// Listens at `path`, replacing what a killed process has left there.
     pub fn bind(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::Io { path: path.to_owned(), source };
@@ -39,11 +43,12 @@ impl Listener {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
         }
-        Ok(Self { path: path.to_owned(), inner: UnixListener::bind(path).map_err(failed)? })
+        let inner = UnixListener::bind(path).map_err(failed)?;
+        Ok(Self { path: path.to_owned(), inner, kind: PhantomData })
     }
 
     /// Waits for the next request that is understood.
-    pub async fn next(&self) -> Pending {
+    pub async fn next(&self) -> Pending<Q> {
         loop {
             let Ok((stream, _)) = self.inner.accept().await else {
                 // Out of file descriptors, for example: others will be closed.
@@ -61,15 +66,15 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+impl<Q> Drop for Listener<Q> {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-impl Pending {
+impl<Q> Pending<Q> {
     /// Answers. A client that has gone away does not hear it.
-    pub async fn answer(mut self, reply: &Reply) {
+    pub async fn answer(mut self, reply: &impl Serialize) {
         let Ok(mut line) = serde_json::to_vec(reply) else { return };
         line.push(b'\n');
         let _ = self.stream.write_all(&line).await;
@@ -77,7 +82,7 @@ impl Pending {
     }
 }
 
-async fn read_request(mut stream: UnixStream) -> io::Result<Pending> {
+async fn read_request<Q: DeserializeOwned>(mut stream: UnixStream) -> io::Result<Pending<Q>> {
     let mut line = String::new();
     BufReader::new(&mut stream).take(LINE_BYTES_MAX).read_line(&mut line).await?;
     let request = serde_json::from_str(&line).map_err(io::Error::other)?;
@@ -86,7 +91,7 @@ async fn read_request(mut stream: UnixStream) -> io::Result<Pending> {
 
 #[cfg(test)]
 mod tests {
-    use crate::control;
+    use crate::control::{self, Reply};
 
     use super::*;
 
@@ -96,7 +101,7 @@ mod tests {
         let path = folder.path().join("clone.sock");
         assert!(matches!(control::request(&path, &Request::Status).await, Err(Error::NotRunning { .. })));
         std::fs::write(&path, "left by a killed process").unwrap();
-        let listener = Listener::bind(&path).unwrap();
+        let listener: Listener = Listener::bind(&path).unwrap();
         let (reply, ()) = tokio::join!(control::request(&path, &Request::Stop), async {
             // Somebody who says nothing keeps nobody waiting for ever.
             drop(UnixStream::connect(&path).await.unwrap());

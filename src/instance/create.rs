@@ -18,12 +18,12 @@ use crate::disk::durable::{self, Create};
 use crate::disk::{self, Owner};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, HydrateSpec, LastState, write_json};
 use crate::instance::isolation::{config_files, socket_path};
+use crate::instance::pinning::pin;
 use crate::instance::preload::{Preload, is_in, plan_preload};
 use crate::repo::documents::ServerRecord;
 use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
 use crate::repo::{self, Basebackup, BasebackupId, Repository};
-use crate::storage;
 
 /// What the user asked for.
 #[derive(Debug, Clone)]
@@ -139,9 +139,9 @@ pub async fn create(
     let basebackup = Basebackup::open(repository, record.id).await?;
     folder.create(options.owner)?;
     warnings.extend(warnings_of(&record.server, options));
-    let pin = match pin(repository, record.id, folder).await {
+    let pin = match pin(repository, record.id, &holder(folder)).await {
         Ok(pin) => pin,
-        Err(error) => return Err(give_up(repository, folder, None, error).await),
+        Err(error) => return Err(give_up(repository, folder, None, error.into()).await),
     };
     if pin.is_none() {
         warnings.push(NO_PIN.to_owned());
@@ -200,17 +200,9 @@ fn warnings_of(server: &ServerRecord, options: &CreateOptions) -> Vec<String> {
     warnings
 }
 
-/// Pins the basebackup; nothing where the store takes no writes.
-pub(super) async fn pin(
-    repository: &Repository,
-    id: BasebackupId,
-    folder: &CloneFolder,
-) -> Result<Option<Pin>, CreateError> {
-    match Pin::create(repository, id, &format!("clone {}", folder.name())).await {
-        Ok(pin) => Ok(Some(pin)),
-        Err(repo::Error::Store(error)) if error.kind() == storage::ErrorKind::Denied => Ok(None),
-        Err(error) => Err(error.into()),
-    }
+/// Says of a pin whose it is.
+pub(super) fn holder(folder: &CloneFolder) -> String {
+    format!("clone {}", folder.name())
 }
 
 /// Leaves nothing of a clone that could not be made: nothing is mounted yet, and nothing in it is anybody's work.

@@ -79,6 +79,12 @@ impl CuttingOver {
         lock(&self.state).waits_for.clone()
     }
 
+    /// Tells whether it has come to its end.
+    pub(super) fn is_over(&mut self) -> bool {
+        while self.task.try_join_next().is_some() {}
+        self.has_begun && self.task.is_empty()
+    }
+
     /// Ends it, wherever it is.
     pub(super) async fn stop(&mut self) {
         self.task.shutdown().await;

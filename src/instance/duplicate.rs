@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use crate::catalog::RecoveryPlan;
 use crate::disk::{Owner, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec};
-use crate::instance::create::{CreateError, give_up, pin, write_folder};
+use crate::instance::create::{CreateError, give_up, holder, write_folder};
 use crate::instance::isolation::socket_path;
+use crate::instance::pinning::pin;
 use crate::repo::Repository;
 
 /// Makes the folder `new` of a clone like that in `folder`; it can be started afterwards.
@@ -24,9 +25,9 @@ pub async fn duplicate(
     let plan: RecoveryPlan = state_file::read_document(&folder.plan_file(), "a recovery plan")?;
     let owner = Owner { uid: first.owner.0, gid: first.owner.1 };
     new.create(owner)?;
-    let pin = match pin(repository, first.basebackup, new).await {
+    let pin = match pin(repository, first.basebackup, &holder(new)).await {
         Ok(pin) => pin,
-        Err(error) => return Err(give_up(repository, new, None, error).await),
+        Err(error) => return Err(give_up(repository, new, None, error.into()).await),
     };
     let created_at = repository.clock().now();
     // It lives as long as the first was to.

@@ -1,7 +1,7 @@
-//! The rest of a clone's basebackup while its server runs: when it begins to come, and what is told of it.
+//! The rest of a basebackup while a server runs on it: when it begins to come, and what is told of it.
 //!
 //! The work is `mount::upper::hydrate`'s. Here it gets a task, which ends before the server is stopped, so that a stop
-//! has the store and the disk for itself. How far it came is written into the clone's folder, for when nobody answers.
+//! has the store and the disk for itself. How far a clone's came is written into its folder, for when nobody answers.
 
 use std::num::NonZeroU64;
 
@@ -9,7 +9,7 @@ use tokio::task::{JoinError, JoinSet};
 
 use crate::control::{HydrationState, HydrationStatus};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastHydration};
-use crate::instance::clone_mount::CloneMount;
+use crate::instance::lazy_uppers::LazyUppers;
 use crate::mount::upper::hydrate::{self, HydrationReport};
 
 /// The hydrator of a server that runs.
@@ -21,7 +21,7 @@ pub(super) struct Hydrating {
 
 impl Hydrating {
     /// Lets the hydrator begin, once.
-    pub(super) fn begin(&mut self, mount: &CloneMount) {
+    pub(super) fn begin(&mut self, mount: &LazyUppers) {
         if !self.has_begun {
             self.task.spawn(mount.hydrate());
             self.has_begun = true;
@@ -45,7 +45,7 @@ impl Hydrating {
 }
 
 /// Writes down how far the hydrator came; `ended` is how its task did, if it has.
-pub(super) fn remember(folder: &CloneFolder, mount: &CloneMount, ended: Result<(), JoinError>) {
+pub(super) fn remember(folder: &CloneFolder, mount: &LazyUppers, ended: Result<(), JoinError>) {
     if let Err(error) = ended {
         tracing::error!("the hydrator ended: {error}");
     }

@@ -1,4 +1,4 @@
-//! Starts a postmaster that sees nothing writable but its own directories.
+//! Starts a postmaster: a clone's sees nothing writable but its own directories, a restored server's sees all its user may.
 //!
 //! `walden internal run-postgres` reads an order from its standard input and becomes the postmaster: private mount
 //! namespace (`mount_namespace`) or Landlock, privileges dropped, exec. A process of its own, because namespaces are
@@ -34,8 +34,8 @@ pub struct Launch {
     pub pid_file: PathBuf,
     /// The user and group it runs as.
     pub owner: (u32, u32),
-    /// What it may write to.
-    pub isolation: Isolation,
+    /// What it may write to; whatever its user may, where nothing is said.
+    pub isolation: Option<Isolation>,
     /// Where its output goes.
     pub log_file: PathBuf,
     /// Its whole environment.
@@ -100,7 +100,7 @@ fn become_postgres(launch: &Launch) -> Result<LaunchError, LaunchError> {
         .open(&launch.log_file)
         .map_err(step(format!("open \"{}\"", launch.log_file.display())))?;
     let errors = log.try_clone().map_err(step("use the log twice"))?;
-    isolate(&launch.isolation).inspect_err(|error| {
+    launch.isolation.iter().try_for_each(isolate).inspect_err(|error| {
         // Whoever looks why there is no server looks into its log.
         let _ = writeln!(&log, "FATAL:  {error}");
     })?;

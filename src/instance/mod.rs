@@ -1,4 +1,4 @@
-//! A PostgreSQL running on a writable mount: clones, and the demo.
+//! A PostgreSQL running on a writable mount: clones, restores that are not finished, and the demo.
 //!
 //! A clone is a folder ([`clone_folder`]) and, while it runs, one supervisor process that mounts, starts PostgreSQL
 //! and answers requests. Invariant: a clone can harm nothing, neither the archive it came from nor a file, a slot or a
@@ -12,9 +12,11 @@ pub mod duplicate;
 pub mod expiry;
 pub mod finalize;
 pub mod finalize_plan;
+pub mod instant;
 pub mod reset;
 pub mod supervise;
 
+mod as_user;
 mod bring;
 mod clone_mount;
 mod copy_tree;
@@ -23,9 +25,12 @@ mod cutting_over;
 mod hydration;
 pub mod isolation;
 pub mod launch;
+mod lazy_uppers;
 mod native_settings;
 mod orphans;
+mod pinning;
 mod places;
+mod postmaster;
 mod prepare;
 pub mod programs;
 mod requests;

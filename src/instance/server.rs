@@ -1,23 +1,23 @@
-//! One PostgreSQL of a clone: started as the owner of its folder, watched, stopped.
+//! One PostgreSQL of a clone: started as the owner of its folder, asked, stopped.
 //!
-//! The postmaster is a child of the supervisor, started through `launch` so that it sees nothing writable but its
-//! own directories. Ready means that a session was let in: with `hot_standby=off` that is the end of recovery.
-//! Deliberately absent: pg_ctl, which would hide the exit status, and restarting, which the supervisor decides.
+//! The postmaster is a child of the supervisor (`postmaster`), which sees nothing writable but its own directories.
+//! Ready means that a session was let in: with `hot_standby=off` that is the end of recovery.
+//! Deliberately absent: restarting, which the supervisor decides.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use tokio::io::AsyncWriteExt;
-use tokio::process::{Child, Command};
 
+use crate::disk::Owner;
+use crate::instance::as_user::as_user;
 use crate::instance::launch::Launch;
+use crate::instance::postmaster::Postmaster;
 use crate::replication::{self, ConnectOptions, Session};
 
-/// How clients reach a clone's server.
+/// How Walden reaches a server of this host.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     /// Where its socket is.
@@ -26,13 +26,14 @@ pub struct Endpoint {
     pub port: u16,
     /// The role that may do everything.
     pub superuser: String,
+    /// The user as whom Walden connects, where another one than its own is believed.
+    pub user: Option<Owner>,
 }
 
 /// A postmaster that was started here.
 #[derive(Debug)]
 pub struct Server {
-    child: Child,
-    pid: Pid,
+    postmaster: Postmaster,
     endpoint: Endpoint,
     log_file: PathBuf,
     pid_file: PathBuf,
@@ -78,7 +79,12 @@ const READY_POLL: Duration = Duration::from_millis(20);
 const LOG_TAIL_BYTES: u64 = 16 << 10;
 
 impl Endpoint {
-    /// Returns how to connect to a database of the clone.
+    /// Returns how a clone's server is reached: whoever comes to its socket is believed.
+    pub fn of_clone(socket_directory: PathBuf, port: u16, superuser: String) -> Self {
+        Self { socket_directory, port, superuser, user: None }
+    }
+
+    /// Returns how to connect to a database of the server.
     pub fn connect_options(&self, database: &str) -> ConnectOptions {
         let quote = |text: &str| text.replace('\\', r"\\").replace('\'', r"\'");
         ConnectOptions::new(format!(
@@ -93,11 +99,17 @@ impl Endpoint {
     /// Opens a session of Walden's own.
     pub async fn connect(&self) -> Result<Session, replication::Error> {
         let [usual, always] = DATABASES;
-        match Session::connect(&self.connect_options(usual)).await {
-            Err(error) if error.kind() != replication::ErrorKind::Retry => {
-                Session::connect(&self.connect_options(always)).await
-            }
+        match self.connect_to(usual).await {
+            Err(error) if error.kind() != replication::ErrorKind::Retry => self.connect_to(always).await,
             other => other,
+        }
+    }
+
+    async fn connect_to(&self, database: &str) -> Result<Session, replication::Error> {
+        let options = self.connect_options(database);
+        match self.user {
+            None => Session::connect(&options).await,
+            Some(user) => as_user(user, async move { Session::connect(&options).await }).await?,
         }
     }
 }
@@ -105,27 +117,14 @@ impl Endpoint {
 impl Server {
     /// Starts a postmaster; it may still have to recover before it lets anybody in.
     pub async fn start(launch: &Launch, endpoint: Endpoint) -> Result<Self, ServerError> {
-        let binary = std::env::current_exe().map_err(ServerError::Spawn)?;
-        let mut child = Command::new(binary)
-            .args(["internal", "run-postgres"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .map_err(ServerError::Spawn)?;
-        let order = serde_json::to_vec(launch).map_err(|error| ServerError::Spawn(error.into()))?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(&order).await.map_err(ServerError::Spawn)?;
-        }
-        let pid_file = launch.pid_file.clone();
-        let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-        let pid = pid.ok_or_else(|| ServerError::Spawn(std::io::Error::other("it ended at once")))?;
-        Ok(Self { child, pid: Pid::from_raw(pid), endpoint, log_file: launch.log_file.clone(), pid_file })
+        let postmaster = Postmaster::start(launch).await?;
+        let (log_file, pid_file) = (launch.log_file.clone(), launch.pid_file.clone());
+        Ok(Self { postmaster, endpoint, log_file, pid_file })
     }
 
     /// Returns the postmaster's process id.
     pub fn pid(&self) -> u32 {
-        self.pid.as_raw().unsigned_abs()
+        self.postmaster.pid().as_raw().unsigned_abs()
     }
 
     /// Returns how clients reach it.
@@ -135,13 +134,13 @@ impl Server {
 
     /// Asks it to read its configuration files again.
     pub fn reload(&self) -> Result<(), nix::errno::Errno> {
-        kill(self.pid, Signal::SIGHUP)
+        kill(self.postmaster.pid(), Signal::SIGHUP)
     }
 
     /// Waits until a session is let in, however long recovery takes.
     async fn ready(&mut self) -> Result<Session, ServerError> {
         loop {
-            if let Ok(Some(status)) = self.child.try_wait() {
+            if let Some(status) = self.postmaster.ended() {
                 return Err(ServerError::EndedAtStart { status, log: tail(&self.log_file) });
             }
             if self.lets_in() {
@@ -168,7 +167,7 @@ impl Server {
     }
 
     async fn ended(&mut self) -> ServerError {
-        match self.child.wait().await {
+        match self.postmaster.wait().await {
             Ok(status) => ServerError::Ended { status, log: tail(&self.log_file) },
             Err(error) => ServerError::Spawn(error),
         }
@@ -176,23 +175,7 @@ impl Server {
 
     /// Asks it to stop and waits; after `deadline` it is told to end at once.
     pub async fn stop(&mut self, mode: StopMode, deadline: Duration) -> Result<(), ServerError> {
-        let signal = match mode {
-            StopMode::Fast => Signal::SIGINT,
-            StopMode::Immediate => Signal::SIGQUIT,
-        };
-        let _ = kill(self.pid, signal);
-        if tokio::time::timeout(deadline, self.child.wait()).await.is_ok() {
-            return Ok(());
-        }
-        if mode == StopMode::Fast {
-            tracing::warn!("PostgreSQL did not stop within {deadline:?}; it is told to end at once");
-            let _ = kill(self.pid, Signal::SIGQUIT);
-            if tokio::time::timeout(deadline, self.child.wait()).await.is_ok() {
-                return Ok(());
-            }
-        }
-        let _ = kill(self.pid, Signal::SIGKILL);
-        Err(ServerError::StillRunning(deadline))
+        self.postmaster.stop(mode, deadline).await
     }
 }
 
@@ -213,6 +196,6 @@ pub fn tail(log_file: &Path) -> Vec<String> {
     lines.split_off(lines.len().saturating_sub(4))
 }
 
-fn last_words(log: &[String]) -> String {
+pub(super) fn last_words(log: &[String]) -> String {
     if log.is_empty() { "its log is empty".to_owned() } else { log.join("; ") }
 }

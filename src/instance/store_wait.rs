@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::control::{CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::instance::clone_folder::{CloneSpec, LastState};
 use crate::instance::supervise::{SuperviseError, SuperviseOptions, resting_status};
-use crate::repo::{Basebackup, ErrorKind};
+use crate::repo::{Basebackup, BasebackupId, ErrorKind, Repository};
 
 /// What came of waiting.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ pub(super) async fn wait<T: Future<Output = ()>>(
     error: &SuperviseError,
 ) -> Waited {
     let message = format!("recovery starts again when the store answers: {error}");
-    let mut look = std::pin::pin!(look(options, spec, &message));
+    let mut look = std::pin::pin!(until_it_answers(&options.repository, spec.basebackup, &message));
     loop {
         tokio::select! {
             waited = look.as_mut() => return waited,
@@ -67,11 +67,16 @@ pub(super) async fn wait<T: Future<Output = ()>>(
     }
 }
 
-async fn look(options: &SuperviseOptions, spec: &CloneSpec, message: &str) -> Waited {
-    let clock = options.repository.clock();
+/// Looks whether the store answers for a basebackup, and waits until it does; `message` says what waits for that.
+pub(super) async fn until_it_answers(
+    repository: &Repository,
+    basebackup: BasebackupId,
+    message: &str,
+) -> Waited {
+    let clock = repository.clock();
     let (begun, mut pause, mut was_away) = (clock.monotonic(), PAUSE_FIRST, false);
     loop {
-        match Basebackup::open(&options.repository, spec.basebackup).await {
+        match Basebackup::open(repository, basebackup).await {
             // Damage is an answer.
             Err(error) if error.kind() != ErrorKind::Damaged => {
                 if !was_away {

@@ -21,11 +21,12 @@ use crate::catalog::wal_scan::greatest;
 use crate::control::{self, CloneSetting, CloneState, CloneStatus, Listener, Pending, Reply, Request};
 use crate::disk::{self, state_file};
 use crate::instance::clone_folder::{CloneFolder, CloneSpec, LastState};
-use crate::instance::clone_mount::{CloneMount, MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::clone_mount::CloneMount;
 use crate::instance::cutting_over::CuttingOver;
 use crate::instance::hydration::{self, Hydrating};
 use crate::instance::isolation::{CloneFacts, Setting, clone_settings};
 use crate::instance::launch::{Isolation, Launch};
+use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::prepare::prepare;
 use crate::instance::requests;
@@ -284,7 +285,7 @@ impl<'a> Run<'a> {
         let control = blocking(move || prepare(&prepared_folder, &prepared_spec)).await?;
         mount.sync().await?;
         let endpoint =
-            Endpoint { socket_directory: folder.run(), port: spec.port, superuser: spec.superuser.clone() };
+            Endpoint::of_clone(folder.run(), spec.port, spec.superuser.clone());
         mount.wait_for_store(Patience::Forever);
         let settings = clone_settings(&facts(options, spec, &control, is_recovering(folder)));
         let server = Server::start(&launch(options, spec, &settings), endpoint).await?;
@@ -506,7 +507,7 @@ fn launch(options: &SuperviseOptions, spec: &CloneSpec, settings: &[Setting]) ->
         data_directory: folder.data_directory(),
         pid_file: folder.beneath_mount("postmaster.pid"),
         owner: spec.owner,
-        isolation: Isolation { writable: folder.writable(), stand_ins: spec.stand_ins.clone() },
+        isolation: Some(Isolation { writable: folder.writable(), stand_ins: spec.stand_ins.clone() }),
         log_file: folder.server_log(),
         environment: options.environment.clone(),
         supervisor: std::process::id(),

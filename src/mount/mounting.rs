@@ -242,7 +242,8 @@ fn prepare(path: &Path, options: &MountOptions) -> Result<PathBuf, MountError> {
     Ok(path)
 }
 
-fn is_fuse(path: &Path) -> bool {
+/// Tells whether what is mounted at a path is served by a process, ours or another.
+pub fn is_fuse(path: &Path) -> bool {
     const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
     nix::sys::statfs::statfs(path).is_ok_and(|figures| figures.filesystem_type().0 == FUSE_SUPER_MAGIC)
 }
@@ -396,6 +397,22 @@ fn describe(holders: &[Holder]) -> String {
         return "a process this user cannot see".to_owned();
     }
     holders.iter().map(Holder::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// Shows an open directory, such as one beneath a mount, at a path as well; only root can.
+pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
+    let source = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    nix::mount::mount(Some(&source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(|errno| io_error("show a directory at", path)(errno.into()))
+}
+
+/// Takes away what [`bind`] has shown; true where nothing is in the way.
+pub fn unbind(path: &Path) -> Result<bool, MountError> {
+    match nix::mount::umount2(path, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => Ok(true),
+        Err(Errno::EBUSY) => Ok(false),
+        Err(errno) => Err(io_error("unmount", path)(errno.into())),
+    }
 }
 
 /// Keeps the directory beneath a mount reachable: opened before mounting, it still names what is below.

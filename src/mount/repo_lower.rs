@@ -5,6 +5,7 @@
 //! and in `pg_tblspc` the links, which point to `tablespaces` beside `data` and never to where the source had them.
 //! `tablespace_map` is never shown: with it the server would make links to the source's directories.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
@@ -30,6 +31,7 @@ pub struct RepoLower {
     source: Arc<dyn ReaderSource>,
     root: TreePath,
     tablespace_folder: Vec<u8>,
+    tablespace_places: BTreeMap<u32, Vec<u8>>,
 }
 
 /// A reader that is open already.
@@ -55,12 +57,26 @@ impl RepoLower {
 
     /// Shows what is below `root` of a basebackup that `source` opens when it is needed.
     pub fn opened_by(source: Arc<dyn ReaderSource>, root: TreePath) -> Self {
-        Self { source, root, tablespace_folder: TABLESPACE_FOLDER.to_vec() }
+        let tablespace_folder = TABLESPACE_FOLDER.to_vec();
+        Self { source, root, tablespace_folder, tablespace_places: BTreeMap::new() }
     }
 
     /// Lets the links of `pg_tblspc` lead into another folder, whose path ends in a slash.
     pub fn with_tablespace_folder(self, folder: &[u8]) -> Self {
         Self { tablespace_folder: folder.to_vec(), ..self }
+    }
+
+    /// Lets links of `pg_tblspc` lead to places of their own, by oid.
+    pub fn with_tablespace_places(self, tablespace_places: BTreeMap<u32, Vec<u8>>) -> Self {
+        Self { tablespace_places, ..self }
+    }
+
+    /// Returns where the link of a tablespace leads.
+    fn target_of(&self, tablespace: &Tablespace) -> Vec<u8> {
+        match self.tablespace_places.get(&tablespace.oid) {
+            Some(place) => place.clone(),
+            None => [&self.tablespace_folder, tablespace.oid.to_string().as_bytes()].concat(),
+        }
     }
 
     async fn reader(&self) -> Result<Arc<FileReader>, LowerError> {
@@ -81,7 +97,7 @@ impl RepoLower {
         }
         let link = |(n, tablespace): (u64, &Tablespace)| {
             let name = tablespace.oid.to_string().into_bytes();
-            let size = (self.tablespace_folder.len() + name.len()) as u64;
+            let size = self.target_of(tablespace).len() as u64;
             let mtime = reader.basebackup().record().started_at;
             let node = Node { kind: NodeKind::Symlink, mode: 0o777, size, mtime };
             (name, NodeId(LINK_LAST - n), node)
@@ -155,7 +171,7 @@ impl Lower for RepoLower {
     async fn read_link(&self, node: NodeId) -> Result<Vec<u8>, LowerError> {
         let reader = self.reader().await?;
         if let Some(tablespace) = tablespace_of(&reader, node) {
-            return Ok([&self.tablespace_folder, tablespace.oid.to_string().as_bytes()].concat());
+            return Ok(self.target_of(tablespace));
         }
         match entry_of(&reader, node).await?.node {
             entry::Node::Symlink(target) => Ok(target),

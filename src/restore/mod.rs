@@ -19,6 +19,7 @@ mod file_writer;
 mod journal;
 mod sample;
 mod server;
+pub mod settings_files;
 mod shape;
 mod writer;
 

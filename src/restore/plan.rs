@@ -36,6 +36,8 @@ pub struct RestoreOptions {
     pub configuration_directory: Option<PathBuf>,
     /// What to do with what is there already.
     pub existing: Existing,
+    /// Whether files are filled while the server runs: their zero pages take room then.
+    pub is_instant: bool,
     /// What the server does once it is started.
     pub mode: RecoveryMode,
     /// The command that fetches WAL.
@@ -140,7 +142,7 @@ pub async fn plan_restore(
         options.tablespace_map.iter().map(|(name, path)| (name.clone(), resolve(path))).collect();
     let configuration = configuration_place(basebackup, options);
     let destinations = Destinations::new(&data, &start.tablespaces, &map, configuration)?;
-    let sizes = Sizes::of(basebackup, &destinations).await?;
+    let sizes = Sizes::of(basebackup, &destinations, options.is_instant).await?;
     check_targets(&destinations, &sizes, basebackup, options)?;
     let PlannedRecovery { plan, target, .. } = &planned;
     let scan = scan_wal(basebackup.repository(), plan, &target.target, basebackup.record().start_lsn).await?;
@@ -208,13 +210,17 @@ struct Sizes {
 
 impl Sizes {
     /// Adds up the file table, and refuses one that names what no basebackup has.
-    async fn of(basebackup: &Basebackup, destinations: &Destinations) -> Result<Self, Error> {
+    async fn of(
+        basebackup: &Basebackup,
+        destinations: &Destinations,
+        has_zeros: bool,
+    ) -> Result<Self, Error> {
         let mut sizes = Self::default();
-        basebackup.visit_entries(|_, entry| sizes.add(entry, destinations)).await?;
+        basebackup.visit_entries(|_, entry| sizes.add(entry, destinations, has_zeros)).await?;
         Ok(sizes)
     }
 
-    fn add(&mut self, entry: &Entry, destinations: &Destinations) -> Result<(), Error> {
+    fn add(&mut self, entry: &Entry, destinations: &Destinations, has_zeros: bool) -> Result<(), Error> {
         let Some(place) = destinations.place(&entry.path)? else { return Ok(()) };
         match &entry.node {
             Node::Directory => {
@@ -231,7 +237,7 @@ impl Sizes {
                 let all = destinations.all();
                 let root = all.iter().find(|(root, _)| place.starts_with(root)).map(|(root, _)| *root);
                 let needed = match content {
-                    Content::Map(map) => *size - zero_bytes(map).min(*size),
+                    Content::Map(map) if !has_zeros => *size - zero_bytes(map).min(*size),
                     _ => *size,
                 };
                 *self.by_place.entry(root.unwrap_or(&place).to_owned()).or_default() += needed;
@@ -290,7 +296,8 @@ fn check_replay(scan: &WalScan, destinations: &Destinations) -> Result<(), Error
     Ok(())
 }
 
-async fn control_file(basebackup: &Basebackup) -> Result<ControlFile, Error> {
+/// Returns what a basebackup has of `pg_control`.
+pub async fn control_file(basebackup: &Basebackup) -> Result<ControlFile, Error> {
     let damaged =
         |detail: String| Error::Repository(repo::Error::Damaged { object: CONTROL_FILE.to_owned(), detail });
     let found = basebackup.entry(&tree_path(CONTROL_FILE)?).await?;

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-use crate::catalog::PLAN_FILE_NAME;
 use crate::codec::CpuPool;
 use crate::disk::durable::{self, Create};
 use crate::disk::private_area::HELD_BACK;
@@ -29,10 +28,11 @@ use crate::restore::existing::{Staying, clear, sizes, staying_by_content, stayin
 use crate::restore::file_writer::FileWriter;
 use crate::restore::journal::Journal;
 use crate::restore::plan::{Existing, RestorePlan};
-use crate::restore::recovery_settings::{AUTO_CONF, included_folders, with_block};
+use crate::restore::recovery_settings::AUTO_CONF;
 use crate::restore::server::server_in;
+use crate::restore::settings_files::{read_or_empty, to_json, write_configuration, write_settings};
 use crate::restore::shape::Shape;
-use crate::restore::target::{MARKER_FILE_NAME, RestoreMarker, STATE_FILE_NAME, check_existing, resolve};
+use crate::restore::target::{INSTANT_FILE_NAME, STATE_FILE_NAME, check_existing, resolve};
 use crate::restore::writer::Writer;
 
 /// What a restore may use.
@@ -63,7 +63,7 @@ pub struct RestoreOutcome {
 pub const CHECKPOINT_BYTES: u64 = 2 << 30;
 const JOURNAL_FILE: &str = "restore.journal";
 /// Says that only the renames are left: all else is on stable storage.
-const COMPLETE_FILE: &str = "complete";
+pub(crate) const COMPLETE_FILE: &str = "complete";
 /// Map chunks and small files are read through a reader of their own.
 const READER_CACHE_BYTES: usize = 4 << 20;
 
@@ -158,7 +158,8 @@ impl Restore<'_> {
         let files = Arc::new(FileWriter::new(self.plan.owner()));
         let files_written = self.write_files(&area, &staying, &files).await?;
         shape.make_links(self.plan.owner())?;
-        self.write_settings()?;
+        write_settings(self.plan, &read_or_empty(&destinations.data.join(AUTO_CONF))?)?;
+        write_configuration(self.plan)?;
         shape.finish_directories(self.plan.owner())?;
         let roots = roots(destinations);
         tokio::task::spawn_blocking(move || sync_all(&roots))
@@ -187,7 +188,7 @@ impl Restore<'_> {
         area.clear_temporary(&lock)?;
         let state = area.directory().join(STATE_FILE_NAME);
         if !resume {
-            for name in [COMPLETE_FILE, JOURNAL_FILE] {
+            for name in [COMPLETE_FILE, JOURNAL_FILE, INSTANT_FILE_NAME] {
                 durable::remove_file(&area.directory().join(name))?;
             }
             area.unbind()?;
@@ -263,37 +264,6 @@ impl Restore<'_> {
         // Also where writing failed: what is being synced is what --resume need not fetch again.
         let synced = checkpoints.end().await;
         written.and_then(|count| synced.map(|()| count))
-    }
-
-    /// Writes what makes the restored server recover, and what says where it came from.
-    fn write_settings(&self) -> Result<(), Error> {
-        let (plan, data) = (self.plan, &self.plan.destinations.data);
-        let create = Create::PRIVATE_FILE.owned_by(plan.owner());
-        let auto_conf = data.join(AUTO_CONF);
-        let before = read_or_empty(&auto_conf)?;
-        durable::write_file(&auto_conf, &with_block(&before, &plan.settings, AUTO_CONF), create)?;
-        if let Some((main, settings)) = &plan.configuration
-            && let Ok(main) = crate::repo::entry::TreePath::new(main.as_bytes())
-            && let Some(path) = plan.destinations.place(&main)?
-        {
-            let before = fs::read(&path).map_err(Error::at("read", &path))?;
-            let folder = path.parent().unwrap_or(Path::new("/"));
-            for included in included_folders(&before) {
-                let create = Create { mode: 0o755, ..Create::PRIVATE_DIRECTORY.owned_by(plan.owner()) };
-                durable::create_dir_all(&folder.join(included), create)?;
-            }
-            let create = Create { mode: 0o644, ..create };
-            durable::write_file(&path, &with_block(&before, settings, ""), create)?;
-        }
-        durable::write_file(&data.join(plan.signal()), b"", create)?;
-        durable::write_file(&data.join(PLAN_FILE_NAME), &to_json(&plan.recovery)?, create)?;
-        let marker = RestoreMarker {
-            format: 1,
-            basebackup: plan.basebackup,
-            cluster: plan.recovery.cluster,
-            destinations: plan.destinations.clone(),
-        };
-        Ok(durable::write_file(&data.join(MARKER_FILE_NAME), &to_json(&marker)?, create)?)
     }
 }
 
@@ -382,18 +352,4 @@ fn sync_all(roots: &[PathBuf]) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-/// Reads a file that need not be there. What cannot be read is no reason to leave out what it says (failure 24).
-pub(super) fn read_or_empty(path: &Path) -> Result<Vec<u8>, Error> {
-    match fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        other => other.map_err(Error::at("read", path)),
-    }
-}
-
-fn to_json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, Error> {
-    let mut text = serde_json::to_vec_pretty(value).map_err(|error| Error::Internal(error.to_string()))?;
-    text.push(b'\n');
-    Ok(text)
 }

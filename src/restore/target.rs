@@ -22,6 +22,8 @@ use crate::restore::server::{Server, server_in};
 pub const MARKER_FILE_NAME: &str = "walden.restore.json";
 /// The plan of an unfinished restore, in its private area; without it nothing has begun.
 pub(crate) const STATE_FILE_NAME: &str = "restore.json";
+/// How a restore goes on whose server runs before everything is there, beside its plan; plain ones have none.
+pub(crate) const INSTANT_FILE_NAME: &str = "instant.json";
 
 /// What a restored directory says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -110,6 +110,7 @@ impl Site {
             target_directory: data,
             configuration_directory: None,
             existing,
+            is_instant: false,
             mode: RecoveryMode::Target,
             restore_command: Some("walden wal fetch %f %p".to_owned()),
             owner: user,

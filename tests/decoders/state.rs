@@ -154,10 +154,10 @@ fn launch() -> Launch {
         data_directory: "/clones/yesterday/mnt/data".into(),
         pid_file: "/clones/yesterday/upper/data/postmaster.pid".into(),
         owner: (113, 120),
-        isolation: Isolation {
+        isolation: Some(Isolation {
             writable: vec![PathBuf::from("/clones/yesterday")],
             stand_ins: vec![(PathBuf::from("/srv/one"), PathBuf::from("/clones/yesterday/tablespaces/1"))],
-        },
+        }),
         log_file: "/clones/yesterday/server.log".into(),
         environment: vec![("LANG".into(), "C".into())],
         supervisor: 4711,

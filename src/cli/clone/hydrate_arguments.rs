@@ -10,7 +10,7 @@ use crate::instance::clone_folder::HydrateSpec;
 
 /// How the rest of the basebackup comes.
 #[derive(Debug, Clone, Args)]
-pub(super) struct HydrateArguments {
+pub(in crate::cli) struct HydrateArguments {
     /// The most that is fetched in the background in a second, such as 50MiB; none for no limit
     #[arg(long, value_name = "R", value_parser = parse_rate, conflicts_with = "no_hydrate")]
     hydrate_rate: Option<HydrateRate>,
@@ -25,8 +25,13 @@ pub(super) struct HydrateArguments {
 struct HydrateRate(Option<NonZeroU64>);
 
 impl HydrateArguments {
+    /// Tells whether anything was said.
+    pub(in crate::cli) fn are_given(&self) -> bool {
+        self.no_hydrate || self.hydrate_rate.is_some()
+    }
+
     /// Returns what is to be done, where something else than `before` was asked for.
-    pub(super) fn change(&self, before: HydrateSpec) -> HydrateSpec {
+    pub(in crate::cli) fn change(&self, before: HydrateSpec) -> HydrateSpec {
         match self.hydrate_rate {
             _ if self.no_hydrate => HydrateSpec { in_background: false, ..before },
             Some(HydrateRate(rate)) => HydrateSpec { in_background: true, rate },

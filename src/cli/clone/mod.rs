@@ -31,6 +31,7 @@ use super::context::Context;
 use super::error::CommandError;
 
 pub(super) use expired::delete_over;
+pub(super) use hydrate_arguments::HydrateArguments;
 pub(super) use start::HandedOver;
 
 /// Makes and runs writable clones of a basebackup

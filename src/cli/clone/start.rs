@@ -89,7 +89,7 @@ pub(super) fn start_and_tell(context: &Context, folder: &CloneFolder) -> Result<
 
 impl HandedOver {
     /// What this process has spent since `asked_at`.
-    pub(super) fn of(context: &Context, asked_at: Instant) -> Self {
+    pub(in crate::cli) fn of(context: &Context, asked_at: Instant) -> Self {
         let (traffic, now) = (context.traffic.snapshot(), context.clock().monotonic());
         Self {
             spent_seconds: now.saturating_duration_since(asked_at).as_secs_f64(),

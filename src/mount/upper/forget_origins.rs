@@ -1,7 +1,7 @@
 //! Takes off the attributes that say where in the lower something came from.
 //!
 //! For a tree that is an upper no longer: there is no lower any more that they could name, and a copy with attributes
-//! would carry them on. Safe to repeat; what has none is passed over.
+//! would carry them on. Safe to repeat; what has none is passed over, and so is what somebody removes meanwhile.
 
 use std::ffi::CString;
 use std::fs;
@@ -16,9 +16,16 @@ pub fn forget_origins(directory: &Path) -> io::Result<()> {
     remove_attribute(directory)?;
     let mut directories = vec![directory.to_owned()];
     while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(&directory)? {
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if is_gone(&error) => continue,
+            entries => entries?,
+        };
+        for entry in entries {
             let entry = entry?;
-            let kind = entry.file_type()?;
+            let kind = match entry.file_type() {
+                Err(error) if is_gone(&error) => continue,
+                kind => kind?,
+            };
             if kind.is_symlink() {
                 continue;
             }
@@ -44,8 +51,14 @@ fn remove_attribute(path: &Path) -> io::Result<()> {
     match error.raw_os_error() {
         // There is none; or the file system has none at all, such as a copy's.
         Some(libc::ENODATA | libc::EOPNOTSUPP) => Ok(()),
+        _ if is_gone(&error) => Ok(()),
         _ => Err(error),
     }
+}
+
+/// Tells whether something else has come of a path since it was listed.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 #[cfg(test)]

@@ -11,9 +11,11 @@
 //! namespace   the merged tree            changes   create, remove, rename     node    what the kernel knows
 //! content     one file: fill, write, cut     local_map   which units are local     make_local   whole trees, unasked
 //! hydrate     all the rest, in the background     stable, durable   syncs, and what may be lost
+//! alone       the lower is no longer needed
 //! journal     hidden names     origin   the attribute     local_disk, real_disk   the system calls
 //! ```
 
+mod alone;
 mod changes;
 mod content;
 mod durable;

@@ -48,7 +48,10 @@ pub(crate) struct Namespace {
     pub(super) table: Table,
     /// Who owns what is only in the lower, and what is made in its name.
     pub(super) owner: Owner,
-    pub(super) holds_back: bool,
+    /// Files that wait in the private area, each with its name there.
+    pub(super) held: Vec<(&'static str, &'static str)>,
+    /// Nothing of the lower is visible any more that the upper does not have.
+    pub(super) is_alone: bool,
     pub(super) counters: Arc<Counters>,
     pub(super) stable: Arc<Stable>,
     /// Names that came to lead to something of the lower, or to a directory with such things in it.
@@ -70,7 +73,15 @@ impl Namespace {
         let id = Table::id_of(root.id)?;
         let root = Node { id, kind: FileKind::Directory, lower: Some(root), content: None };
         let (table, moves, next_temporary) = (Table::new(root), 0, 0);
-        Ok(Self { disk, journal, table, owner, holds_back, counters, stable, moves, next_temporary })
+        let mut held = Vec::new();
+        for (place, name) in HELD_BACK.iter().filter(|_| holds_back) {
+            // One that has come to its place waits no more: of the other place the lower would be seen.
+            if disk.stat(Path::new(place)).map_err(of_io)?.is_none() {
+                held.push((*place, *name));
+            }
+        }
+        let is_alone = false;
+        Ok(Self { disk, journal, table, owner, held, is_alone, counters, stable, moves, next_temporary })
     }
 
     /// Returns the path in the lower of a directory's name, if it could be visible from there.
@@ -79,6 +90,9 @@ impl Namespace {
         directory: LocalId,
         name: &[u8],
     ) -> Result<Option<(NodeId, Vec<u8>)>, Errno> {
+        if self.is_alone {
+            return Ok(None);
+        }
         let Some(lower) = &self.table.get(directory)?.node.lower else { return Ok(None) };
         let path = origin::join(&lower.path, name);
         Ok(Some((lower.id, path)).filter(|(_, path)| !self.journal.is_hidden(path)))
@@ -115,7 +129,7 @@ impl Namespace {
             FileKind::Symlink | FileKind::Fifo | FileKind::Socket => None,
         };
         let name = Some((directory, name.to_vec()));
-        let Some(came_from) = came_from else {
+        let Some(came_from) = came_from.filter(|_| !self.is_alone) else {
             let content = (kind == FileKind::File).then(|| Content::native(None));
             let node = Node { id: self.table.native_id(), kind, lower: None, content };
             return Ok(Entered::Known(self.table.insert(node, name, true, Some(stat.inode))));
@@ -198,7 +212,7 @@ impl Namespace {
         let mut names =
             if record.in_upper { self.disk.list(&self.actual(&path)).map_err(of_io)? } else { Vec::new() };
         names.retain(|(name, _)| !self.is_reserved(id, name));
-        for (place, _) in HELD_BACK.iter().filter(|_| self.holds_back) {
+        for (place, _) in &self.held {
             let place = Path::new(place);
             if place.parent() == Some(&path)
                 && let Some(name) = place.file_name()
@@ -232,8 +246,7 @@ impl Namespace {
 
     /// Leads the files held back into the private area, with all below them should somebody put directories there.
     fn actual(&self, path: &Path) -> PathBuf {
-        let held = HELD_BACK.iter().filter(|_| self.holds_back);
-        let mut leads = held.filter_map(|(place, name)| Some((name, path.strip_prefix(place).ok()?)));
+        let mut leads = self.held.iter().filter_map(|(place, name)| Some((name, path.strip_prefix(place).ok()?)));
         match leads.next() {
             Some((name, below)) if below.as_os_str().is_empty() => held_place(name),
             Some((name, below)) => held_place(name).join(below),
@@ -319,7 +332,7 @@ impl Namespace {
         }
         let file = self.disk.open(&place).map_err(of_io)?;
         let base_length = match (&node.lower, content.is_mapped()) {
-            (Some(_), false) => {
+            (Some(_), false) if !self.is_alone => {
                 let origin = self.disk.origin(&place).map_err(of_io)?.ok_or(Errno::EIO)?;
                 Origin::from_bytes(&origin).map_err(of_io)?.base_length
             }
@@ -365,7 +378,7 @@ impl Namespace {
 
     /// Opens what has to be synced for a directory's names: itself, and where names are held back.
     pub(super) fn directories_of(&self, id: LocalId) -> Result<Vec<Box<dyn LocalDirectory>>, Errno> {
-        let held = self.holds_back.then(|| Path::new(DIRECTORY_NAME).join("held"));
+        let held = (!self.held.is_empty()).then(|| Path::new(DIRECTORY_NAME).join("held"));
         let own = if self.table.get(id)?.in_upper { Some(self.place_of(id)?) } else { None };
         let places = held.into_iter().chain(own);
         places.map(|place| self.disk.open_directory(&place).map_err(of_io)).collect()
@@ -377,7 +390,7 @@ impl Namespace {
     }
 }
 
-fn held_place(name: &str) -> PathBuf {
+pub(super) fn held_place(name: &str) -> PathBuf {
     Path::new(DIRECTORY_NAME).join("held").join(name)
 }
 

@@ -114,7 +114,13 @@ impl Upper {
 
     /// Asks what the lower has in a directory; anything else has nothing in it.
     async fn children(&self, caller: &Caller, id: LocalId) -> Result<Vec<Child>, Errno> {
-        let node = self.shared.lock().table.get(id)?.node.clone();
+        let node = {
+            let namespace = self.shared.lock();
+            if namespace.is_alone {
+                return Ok(Vec::new());
+            }
+            namespace.table.get(id)?.node.clone()
+        };
         let Some(lower) = node.lower.as_ref().filter(|_| node.kind == FileKind::Directory) else {
             return Ok(Vec::new());
         };

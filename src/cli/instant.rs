@@ -1,0 +1,367 @@
+//! `walden restore --instant`, and `--resume` of such a restore: begin it, start its supervisor, and follow it.
+//!
+//! The supervisor is this binary executed again in a session of its own; it outlives this command, which only asks it how
+//! it is until the directory is plain. Whoever is interrupted follows again with `--resume`.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::config::SiteConfig;
+use crate::control::{self, HydrationState, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer};
+use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
+use crate::instance::instant::boot_unit::BootUnit;
+use crate::instance::instant::unfinished::{
+    Found, Unfinished, control_socket, find, name_of, read_last_words,
+};
+use crate::monitor::{Progress, Task};
+use crate::repo::Basebackup;
+use crate::restore::plan::RestorePlan;
+use crate::restore::target::resolve;
+
+use super::clone::{HandedOver, HydrateArguments};
+use super::context::Context;
+use super::detached;
+use super::error::CommandError;
+use super::exit::ExitKind;
+use super::instant_report::InstantReport;
+
+/// How often a restore is asked how it is: until its server answers, and after that.
+const POLL: Duration = Duration::from_millis(50);
+const POLL_LATER: Duration = Duration::from_millis(500);
+/// A supervisor that has just begun to listen, or is about to end, answers after a moment.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// What is asked of a restore that is found unfinished.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Resumption<'a> {
+    /// PGDATA.
+    pub target: &'a Path,
+    /// Whether its server is left to somebody else.
+    pub no_start: bool,
+    /// How the rest is to come from now on.
+    pub hydrate: &'a HydrateArguments,
+}
+
+/// How long a restore is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// It is mounted.
+    Mounted,
+    /// It answers where nothing comes in the background, else it is plain.
+    Done,
+}
+
+/// Begins a restore by a plan and follows it.
+pub(super) async fn begin_and_follow(
+    context: &Context,
+    basebackup: &Basebackup,
+    mut plan: RestorePlan,
+    options: &InstantOptions,
+    asked_at: Instant,
+) -> Result<InstantReport, CommandError> {
+    let target = plan.destinations.data.clone();
+    let spec = plan_instant(basebackup, &mut plan, options).await?;
+    begin(basebackup, plan, spec).await?;
+    install_unit(context, &target)?;
+    let supervisor = spawn(context, &target, false, &HandedOver::of(context, asked_at))?;
+    follow(context, &target, Some(supervisor), Until::Done).await
+}
+
+/// Checks what begins a restore of this kind, and writes nothing.
+pub(super) async fn check(
+    basebackup: &Basebackup,
+    plan: &mut RestorePlan,
+    options: &InstantOptions,
+) -> Result<(), CommandError> {
+    plan_instant(basebackup, plan, options).await?;
+    Ok(())
+}
+
+/// Goes on with a restore of this kind, or follows it where it is being served; nothing where there is none.
+pub(super) async fn resume(
+    context: &Context,
+    resumption: Resumption<'_>,
+    asked_at: Instant,
+) -> Result<Option<InstantReport>, CommandError> {
+    let Resumption { target, no_start, hydrate } = resumption;
+    let until = if no_start { Until::Mounted } else { Until::Done };
+    if let Some(status) = status_of(context, target).await? {
+        if hydrate.are_given() {
+            let message = format!("the restore in \"{}\" is being served", target.display());
+            return Err(CommandError::usage(message).hint(format!(
+                "End it with \"kill {}\", then resume it with these options.",
+                status.supervisor_pid
+            )));
+        }
+        if !no_start {
+            ask_to_start(context, target).await?;
+        }
+        return follow(context, target, None, until).await.map(Some);
+    }
+    let place = target.to_owned();
+    let found = tokio::task::spawn_blocking(move || find(&place)).await;
+    let mut unfinished = match found.map_err(|error| CommandError::failed(error.to_string()))?? {
+        Found::Instant(unfinished) => *unfinished,
+        Found::Other => return Ok(None),
+        Found::Plain => {
+            let message = format!("\"{}\" is an ordinary data directory; dead mounts were taken away", target.display());
+            return Err(CommandError::failed(message).hint("Start its server as ever."));
+        }
+    };
+    change(&mut unfinished, hydrate)?;
+    let supervisor = spawn(context, target, no_start, &HandedOver::of(context, asked_at))?;
+    follow(context, target, Some(supervisor), until).await.map(Some)
+}
+
+/// Refuses to restore where a restore is being served, which a look at the directory would not tell.
+pub(super) async fn refuse_served(context: &Context, target: &Path) -> Result<(), CommandError> {
+    let Some(status) = status_of(context, target).await? else { return Ok(()) };
+    let target = status.target_directory.display();
+    Err(CommandError::failed(format!(
+        "the restore in \"{target}\" is being served by process {}",
+        status.supervisor_pid
+    ))
+    .hint(format!("\"walden restore --resume --target-dir {target}\" follows it.")))
+}
+
+/// Returns an unfinished restore of this kind that another one is to replace.
+pub(super) fn replaced(target: &Path) -> Result<Option<Unfinished>, CommandError> {
+    Ok(match find(target)? {
+        Found::Instant(unfinished) => Some(*unfinished),
+        Found::Other | Found::Plain => None,
+    })
+}
+
+/// Returns where the server of a restore logs before it has a log of its own.
+pub(super) fn server_log(context: &Context, target: &Path) -> Result<PathBuf, CommandError> {
+    let log = supervisor_log(context, target)?;
+    Ok(log.with_extension("server.log"))
+}
+
+fn supervisor_log(context: &Context, target: &Path) -> Result<PathBuf, CommandError> {
+    detached::log_file(context, &format!("restore-{}", name_of(target)))
+}
+
+/// Remembers how the rest comes, where that was said.
+fn change(unfinished: &mut Unfinished, hydrate: &HydrateArguments) -> Result<(), CommandError> {
+    let wanted = hydrate.change(unfinished.spec.hydrate);
+    if wanted != unfinished.spec.hydrate {
+        unfinished.spec.hydrate = wanted;
+        unfinished.write_spec()?;
+    }
+    Ok(())
+}
+
+fn socket(context: &Context, target: &Path) -> Result<PathBuf, CommandError> {
+    Ok(control_socket(&context.config()?.paths.open_run()?.path, target)?)
+}
+
+/// Asks the supervisor of a target how it is; nothing where there is none.
+async fn status_of(context: &Context, target: &Path) -> Result<Option<RestoreStatus>, CommandError> {
+    match control::request_of_restore(&socket(context, target)?, &RestoreRequest::Status).await {
+        Ok(RestoreReply::Status(status)) => Ok(Some(*status)),
+        Ok(other) => Err(CommandError::failed(format!("the supervisor answered {other:?}"))),
+        // It ended while it was asked.
+        Err(control::Error::NotRunning { .. } | control::Error::Io { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn ask_to_start(context: &Context, target: &Path) -> Result<(), CommandError> {
+    match control::request_of_restore(&socket(context, target)?, &RestoreRequest::Start).await? {
+        RestoreReply::Done => Ok(()),
+        RestoreReply::Failed { message } => Err(CommandError::failed(message)),
+        other @ RestoreReply::Status(_) => {
+            Err(CommandError::failed(format!("the supervisor answered {other:?}")))
+        }
+    }
+}
+
+fn spawn(
+    context: &Context,
+    target: &Path,
+    no_start: bool,
+    spent: &HandedOver,
+) -> Result<Child, CommandError> {
+    let log: File = detached::open_log(&supervisor_log(context, target)?)?;
+    let mut command = detached::command(context)?;
+    command.args(["internal", "serve-restore"]).arg(resolve(target));
+    command.args(no_start.then_some("--no-start"));
+    command.args(["--spent-seconds", &spent.spent_seconds.to_string()]);
+    command.args(["--spent-requests", &spent.spent_requests.to_string()]);
+    command.args(["--spent-bytes", &spent.spent_bytes.to_string()]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command
+        .spawn()
+        .map_err(|error| CommandError::failed(format!("could not start the restore's supervisor: {error}")))
+}
+
+/// Follows a restore; `supervisor` is the process that was started for it just now.
+async fn follow(
+    context: &Context,
+    target: &Path,
+    supervisor: Option<Child>,
+    until: Until,
+) -> Result<InstantReport, CommandError> {
+    tokio::select! {
+        followed = follow_to_the_end(context, target, supervisor, until) => followed,
+        _ = tokio::signal::ctrl_c() => Err(CommandError::failed("interrupted; the restore goes on").hint(format!(
+            "\"walden restore --resume --target-dir {}\" follows it again.",
+            target.display()
+        ))),
+    }
+}
+
+async fn follow_to_the_end(
+    context: &Context,
+    target: &Path,
+    mut supervisor: Option<Child>,
+    until: Until,
+) -> Result<InstantReport, CommandError> {
+    let (mut last, mut shown) = (None, Shown::new(context));
+    let mut heard = context.clock().monotonic();
+    loop {
+        let now = context.clock().monotonic();
+        match status_of(context, target).await? {
+            Some(status) => {
+                heard = now;
+                shown.show(&status);
+                if let Some(report) = judge(&status, until)? {
+                    return Ok(report);
+                }
+                last = Some(status);
+            }
+            None => {
+                let ended = supervisor.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(Some(_))));
+                let is_silent = now.saturating_duration_since(heard) >= SILENCE_MAX;
+                // It ends by itself once the directory is plain and nobody uses the mount.
+                if let Some(status) = last.as_ref().filter(|status: &&RestoreStatus| status.is_plain) {
+                    return Ok(InstantReport::of(status));
+                }
+                if ended || supervisor.is_none() && is_silent {
+                    return ended_without_a_word(context, target, last.as_ref());
+                }
+            }
+        }
+        let answered = last.as_ref().is_some_and(|status| status.answered_after_seconds.is_some());
+        tokio::time::sleep(if answered { POLL_LATER } else { POLL }).await;
+    }
+}
+
+/// Decides whether a restore has come as far as it is followed.
+fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, CommandError> {
+    let is_there = match until {
+        Until::Mounted => true,
+        Until::Done if status.is_plain => {
+            // A first attempt at the cut-over takes a moment.
+            !status.is_cutting_over && status.server != RestoredServer::Recovering
+        }
+        Until::Done => status.answered_after_seconds.is_some() && !status.hydrates,
+    };
+    if is_there {
+        return Ok(Some(InstantReport::of(status)));
+    }
+    let target = status.target_directory.display();
+    if until == Until::Done && status.server == RestoredServer::Failed {
+        let message = status.message.as_deref().unwrap_or("the server ended by itself");
+        return Err(CommandError::failed(format!("the server in \"{target}\" does not run: {message}")).hint(
+            format!(
+                "The directory stays mounted and fills: put it right there, then \"walden restore --resume \
+                 --target-dir {target}\" starts the server again."
+            ),
+        ));
+    }
+    if status.hydration.state == HydrationState::Failed && status.answered_after_seconds.is_some() {
+        let why = status.hydration.reason.as_deref().unwrap_or("some of it does not become local");
+        return Err(CommandError::failed(format!("\"{target}\" does not become whole: {why}")).hint(
+            "Its server runs on as before. After a repair of the repository end the restore's process, and resume it.",
+        ));
+    }
+    Ok(None)
+}
+
+/// Says why a supervisor is gone: that it had nothing left to do, what it wrote down, or where to look.
+fn ended_without_a_word(
+    context: &Context,
+    target: &Path,
+    last: Option<&RestoreStatus>,
+) -> Result<InstantReport, CommandError> {
+    let log = supervisor_log(context, target)?;
+    let see = format!(
+        "See \"{}\". \"walden restore --resume --target-dir {}\" goes on with it.",
+        log.display(),
+        target.display()
+    );
+    let words = read_last_words(target);
+    let kind = if words.as_ref().is_some_and(|(_, damaged)| *damaged) { ExitKind::Damaged } else { ExitKind::Failed };
+    let message = match (words, last) {
+        (Some((message, _)), _) => message,
+        (None, Some(_)) => "its process was told to end".to_owned(),
+        (None, None) => "its process ended before it served".to_owned(),
+    };
+    Err(CommandError::new(kind, format!("the restore in \"{}\" stopped: {message}", target.display())).hint(see))
+}
+
+/// Has the host mount the restore at boot where that can be arranged, and says what is to be done where it cannot.
+fn install_unit(context: &Context, target: &Path) -> Result<(), CommandError> {
+    let by_hand = format!("after a reboot \"walden restore --resume --target-dir {}\" goes on with it", target.display());
+    let command = detached::command(context)?;
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let mut words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
+    words.extend(["restore", "--resume", "--no-start", "--target-dir"].map(str::to_owned));
+    words.push(target.display().to_string());
+    let installed = BootUnit::of(target, &words)
+        .filter(|_| crate::disk::Owner::current().is_root())
+        .map(|unit| unit.install().map(|done| (done, unit.path())));
+    match installed {
+        Some(Ok((true, path))) => tracing::info!("\"{}\" mounts it at boot", path.display()),
+        Some(Err(error)) => tracing::warn!("no unit mounts it at boot: {error}; {by_hand}"),
+        Some(Ok((false, _))) | None => tracing::info!("{by_hand}"),
+    }
+    Ok(())
+}
+
+/// What is shown while the rest comes.
+struct Shown<'a> {
+    context: &'a Context,
+    progress: Option<Progress>,
+    bytes: u64,
+    has_answered: bool,
+    waits_for: Option<String>,
+}
+
+impl<'a> Shown<'a> {
+    fn new(context: &'a Context) -> Self {
+        Self { context, progress: None, bytes: 0, has_answered: false, waits_for: None }
+    }
+
+    fn show(&mut self, status: &RestoreStatus) {
+        if let Some(seconds) = status.answered_after_seconds.filter(|_| !self.has_answered) {
+            self.has_answered = true;
+            tracing::info!("the server answers after {seconds:.1} s ({})", status.server);
+        }
+        if status.hydration.state == HydrationState::Waiting && status.hydration.reason != self.waits_for {
+            self.waits_for.clone_from(&status.hydration.reason);
+            tracing::info!("the rest waits: {}", self.waits_for.as_deref().unwrap_or_default());
+        }
+        if !self.has_answered || !status.hydrates {
+            return;
+        }
+        let task = Task::bytes("answering queries, plain directory", Some(status.total_bytes));
+        let progress = self.progress.get_or_insert_with(|| self.context.monitor().start(task));
+        progress.advance(status.hydrated_bytes.saturating_sub(self.bytes));
+        self.bytes = self.bytes.max(status.hydrated_bytes);
+    }
+}
+
+/// Returns what is decided of a restore of this kind by the command line and the site.
+pub(super) fn options_of(site: &SiteConfig, hydrate: &HydrateArguments, cut_over: bool) -> InstantOptions {
+    InstantOptions {
+        site: site.name.clone(),
+        bin_directory: site.bin_directory.clone(),
+        hydrate: hydrate.change(Default::default()),
+        cut_over,
+    }
+}

@@ -1,0 +1,96 @@
+//! Why a restore cannot go on while its server runs, and what can be done about it.
+//! What refuses it at the beginning is found before anything is written; what fails later leaves a directory that no
+//! server starts on, and that `--resume` mounts again.
+
+use std::path::PathBuf;
+
+use crate::control;
+use crate::disk;
+use crate::instance::lazy_uppers::MountFailure;
+use crate::instance::programs::ProgramsError;
+use crate::instance::server::ServerError;
+use crate::mount::MountError;
+use crate::mount::upper::file_system::Unsuitable;
+use crate::repo;
+use crate::restore;
+
+/// What failed.
+#[derive(Debug, thiserror::Error)]
+pub enum InstantError {
+    /// Planning, or a file of the target.
+    #[error(transparent)]
+    Restore(#[from] restore::Error),
+    /// A file of Walden's own.
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    /// The repository.
+    #[error(transparent)]
+    Repository(#[from] repo::Error),
+    /// The mounts.
+    #[error(transparent)]
+    Mount(#[from] MountFailure),
+    /// A file system that cannot hold what is filled while it is used.
+    #[error(transparent)]
+    FileSystem(#[from] Unsuitable),
+    /// PostgreSQL's programs.
+    #[error(transparent)]
+    Programs(#[from] ProgramsError),
+    /// PostgreSQL.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    /// The socket.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// Nothing can be mounted.
+    #[error("this host cannot mount: {detail}")]
+    NoFuse { detail: String },
+    /// There is no configuration to start the server with.
+    #[error("the source's configuration is outside its data directory, and no server starts without")]
+    NoConfiguration,
+    /// The server would run as root.
+    #[error("PostgreSQL does not run as root, and \"{}\" would belong to root", .0.display())]
+    RootOwner(PathBuf),
+    /// Another process serves it.
+    #[error("the restore in \"{}\" is being served already", .0.display())]
+    Served(PathBuf),
+    /// A step of making it plain.
+    #[error("could not {action} \"{}\": {source}", path.display())]
+    Ending { action: &'static str, path: PathBuf, source: std::io::Error },
+    /// A task of ours ended without an answer.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl InstantError {
+    /// Returns what the user should do.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Restore(error) => return error.hint().map(str::to_owned),
+            Self::Disk(error) => return error.hint().map(str::to_owned),
+            Self::Repository(error) | Self::Mount(MountFailure::Repository(error)) => {
+                return error.hint().map(str::to_owned);
+            }
+            Self::Mount(MountFailure::Mount(MountError::Busy { .. })) => {
+                "What has files of the dead mount open can still write to them: end it, then go on with --resume."
+                    .to_owned()
+            }
+            Self::Mount(_) | Self::Server(_) | Self::Control(_) | Self::Ending { .. } | Self::Internal(_) => {
+                return None;
+            }
+            Self::FileSystem(_) => {
+                "Choose a directory on ext4, xfs or btrfs, or restore without --instant.".to_owned()
+            }
+            Self::Programs(error) => return error.hint(),
+            Self::NoFuse { .. } => {
+                "Load the kernel module fuse, and install fuse3 where walden does not run as root; or restore \
+                 without --instant."
+                    .to_owned()
+            }
+            Self::NoConfiguration => "Restore it as well with --config-dir.".to_owned(),
+            Self::RootOwner(_) => {
+                "Make the directory, and give it to the user that is to run PostgreSQL.".to_owned()
+            }
+            Self::Served(_) => "\"walden restore --resume\" follows it.".to_owned(),
+        })
+    }
+}

@@ -1,0 +1,26 @@
+//! A restore whose server runs before everything is there: `restore --instant`.
+//!
+//! A mount lies over the data directory, and over each tablespace's; the directory beneath is the upper. When everything is
+//! local the directory beneath is an ordinary one, and when its server stops the mounts go. It is no clone: the server is
+//! the restored primary, with its own ports and its own archive_command.
+//!
+//! ```text
+//! begin     checks, pin, the decision written down      unfinished   what an earlier process has left
+//! prepare   settings, before there is a mount           mounts       uppers, mounts, pg_wal; and taking them away
+//! supervise the one process while anything is mounted   server_state what the server does, by what it says of itself
+//! ending    from an upper to a plain directory          boot_unit    Debian: mounted again before PostgreSQL starts
+//! ```
+
+pub mod begin;
+pub mod boot_unit;
+pub mod supervise;
+pub mod unfinished;
+
+mod ending;
+mod error;
+mod mounts;
+mod prepare;
+mod running;
+mod server_state;
+
+pub use error::InstantError;

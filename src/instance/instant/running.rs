@@ -1,0 +1,169 @@
+//! The server of a restore: one that was started here, or one that somebody else has started on the mount.
+//!
+//! `pg_ctl`, or Debian's `pg_ctlcluster`, stops ours by its `postmaster.pid` and may start another in its place; that one is
+//! recognised by the directory it works in, and not fought. Both are stopped before the mount goes.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::instance::instant::unfinished::Unfinished;
+use crate::instance::launch::Launch;
+use crate::instance::postmaster::Postmaster;
+use crate::instance::server::{ServerError, StopMode};
+use crate::pg::PostmasterPid;
+
+/// A server that runs, or none.
+#[derive(Debug, Default)]
+pub(super) struct Running {
+    own: Option<Postmaster>,
+    foreign: Option<Pid>,
+}
+
+/// A fast stop writes a checkpoint through the mount; after this it is told to end at once.
+const STOP_WAIT: Duration = Duration::from_secs(60);
+/// How long one that was told to end at once is waited for.
+const END_WAIT: Duration = Duration::from_secs(10);
+/// How often a server is looked at that is no child of this process.
+const STOP_LOOK: Duration = Duration::from_millis(50);
+
+impl Running {
+    /// Takes over one that was started here.
+    pub(super) fn started(&mut self, postmaster: Postmaster) {
+        self.own = Some(postmaster);
+        self.foreign = None;
+    }
+
+    /// Returns its process, if there is one.
+    pub(super) fn pid(&self) -> Option<Pid> {
+        self.own.as_ref().map(Postmaster::pid).or(self.foreign)
+    }
+
+    /// Waits until the one that was started here ends; for ever where none was.
+    pub(super) async fn own_ended(&mut self) -> io::Result<ExitStatus> {
+        match &mut self.own {
+            Some(own) => own.wait().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Forgets the one that was started here, which has ended.
+    pub(super) fn forget_own(&mut self) {
+        self.own = None;
+    }
+
+    /// Looks for one that somebody else has started; true where one was found that was not known.
+    pub(super) fn look_for_others(&mut self, file: Option<&PostmasterPid>, data: &Path) -> bool {
+        if self.own.is_some() {
+            return false;
+        }
+        let before = self.foreign;
+        let named = file.map(|file| Pid::from_raw(file.pid)).filter(|pid| works_in(*pid, data));
+        // One that has removed its file is there until its last process is.
+        self.foreign = named.or(before.filter(|pid| works_in(*pid, data)));
+        self.foreign.is_some() && self.foreign != before
+    }
+
+    /// Stops it, whoever started it.
+    pub(super) async fn stop(&mut self, mode: StopMode, data: &Path) -> Result<(), ServerError> {
+        if let Some(mut own) = self.own.take() {
+            return own.stop(mode, STOP_WAIT).await;
+        }
+        let Some(foreign) = self.foreign.take() else { return Ok(()) };
+        for (signal, wait) in [(Signal::SIGINT, STOP_WAIT), (Signal::SIGQUIT, END_WAIT)] {
+            let _ = kill(foreign, signal);
+            let ended = async {
+                while works_in(foreign, data) {
+                    tokio::time::sleep(STOP_LOOK).await;
+                }
+            };
+            if tokio::time::timeout(wait, ended).await.is_ok() {
+                return Ok(());
+            }
+        }
+        let _ = kill(foreign, Signal::SIGKILL);
+        Err(ServerError::StillRunning(STOP_WAIT))
+    }
+}
+
+/// Tells whether a process works in a directory, by the text of its link: a look at the directory itself would go through
+/// our own mount.
+fn works_in(pid: Pid, data: &Path) -> bool {
+    fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data)
+}
+
+/// Returns how the server is started on the mount; `pid_file` is where it writes its own beneath.
+pub(super) fn launch(
+    unfinished: &Unfinished,
+    is_recovering: bool,
+    pid_file: PathBuf,
+    log_file: PathBuf,
+    environment: Vec<(String, String)>,
+) -> Launch {
+    let Unfinished { plan, spec } = unfinished;
+    let data = &plan.destinations.data;
+    let mut arguments = vec!["-D".into(), data.clone().into_os_string()];
+    let mut set = |name: &str, value: &str| {
+        arguments.push("-c".into());
+        arguments.push(format!("{name}={value}").into());
+    };
+    if let Some(file) = &spec.config_file {
+        set("config_file", &file.display().to_string());
+        // A configuration that is somebody's may name another directory.
+        set("data_directory", &data.display().to_string());
+    }
+    // The uppers are synced before each start, and a server that starts again by itself would not wait for that.
+    set("restart_after_crash", "off");
+    if spec.major >= 14 {
+        set("recovery_init_sync_method", "syncfs");
+    }
+    if spec.major >= 15 && is_recovering && spec.full_page_writes {
+        // Replay brings the pages itself, and the server would have them fetched all the same.
+        set("recovery_prefetch", "off");
+    }
+    if spec.major >= 18 {
+        // io_uring on a file of the mount waits in the kernel.
+        set("io_method", "worker");
+    }
+    Launch {
+        program: spec.bin_directory.join("postgres"),
+        arguments,
+        data_directory: data.clone(),
+        pid_file,
+        owner: plan.owner,
+        isolation: None,
+        log_file,
+        environment,
+        supervisor: std::process::id(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_somebody_else_has_started_is_told_by_where_it_works() {
+        let scratch = tempfile::tempdir().unwrap();
+        let data = scratch.path().canonicalize().unwrap();
+        let mut sleeper = Command::new("sleep").arg("60").current_dir(&data).spawn().unwrap();
+        let file = PostmasterPid::parse(&format!("{}\n{}\n", sleeper.id(), data.display())).unwrap();
+        let mut running = Running::default();
+        assert!(!running.look_for_others(None, &data));
+        assert!(!running.look_for_others(Some(&file), Path::new("/elsewhere")));
+        assert!(running.look_for_others(Some(&file), &data), "it is new");
+        assert!(!running.look_for_others(Some(&file), &data), "it is known");
+        assert_eq!(running.pid().unwrap().as_raw().unsigned_abs(), sleeper.id());
+        assert!(!running.look_for_others(None, &data) && running.pid().is_some(), "it still works there");
+        sleeper.kill().unwrap();
+        sleeper.wait().unwrap();
+        assert!(!running.look_for_others(Some(&file), &data) && running.pid().is_none());
+    }
+}

@@ -1,0 +1,141 @@
+//! What the server of a restore does, by what it says of itself, whoever has started it.
+//!
+//! `postmaster.pid` beneath the mount says whether sessions are let in, and where; `recovery.signal` whether recovery goes on.
+//! Whether that waits at its target only a session can tell, and a server may let none of Walden's in: then one that lets
+//! readers in is taken at its word.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::control::RestoredServer;
+use crate::disk::Owner;
+use crate::instance::server::Endpoint;
+use crate::pg::{PostmasterPid, PostmasterStatus, RECOVERY_SIGNAL};
+use crate::replication;
+
+/// How long the server is asked: its answer may need pages from the store.
+const ASK_WAIT: Duration = Duration::from_secs(10);
+
+/// What a session was told of recovery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    /// It is over.
+    Over,
+    /// It waits at its target.
+    Paused,
+    /// It goes on.
+    GoesOn,
+}
+
+/// Reads the server's word on itself; nothing where there is none, or not all of it yet.
+pub(super) fn read_pid_file(beneath: &Path) -> Option<PostmasterPid> {
+    let text = fs::read_to_string(beneath.join("postmaster.pid")).ok()?;
+    PostmasterPid::parse(&text).ok()
+}
+
+/// Tells whether recovery has not ended: the server removes the file when it has, before it lets anybody write.
+pub(super) fn is_recovering(beneath: &Path) -> bool {
+    beneath.join(RECOVERY_SIGNAL).exists()
+}
+
+/// Decides what a server does that runs.
+pub(super) fn decide(
+    status: Option<PostmasterStatus>,
+    is_recovering: bool,
+    told: Option<Told>,
+) -> RestoredServer {
+    match (status, told) {
+        (Some(PostmasterStatus::Ready), _) if !is_recovering => RestoredServer::Running,
+        (Some(PostmasterStatus::Ready), Some(Told::Over)) => RestoredServer::Running,
+        (Some(PostmasterStatus::Ready), Some(Told::Paused)) => RestoredServer::Paused,
+        (Some(PostmasterStatus::Ready), None) => RestoredServer::Readable,
+        _ => RestoredServer::Recovering,
+    }
+}
+
+/// Returns how Walden connects to the server, as its owner: nobody else is believed by every configuration.
+pub(super) fn endpoint(file: &PostmasterPid, superuser: &str, owner: Owner) -> Option<Endpoint> {
+    let (Some(socket_directory), Some(port)) = (file.socket_directory.clone(), file.port) else {
+        return None;
+    };
+    Some(Endpoint { socket_directory, port, superuser: superuser.to_owned(), user: Some(owner) })
+}
+
+/// Asks the server about its recovery; nothing where it does not let Walden in, or does not answer in time.
+pub(super) async fn ask(endpoint: &Endpoint) -> Option<Told> {
+    match tokio::time::timeout(ASK_WAIT, ask_session(endpoint)).await {
+        Ok(Ok(told)) => told,
+        Ok(Err(error)) => {
+            tracing::debug!("the server does not tell how far its recovery is: {error}");
+            None
+        }
+        Err(_) => Some(Told::GoesOn),
+    }
+}
+
+async fn ask_session(endpoint: &Endpoint) -> Result<Option<Told>, replication::Error> {
+    let session = match endpoint.connect().await {
+        // It is about to let somebody in, or stops.
+        Err(error) if error.kind() == replication::ErrorKind::Retry => return Ok(Some(Told::GoesOn)),
+        connected => connected?,
+    };
+    let pause = match session.version().number() {
+        ..=13 => "pg_is_wal_replay_paused()",
+        _ => "pg_get_wal_replay_pause_state() = 'paused'",
+    };
+    let sql = format!(
+        "select case when not pg_is_in_recovery() then 'over' when {pause} then 'paused' else 'goes on' end"
+    );
+    let rows = session.simple(&sql).await?;
+    Ok(match rows.first().and_then(|row| row.first()?.as_deref()) {
+        Some("over") => Some(Told::Over),
+        Some("paused") => Some(Told::Paused),
+        Some(_) => Some(Told::GoesOn),
+        None => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_answers_at_its_target_and_not_on_the_way_there() {
+        use PostmasterStatus::{Ready, Standby, Starting, Stopping};
+        for (status, is_recovering, told, expected) in [
+            (None, true, None, RestoredServer::Recovering),
+            (Some(Starting), false, None, RestoredServer::Recovering),
+            (Some(Standby), true, Some(Told::GoesOn), RestoredServer::Recovering),
+            (Some(Stopping), false, None, RestoredServer::Recovering),
+            (Some(Ready), false, None, RestoredServer::Running),
+            (Some(Ready), true, Some(Told::GoesOn), RestoredServer::Recovering),
+            (Some(Ready), true, Some(Told::Paused), RestoredServer::Paused),
+            (Some(Ready), true, Some(Told::Over), RestoredServer::Running),
+            (Some(Ready), true, None, RestoredServer::Readable),
+        ] {
+            assert_eq!(decide(status, is_recovering, told), expected, "{status:?} {is_recovering} {told:?}");
+        }
+    }
+
+    #[test]
+    fn a_server_is_reached_by_what_its_file_says() {
+        let owner = Owner { uid: 113, gid: 120 };
+        let file = PostmasterPid::parse("17\n/data\n1763700000\n5433\n/run/pg\n\n  1 2\nready\n").unwrap();
+        let endpoint = endpoint(&file, "admin", owner).unwrap();
+        assert_eq!((endpoint.port, &*endpoint.superuser, endpoint.user), (5433, "admin", Some(owner)));
+        assert_eq!(endpoint.socket_directory, Path::new("/run/pg"));
+        let none = PostmasterPid::parse("17\n/data\n1763700000\n5433\n\nlocalhost\n").unwrap();
+        assert!(super::endpoint(&none, "admin", owner).is_none());
+    }
+
+    #[test]
+    fn files_that_are_not_there_say_nothing() {
+        let scratch = tempfile::tempdir().unwrap();
+        assert!(read_pid_file(scratch.path()).is_none() && !is_recovering(scratch.path()));
+        fs::write(scratch.path().join("postmaster.pid"), "4711\n").unwrap();
+        fs::write(scratch.path().join(RECOVERY_SIGNAL), "").unwrap();
+        assert_eq!(read_pid_file(scratch.path()).unwrap().pid, 4711);
+        assert!(is_recovering(scratch.path()));
+    }
+}

@@ -1,0 +1,464 @@
+//! The one process of an unfinished restore: it mounts, starts PostgreSQL, brings the rest, and unmounts once that is possible.
+//!
+//! mount → PostgreSQL → requests, the rest of the basebackup → plain → until the server stops → unmount. When this process is
+//! killed PostgreSQL dies with it, and `--resume` goes on from what is beneath. It never starts a server that somebody has
+//! stopped. Reads wait for the store while there is recovery to lose, after that until a deadline. A server that could not
+//! be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
+
+use std::error::Error as StdError;
+use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+
+use crate::control::{
+    Listener, Pending, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer, RestoredTablespace,
+};
+use crate::instance::cutting_over::CuttingOver;
+use crate::instance::hydration::Hydrating;
+use crate::instance::instant::InstantError;
+use crate::instance::instant::ending::Ending;
+use crate::instance::instant::mounts::{InstantMounts, blocking};
+use crate::instance::instant::prepare::forget_dead_server;
+use crate::instance::instant::running::{Running, launch};
+use crate::instance::instant::server_state::{ask, decide, endpoint, is_recovering, read_pid_file};
+use crate::instance::instant::unfinished::{self, Found, Unfinished};
+use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::orphans;
+use crate::instance::postmaster::Postmaster;
+use crate::instance::server::{StopMode, last_words, tail};
+use crate::instance::store_wait::{Waited, until_it_answers};
+use crate::mount::patience::Patience;
+use crate::repo::{self, Repository};
+use crate::restore;
+use crate::restore::target::resolve;
+use crate::storage::Traffic;
+
+/// What a supervisor is given.
+#[derive(Debug)]
+pub struct SuperviseOptions {
+    /// PGDATA.
+    pub target: PathBuf,
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// What the server says before it has a log of its own.
+    pub server_log: PathBuf,
+    /// The site, opened for reading.
+    pub repository: Repository,
+    /// What the store is asked.
+    pub traffic: Arc<Traffic>,
+    /// Requests to the store, and bytes read from it, before this process began.
+    pub spent_requests: u64,
+    /// See `spent_requests`.
+    pub spent_bytes: u64,
+    /// The environment that PostgreSQL is given.
+    pub environment: Vec<(String, String)>,
+    /// When the user asked for it.
+    pub asked_at: Instant,
+    /// Whether the server is started here.
+    pub starts: bool,
+}
+
+/// A server that fails this often is not helped by starting it again.
+const STARTS_MAX: u32 = 5;
+/// How often a server is looked at until it answers, and after that.
+const LOOK: Duration = Duration::from_millis(200);
+const LOOK_LATER: Duration = Duration::from_secs(1);
+/// How long a cut-over that is under way is waited for at the end: what is cut off may leave a database.
+const CUT_OVER_WAIT: Duration = Duration::from_secs(10);
+const CUT_OVER_LOOK: Duration = Duration::from_millis(50);
+/// What a postmaster ends with of its own accord once one of its processes has crashed.
+const CRASHED: i32 = 1;
+
+/// Serves a restore until its directory is plain and nobody uses the mount, or it is told to end.
+pub async fn supervise(
+    options: SuperviseOptions,
+    terminated: impl Future<Output = ()>,
+) -> Result<(), InstantError> {
+    orphans::adopt();
+    let data = resolve(&options.target);
+    let target = data.clone();
+    let unfinished = match blocking(move || unfinished::find(&target)).await? {
+        Found::Instant(unfinished) => *unfinished,
+        Found::Other | Found::Plain => return Err(restore::Error::NothingToResume { path: data }.into()),
+    };
+    unfinished::clear_last_words(&data)?;
+    let outcome = run(&options, &unfinished, pin!(terminated)).await;
+    if let Err(error) = &outcome {
+        remember(&data, error);
+    }
+    outcome
+}
+
+/// Notes why a supervisor ended, for whoever started it.
+fn remember(data: &Path, error: &InstantError) {
+    let is_damage = match error {
+        InstantError::Repository(error) | InstantError::Mount(MountFailure::Repository(error)) => {
+            error.kind() == repo::ErrorKind::Damaged
+        }
+        _ => false,
+    };
+    if let Err(error) = unfinished::write_last_words(data, told(error), is_damage) {
+        tracing::warn!("{error}");
+    }
+}
+
+/// Returns what an error says, with every cause said once.
+fn told(error: &dyn StdError) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !message.contains(&said) {
+            message = format!("{message}: {said}");
+        }
+        cause = error.source();
+    }
+    message
+}
+
+async fn run<T: Future<Output = ()>>(
+    options: &SuperviseOptions,
+    unfinished: &Unfinished,
+    terminated: Pin<&mut T>,
+) -> Result<(), InstantError> {
+    let mounts = InstantMounts::open(&options.repository, unfinished).await?;
+    let mut serving = Serving::new(options, unfinished, mounts);
+    let outcome = match Listener::bind(&options.socket) {
+        Ok(listener) => serving.serve(&listener, terminated).await,
+        Err(error) => Err(error.into()),
+    };
+    // Whatever happened: what PostgreSQL was told is durable is made so, and nothing stays mounted.
+    let closed = serving.close().await;
+    outcome.and(closed)
+}
+
+/// A restore that is being served.
+struct Serving<'a> {
+    options: &'a SuperviseOptions,
+    unfinished: &'a Unfinished,
+    mounts: InstantMounts,
+    /// Leads to the data directory beneath the mount.
+    beneath: PathBuf,
+    running: Running,
+    server: RestoredServer,
+    message: Option<String>,
+    starts: u32,
+    answered: Option<f64>,
+    plain: Option<f64>,
+    fetching: JoinSet<Result<(), MountFailure>>,
+    hydrating: Hydrating,
+    waiting: JoinSet<Waited>,
+    cutting: CuttingOver,
+    ending: Ending,
+}
+
+impl<'a> Serving<'a> {
+    fn new(options: &'a SuperviseOptions, unfinished: &'a Unfinished, mounts: InstantMounts) -> Self {
+        let cutting = CuttingOver::new(!mounts.is_hydrated());
+        Self {
+            options,
+            unfinished,
+            beneath: mounts.data_beneath(),
+            mounts,
+            running: Running::default(),
+            server: RestoredServer::Stopped,
+            message: None,
+            starts: 0,
+            answered: None,
+            plain: None,
+            fetching: JoinSet::new(),
+            hydrating: Hydrating::default(),
+            waiting: JoinSet::new(),
+            cutting,
+            ending: Ending::default(),
+        }
+    }
+
+    /// Serves until nothing is mounted any more, or this process is to end.
+    async fn serve<T: Future<Output = ()>>(
+        &mut self,
+        listener: &Listener<RestoreRequest>,
+        mut terminated: Pin<&mut T>,
+    ) -> Result<(), InstantError> {
+        self.set_patience();
+        self.fetching.spawn(self.mounts.fetch_never_failing());
+        if self.options.starts {
+            forget_dead_server(&self.beneath)?;
+            self.start_or_tell().await;
+        }
+        loop {
+            let look = if self.answered.is_some() || self.is_idle() { LOOK_LATER } else { LOOK };
+            tokio::select! {
+                pending = listener.next() => self.answer(pending).await,
+                status = self.running.own_ended() => self.server_ended(status?).await?,
+                Some(fetched) = self.fetching.join_next() => {
+                    fetched.map_err(|error| InstantError::Internal(error.to_string()))??;
+                }
+                Some(ended) = self.hydrating.ended() => if let Err(error) = ended {
+                    tracing::error!("the hydrator ended: {error}");
+                },
+                Some(waited) = self.waiting.join_next() => self.store_was_asked(waited.ok()).await,
+                () = tokio::time::sleep(look) => {}
+                () = terminated.as_mut() => return Ok(()),
+            }
+            self.look().await;
+            self.go_on().await;
+            if self.ending.is_plain() && self.running.pid().is_none() && self.mounts.try_close().await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Tells whether no server runs, and none is about to.
+    fn is_idle(&self) -> bool {
+        self.running.pid().is_none() && self.waiting.is_empty()
+    }
+
+    fn seconds(&self) -> f64 {
+        let now = self.options.repository.clock().monotonic();
+        now.saturating_duration_since(self.options.asked_at).as_secs_f64()
+    }
+
+    fn set_patience(&self) {
+        let lasts = is_recovering(&self.beneath);
+        self.mounts.wait_for_store(if lasts { Patience::Forever } else { RUNNING_PATIENCE });
+    }
+
+    /// Looks what the server does, whoever started it.
+    async fn look(&mut self) {
+        let file = read_pid_file(&self.beneath);
+        let data = &self.unfinished.plan.destinations.data;
+        if self.running.look_for_others(file.as_ref(), data) {
+            tracing::info!("a server that was started by somebody else runs here now");
+            self.message = None;
+        }
+        let Some(pid) = self.running.pid() else {
+            self.server = match (&self.message, self.waiting.is_empty()) {
+                (_, false) => RestoredServer::Recovering,
+                (Some(_), true) => RestoredServer::Failed,
+                (None, true) => RestoredServer::Stopped,
+            };
+            return;
+        };
+        let lasts = is_recovering(&self.beneath);
+        // The file of one that is gone says nothing of the one that starts.
+        let file = file.filter(|file| file.pid == pid.as_raw());
+        let status = file.as_ref().and_then(|file| file.status);
+        let told = match file.as_ref().filter(|file| file.is_ready() && lasts) {
+            Some(file) => match endpoint(file, &self.unfinished.spec.superuser, self.unfinished.plan.owner()) {
+                Some(endpoint) => ask(&endpoint).await,
+                None => None,
+            },
+            None => None,
+        };
+        self.server = decide(status, lasts, told);
+    }
+
+    /// Does what the state of the server and of the upper calls for.
+    async fn go_on(&mut self) {
+        self.set_patience();
+        let has_answered = self.answered.is_some();
+        if !has_answered && self.server.answers() && self.fetching.is_empty() {
+            self.answered = Some(self.seconds());
+        }
+        // A recovery that goes on has the store for itself; without a server nobody is in the way.
+        if !self.hydrating.has_begun() && (self.answered.is_some() || self.is_idle()) {
+            self.hydrating.begin(&self.mounts);
+        }
+        if !self.ending.is_plain() && self.mounts.is_hydrated() && self.fetching.is_empty() {
+            match self.ending.make_plain(&self.mounts, self.unfinished, &self.options.repository).await {
+                Ok(()) => self.plain = Some(self.seconds()),
+                // The server goes on, and so does this: the disk may have room later.
+                Err(error) => self.tell_once(&error),
+            }
+        }
+        let cuts_over = self.unfinished.spec.cut_over && self.ending.is_plain();
+        if cuts_over && self.server == RestoredServer::Running && !self.cutting.has_begun() {
+            let owner = self.unfinished.plan.owner();
+            let file = read_pid_file(&self.beneath);
+            let found = file.and_then(|file| endpoint(&file, &self.unfinished.spec.superuser, owner));
+            match found {
+                Some(endpoint) => self.cutting.begin(&self.options.repository, &endpoint),
+                None => tracing::debug!("the server has no socket that a cut-over could connect to"),
+            }
+        }
+    }
+
+    fn tell_once(&mut self, error: &InstantError) {
+        let message = format!("not everything of the directory could be put in its place: {}", told(error));
+        if self.message.as_ref() != Some(&message) {
+            tracing::error!("{message}");
+            self.message = Some(message);
+        }
+    }
+
+    /// Starts PostgreSQL; the mount has been synced before.
+    async fn start(&mut self) -> Result<(), InstantError> {
+        self.mounts.sync().await?;
+        self.set_patience();
+        let launch = launch(
+            self.unfinished,
+            is_recovering(&self.beneath),
+            self.beneath.join("postmaster.pid"),
+            self.options.server_log.clone(),
+            self.options.environment.clone(),
+        );
+        self.running.started(Postmaster::start(&launch).await?);
+        self.starts += 1;
+        self.message = None;
+        self.server = RestoredServer::Recovering;
+        Ok(())
+    }
+
+    async fn start_or_tell(&mut self) {
+        if let Err(error) = self.start().await {
+            tracing::error!("{error}");
+            self.message = Some(told(&error));
+        }
+    }
+
+    /// Decides what follows from the end of a server that was started here.
+    async fn server_ended(&mut self, status: ExitStatus) -> Result<(), InstantError> {
+        self.running.forget_own();
+        // A process that is left over may still wait for the store.
+        self.mounts.wait_for_store(STOPPING_PATIENCE);
+        blocking(|| {
+            orphans::end();
+            Ok(())
+        })
+        .await?;
+        // Whoever is connected next finds files that are local.
+        self.cutting.stop().await;
+        self.cutting = CuttingOver::new(!self.mounts.is_hydrated());
+        if status.success() {
+            tracing::info!("the server was stopped");
+            self.message = None;
+            return Ok(());
+        }
+        let log = last_words(&tail(&self.options.server_log));
+        let message = format!("PostgreSQL ended ({status}): {log}");
+        tracing::error!("{message}");
+        self.message = Some(match self.mounts.damage() {
+            // PostgreSQL only saw that a read failed.
+            Some(damage) => format!("{damage}; {message}"),
+            None => message.clone(),
+        });
+        if self.starts >= STARTS_MAX || self.mounts.damage().is_some() {
+            return Ok(());
+        }
+        if is_recovering(&self.beneath) {
+            let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
+            let message = format!("recovery starts again when the store answers: {message}");
+            self.waiting.spawn(async move { until_it_answers(&repository, id, &message).await });
+        } else if self.answered.is_some() && status.code() == Some(CRASHED) {
+            // It was told to leave that to us.
+            self.start_or_tell().await;
+        }
+        Ok(())
+    }
+
+    /// Starts a recovery again that ended for want of the store.
+    async fn store_was_asked(&mut self, waited: Option<Waited>) {
+        match waited {
+            Some(Waited::ItIsBack) => self.start_or_tell().await,
+            // It was not the cause, or is gone for good: the message stays.
+            Some(Waited::ItWasThere | Waited::TooLong | Waited::Stopped(_)) | None => {}
+        }
+    }
+
+    async fn answer(&mut self, pending: Pending<RestoreRequest>) {
+        let reply = match pending.request {
+            RestoreRequest::Status => {
+                self.look().await;
+                RestoreReply::Status(Box::new(self.status()))
+            }
+            RestoreRequest::Start => {
+                self.look().await;
+                if self.running.pid().is_some() || !self.waiting.is_empty() {
+                    RestoreReply::Done
+                } else {
+                    self.starts = 0;
+                    match self.start().await {
+                        Ok(()) => RestoreReply::Done,
+                        Err(error) => RestoreReply::Failed { message: told(&error) },
+                    }
+                }
+            }
+        };
+        pending.answer(&reply).await;
+    }
+
+    fn status(&mut self) -> RestoreStatus {
+        let Unfinished { plan, spec } = self.unfinished;
+        let traffic = self.options.traffic.snapshot();
+        let tablespaces = plan.destinations.tablespaces.iter().map(|(oid, directory)| RestoredTablespace {
+            oid: *oid,
+            name: plan.tablespace_names.get(oid).cloned().unwrap_or_default(),
+            directory: directory.clone(),
+        });
+        let is_over = self.cutting.is_over();
+        let waits_for = self.cutting.waits_for();
+        let cut_over = match (is_over, &waits_for) {
+            (true, _) => Some("done".to_owned()),
+            (false, Some(waits_for)) => Some(format!("waits: {waits_for}")),
+            (false, None) => None,
+        };
+        let can_cut_over = spec.cut_over && self.server == RestoredServer::Running;
+        RestoreStatus {
+            site: spec.site.clone(),
+            basebackup: plan.basebackup.to_string(),
+            target_directory: plan.destinations.data.clone(),
+            tablespaces: tablespaces.collect(),
+            timeline: plan.timeline.get(),
+            target: plan.target.as_ref().map(|target| target.target.to_string()),
+            warnings: plan.warnings.clone(),
+            hydrates: spec.hydrate.in_background,
+            server: self.server,
+            message: self.message.clone(),
+            is_plain: self.ending.is_plain(),
+            is_cutting_over: can_cut_over && cut_over.is_none(),
+            cut_over,
+            supervisor_pid: std::process::id(),
+            server_pid: self.running.pid().map(|pid| pid.as_raw().unsigned_abs()),
+            answered_after_seconds: self.answered,
+            plain_after_seconds: self.plain,
+            hydrated_bytes: if self.ending.is_plain() { self.mounts.total_bytes() } else { self.mounts.hydrated_bytes() },
+            total_bytes: self.mounts.total_bytes(),
+            hydration: self.mounts.hydration(),
+            bytes_fetched: self.options.spent_bytes + traffic.bytes_read,
+            requests: self.options.spent_requests + traffic.requests(),
+        }
+    }
+
+    /// Stops the server, whoever started it, and takes the mounts away.
+    async fn close(&mut self) -> Result<(), InstantError> {
+        let paused = async {
+            while !self.cutting.pause() {
+                tokio::time::sleep(CUT_OVER_LOOK).await;
+            }
+        };
+        if tokio::time::timeout(CUT_OVER_WAIT, paused).await.is_err() {
+            tracing::warn!("the cut-over does not end; a database of its own may be left");
+        }
+        self.cutting.stop().await;
+        self.hydrating.stop().await;
+        self.waiting.shutdown().await;
+        // A server that waits for the store has to hear that it is to stop.
+        self.mounts.wait_for_store(STOPPING_PATIENCE);
+        let stopped = self.running.stop(StopMode::Fast, &self.unfinished.plan.destinations.data).await;
+        let ended = blocking(|| {
+            orphans::end();
+            Ok(())
+        })
+        .await;
+        if self.ending.is_plain() {
+            self.ending.finish().await;
+        }
+        let closed = self.mounts.close().await;
+        ended.and(closed).and(stopped.map_err(InstantError::from))
+    }
+}
