@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use crate::config::SiteConfig;
 use crate::control::{self, HydrationState, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer};
+use crate::disk::Owner;
+use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
 use crate::instance::instant::boot_unit::BootUnit;
 use crate::instance::instant::unfinished::{
@@ -260,18 +262,20 @@ fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, 
         }
         Until::Done => status.answered_after_seconds.is_some() && !status.hydrates,
     };
-    if is_there {
-        return Ok(Some(InstantReport::of(status)));
-    }
     let target = status.target_directory.display();
     if until == Until::Done && status.server == RestoredServer::Failed {
         let message = status.message.as_deref().unwrap_or("the server ended by itself");
-        return Err(CommandError::failed(format!("the server in \"{target}\" does not run: {message}")).hint(
-            format!(
+        let failed = CommandError::failed(format!("the server in \"{target}\" does not run: {message}"));
+        return Err(failed.hint(match status.is_plain {
+            true => "The directory is an ordinary one by now: put it right, and start the server as ever.".to_owned(),
+            false => format!(
                 "The directory stays mounted and fills: put it right there, then \"walden restore --resume \
                  --target-dir {target}\" starts the server again."
             ),
-        ));
+        }));
+    }
+    if is_there {
+        return Ok(Some(InstantReport::of(status)));
     }
     if status.hydration.state == HydrationState::Failed && status.answered_after_seconds.is_some() {
         let why = status.hydration.reason.as_deref().unwrap_or("some of it does not become local");
@@ -313,14 +317,21 @@ fn install_unit(context: &Context, target: &Path) -> Result<(), CommandError> {
     words.extend(["restore", "--resume", "--no-start", "--target-dir"].map(str::to_owned));
     words.push(target.display().to_string());
     let installed = BootUnit::of(target, &words)
-        .filter(|_| crate::disk::Owner::current().is_root())
+        .filter(|_| Owner::current().is_root())
         .map(|unit| unit.install().map(|done| (done, unit.path())));
     match installed {
-        Some(Ok((true, path))) => tracing::info!("\"{}\" mounts it at boot", path.display()),
+        Some(Ok((true, path))) => say(context, &format!("\"{}\" mounts it at boot", path.display())),
         Some(Err(error)) => tracing::warn!("no unit mounts it at boot: {error}; {by_hand}"),
-        Some(Ok((false, _))) | None => tracing::info!("{by_hand}"),
+        Some(Ok((false, _))) | None => say(context, &by_hand),
     }
     Ok(())
+}
+
+/// Tells a person something in passing.
+fn say(context: &Context, text: &str) {
+    if !context.global.quiet {
+        eprintln!("{text}");
+    }
 }
 
 /// What is shown while the rest comes.
@@ -340,7 +351,7 @@ impl<'a> Shown<'a> {
     fn show(&mut self, status: &RestoreStatus) {
         if let Some(seconds) = status.answered_after_seconds.filter(|_| !self.has_answered) {
             self.has_answered = true;
-            tracing::info!("the server answers after {seconds:.1} s ({})", status.server);
+            say(self.context, &format!("the server answers after {seconds:.1} s ({})", status.server));
         }
         if status.hydration.state == HydrationState::Waiting && status.hydration.reason != self.waits_for {
             self.waits_for.clone_from(&status.hydration.reason);
@@ -361,7 +372,7 @@ pub(super) fn options_of(site: &SiteConfig, hydrate: &HydrateArguments, cut_over
     InstantOptions {
         site: site.name.clone(),
         bin_directory: site.bin_directory.clone(),
-        hydrate: hydrate.change(Default::default()),
+        hydrate: hydrate.change(HydrateSpec::default()),
         cut_over,
     }
 }

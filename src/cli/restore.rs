@@ -1,9 +1,11 @@
-//! `walden restore`: a basebackup written to disk, set up to recover to a target or to follow a primary.
+//! `walden restore`: a basebackup written to disk, set up to recover to a target or to follow a primary; with `--instant` its
+//! server runs before everything is there.
 //!
 //! Basebackup, WAL and places are decided and shown before the first byte is written. What the command was told goes
 //! with an unfinished restore, so `--resume` needs the directory and nothing else.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use clap::Args;
 
@@ -18,13 +20,18 @@ use crate::restore::run::{CHECKPOINT_BYTES, Resources, read_unfinished};
 use crate::restore::{self, take_sample, work_of};
 use crate::storage::Location;
 
+use super::clone::HydrateArguments;
 use super::context::Context;
 use super::error::CommandError;
+use super::instant::{self, Resumption};
+use super::instant_report::InstantReport;
 use super::recovery_target::TargetArguments;
 use super::restore_report::{Estimated, RestoreReport, Spent};
 
 /// The options of [`TargetArguments`]: a standby has no target, and what is resumed has its own.
 const TARGET_OPTIONS: [&str; 4] = ["recovery-target", "target_timeline", "target_action", "target_exclusive"];
+/// What a restore cannot be beside being instant.
+const NOT_INSTANT: [&str; 5] = ["resume", "standby", "delta", "force", "allow_unsigned"];
 
 /// Writes a basebackup to disk, ready to recover to a target
 #[derive(Debug, Args)]
@@ -79,21 +86,78 @@ pub struct Restore {
     /// Shows what would be written and about how long it would take, and writes nothing
     #[arg(long, conflicts_with = "resume")]
     dry_run: bool,
+
+    /// Starts the server at once, brings the rest while it runs, and ends when that is there
+    #[arg(long, conflicts_with_all = NOT_INSTANT)]
+    instant: bool,
+
+    /// With --instant: has sessions open their files anew once everything is local, by a database that it drops again
+    #[arg(long, requires = "instant")]
+    cut_over: bool,
+
+    #[command(flatten)]
+    hydrate: HydrateArguments,
+
+    /// With --resume of an instant restore: mounts, and leaves it to somebody else to start the server
+    #[arg(long, requires = "resume")]
+    no_start: bool,
 }
 
 impl Restore {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let began = context.clock().monotonic();
         let site = context.site()?;
+        if self.hydrate.are_given() && !self.instant && !self.resume {
+            return Err(CommandError::usage("--hydrate-rate and --no-hydrate are for --instant"));
+        }
+        if self.resume {
+            let resumption =
+                Resumption { target: &self.target_dir, no_start: self.no_start, hydrate: &self.hydrate };
+            if let Some(report) = context.block_on(instant::resume(context, resumption, began))?? {
+                context.end_progress();
+                return context.output.print(&report);
+            }
+            if self.no_start || self.hydrate.are_given() {
+                let message = format!("\"{}\" holds no unfinished instant restore", self.target_dir.display());
+                return Err(CommandError::failed(message));
+            }
+        }
+        if self.instant && !self.dry_run {
+            let report = context.block_on(self.run_instant(context, site, began))??;
+            context.end_progress();
+            return context.output.print(&report);
+        }
+        self.run_plain(context, site, began)
+    }
+
+    /// Begins a restore whose server runs before everything is there, and follows it.
+    async fn run_instant(
+        &self,
+        context: &Context,
+        site: &SiteConfig,
+        began: Instant,
+    ) -> Result<InstantReport, CommandError> {
+        let repository = context.open_repository(site, KeyPurpose::Read).await?;
+        let (basebackup, plan) = self.planned(context, site, &repository).await?;
+        let options = instant::options_of(site, &self.hydrate, self.cut_over);
+        instant::begin_and_follow(context, &basebackup, plan, &options, began).await
+    }
+
+    /// Writes everything, and starts nothing.
+    fn run_plain(&self, context: &Context, site: &SiteConfig, began: Instant) -> Result<(), CommandError> {
         let (plan, outcome, estimated) = context.block_on(async {
             let repository = match self.allow_unsigned {
                 true => context.open_repository_unsigned(site).await?,
                 false => context.open_repository(site, KeyPurpose::Read).await?,
             };
-            let (basebackup, plan) = match self.resume {
+            let (basebackup, mut plan) = match self.resume {
                 true => self.resumed(&repository).await?,
                 false => self.planned(context, site, &repository).await?,
             };
+            if self.instant {
+                let options = instant::options_of(site, &self.hydrate, self.cut_over);
+                instant::check(&basebackup, &mut plan, &options).await?;
+            }
             for warning in &plan.warnings {
                 tracing::warn!("{warning}");
             }
@@ -108,6 +172,11 @@ impl Restore {
                 let sample = take_sample(&basebackup, &resources).await?;
                 let estimated = sample.map(|sample| Estimated::new(&work_of(&basebackup, &plan), &sample));
                 return Ok::<_, CommandError>((plan, None, estimated));
+            }
+            if self.force
+                && let Some(replaced) = instant::replaced(&self.target_dir)?
+            {
+                replaced.give_up(&repository).await?;
             }
             let monitor = context.monitor();
             let outcome = restore::restore(basebackup, &plan, self.resume, &resources, &*monitor).await;
@@ -150,6 +219,7 @@ impl Restore {
         site: &SiteConfig,
         repository: &Repository,
     ) -> Result<(Basebackup, RestorePlan), CommandError> {
+        instant::refuse_served(context, &self.target_dir).await?;
         let target = self.target.read(context, TargetAction::Pause)?;
         // A standby gets what the archive lacks from its primary.
         let until_hole = self.until_hole || self.standby;
@@ -205,6 +275,7 @@ impl Restore {
                 (_, true) => Existing::Delta,
                 _ => Existing::Refuse,
             },
+            is_instant: self.instant,
             mode: match &self.primary_conninfo {
                 Some(primary_conninfo) => {
                     RecoveryMode::Standby { primary_conninfo: primary_conninfo.clone() }
