@@ -108,7 +108,10 @@ pub(super) async fn resume(
         Found::Instant(unfinished) => *unfinished,
         Found::Other => return Ok(None),
         Found::Plain => {
-            let message = format!("\"{}\" is an ordinary data directory; dead mounts were taken away", target.display());
+            let message = format!(
+                "\"{}\" is an ordinary data directory; dead mounts were taken away",
+                target.display()
+            );
             return Err(CommandError::failed(message).hint("Start its server as ever."));
         }
     };
@@ -267,7 +270,8 @@ fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, 
         let message = status.message.as_deref().unwrap_or("the server ended by itself");
         let failed = CommandError::failed(format!("the server in \"{target}\" does not run: {message}"));
         return Err(failed.hint(match status.is_plain {
-            true => "The directory is an ordinary one by now: put it right, and start the server as ever.".to_owned(),
+            true => "The directory is an ordinary one by now: put it right, and start the server as ever."
+                .to_owned(),
             false => format!(
                 "The directory stays mounted and fills: put it right there, then \"walden restore --resume \
                  --target-dir {target}\" starts the server again."
@@ -299,18 +303,26 @@ fn ended_without_a_word(
         target.display()
     );
     let words = read_last_words(target);
-    let kind = if words.as_ref().is_some_and(|(_, damaged)| *damaged) { ExitKind::Damaged } else { ExitKind::Failed };
+    let kind = if words.as_ref().is_some_and(|(_, damaged)| *damaged) {
+        ExitKind::Damaged
+    } else {
+        ExitKind::Failed
+    };
     let message = match (words, last) {
         (Some((message, _)), _) => message,
         (None, Some(_)) => "its process was told to end".to_owned(),
         (None, None) => "its process ended before it served".to_owned(),
     };
-    Err(CommandError::new(kind, format!("the restore in \"{}\" stopped: {message}", target.display())).hint(see))
+    Err(CommandError::new(kind, format!("the restore in \"{}\" stopped: {message}", target.display()))
+        .hint(see))
 }
 
 /// Has the host mount the restore at boot where that can be arranged, and says what is to be done where it cannot.
 fn install_unit(context: &Context, target: &Path) -> Result<(), CommandError> {
-    let by_hand = format!("after a reboot \"walden restore --resume --target-dir {}\" goes on with it", target.display());
+    let by_hand = format!(
+        "after a reboot \"walden restore --resume --target-dir {}\" goes on with it",
+        target.display()
+    );
     let command = detached::command(context)?;
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let mut words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();

@@ -97,7 +97,10 @@ impl Report for InstantReport {
         match self.state {
             State::Plain => {
                 let after = after(self.plain_after_seconds);
-                writeln!(out, "an ordinary data directory after {after}; the mount goes when the server stops")?;
+                writeln!(
+                    out,
+                    "an ordinary data directory after {after}; the mount goes when the server stops"
+                )?;
             }
             State::Answering | State::Mounted => writeln!(
                 out,

@@ -118,7 +118,8 @@ impl Restore {
                 return context.output.print(&report);
             }
             if self.no_start || self.hydrate.are_given() {
-                let message = format!("\"{}\" holds no unfinished instant restore", self.target_dir.display());
+                let message =
+                    format!("\"{}\" holds no unfinished instant restore", self.target_dir.display());
                 return Err(CommandError::failed(message));
             }
         }

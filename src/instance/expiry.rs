@@ -57,8 +57,7 @@ fn time_left(at: Timestamp, now: Timestamp) -> Duration {
 /// # Errors
 /// What keeps it from being told, such as sessions that have taken every connection there is.
 async fn is_in_use(folder: &CloneFolder, spec: &CloneSpec) -> Result<bool, replication::Error> {
-    let endpoint =
-        Endpoint::of_clone(folder.run(), spec.port, spec.superuser.clone());
+    let endpoint = Endpoint::of_clone(folder.run(), spec.port, spec.superuser.clone());
     let session = match endpoint.connect().await {
         Err(error) if lets_nobody_in(&error) => return Ok(false),
         connected => connected?,

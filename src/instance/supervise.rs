@@ -284,8 +284,7 @@ impl<'a> Run<'a> {
         let (prepared_folder, prepared_spec) = (folder.clone(), spec.clone());
         let control = blocking(move || prepare(&prepared_folder, &prepared_spec)).await?;
         mount.sync().await?;
-        let endpoint =
-            Endpoint::of_clone(folder.run(), spec.port, spec.superuser.clone());
+        let endpoint = Endpoint::of_clone(folder.run(), spec.port, spec.superuser.clone());
         mount.wait_for_store(Patience::Forever);
         let settings = clone_settings(&facts(options, spec, &control, is_recovering(folder)));
         let server = Server::start(&launch(options, spec, &settings), endpoint).await?;

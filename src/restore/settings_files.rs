@@ -104,7 +104,8 @@ pub async fn restore_configuration(reader: &FileReader, plan: &RestorePlan) -> R
 async fn read_whole(reader: &FileReader, entry: &Entry) -> Result<Vec<u8>, Error> {
     let size = entry.size();
     if size > CONFIGURATION_BYTES_MAX {
-        let what = format!("a configuration file of {size} bytes, and at most {CONFIGURATION_BYTES_MAX} are read");
+        let what =
+            format!("a configuration file of {size} bytes, and at most {CONFIGURATION_BYTES_MAX} are read");
         return Err(Error::Unfit { path: PathBuf::from(entry.path.to_string()), what });
     }
     Ok(reader.read(entry, 0..size).await?.to_vec())

@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::instant_scene::Beside;
 use crate::source::wait_until_writable;
 use crate::support::{
     Account, Checksums, DebianCluster, Need, Run, Scratch, Site, Walden, mounts_below, processes_in, require,
@@ -91,12 +92,20 @@ impl Lost {
         self.cluster.data_directory()
     }
 
+    /// Restores so slowly that there is time for what is to be done meanwhile; the command is killed once the server answers.
     #[track_caller]
-    fn restore(&self, options: &[&str]) -> Run {
+    fn restore(&self, options: &[&str]) {
         let directory = self.directory();
-        let words = ["restore", "--instant", "--target-dir", directory.to_str().unwrap()];
-        let mut command = self.walden.as_root().command();
-        Run::of(command.args(["--output", "json"]).args(words).args(options), "")
+        let words =
+            ["restore", "--instant", "--hydrate-rate", "512KiB", "--target-dir", directory.to_str().unwrap()];
+        let mut beside = Beside::start(&self.walden.as_root(), &[&words, options].concat());
+        wait_for("the server to take writes", || {
+            beside.assert_no_failure();
+            let answer = self.cluster.try_sql("select pg_is_in_recovery()");
+            answer.is_ok_and(|answer| answer == "f").then_some(())
+        });
+        // Nobody but a service manager mounts it again after a reboot, and there is none here.
+        assert!(beside.has_told("--resume"), "what to do after a reboot is not said: {}", beside.told());
     }
 
     #[track_caller]
@@ -149,11 +158,7 @@ impl Lost {
 fn a_lost_cluster_comes_back_under_the_configuration_that_its_host_still_has() {
     require!(Need::DebianCluster, Need::Fuse);
     let lost = Lost::new();
-    let run = lost.restore(&["--no-hydrate"]).expect_success();
-    let report: Value = serde_json::from_str(&run.stdout).unwrap();
-    assert_eq!(report["state"], "answering", "{report}");
-    // Nobody but a service manager remounts after a reboot, and there is none here.
-    assert!(run.stderr.contains("--resume"), "what to do after a reboot is not said: {}", run.stderr);
+    lost.restore(&[]);
     let etc = fs::read_to_string(lost.cluster.configuration_directory().join("postgresql.conf")).unwrap();
     assert!(!etc.contains("walden"), "the host's own configuration was changed: {etc}");
     lost.lives();
@@ -170,7 +175,7 @@ fn a_lost_cluster_comes_back_with_its_configuration() {
     fs::create_dir(&config).unwrap();
     let postgres = Account::of_postgresql();
     chown(&config, Some(postgres.uid), Some(postgres.gid)).unwrap();
-    lost.restore(&["--no-hydrate", "--config-dir", config.to_str().unwrap()]).expect_success();
+    lost.restore(&["--config-dir", config.to_str().unwrap()]);
     let after = fs::read_to_string(config.join("postgresql.conf")).unwrap();
     assert!(after.starts_with(&before), "{after}");
     lost.lives();
@@ -181,8 +186,7 @@ fn a_lost_cluster_comes_back_with_its_configuration() {
 fn a_cluster_that_is_not_resumed_yet_refuses_to_start() {
     require!(Need::DebianCluster, Need::Fuse);
     let lost = Lost::new();
-    lost.restore(&["--no-hydrate"]).expect_success();
-    wait_until_writable(&lost.cluster);
+    lost.restore(&[]);
     lost.cluster.sql("insert into kept values (0, 'new')");
     let all = [processes_in(&lost.directory()), lost.mounts.supervisors()].concat();
     for process in &all {

@@ -186,7 +186,7 @@ fn what_a_killed_cut_over_has_left_goes_with_the_next() {
     restored.begin(&["--no-hydrate", "--cut-over"]);
     restored.sql("create database walden_cutover_0123456789abcdef");
     restored.kill(Victim::Both);
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     let left = "select count(*) from pg_database where datname like 'walden%'";
     wait_for("the cut-over to be over", || (restored.sql(left) == "0").then_some(()));
     restored.stop();
@@ -201,7 +201,9 @@ fn what_a_killed_cut_over_has_left_goes_with_the_next() {
 fn a_server_that_is_stopped_while_it_is_unfinished_starts_again_on_the_mount() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
     let scene = scene();
-    let (restored, _) = scene.answering("restored", &[]);
+    let restored = scene.place("restored");
+    let mut beside = restored.begin_beside(&["--hydrate-rate", "2MiB"]);
+    restored.wait_until_writable(&mut beside);
     restored.sql("create table own as select n from generate_series(1, 1000) n");
     let supervisor = restored.supervisor();
     restored.stop();
@@ -212,7 +214,7 @@ fn a_server_that_is_stopped_while_it_is_unfinished_starts_again_on_the_mount() {
     assert_eq!(restored.supervisor(), supervisor, "a server that somebody else started is recognised");
     restored.sql("insert into own values (0)");
     let own = restored.postmaster();
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    assert_eq!(word(&beside.report(), "state"), "plain");
     assert_eq!(restored.postmaster(), own, "the server of its owner is not fought");
     assert_eq!(restored.sql("select count(*) from own"), "1001");
     restored.pg_ctl(&["-w", "-m", "fast", "restart", "-l", "/dev/null"]).expect_success();

@@ -194,8 +194,7 @@ fn a_supervisor_that_dies_takes_its_server_along() {
     assert!(!restored.mounts().is_empty(), "the dead mount keeps everybody from the directory");
     let started = restored.pg_ctl(&["-w", "start"]);
     assert!(!started.success(), "a server starts on a dead mount");
-    let report = restored.resume();
-    assert_eq!(word(&report, "state"), "plain");
+    restored.finish();
     assert_eq!(restored.sql("select count(*) from kept"), "1000");
     restored.stop();
     restored.assert_plain();
@@ -225,7 +224,7 @@ fn a_server_that_its_owner_has_started_holds_the_mount_of_a_dead_supervisor() {
     if restored.supervisor().is_none() {
         goes_on(&restored, acknowledged);
     }
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     Ledger::assert_holds(&restored, acknowledged);
     restored.amcheck();
     restored.stop();
@@ -239,7 +238,7 @@ fn a_backend_that_is_killed_ends_no_server() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
     let scene = source();
     let restored = scene.place("restored");
-    let mut beside = restored.begin_beside(&["--hydrate-rate", RATE]);
+    let mut beside = restored.begin_beside(&["--hydrate-rate", "3MiB"]);
     restored.wait_until_writable(&mut beside);
     restored.sql("create table kept as select n from generate_series(1, 1000) n");
     let crash = || {
@@ -254,8 +253,7 @@ fn a_backend_that_is_killed_ends_no_server() {
         crate::source::wait_until_writable(&restored);
     };
     crash();
-    drop(beside);
-    assert_eq!(word(&hurry(&restored).report(), "state"), "plain");
+    assert_eq!(word(&beside.report(), "state"), "plain");
     crash();
     restored.amcheck();
     restored.stop();

@@ -141,7 +141,7 @@ fn nothing_is_restored_into_an_unfinished_one() {
     restored.assert_bare_refuses_twice();
     refused("after a reboot");
     restored.assert_bare_refuses();
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     assert_eq!(restored.sql("select count(*) from kept"), "20001");
     restored.stop();
     restored.assert_plain();
@@ -198,7 +198,7 @@ fn it_does_not_go_on_while_somebody_holds_the_dead_mount() {
     assert!(refused.stderr.contains(&own), "who holds it is not named: {}", refused.stderr);
     assert!(restored.supervisor().is_none() && !restored.answers());
     drop(held);
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     assert_eq!(restored.sql("select count(*) from kept"), "20001");
     assert_eq!(restored.sql("select count(*) from own"), "1000");
     restored.stop();
@@ -226,7 +226,7 @@ fn it_does_not_go_on_while_somebody_holds_a_dead_mount_that_was_detached() {
     }
     drop(held);
     if !outcome.success() {
-        assert_eq!(word(&restored.resume(), "state"), "plain");
+        restored.finish();
     }
     restored.stop();
     restored.assert_plain();
@@ -245,7 +245,7 @@ fn an_unfinished_one_that_was_moved_is_not_gone_on_with() {
     assert_tells(&moved.try_resume(), &[restored.directory.to_str().unwrap()]);
     assert!(moved.mounts().is_empty() && moved.supervisor().is_none());
     fs::rename(&moved.directory, &restored.directory).unwrap();
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     restored.stop();
     restored.assert_plain();
 }
@@ -272,7 +272,7 @@ fn links_that_the_owner_plants_lead_root_nowhere() {
     assert_eq!(fs::read_to_string(outside.join("precious")).unwrap(), "x");
     fs::remove_file(&held).unwrap();
     fs::rename(scene.source.place("held"), &held).unwrap();
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     restored.stop();
     restored.assert_plain();
 }

@@ -186,6 +186,20 @@ impl Restored<'_> {
         self.scene.walden().json(&self.words(&["restore", "--resume"], &[]))
     }
 
+    /// Ends it where it is served, and goes on as fast as it comes, until it is plain.
+    #[track_caller]
+    pub fn finish(&self) -> Value {
+        if let Some(supervisor) = self.supervisor() {
+            kill(supervisor, Signal::SIGTERM).unwrap();
+            wait_for("the supervisor to end", || self.supervisor().is_none().then_some(()));
+            assert!(self.mounts().is_empty(), "a mount is left");
+        }
+        let words = self.words(&["restore", "--resume"], &["--hydrate-rate", "none"]);
+        let report = self.scene.walden().json(&words);
+        assert_eq!(word(&report, "state"), "plain");
+        report
+    }
+
     #[track_caller]
     pub fn try_resume(&self) -> Run {
         self.scene.walden().try_run(&self.words(&["restore", "--resume"], &[]))
@@ -383,7 +397,8 @@ pub struct Beside {
 }
 
 impl Beside {
-    fn start(walden: &Walden, words: &[&str]) -> Self {
+    #[track_caller]
+    pub fn start(walden: &Walden, words: &[&str]) -> Self {
         // Files, because a pipe that nobody reads would hold it up.
         let output = tempfile::Builder::new().prefix("walden-beside-").tempdir().unwrap().keep();
         let file = |name: &str| fs::File::create(output.join(name)).unwrap();

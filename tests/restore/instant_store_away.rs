@@ -100,7 +100,9 @@ fn a_recovery_waits_for_the_store_and_is_not_promoted_without_it() {
 fn a_server_that_answers_misses_the_store_with_an_error_and_becomes_plain_once_it_is_back() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root, Need::Folder);
     let scene = scene();
-    let (restored, _) = scene.answering("restored", &[]);
+    let restored = scene.place("restored");
+    let mut beside = restored.begin_beside(&["--hydrate-rate", "256KiB"]);
+    restored.wait_until_writable(&mut beside);
     assert_eq!(restored.sql("select count(*) from changed"), "998");
     let packs = Hidden::new(scene.packs());
     let missed = restored.try_sql("select sum(n) from cold").unwrap_err();
@@ -108,7 +110,6 @@ fn a_server_that_answers_misses_the_store_with_an_error_and_becomes_plain_once_i
     // What it has, and what it makes, it goes on with.
     restored.sql("create role one; comment on role one is 'x'; drop role one");
     restored.sql("insert into changed values (0); checkpoint");
-    let mut beside = restored.resume_beside(&[]);
     wait_for("the store to be missed", || {
         beside.assert_no_failure();
         beside.has_told("store").then_some(())
@@ -116,8 +117,8 @@ fn a_server_that_answers_misses_the_store_with_an_error_and_becomes_plain_once_i
     assert!(restored.answers(), "the server goes on without it");
     assert!(!beside.has_ended(), "it cannot be plain without the store");
     packs.show();
-    assert_eq!(word(&beside.report(), "state"), "plain");
     assert_eq!(restored.sql("select sum(n) from cold"), "200010000");
+    restored.finish();
     assert_eq!(restored.sql("select count(*) from changed"), "999");
     restored.stop();
     restored.assert_plain();
@@ -144,7 +145,7 @@ fn a_stop_without_the_store_comes_to_its_end_and_loses_nothing() {
     assert!(!restored.answers());
     restored.assert_bare_refuses_twice();
     packs.show();
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     assert_eq!(restored.sql("select count(*) from changed"), "999");
     assert_eq!(restored.sql("select sum(n) from colder"), "200010000");
     restored.stop();
@@ -156,7 +157,9 @@ fn a_stop_without_the_store_comes_to_its_end_and_loses_nothing() {
 fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root, Need::Folder);
     let scene = scene();
-    let (restored, _) = scene.answering("restored", &[]);
+    let restored = scene.place("restored");
+    let mut beside = restored.begin_beside(&["--hydrate-rate", "1MiB"]);
+    restored.wait_until_writable(&mut beside);
     let mut whole = Vec::new();
     for pack in fs::read_dir(scene.packs()).unwrap() {
         let path = pack.unwrap().path();
@@ -168,7 +171,6 @@ fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
         fs::write(&path, damaged).unwrap();
         whole.push((path, bytes));
     }
-    let mut beside = restored.resume_beside(&[]);
     wait_for("the damage to be told", || {
         assert!(!beside.has_told("\"plain\""), "{}", beside.told());
         (beside.has_told("packs/") || beside.has_told("pack ") || beside.has_ended()).then_some(())
@@ -183,7 +185,7 @@ fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
         fs::write(&path, bytes).unwrap();
         scene.source.scratch().account().own(&path);
     }
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     assert_eq!(restored.sql("select count(*) from changed"), "999");
     assert_eq!(restored.sql("select sum(n) from cold"), "200010000");
     restored.stop();

@@ -57,8 +57,7 @@ fn tablespaces_answer_where_they_are_mapped_and_are_plain_in_the_end() {
         .sql("update in_one set n = n + 1 where n % 5 = 0; insert into in_two values (0, 'new'); checkpoint");
     let changed = Checksums::of(&restored);
 
-    let report = restored.resume();
-    assert_eq!(word(&report, "state"), "plain");
+    restored.finish();
     changed.assert_same(&Checksums::of(&restored));
     restored.stop();
     restored.assert_plain_with(&[&one, &two]);
@@ -103,7 +102,7 @@ fn a_lost_cluster_answers_in_its_own_place_with_its_tablespaces() {
     rows.assert_same(&Checksums::of(&restored));
     restored.sql("insert into in_late values (0); insert into in_one values (0, 'new'); checkpoint");
     let changed = Checksums::of(&restored);
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     restored.stop();
     let [one, two, late] = &places;
     restored.assert_plain_with(&[one, two, late]);
@@ -156,7 +155,7 @@ fn a_pg_wal_on_a_volume_of_its_own_becomes_a_directory() {
     assert!(told.contains("was a link to") && told.contains(text(&volume)), "{told}");
     rows.assert_same(&Checksums::of(&restored));
     restored.sql("insert into marks values (-1); select pg_switch_wal()");
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     restored.stop();
     restored.assert_plain();
     restored.assert_starts_natively();

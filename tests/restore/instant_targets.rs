@@ -23,15 +23,12 @@ const STATE: &str = "select pg_get_wal_replay_pause_state()";
 fn a_restore_that_pauses_becomes_plain_and_pauses_again_without_walden() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
     let scene = scene();
-    let (restored, report) =
-        scene.answering("restored", &["--target-name", "one", "--target-action", "pause"]);
-    assert_eq!(word(&report, "target_action"), "pause");
-    wait_for("the pause", || (restored.sql(STATE) == "paused").then_some(()));
+    let restored = scene.place("restored");
+    let report = restored.begin(&["--target-name", "one", "--target-action", "pause"]);
+    assert_eq!((word(&report, "state"), word(&report, "server")), ("plain", "paused"));
+    assert_eq!(restored.sql(STATE), "paused", "the end of hydration is not the end of the pause");
     assert_eq!(restored.sql(ROWS), "1");
     assert!(restored.try_sql("insert into marks values (9)").is_err(), "it takes writes");
-    let report = restored.resume();
-    assert_eq!(word(&report, "state"), "plain");
-    assert_eq!(restored.sql(STATE), "paused", "the end of hydration is not the end of the pause");
     restored.stop();
     restored.assert_plain();
     assert_eq!(scene.holds().open_pins, 0);
@@ -97,7 +94,7 @@ fn what_is_promoted_archives_on_its_new_timeline_while_it_is_unfinished() {
     let timelines = scene.source.walden.json(&["info"])["clusters"][0]["timelines"].clone();
     assert_eq!(timelines.as_array().unwrap().len(), 2, "{timelines}");
     let rows = Checksums::of(&restored);
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     restored.stop();
     restored.assert_plain();
     // And the store gives it back.
@@ -118,7 +115,7 @@ fn all_of_it_is_right_before_and_after_it_is_plain() {
     let (restored, _) = scene.answering("restored", &[]);
     rows.assert_same(&Checksums::of(&restored));
     restored.amcheck();
-    assert_eq!(word(&restored.resume(), "state"), "plain");
+    restored.finish();
     rows.assert_same(&Checksums::of(&restored));
     restored.stop();
     restored.assert_plain();
@@ -126,6 +123,22 @@ fn all_of_it_is_right_before_and_after_it_is_plain() {
     restored.assert_starts_natively();
     rows.assert_same(&Checksums::of(&restored));
     restored.stop();
+}
+
+/// Nothing comes and nobody answers: there is nothing to wait for.
+#[test]
+fn a_restore_that_shuts_down_at_its_target_and_is_not_hydrated_is_waited_for_no_longer() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = scene();
+    let restored = scene.place("restored");
+    let mut beside =
+        restored.begin_beside(&["--no-hydrate", "--target-name", "one", "--target-action", "shutdown"]);
+    let status = beside.wait();
+    eprintln!("{status}: {}", beside.told());
+    assert!(!restored.answers() && restored.supervisor().is_some());
+    assert_eq!(scene.holds().open_pins, 1);
+    restored.finish();
+    restored.assert_plain();
 }
 
 /// Nobody answers then: the directory becomes plain without a server, and stands where it was to.

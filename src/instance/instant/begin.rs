@@ -142,7 +142,8 @@ async fn config_file(basebackup: &Basebackup, plan: &RestorePlan) -> Result<Opti
     if let Some(file) = main_file(plan)? {
         return Ok(Some(file));
     }
-    let inside = TreePath::new("data/postgresql.conf").map_err(|error| InstantError::Internal(error.to_string()))?;
+    let inside =
+        TreePath::new("data/postgresql.conf").map_err(|error| InstantError::Internal(error.to_string()))?;
     if basebackup.entry(&inside).await?.is_some() {
         return Ok(None);
     }

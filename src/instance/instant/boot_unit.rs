@@ -88,7 +88,8 @@ pub fn remove(data: &Path) -> Result<(), String> {
 
 fn systemctl(arguments: &[&str]) -> Result<(), String> {
     let said = |detail: &str| format!("systemctl {}: {detail}", arguments.join(" "));
-    let output = Command::new("systemctl").args(arguments).output().map_err(|error| said(&error.to_string()))?;
+    let output =
+        Command::new("systemctl").args(arguments).output().map_err(|error| said(&error.to_string()))?;
     match output.status.success() {
         true => Ok(()),
         false => Err(said(String::from_utf8_lossy(&output.stderr).trim())),

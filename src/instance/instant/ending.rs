@@ -58,7 +58,12 @@ impl Ending {
         })
         .await?;
         self.is_plain = true;
-        self.task.spawn(tidy(mounts.uppers().to_vec(), mounts.beneath(), unfinished.clone(), repository.clone()));
+        self.task.spawn(tidy(
+            mounts.uppers().to_vec(),
+            mounts.beneath(),
+            unfinished.clone(),
+            repository.clone(),
+        ));
         Ok(())
     }
 
@@ -66,7 +71,9 @@ impl Ending {
     pub(super) async fn finish(&mut self) {
         let all = async { while self.task.join_next().await.is_some() {} };
         if tokio::time::timeout(LAST_WAIT, all).await.is_err() {
-            tracing::warn!("the store does not take note that the basebackup is needed no more; --resume tries again");
+            tracing::warn!(
+                "the store does not take note that the basebackup is needed no more; --resume tries again"
+            );
         }
         self.task.shutdown().await;
     }
@@ -78,7 +85,8 @@ async fn tidy(uppers: Vec<Upper>, beneath: Vec<PathBuf>, unfinished: Unfinished,
     let tidied = blocking(move || {
         for path in &places {
             // Through the link in /proc, to the directory itself.
-            forget_origins(&path.join(".")).map_err(|source| ending("forget the origins in", path, source))?;
+            forget_origins(&path.join("."))
+                .map_err(|source| ending("forget the origins in", path, source))?;
         }
         for upper in &uppers {
             upper.sync_all().map_err(failed("sync", &data))?;

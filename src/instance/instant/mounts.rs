@@ -192,9 +192,8 @@ fn mount_all(
         let tree = Tree::new(Item::Volume(Arc::new(place.upper.clone())), owner);
         let mut options = MountOptions::new(format!("walden:{}", place.directory.display()), false);
         options.over_content = true;
-        mounted.push(
-            mounting::mount(tree, &place.directory, &options, runtime).map_err(MountFailure::Mount)?,
-        );
+        mounted
+            .push(mounting::mount(tree, &place.directory, &options, runtime).map_err(MountFailure::Mount)?);
     }
     let beneath = places.into_iter().map(|place| place.beneath).collect();
     let mut mounts = InstantMounts { uppers, mounted, shown: None, beneath };

@@ -249,7 +249,8 @@ impl<'a> Serving<'a> {
         let file = file.filter(|file| file.pid == pid.as_raw());
         let status = file.as_ref().and_then(|file| file.status);
         let told = match file.as_ref().filter(|file| file.is_ready() && lasts) {
-            Some(file) => match endpoint(file, &self.unfinished.spec.superuser, self.unfinished.plan.owner()) {
+            Some(file) => match endpoint(file, &self.unfinished.spec.superuser, self.unfinished.plan.owner())
+            {
                 Some(endpoint) => ask(&endpoint).await,
                 None => None,
             },
@@ -426,7 +427,11 @@ impl<'a> Serving<'a> {
             server_pid: self.running.pid().map(|pid| pid.as_raw().unsigned_abs()),
             answered_after_seconds: self.answered,
             plain_after_seconds: self.plain,
-            hydrated_bytes: if self.ending.is_plain() { self.mounts.total_bytes() } else { self.mounts.hydrated_bytes() },
+            hydrated_bytes: if self.ending.is_plain() {
+                self.mounts.total_bytes()
+            } else {
+                self.mounts.hydrated_bytes()
+            },
             total_bytes: self.mounts.total_bytes(),
             hydration: self.mounts.hydration(),
             bytes_fetched: self.options.spent_bytes + traffic.bytes_read,

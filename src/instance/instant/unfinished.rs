@@ -209,11 +209,9 @@ pub fn control_socket(run: &Path, target: &Path) -> Result<PathBuf, disk::Error>
 /// Returns a short name that follows from a target's path: a socket's may have 107 bytes.
 pub fn name_of(target: &Path) -> String {
     // FNV-1a: the same for every release, and nobody gains by a collision of paths that he may write to.
-    let hash = resolve(target)
-        .as_os_str()
-        .as_bytes()
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    let hash = resolve(target).as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    });
     format!("{hash:016x}")
 }
 

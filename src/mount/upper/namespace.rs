@@ -246,7 +246,8 @@ impl Namespace {
 
     /// Leads the files held back into the private area, with all below them should somebody put directories there.
     fn actual(&self, path: &Path) -> PathBuf {
-        let mut leads = self.held.iter().filter_map(|(place, name)| Some((name, path.strip_prefix(place).ok()?)));
+        let mut leads =
+            self.held.iter().filter_map(|(place, name)| Some((name, path.strip_prefix(place).ok()?)));
         match leads.next() {
             Some((name, below)) if below.as_os_str().is_empty() => held_place(name),
             Some((name, below)) => held_place(name).join(below),
