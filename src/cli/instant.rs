@@ -65,6 +65,7 @@ pub(super) async fn begin_and_follow(
 ) -> Result<InstantReport, CommandError> {
     let target = plan.destinations.data.clone();
     let spec = plan_instant(basebackup, &mut plan, options).await?;
+    plan.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     begin(basebackup, plan, spec).await?;
     install_unit(context, &target)?;
     let supervisor = spawn(context, &target, false, &HandedOver::of(context, asked_at))?;

@@ -23,7 +23,7 @@ use crate::instance::preload::{Preload, is_in, plan_preload};
 use crate::repo::documents::ServerRecord;
 use crate::repo::lease::Pin;
 use crate::repo::manifest::Tablespace;
-use crate::repo::{self, Basebackup, BasebackupId, Repository};
+use crate::repo::{self, Basebackup, Repository};
 
 /// What the user asked for.
 #[derive(Debug, Clone)]

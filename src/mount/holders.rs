@@ -81,6 +81,17 @@ pub fn mount_points() -> Vec<PathBuf> {
         .collect()
 }
 
+/// Returns the type of what is mounted at exactly this path and is seen there, by the lines of mountinfo.
+pub(super) fn mounted_at<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
+    let kind = |line: &'a str| {
+        let (mount, system) = line.split_once(" - ")?;
+        let point = mount.split(' ').nth(4).map(unescape)?;
+        (Path::new(&point) == path).then(|| system.split(' ').next())?
+    };
+    // Of several mounts on one point the last one is seen.
+    table.lines().filter_map(kind).last()
+}
+
 /// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
 pub(crate) fn unescape(field: &str) -> String {
     let mut plain = Vec::with_capacity(field.len());
@@ -107,6 +118,15 @@ mod tests {
         assert_eq!(unescape(r"/mnt/a\040b\134c"), r"/mnt/a b\c");
         assert_eq!(unescape(r"/plain\"), r"/plain\");
         assert_eq!(unescape(r"\0"), r"\0");
+    }
+
+    #[test]
+    fn of_several_mounts_on_a_point_the_last_is_seen() {
+        let table = "36 1 8:1 / /srv rw - ext4 /dev/sda1 rw\n37 36 0:50 / /srv/a\\040b rw shared:1 - fuse.walden w rw\n\
+                     38 37 0:51 / /srv rw - tmpfs tmpfs rw\n";
+        assert_eq!(mounted_at(table, Path::new("/srv/a b")), Some("fuse.walden"));
+        assert_eq!(mounted_at(table, Path::new("/srv")), Some("tmpfs"));
+        assert_eq!(mounted_at(table, Path::new("/srv/a")), None);
     }
 
     #[test]

@@ -30,6 +30,9 @@ use crate::mount::tree::Tree;
 const SURVIVOR_LOOKS: u32 = 100;
 const SURVIVOR_INTERVAL: Duration = Duration::from_millis(100);
 
+/// What the kernel lists our mounts as.
+const TYPE: &str = "fuse.walden";
+
 /// How to mount.
 #[derive(Debug, Clone)]
 pub struct MountOptions {
@@ -215,6 +218,12 @@ pub fn is_mount_point(path: &Path) -> bool {
     holders::mount_points().iter().any(|mounted| mounted == path)
 }
 
+/// Tells whether a mount of Walden's lies at exactly this path, dead or alive; the path must be absolute and without links.
+pub fn is_own(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    holders::mounted_at(&table, path).is_some_and(|kind| kind == TYPE)
+}
+
 /// Checks the mount point and returns it absolute and without links.
 fn prepare(path: &Path, options: &MountOptions) -> Result<PathBuf, MountError> {
     if is_dead(path) {
@@ -242,8 +251,7 @@ fn prepare(path: &Path, options: &MountOptions) -> Result<PathBuf, MountError> {
     Ok(path)
 }
 
-/// Tells whether what is mounted at a path is served by a process, ours or another.
-pub fn is_fuse(path: &Path) -> bool {
+fn is_fuse(path: &Path) -> bool {
     const FUSE_SUPER_MAGIC: i64 = 0x6573_5546;
     nix::sys::statfs::statfs(path).is_ok_and(|figures| figures.filesystem_type().0 == FUSE_SUPER_MAGIC)
 }
@@ -270,14 +278,8 @@ fn mount_as_root(path: &Path, options: &MountOptions) -> Result<OwnedFd, MountEr
     if options.read_only {
         flags |= MsFlags::MS_RDONLY;
     }
-    nix::mount::mount(
-        Some(safe_name(options).as_str()),
-        path,
-        Some("fuse.walden"),
-        flags,
-        Some(data.as_str()),
-    )
-    .map_err(|errno| io_error("mount on", path)(errno.into()))?;
+    nix::mount::mount(Some(safe_name(options).as_str()), path, Some(TYPE), flags, Some(data.as_str()))
+        .map_err(|errno| io_error("mount on", path)(errno.into()))?;
     Ok(device.into())
 }
 

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use crate::catalog::PLAN_FILE_NAME;
 use crate::disk::durable::{self, Create};
+use crate::repo::FileReader;
 use crate::repo::entry::{Entry, Node, TreePath};
-use crate::repo::{Basebackup, FileReader};
 use crate::restore::Error;
 use crate::restore::plan::RestorePlan;
 use crate::restore::recovery_settings::{AUTO_CONF, included_folders, with_block};

@@ -107,6 +107,13 @@ impl Scene {
         (restored, report)
     }
 
+    /// Waits until nothing keeps the basebackup any more, after the word that all of it is local.
+    #[track_caller]
+    pub fn wait_until_let_go(&self) {
+        wait_for("the pin to end", || (self.holds().open_pins == 0).then_some(()));
+        assert_eq!(self.holds().open_leases, 0);
+    }
+
     /// Counts what keeps basebackups there.
     pub fn holds(&self) -> Holds {
         let site = self.source.walden.repository().join("main");
@@ -272,6 +279,15 @@ impl Restored<'_> {
         });
         if victim == Victim::Host {
             self.detach();
+            self.forget_collected(postmaster);
+        }
+    }
+
+    /// Has the number of a process that was killed be free, as after a reboot, where the first process of this machine does
+    /// not collect the dead: PostgreSQL takes such a number for a server.
+    fn forget_collected(&self, postmaster: Pid) {
+        if Path::new(&format!("/proc/{postmaster}")).exists() {
+            let _ = fs::remove_file(self.directory.join("postmaster.pid"));
         }
     }
 

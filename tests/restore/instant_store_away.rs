@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use crate::instant_scene::{Scene, Victim, word};
+use crate::instant_scene::{Scene, Victim};
 use crate::support::{Need, Options, require, wait_for};
 
 /// A folder of the repository that cannot be read: it leads to itself, which fails for everyone, root too, and says

@@ -10,6 +10,7 @@ mod source;
 mod equal;
 mod hosts;
 mod incomplete;
+mod instant;
 mod instant_commands;
 mod instant_debian;
 mod instant_ending;

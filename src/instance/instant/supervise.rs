@@ -194,7 +194,10 @@ impl<'a> Serving<'a> {
             let look = if self.answered.is_some() || self.is_idle() { LOOK_LATER } else { LOOK };
             tokio::select! {
                 pending = listener.next() => self.answer(pending).await,
-                status = self.running.own_ended() => self.server_ended(status?).await?,
+                status = self.running.own_ended() => {
+                    let status = status.map_err(|error| InstantError::Internal(error.to_string()))?;
+                    self.server_ended(status).await?;
+                }
                 Some(fetched) = self.fetching.join_next() => {
                     fetched.map_err(|error| InstantError::Internal(error.to_string()))??;
                 }

@@ -6,6 +6,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -15,7 +16,7 @@ use crate::disk::{self, PrivateArea, private_area, state_file};
 use crate::instance::clone_folder::{HydrateSpec, write_json};
 use crate::instance::instant::InstantError;
 use crate::instance::lazy_uppers::MountFailure;
-use crate::mount::{holders, mounting};
+use crate::mount::mounting;
 use crate::repo::Repository;
 use crate::repo::lease::Pin;
 use crate::restore;
@@ -80,6 +81,9 @@ struct LastWords {
 }
 
 const FORMAT: u32 = 1;
+/// How often, and in what steps, a mount is looked at whose process does not answer and is not gone: for ten seconds.
+const DYING_LOOKS_MAX: u32 = 200;
+const DYING_LOOK: Duration = Duration::from_millis(50);
 const LAST_WORDS_FILE: &str = "last.json";
 const WHAT: &str = "how a restore goes on";
 
@@ -90,9 +94,6 @@ const WHAT: &str = "how a restore goes on";
 pub fn find(target: &Path) -> Result<Found, InstantError> {
     let data = resolve(target);
     let was_mounted = detach_dead(&data)?;
-    if mounting::is_mount_point(&data) && mounting::is_fuse(&data) {
-        return Err(InstantError::Served(data));
-    }
     if was_mounted {
         detach_tablespaces(&data)?;
     }
@@ -121,11 +122,19 @@ pub fn find(target: &Path) -> Result<Found, InstantError> {
 
 /// Takes away what a killed process has left mounted at a place; true where something was.
 fn detach_dead(place: &Path) -> Result<bool, InstantError> {
-    let mut found = false;
+    let (mut found, mut looks) = (false, 0);
     // One over another, where somebody has mounted over a dead one.
-    while mounting::is_mount_point(place) && mounting::is_dead(place) {
-        mounting::detach_dead(place).map_err(MountFailure::Mount)?;
+    while mounting::is_own(place) {
         found = true;
+        if mounting::is_dead(place) {
+            mounting::detach_dead(place).map_err(MountFailure::Mount)?;
+        } else if looks < DYING_LOOKS_MAX {
+            // Nobody answers for it: a process that was killed goes in a moment, one that ends unmounts.
+            looks += 1;
+            std::thread::sleep(DYING_LOOK);
+        } else {
+            return Err(InstantError::Served(place.to_owned()));
+        }
     }
     Ok(found)
 }
@@ -134,11 +143,8 @@ fn detach_dead(place: &Path) -> Result<bool, InstantError> {
 fn detach_tablespaces(data: &Path) -> Result<(), InstantError> {
     let marker: Result<RestoreMarker, _> =
         state_file::read_document(&data.join(MARKER_FILE_NAME), "the marker of a restore");
-    let mounted = holders::mount_points();
     for place in marker.iter().flat_map(|marker| marker.destinations.tablespaces.values()) {
-        if mounted.contains(place) {
-            detach_dead(place)?;
-        }
+        detach_dead(place)?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! What a restore meets in the directories it is given: what stays, what is refused, whom things belong to afterwards.
 
 use super::*;
-use crate::restore::run::read_or_empty;
+use crate::restore::settings_files::read_or_empty;
 
 /// That of another cluster.
 const OTHER_CONTROL_FILE: &[u8] = include_bytes!("../../../tests/data/pg_control/14");
