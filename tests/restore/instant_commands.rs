@@ -47,7 +47,7 @@ fn two_who_resume_at_once_come_to_one_server() {
         restored.kill(victim);
         let mut commands: Vec<_> = (0..3).map(|_| restored.resume_beside(&SLOW)).collect();
         wait_for("the server to answer", || {
-            let ended = commands.iter_mut().filter(|command| command.has_ended()).count();
+            let ended = commands.iter_mut().map(Beside::has_ended).filter(|ended| *ended).count();
             let told = || commands.iter().map(Beside::told).collect::<Vec<_>>().join("\n");
             assert!(ended < 3 || restored.answers(), "all have ended: {}", told());
             restored.answers().then_some(())
