@@ -203,8 +203,11 @@ pub fn detach_dead(path: &Path) -> Result<(), MountError> {
 }
 
 /// Tells whether the process that served a mount has died and left it behind (failure 38).
+///
+/// Of a root whose attributes the kernel remembers it goes on to tell them; how much room there is it always asks.
 pub fn is_dead(path: &Path) -> bool {
     fs::metadata(path).is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+        || nix::sys::statfs::statfs(path).is_err_and(|errno| errno == Errno::ENOTCONN)
 }
 
 /// Tells whether something is mounted on exactly this path.
