@@ -274,20 +274,12 @@ impl Restored<'_> {
         for process in &killed {
             let _ = kill(*process, Signal::SIGKILL);
         }
+        // Collected too: PostgreSQL takes the number of a dead process for a server.
         wait_for("those that were killed, and the server, to be gone", || {
-            (!killed.iter().chain(&servers).any(|process| is_alive(*process))).then_some(())
+            (!killed.iter().chain(&servers).any(|process| is_there(*process))).then_some(())
         });
         if victim == Victim::Host {
             self.detach();
-            self.forget_collected(postmaster);
-        }
-    }
-
-    /// Has the number of a process that was killed be free, as after a reboot, where the first process of this machine does
-    /// not collect the dead: PostgreSQL takes such a number for a server.
-    fn forget_collected(&self, postmaster: Pid) {
-        if Path::new(&format!("/proc/{postmaster}")).exists() {
-            let _ = fs::remove_file(self.directory.join("postmaster.pid"));
         }
     }
 
@@ -477,6 +469,11 @@ impl Drop for Beside {
         let _ = self.process.wait();
         let _ = fs::remove_dir_all(&self.output);
     }
+}
+
+/// Whether a process has its number still.
+fn is_there(process: Pid) -> bool {
+    Path::new(&format!("/proc/{process}")).exists()
 }
 
 /// Whether a process runs; one that only waits to be collected does not.
