@@ -4,11 +4,20 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod instant_scene;
 mod source;
 
 mod equal;
 mod hosts;
 mod incomplete;
 mod instant;
+mod instant_commands;
+mod instant_debian;
+mod instant_ending;
+mod instant_kills;
+mod instant_refusals;
+mod instant_store_away;
+mod instant_tablespaces;
+mod instant_targets;
 mod places;
 mod targets;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::support::{Options, Server, wait_for};
+use crate::support::{Options, Server, Sql, wait_for};
 
 pub use crate::support::Source;
 
@@ -55,7 +55,7 @@ impl Source {
 
 /// Waits until a server takes writes.
 #[track_caller]
-pub fn wait_until_writable(server: &Server) {
+pub fn wait_until_writable(server: &Sql) {
     wait_for("recovery to end", || {
         server.try_sql("select pg_is_in_recovery()").is_ok_and(|answer| answer == "f").then_some(())
     });

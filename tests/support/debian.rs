@@ -62,9 +62,14 @@ impl DebianCluster {
     /// Runs an action of `pg_ctlcluster`: start, stop, restart, reload.
     #[track_caller]
     pub fn control(&self, action: &str) {
+        self.try_control(action).expect_success();
+    }
+
+    /// Runs an action of `pg_ctlcluster`, whatever comes of it.
+    pub fn try_control(&self, action: &str) -> Run {
         let mut command = Command::new(program("pg_ctlcluster").expect("it comes with pg_createcluster"));
         command.args(["--skip-systemctl-redirect", MAJOR, &self.name, action]);
-        Run::of(&mut command, "").expect_success();
+        Run::of(&mut command, "")
     }
 
     /// Returns where `postgresql.conf`, `pg_hba.conf` and `conf.d` are.
