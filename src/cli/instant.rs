@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{KeyPurpose, SiteConfig};
 use crate::control::{self, HydrationState, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer};
-use crate::disk::Owner;
+use crate::disk::{self, LockFile, Owner};
 use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
 use crate::instance::instant::boot_unit::BootUnit;
@@ -90,7 +90,9 @@ pub(super) async fn resume(
 ) -> Result<Option<InstantReport>, CommandError> {
     let Resumption { target, no_start, hydrate } = resumption;
     let until = if no_start { Until::Mounted } else { Until::Done };
+    let lock = lock_to_bring_up(context, target).await?;
     if let Some(status) = status_of(context, target).await? {
+        drop(lock);
         if hydrate.are_given() {
             let message = format!("the restore in \"{}\" is being served", target.display());
             return Err(CommandError::usage(message).hint(format!(
@@ -126,8 +128,27 @@ pub(super) async fn resume(
         }
     };
     change(&mut unfinished, hydrate)?;
-    let supervisor = spawn(context, target, no_start, &HandedOver::of(context, asked_at))?;
+    let mut supervisor = spawn(context, target, no_start, &HandedOver::of(context, asked_at))?;
+    while status_of(context, target).await?.is_none() && matches!(supervisor.try_wait(), Ok(None)) {
+        tokio::time::sleep(POLL).await;
+    }
+    drop(lock);
     follow(context, target, Some(supervisor), until).await.map(Some)
+}
+
+/// Takes the lock under which one command at a time brings a restore up, for two would take each other's mounts away;
+/// nothing where it is being served by then.
+async fn lock_to_bring_up(context: &Context, target: &Path) -> Result<Option<LockFile>, CommandError> {
+    let path = socket(context, target)?.with_extension("lock");
+    loop {
+        match LockFile::acquire(&path) {
+            Err(disk::Error::Locked { .. }) if status_of(context, target).await?.is_some() => {
+                return Ok(None);
+            }
+            Err(disk::Error::Locked { .. }) => tokio::time::sleep(POLL).await,
+            locked => return Ok(Some(locked?)),
+        }
+    }
 }
 
 /// Refuses to restore where a restore is being served, which a look at the directory would not tell.

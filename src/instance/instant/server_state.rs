@@ -39,7 +39,8 @@ pub(super) fn read_pid_file(beneath: &Path) -> Option<PostmasterPid> {
     PostmasterPid::parse(str::from_utf8(&text).ok()?).ok()
 }
 
-/// Tells whether recovery has not ended: the server removes the file when it has, before it lets anybody write.
+/// Tells whether recovery has not ended: the server removes the file near its end. The checkpoint that comes then may take
+/// minutes, in which readers are let in and nobody can write.
 pub(super) fn is_recovering(beneath: &Path) -> bool {
     beneath.join(RECOVERY_SIGNAL).exists()
 }
@@ -51,9 +52,9 @@ pub(super) fn decide(
     told: Option<Told>,
 ) -> RestoredServer {
     match (status, told) {
-        (Some(PostmasterStatus::Ready), _) if !is_recovering => RestoredServer::Running,
         (Some(PostmasterStatus::Ready), Some(Told::Over)) => RestoredServer::Running,
         (Some(PostmasterStatus::Ready), Some(Told::Paused)) => RestoredServer::Paused,
+        (Some(PostmasterStatus::Ready), None) if !is_recovering => RestoredServer::Running,
         (Some(PostmasterStatus::Ready), None) => RestoredServer::Readable,
         _ => RestoredServer::Recovering,
     }
@@ -117,6 +118,8 @@ mod tests {
             (Some(Stopping), false, None, RestoredServer::Recovering),
             (Some(Ready), false, None, RestoredServer::Running),
             (Some(Ready), true, Some(Told::GoesOn), RestoredServer::Recovering),
+            (Some(Ready), false, Some(Told::GoesOn), RestoredServer::Recovering),
+            (Some(Ready), false, Some(Told::Over), RestoredServer::Running),
             (Some(Ready), true, Some(Told::Paused), RestoredServer::Paused),
             (Some(Ready), true, Some(Told::Over), RestoredServer::Running),
             (Some(Ready), true, None, RestoredServer::Readable),

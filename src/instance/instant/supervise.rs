@@ -12,6 +12,7 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::unistd::Pid;
 use tokio::task::JoinSet;
 
 use crate::control::{
@@ -24,7 +25,7 @@ use crate::instance::instant::ending::Ending;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
-use crate::instance::instant::server_state::{ask, decide, endpoint, is_recovering, read_pid_file};
+use crate::instance::instant::server_state::{Told, ask, decide, endpoint, is_recovering, read_pid_file};
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
@@ -33,6 +34,7 @@ use crate::instance::server::{ServerError, StopMode, last_words, tail};
 use crate::instance::store_wait::{Waited, until_it_answers};
 use crate::mount::patience::Patience;
 use crate::mount::upper::Upper;
+use crate::pg::PostmasterPid;
 use crate::repo::{self, Repository};
 use crate::restore;
 use crate::restore::target::resolve;
@@ -155,6 +157,8 @@ struct Serving<'a> {
     running: Running,
     server: RestoredServer,
     message: Option<String>,
+    /// The server that is known to have ended its recovery.
+    over_for: Option<Pid>,
     starts: u32,
     answered: Option<f64>,
     plain: Option<f64>,
@@ -179,6 +183,7 @@ impl<'a> Serving<'a> {
             running: Running::default(),
             server: RestoredServer::Stopped,
             message: None,
+            over_for: None,
             starts: 0,
             answered: None,
             plain: None,
@@ -281,14 +286,21 @@ impl<'a> Serving<'a> {
         // The file of one that is gone says nothing of the one that starts.
         let file = file.filter(|file| file.pid == pid.as_raw());
         let status = file.as_ref().and_then(|file| file.status);
-        let told = match file.as_ref().filter(|file| file.is_ready() && lasts) {
+        let is_known = self.over_for == Some(pid);
+        let told = match file.as_ref().filter(|file| file.is_ready() && !is_known) {
             Some(file) => match endpoint(file, &self.unfinished.spec.superuser, self.unfinished.plan.owner())
             {
                 Some(endpoint) => ask(&endpoint).await,
                 None => None,
             },
-            None => None,
+            None => is_known.then_some(Told::Over),
         };
+        // One that does not let Walden in is not asked again once its directory says that it is over.
+        if told == Some(Told::Over)
+            || told.is_none() && !lasts && file.as_ref().is_some_and(PostmasterPid::is_ready)
+        {
+            self.over_for = Some(pid);
+        }
         let before = std::mem::replace(&mut self.server, decide(status, lasts, told));
         if self.running.is_foreign() && self.server == RestoredServer::Recovering && before != self.server {
             self.sync_beside();
