@@ -94,24 +94,6 @@ fn too_little_room_for_all_of_it_is_refused_before_a_byte() {
     unmount(&disk);
 }
 
-/// Where a file system cannot tell what of a file is there, the restore would take holes for zeros.
-#[test]
-fn a_file_system_that_cannot_hold_an_unfinished_restore_is_refused() {
-    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
-    let scene = small();
-    let disk = scene.source.scratch().folder("disk");
-    if mount(Some("walden-test"), &disk, Some("ramfs"), MsFlags::empty(), None::<&str>).is_err() {
-        eprintln!("SKIPPED: this kernel has no ramfs");
-        return;
-    }
-    scene.source.scratch().account().own(&disk);
-    let restored = scene.at(disk.join("restored"));
-    assert_tells(&restored.try_begin(&[]), &["ramfs", "hint: "]);
-    assert!(!restored.directory.exists(), "something was written");
-    assert_untouched(&scene, &restored);
-    unmount(&disk);
-}
-
 /// Into an unfinished one nothing is restored, whether it runs, is dead, or the host was started anew.
 #[test]
 fn nothing_is_restored_into_an_unfinished_one() {
@@ -157,7 +139,6 @@ fn only_who_began_it_goes_on_with_it() {
     restored.kill(Victim::Host);
     let others = scene.source.walden.try_run(&words);
     assert_eq!(others.code(), Some(1), "{}", others.stderr);
-    assert!(others.stderr.contains("root"), "{}", others.stderr);
     assert!(restored.mounts().is_empty() && restored.supervisor().is_none());
     // The server's own account writes a plan there that root has not made.
     for plan in files_of_root(&restored.directory.join(".walden")) {
@@ -246,6 +227,29 @@ fn an_unfinished_one_that_was_moved_is_not_gone_on_with() {
     assert!(moved.mounts().is_empty() && moved.supervisor().is_none());
     fs::rename(&moved.directory, &restored.directory).unwrap();
     restored.finish();
+    restored.stop();
+    restored.assert_plain();
+}
+
+/// Killed between the creation of a file and its gift to who asked for it, a mount leaves what nobody but root can open: redo makes
+/// or opens it at every start.
+#[test]
+fn what_a_killed_mount_has_not_yet_given_away_keeps_no_server_from_starting() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let scene = small();
+    let (restored, _) = scene.answering("restored", &[]);
+    // The last checkpoint is before it, so that redo makes it.
+    crate::source::wait_until_writable(&restored);
+    restored.sql("checkpoint; create table own (n int)");
+    let path = restored.sql("select pg_relation_filepath('own')");
+    restored.kill(Victim::Host);
+    let file = restored.directory.join(path);
+    fs::write(&file, "").unwrap();
+    chown(&file, Some(0), Some(0)).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    restored.finish();
+    assert_eq!(restored.sql("insert into own values (1); select count(*) from own"), "1");
     restored.stop();
     restored.assert_plain();
 }

@@ -130,6 +130,7 @@ impl Namespace {
         };
         let name = Some((directory, name.to_vec()));
         let Some(came_from) = came_from.filter(|_| !self.is_alone) else {
+            self.give_what_was_left(&place, stat.attributes.owner, kind, stat.attributes.size)?;
             let content = (kind == FileKind::File).then(|| Content::native(None));
             let node = Node { id: self.table.native_id(), kind, lower: None, content };
             return Ok(Entered::Known(self.table.insert(node, name, true, Some(stat.inode))));
@@ -143,6 +144,20 @@ impl Namespace {
         let content = (kind == FileKind::File).then(|| Content::partly_local(lower.id, lower.path.clone()));
         let node = Node { id: Table::id_of(lower.id)?, kind, lower: Some(lower.clone()), content };
         Ok(Entered::Known(self.table.insert(node, name, true, Some(stat.inode))))
+    }
+
+    /// Gives away what a process that was killed has made and not yet given to who asked for it: root's, and empty.
+    /// Nobody else could open it, and PostgreSQL's redo wants to make or open it at every start.
+    fn give_what_was_left(&self, place: &Path, found: Owner, kind: FileKind, size: u64) -> Result<(), Errno> {
+        if self.owner.is_root() || !found.is_root() {
+            return Ok(());
+        }
+        let is_empty = match kind {
+            FileKind::File => size == 0,
+            FileKind::Directory => self.disk.list(place).map_err(of_io)?.is_empty(),
+            FileKind::Symlink | FileKind::Fifo | FileKind::Socket => false,
+        };
+        if is_empty { self.disk.give(place, self.owner).map_err(of_io) } else { Ok(()) }
     }
 
     fn insert_lower(&mut self, directory: LocalId, name: &[u8], lower: LowerNode) -> Result<LocalId, Errno> {
