@@ -51,7 +51,7 @@ pub(super) struct Resumption<'a> {
 enum Until {
     /// It is mounted.
     Mounted,
-    /// It answers where nothing comes in the background, else it is plain.
+    /// It answers, or its server has ended, where nothing comes in the background; else it is plain.
     Done,
 }
 
@@ -288,13 +288,15 @@ async fn follow_to_the_end(
 
 /// Decides whether a restore has come as far as it is followed.
 fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, CommandError> {
+    let has_come = status.answered_after_seconds.is_some() || status.server == RestoredServer::Stopped;
     let is_there = match until {
         Until::Mounted => true,
         Until::Done if status.is_plain => {
             // A first attempt at the cut-over takes a moment.
             !status.is_cutting_over && status.server != RestoredServer::Recovering
         }
-        Until::Done => status.answered_after_seconds.is_some() && !status.hydrates,
+        // A server that has ended, at its target or by somebody's hand, is waited for by nobody.
+        Until::Done => has_come && !status.hydrates,
     };
     let target = status.target_directory.display();
     if until == Until::Done && status.server == RestoredServer::Failed {
@@ -312,11 +314,15 @@ fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, 
     if is_there {
         return Ok(Some(InstantReport::of(status)));
     }
-    if status.hydration.state == HydrationState::Failed && status.answered_after_seconds.is_some() {
+    if status.hydration.state == HydrationState::Failed && has_come {
         let why = status.hydration.reason.as_deref().unwrap_or("some of it does not become local");
-        return Err(CommandError::failed(format!("\"{target}\" does not become whole: {why}")).hint(
-            "Its server runs on as before. After a repair of the repository end the restore's process, and resume it.",
-        ));
+        let server = match status.server {
+            RestoredServer::Stopped => "Its server is stopped, and the mount stays.",
+            _ => "Its server runs on as before.",
+        };
+        return Err(CommandError::failed(format!("\"{target}\" does not become whole: {why}")).hint(format!(
+            "{server} After a repair of the repository end the restore's process, and resume it."
+        )));
     }
     Ok(None)
 }
