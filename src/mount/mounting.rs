@@ -434,9 +434,13 @@ fn describe(holders: &[Holder]) -> String {
     holders.iter().map(Holder::to_string).collect::<Vec<_>>().join("; ")
 }
 
-/// Shows an open directory, such as one beneath a mount, at a path as well; only root can.
+/// Shows an open directory, such as one beneath a mount, at a path as well, which is no link; only root can.
 pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
-    nix::mount::mount(Some(&path_of(directory)), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    // Not opened in earnest: of a mount of ours that would ask this process.
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let at = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let at = path_of(&at.map_err(io_error("open directory", path))?);
+    nix::mount::mount(Some(&path_of(directory)), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|errno| io_error("show a directory at", path)(errno.into()))
 }
 
