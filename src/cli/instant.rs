@@ -15,7 +15,7 @@ use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
 use crate::instance::instant::boot_unit::BootUnit;
 use crate::instance::instant::unfinished::{
-    Found, Unfinished, control_socket, find, name_of, read_last_words,
+    Found, Unfinished, control_socket, find, is_left_dead, name_of, read_last_words,
 };
 use crate::monitor::{Progress, Task};
 use crate::repo::Basebackup;
@@ -160,6 +160,35 @@ pub(super) async fn refuse_served(context: &Context, target: &Path) -> Result<()
         status.supervisor_pid
     ))
     .hint(format!("\"walden restore --resume --target-dir {target}\" follows it.")))
+}
+
+/// Refuses to restore where the process of a restore has died, or takes its mounts away where it `is_replaced`.
+///
+/// Nothing is seen through such a mount, so this comes before any look at the directory.
+pub(super) async fn clear_dead(
+    context: &Context,
+    target: &Path,
+    is_replaced: bool,
+) -> Result<(), CommandError> {
+    if !is_left_dead(target) {
+        return Ok(());
+    }
+    if !is_replaced {
+        let target = target.display();
+        let message = format!("\"{target}\" has an unfinished restore whose process has died");
+        return Err(CommandError::failed(message)
+            .hint(format!("\"walden restore --resume --target-dir {target}\" goes on with it.")));
+    }
+    tracing::warn!(
+        "\"{}\" has an unfinished restore whose process has died; it is replaced",
+        target.display()
+    );
+    let _lock = lock_to_bring_up(context, target).await?;
+    refuse_served(context, target).await?;
+    let place = target.to_owned();
+    let found = tokio::task::spawn_blocking(move || find(&place)).await;
+    found.map_err(|error| CommandError::failed(error.to_string()))??;
+    Ok(())
 }
 
 /// Returns an unfinished restore of this kind that another one is to replace.
@@ -320,9 +349,9 @@ fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, 
             RestoredServer::Stopped => "Its server is stopped, and the mount stays.",
             _ => "Its server runs on as before.",
         };
-        return Err(CommandError::failed(format!("\"{target}\" does not become whole: {why}")).hint(format!(
-            "{server} After a repair of the repository end the restore's process, and resume it."
-        )));
+        return Err(CommandError::failed(format!("\"{target}\" does not become whole: {why}")).hint(
+            format!("{server} After a repair of the repository end the restore's process, and resume it."),
+        ));
     }
     Ok(None)
 }
@@ -404,7 +433,8 @@ impl<'a> Shown<'a> {
         }
         if status.hydration.state == HydrationState::Waiting && status.hydration.reason != self.waits_for {
             self.waits_for.clone_from(&status.hydration.reason);
-            tracing::info!("the rest waits: {}", self.waits_for.as_deref().unwrap_or_default());
+            let waits_for = self.waits_for.as_deref().unwrap_or_default();
+            say(self.context, &format!("the rest waits: {waits_for}"));
         }
         if !self.has_answered || !status.hydrates {
             return;

@@ -250,6 +250,12 @@ pub fn is_own(path: &Path) -> bool {
     holders::mounted_at(&table, &as_listed(path)).is_some_and(|kind| kind == TYPE)
 }
 
+/// Tells whether such a mount takes writes.
+pub fn is_own_writable(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    is_own(path) && holders::is_writable_at(&table, &as_listed(path))
+}
+
 fn as_listed(path: &Path) -> PathBuf {
     let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
     let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));

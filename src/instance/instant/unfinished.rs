@@ -117,6 +117,14 @@ pub fn find(target: &Path) -> Result<Found, InstantError> {
     Ok(if has_ended { Found::Ended(unfinished) } else { Found::Instant(unfinished) })
 }
 
+/// Tells whether the mount of a restore lies on a target whose process has died; of one that only reads nothing is told.
+///
+/// What it hides is not seen, so it may be a data directory by now that only was restored: `--resume` tells.
+pub fn is_left_dead(target: &Path) -> bool {
+    let data = resolve(target);
+    mounting::is_own_writable(&data) && mounting::is_dead(&data)
+}
+
 /// Tells whether a data directory needs nobody any more, though its area is still there. It is never mounted over again:
 /// what its server has dropped since then stands in no journal, and would be seen in the basebackup.
 fn is_plain(data: &Path, area: &PrivateArea) -> bool {
