@@ -15,7 +15,7 @@ use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
 use crate::instance::instant::boot_unit::BootUnit;
 use crate::instance::instant::unfinished::{
-    Found, Unfinished, control_socket, find, is_left_dead, name_of, read_last_words,
+    Found, Unfinished, control_socket, find, is_left_dead, name_of, read_last_words, socket_to_ask,
 };
 use crate::monitor::{Progress, Task};
 use crate::repo::Basebackup;
@@ -223,9 +223,19 @@ fn socket(context: &Context, target: &Path) -> Result<PathBuf, CommandError> {
     Ok(control_socket(&context.config()?.paths.open_run()?.path, target)?)
 }
 
+/// Asks whoever serves a target.
+async fn ask(
+    context: &Context,
+    target: &Path,
+    request: &RestoreRequest,
+) -> Result<Result<RestoreReply, control::Error>, CommandError> {
+    let socket = socket_to_ask(&context.config()?.paths.open_run()?.path, target)?;
+    Ok(control::request_of_restore(&socket, request).await)
+}
+
 /// Asks the supervisor of a target how it is; nothing where there is none.
 async fn status_of(context: &Context, target: &Path) -> Result<Option<RestoreStatus>, CommandError> {
-    match control::request_of_restore(&socket(context, target)?, &RestoreRequest::Status).await {
+    match ask(context, target, &RestoreRequest::Status).await? {
         Ok(RestoreReply::Status(status)) => Ok(Some(*status)),
         Ok(other) => Err(CommandError::failed(format!("the supervisor answered {other:?}"))),
         // It ended while it was asked.
@@ -235,7 +245,7 @@ async fn status_of(context: &Context, target: &Path) -> Result<Option<RestoreSta
 }
 
 async fn ask_to_start(context: &Context, target: &Path) -> Result<(), CommandError> {
-    match control::request_of_restore(&socket(context, target)?, &RestoreRequest::Start).await? {
+    match ask(context, target, &RestoreRequest::Start).await?? {
         RestoreReply::Done => Ok(()),
         RestoreReply::Failed { message } => Err(CommandError::failed(message)),
         other @ RestoreReply::Status(_) => {
