@@ -5,8 +5,7 @@
 //! stopped. Reads wait for the store while there is recovery to lose, after that until a deadline. A server that could not
 //! be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
 
-use std::error::Error as StdError;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -26,6 +25,7 @@ use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
 use crate::instance::instant::server_state::{Told, ask, decide, endpoint, is_recovering, read_pid_file};
+use crate::instance::instant::starts::Starts;
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
@@ -35,7 +35,7 @@ use crate::instance::store_wait::{Waited, until_it_answers};
 use crate::mount::patience::Patience;
 use crate::mount::upper::Upper;
 use crate::pg::PostmasterPid;
-use crate::repo::{self, Repository};
+use crate::repo::Repository;
 use crate::restore;
 use crate::restore::target::resolve;
 use crate::storage::Traffic;
@@ -65,8 +65,6 @@ pub struct SuperviseOptions {
     pub starts: bool,
 }
 
-/// A server that fails this often is not helped by starting it again.
-const STARTS_MAX: u32 = 5;
 /// How often a server is looked at until it answers, and after that.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_LATER: Duration = Duration::from_secs(1);
@@ -96,36 +94,12 @@ pub async fn supervise(
     unfinished::clear_last_words(&data)?;
     let outcome = run(&options, &unfinished, pin!(terminated)).await;
     if let Err(error) = &outcome {
-        remember(&data, error);
+        // For whoever started this.
+        if let Err(error) = unfinished::write_last_words(&data, error.told(), error.is_damage()) {
+            tracing::warn!("{error}");
+        }
     }
     outcome
-}
-
-/// Notes why a supervisor ended, for whoever started it.
-fn remember(data: &Path, error: &InstantError) {
-    let is_damage = match error {
-        InstantError::Repository(error) | InstantError::Mount(MountFailure::Repository(error)) => {
-            error.kind() == repo::ErrorKind::Damaged
-        }
-        _ => false,
-    };
-    if let Err(error) = unfinished::write_last_words(data, told(error), is_damage) {
-        tracing::warn!("{error}");
-    }
-}
-
-/// Returns what an error says, with every cause said once.
-fn told(error: &dyn StdError) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !message.contains(&said) {
-            message = format!("{message}: {said}");
-        }
-        cause = error.source();
-    }
-    message
 }
 
 async fn run<T: Future<Output = ()>>(
@@ -159,7 +133,7 @@ struct Serving<'a> {
     message: Option<String>,
     /// The server that is known to have ended its recovery.
     over_for: Option<Pid>,
-    starts: u32,
+    starts: Starts,
     answered: Option<f64>,
     plain: Option<f64>,
     fetching: JoinSet<Result<(), MountFailure>>,
@@ -184,7 +158,7 @@ impl<'a> Serving<'a> {
             server: RestoredServer::Stopped,
             message: None,
             over_for: None,
-            starts: 0,
+            starts: Starts::default(),
             answered: None,
             plain: None,
             fetching: JoinSet::new(),
@@ -203,8 +177,8 @@ impl<'a> Serving<'a> {
         listener: &Listener<RestoreRequest>,
         mut terminated: Pin<&mut T>,
     ) -> Result<(), InstantError> {
-        self.set_patience();
         self.fetching.spawn(self.mounts.fetch_never_failing());
+        self.set_patience();
         if self.options.starts {
             forget_dead_server(&self.beneath)?;
             self.start_or_tell().await;
@@ -229,7 +203,7 @@ impl<'a> Serving<'a> {
             }
             self.look().await;
             self.go_on().await;
-            if self.ending.is_plain() && self.running.pid().is_none() && self.mounts.try_close().await? {
+            if self.ending.is_plain() && self.is_idle() && self.mounts.try_close().await? {
                 return Ok(());
             }
         }
@@ -261,8 +235,9 @@ impl<'a> Serving<'a> {
         now.saturating_duration_since(self.options.asked_at).as_secs_f64()
     }
 
+    /// Reads wait as long as recovery would be lost, or the files that must never fail to be read have not all come.
     fn set_patience(&self) {
-        let lasts = is_recovering(&self.beneath);
+        let lasts = is_recovering(&self.beneath) || !self.fetching.is_empty();
         self.mounts.wait_for_store(if lasts { Patience::Forever } else { RUNNING_PATIENCE });
     }
 
@@ -273,6 +248,8 @@ impl<'a> Serving<'a> {
         if self.running.look_for_others(file.as_ref(), &plan.destinations.data, plan.owner()) {
             tracing::info!("a server that was started by somebody else runs here now");
             self.message = None;
+            // Once that one is stopped, it is stopped.
+            self.waiting.abort_all();
         }
         let Some(pid) = self.running.pid() else {
             self.server = match (&self.message, self.waiting.is_empty()) {
@@ -317,6 +294,8 @@ impl<'a> Serving<'a> {
     /// Does what the state of the server and of the upper calls for.
     async fn go_on(&mut self) {
         self.set_patience();
+        let now = self.options.repository.clock().monotonic();
+        self.starts.looked(self.server.answers() && !self.running.is_foreign(), now);
         let has_answered = self.answered.is_some();
         if !has_answered && self.server.answers() && self.fetching.is_empty() {
             self.answered = Some(self.seconds());
@@ -345,7 +324,7 @@ impl<'a> Serving<'a> {
     }
 
     fn tell_once(&mut self, error: &InstantError) {
-        let message = format!("not everything of the directory could be put in its place: {}", told(error));
+        let message = format!("not everything of the directory could be put in its place: {}", error.told());
         if self.message.as_ref() != Some(&message) {
             tracing::error!("{message}");
             self.message = Some(message);
@@ -364,7 +343,7 @@ impl<'a> Serving<'a> {
             self.options.environment.clone(),
         );
         self.running.started(Postmaster::start(&launch).await?);
-        self.starts += 1;
+        self.starts.started();
         self.message = None;
         self.server = RestoredServer::Recovering;
         Ok(())
@@ -373,7 +352,7 @@ impl<'a> Serving<'a> {
     async fn start_or_tell(&mut self) {
         if let Err(error) = self.start().await {
             tracing::error!("{error}");
-            self.message = Some(told(&error));
+            self.message = Some(error.told());
         }
     }
 
@@ -403,17 +382,22 @@ impl<'a> Serving<'a> {
             Some(damage) => format!("{damage}; {message}"),
             None => message.clone(),
         });
-        if self.starts >= STARTS_MAX || self.mounts.damage().is_some() {
-            return Ok(());
-        }
+        let pause = self.starts.pause(self.ending.is_plain());
+        let Some(pause) = pause.filter(|_| self.mounts.damage().is_none()) else { return Ok(()) };
         self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
         if is_recovering(&self.beneath) {
             let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
             let message = format!("recovery starts again when the store answers: {message}");
-            self.waiting.spawn(async move { until_it_answers(&repository, id, &message).await });
+            self.waiting.spawn(async move {
+                tokio::time::sleep(pause).await;
+                until_it_answers(&repository, id, &message).await
+            });
         } else if self.has_crashed {
             // It was told to leave that to us.
-            self.start_or_tell().await;
+            self.waiting.spawn(async move {
+                tokio::time::sleep(pause).await;
+                Waited::ItIsBack
+            });
         }
         Ok(())
     }
@@ -442,10 +426,10 @@ impl<'a> Serving<'a> {
                 if self.running.pid().is_some() || !self.waiting.is_empty() {
                     RestoreReply::Done
                 } else {
-                    self.starts = 0;
+                    self.starts.forget();
                     match self.start().await {
                         Ok(()) => RestoreReply::Done,
-                        Err(error) => RestoreReply::Failed { message: told(&error) },
+                        Err(error) => RestoreReply::Failed { message: error.told() },
                     }
                 }
             }
