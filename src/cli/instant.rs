@@ -465,3 +465,58 @@ pub(super) fn options_of(site: &SiteConfig, hydrate: &HydrateArguments, cut_over
         cut_over,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::HydrationStatus;
+
+    fn status(server: RestoredServer, hydrates: bool, answered: Option<f64>) -> RestoreStatus {
+        RestoreStatus {
+            site: "main".to_owned(),
+            basebackup: "b".to_owned(),
+            target_directory: "/srv/data".into(),
+            tablespaces: Vec::new(),
+            timeline: 1,
+            target: None,
+            warnings: Vec::new(),
+            hydrates,
+            server,
+            message: None,
+            is_plain: false,
+            cut_over: None,
+            is_cutting_over: false,
+            supervisor_pid: 1,
+            server_pid: None,
+            answered_after_seconds: answered,
+            plain_after_seconds: None,
+            hydrated_bytes: 0,
+            total_bytes: 1,
+            hydration: HydrationStatus::default(),
+            bytes_fetched: 0,
+            requests: 0,
+        }
+    }
+
+    #[test]
+    fn a_server_that_has_ended_is_waited_for_only_where_the_rest_comes() {
+        let is_there = |server, hydrates, answered| {
+            judge(&status(server, hydrates, answered), Until::Done).unwrap().is_some()
+        };
+        assert!(is_there(RestoredServer::Stopped, false, None));
+        assert!(!is_there(RestoredServer::Stopped, true, None), "it becomes plain");
+        assert!(!is_there(RestoredServer::Recovering, false, None));
+        assert!(is_there(RestoredServer::Running, false, Some(1.0)));
+        assert!(!is_there(RestoredServer::Running, true, Some(1.0)));
+    }
+
+    #[test]
+    fn what_does_not_become_whole_is_told_though_its_server_has_ended_before_it_answered() {
+        let mut failed = status(RestoredServer::Stopped, true, None);
+        failed.hydration.state = HydrationState::Failed;
+        let error = judge(&failed, Until::Done).unwrap_err();
+        assert!(error.hint.as_ref().is_some_and(|hint| hint.contains("is stopped")), "{:?}", error.hint);
+        failed.server = RestoredServer::Recovering;
+        assert!(judge(&failed, Until::Done).unwrap().is_none(), "it may answer yet");
+    }
+}

@@ -155,7 +155,7 @@ fn line_of<'a>(table: &'a str, path: &Path) -> Option<(&'a str, &'a str)> {
         mount.split(' ').nth(4).map(unescape).is_some_and(|point| Path::new(&point) == path)
     };
     // Of several mounts on one point the last one is seen.
-    parts.filter(is_there).last()
+    parts.filter(is_there).next_back()
 }
 
 /// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
@@ -205,7 +205,7 @@ mod tests {
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", socket.as_raw_fd())).unwrap();
         let number = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap();
-        let detached = number.trim().parse().unwrap();
+        let detached: u32 = number.trim().parse().unwrap();
         let own = Path::new("/proc/self");
         assert!(open_on(own, &[detached]).is_some_and(|what| what.contains("socket")));
         let held = fs::File::open("/proc/self/status").unwrap();
