@@ -89,7 +89,7 @@ pub(super) fn mounted_at<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
         (Path::new(&point) == path).then(|| system.split(' ').next())?
     };
     // Of several mounts on one point the last one is seen.
-    table.lines().filter_map(kind).last()
+    table.lines().filter_map(kind).next_back()
 }
 
 /// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
