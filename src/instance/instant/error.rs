@@ -2,6 +2,7 @@
 //! What refuses it at the beginning is found before anything is written; what fails later leaves a directory that no
 //! server starts on, and that `--resume` mounts again.
 
+use std::error::Error as StdError;
 use std::path::PathBuf;
 
 use crate::control;
@@ -106,4 +107,18 @@ impl InstantError {
             Self::Served(_) => "\"walden restore --resume\" follows it.".to_owned(),
         })
     }
+}
+
+/// Returns what an error says, with every cause said once.
+pub(super) fn told(error: &dyn StdError) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !message.contains(&said) {
+            message = format!("{message}: {said}");
+        }
+        cause = error.source();
+    }
+    message
 }

@@ -5,7 +5,6 @@
 //! stopped. Reads wait for the store while there is recovery to lose, after that until a deadline. A server that could not
 //! be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
 
-use std::error::Error as StdError;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::process::ExitStatus;
@@ -22,10 +21,13 @@ use crate::instance::cutting_over::CuttingOver;
 use crate::instance::hydration::Hydrating;
 use crate::instance::instant::InstantError;
 use crate::instance::instant::ending::Ending;
+use crate::instance::instant::error::told;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
-use crate::instance::instant::server_state::{Told, ask, decide, endpoint, is_recovering, read_pid_file};
+use crate::instance::instant::server_state::{
+    Told, ask, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
+};
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
@@ -65,6 +67,8 @@ pub struct SuperviseOptions {
     pub starts: bool,
 }
 
+/// Between two attempts at a recovery while the archive cannot tell what is there.
+const ARCHIVE_PAUSE: Duration = Duration::from_secs(5);
 /// A server that fails this often is not helped by starting it again.
 const STARTS_MAX: u32 = 5;
 /// How often a server is looked at until it answers, and after that.
@@ -114,20 +118,6 @@ fn remember(data: &Path, error: &InstantError) {
     }
 }
 
-/// Returns what an error says, with every cause said once.
-fn told(error: &dyn StdError) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !message.contains(&said) {
-            message = format!("{message}: {said}");
-        }
-        cause = error.source();
-    }
-    message
-}
-
 async fn run<T: Future<Output = ()>>(
     options: &SuperviseOptions,
     unfinished: &Unfinished,
@@ -168,6 +158,7 @@ struct Serving<'a> {
     waiting: JoinSet<Waited>,
     /// Whether what the store is waited for was a server that had answered, and ended as it does when one of its processes has.
     has_crashed: bool,
+    archive_is_away: bool,
     cutting: CuttingOver,
     ending: Ending,
 }
@@ -192,6 +183,7 @@ impl<'a> Serving<'a> {
             hydrating: Hydrating::default(),
             waiting: JoinSet::new(),
             has_crashed: false,
+            archive_is_away: false,
             cutting,
             ending: Ending::default(),
         }
@@ -403,14 +395,20 @@ impl<'a> Serving<'a> {
             Some(damage) => format!("{damage}; {message}"),
             None => message.clone(),
         });
-        if self.starts >= STARTS_MAX || self.mounts.damage().is_some() {
+        self.archive_is_away = is_for_want_of_wal(&log);
+        if self.mounts.damage().is_some() || self.starts >= STARTS_MAX && !self.archive_is_away {
             return Ok(());
         }
         self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
         if is_recovering(&self.beneath) {
             let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
             let message = format!("recovery starts again when the store answers: {message}");
-            self.waiting.spawn(async move { until_it_answers(&repository, id, &message).await });
+            let pause = if self.archive_is_away { ARCHIVE_PAUSE } else { Duration::ZERO };
+            self.waiting.spawn(async move {
+                let waited = until_it_answers(&repository, id, &message).await;
+                tokio::time::sleep(pause).await;
+                waited
+            });
         } else if self.has_crashed {
             // It was told to leave that to us.
             self.start_or_tell().await;
@@ -425,7 +423,9 @@ impl<'a> Serving<'a> {
             _ if self.running.pid().is_some() => {}
             Some(Waited::ItIsBack) => self.start_or_tell().await,
             // At its target it waits for a person, and lost one of its sessions meanwhile.
-            Some(Waited::ItWasThere) if self.has_crashed => self.start_or_tell().await,
+            Some(Waited::ItWasThere) if self.has_crashed || self.archive_is_away => {
+                self.start_or_tell().await;
+            }
             // It was not the cause, or is gone for good: the message stays.
             Some(Waited::ItWasThere | Waited::TooLong | Waited::Stopped(_)) | None => {}
         }
