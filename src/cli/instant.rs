@@ -15,7 +15,7 @@ use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
 use crate::instance::instant::boot_unit::BootUnit;
 use crate::instance::instant::unfinished::{
-    Found, Unfinished, control_socket, find, name_of, read_last_words,
+    Found, Unfinished, control_socket, find, is_left_dead, name_of, read_last_words, socket_to_ask,
 };
 use crate::monitor::{Progress, Task};
 use crate::repo::Basebackup;
@@ -51,7 +51,7 @@ pub(super) struct Resumption<'a> {
 enum Until {
     /// It is mounted.
     Mounted,
-    /// It answers where nothing comes in the background, else it is plain.
+    /// It answers, or its server has ended, where nothing comes in the background; else it is plain.
     Done,
 }
 
@@ -162,6 +162,35 @@ pub(super) async fn refuse_served(context: &Context, target: &Path) -> Result<()
     .hint(format!("\"walden restore --resume --target-dir {target}\" follows it.")))
 }
 
+/// Refuses to restore where the process of a restore has died, or takes its mounts away where it `is_replaced`.
+///
+/// Nothing is seen through such a mount, so this comes before any look at the directory.
+pub(super) async fn clear_dead(
+    context: &Context,
+    target: &Path,
+    is_replaced: bool,
+) -> Result<(), CommandError> {
+    if !is_left_dead(target) {
+        return Ok(());
+    }
+    if !is_replaced {
+        let target = target.display();
+        let message = format!("\"{target}\" has an unfinished restore whose process has died");
+        return Err(CommandError::failed(message)
+            .hint(format!("\"walden restore --resume --target-dir {target}\" goes on with it.")));
+    }
+    tracing::warn!(
+        "\"{}\" has an unfinished restore whose process has died; it is replaced",
+        target.display()
+    );
+    let _lock = lock_to_bring_up(context, target).await?;
+    refuse_served(context, target).await?;
+    let place = target.to_owned();
+    let found = tokio::task::spawn_blocking(move || find(&place)).await;
+    found.map_err(|error| CommandError::failed(error.to_string()))??;
+    Ok(())
+}
+
 /// Returns an unfinished restore of this kind that another one is to replace.
 pub(super) fn replaced(target: &Path) -> Result<Option<Unfinished>, CommandError> {
     Ok(match find(target)? {
@@ -194,9 +223,19 @@ fn socket(context: &Context, target: &Path) -> Result<PathBuf, CommandError> {
     Ok(control_socket(&context.config()?.paths.open_run()?.path, target)?)
 }
 
+/// Asks whoever serves a target.
+async fn ask(
+    context: &Context,
+    target: &Path,
+    request: &RestoreRequest,
+) -> Result<Result<RestoreReply, control::Error>, CommandError> {
+    let socket = socket_to_ask(&context.config()?.paths.open_run()?.path, target)?;
+    Ok(control::request_of_restore(&socket, request).await)
+}
+
 /// Asks the supervisor of a target how it is; nothing where there is none.
 async fn status_of(context: &Context, target: &Path) -> Result<Option<RestoreStatus>, CommandError> {
-    match control::request_of_restore(&socket(context, target)?, &RestoreRequest::Status).await {
+    match ask(context, target, &RestoreRequest::Status).await? {
         Ok(RestoreReply::Status(status)) => Ok(Some(*status)),
         Ok(other) => Err(CommandError::failed(format!("the supervisor answered {other:?}"))),
         // It ended while it was asked.
@@ -206,7 +245,7 @@ async fn status_of(context: &Context, target: &Path) -> Result<Option<RestoreSta
 }
 
 async fn ask_to_start(context: &Context, target: &Path) -> Result<(), CommandError> {
-    match control::request_of_restore(&socket(context, target)?, &RestoreRequest::Start).await? {
+    match ask(context, target, &RestoreRequest::Start).await?? {
         RestoreReply::Done => Ok(()),
         RestoreReply::Failed { message } => Err(CommandError::failed(message)),
         other @ RestoreReply::Status(_) => {
@@ -288,13 +327,15 @@ async fn follow_to_the_end(
 
 /// Decides whether a restore has come as far as it is followed.
 fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, CommandError> {
+    let has_come = status.answered_after_seconds.is_some() || status.server == RestoredServer::Stopped;
     let is_there = match until {
         Until::Mounted => true,
         Until::Done if status.is_plain => {
             // A first attempt at the cut-over takes a moment.
             !status.is_cutting_over && status.server != RestoredServer::Recovering
         }
-        Until::Done => status.answered_after_seconds.is_some() && !status.hydrates,
+        // A server that has ended, at its target or by somebody's hand, is waited for by nobody.
+        Until::Done => has_come && !status.hydrates,
     };
     let target = status.target_directory.display();
     if until == Until::Done && status.server == RestoredServer::Failed {
@@ -312,10 +353,14 @@ fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, 
     if is_there {
         return Ok(Some(InstantReport::of(status)));
     }
-    if status.hydration.state == HydrationState::Failed && status.answered_after_seconds.is_some() {
+    if status.hydration.state == HydrationState::Failed && has_come {
         let why = status.hydration.reason.as_deref().unwrap_or("some of it does not become local");
+        let server = match status.server {
+            RestoredServer::Stopped => "Its server is stopped, and the mount stays.",
+            _ => "Its server runs on as before.",
+        };
         return Err(CommandError::failed(format!("\"{target}\" does not become whole: {why}")).hint(
-            "Its server runs on as before. After a repair of the repository end the restore's process, and resume it.",
+            format!("{server} After a repair of the repository end the restore's process, and resume it."),
         ));
     }
     Ok(None)
@@ -398,7 +443,8 @@ impl<'a> Shown<'a> {
         }
         if status.hydration.state == HydrationState::Waiting && status.hydration.reason != self.waits_for {
             self.waits_for.clone_from(&status.hydration.reason);
-            tracing::info!("the rest waits: {}", self.waits_for.as_deref().unwrap_or_default());
+            let waits_for = self.waits_for.as_deref().unwrap_or_default();
+            say(self.context, &format!("the rest waits: {waits_for}"));
         }
         if !self.has_answered || !status.hydrates {
             return;

@@ -93,6 +93,8 @@ impl Report for InstantReport {
         };
         if let Some(seconds) = self.answered_after_seconds {
             writeln!(out, "answered after {}; the server is {}", after(Some(seconds)), self.server)?;
+        } else if self.state == State::Mounted {
+            writeln!(out, "no server has answered; it is {}", self.server)?;
         }
         match self.state {
             State::Plain => {

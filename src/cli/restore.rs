@@ -225,6 +225,8 @@ impl Restore {
         repository: &Repository,
     ) -> Result<(Basebackup, RestorePlan), CommandError> {
         instant::refuse_served(context, &self.target_dir).await?;
+        let is_replaced = self.force && !self.dry_run;
+        instant::clear_dead(context, &self.target_dir, is_replaced).await?;
         let target = self.target.read(context, TargetAction::Pause)?;
         // A standby gets what the archive lacks from its primary.
         let until_hole = self.until_hole || self.standby;

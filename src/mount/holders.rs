@@ -83,13 +83,24 @@ pub fn mount_points() -> Vec<PathBuf> {
 
 /// Returns the type of what is mounted at exactly this path and is seen there, by the lines of mountinfo.
 pub(super) fn mounted_at<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
-    let kind = |line: &'a str| {
-        let (mount, system) = line.split_once(" - ")?;
-        let point = mount.split(' ').nth(4).map(unescape)?;
-        (Path::new(&point) == path).then(|| system.split(' ').next())?
+    let (_, system) = line_of(table, path)?;
+    system.split(' ').next()
+}
+
+/// Tells whether what is seen there takes writes.
+pub(super) fn is_writable_at(table: &str, path: &Path) -> bool {
+    let options = line_of(table, path).and_then(|(mount, _)| mount.split(' ').nth(5));
+    options.is_some_and(|options| options.split(',').any(|option| option == "rw"))
+}
+
+/// Returns what mountinfo says of the mount that is seen at a path, and of its file system.
+fn line_of<'a>(table: &'a str, path: &Path) -> Option<(&'a str, &'a str)> {
+    let parts = table.lines().filter_map(|line| line.split_once(" - "));
+    let is_there = |(mount, _): &(&str, &str)| {
+        mount.split(' ').nth(4).map(unescape).is_some_and(|point| Path::new(&point) == path)
     };
     // Of several mounts on one point the last one is seen.
-    table.lines().filter_map(kind).next_back()
+    parts.filter(is_there).next_back()
 }
 
 /// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
@@ -127,6 +138,9 @@ mod tests {
         assert_eq!(mounted_at(table, Path::new("/srv/a b")), Some("fuse.walden"));
         assert_eq!(mounted_at(table, Path::new("/srv")), Some("tmpfs"));
         assert_eq!(mounted_at(table, Path::new("/srv/a")), None);
+        assert!(is_writable_at(table, Path::new("/srv/a b")) && !is_writable_at(table, Path::new("/srv/a")));
+        let table = table.replace("/srv/a\\040b rw ", "/srv/a\\040b ro,nosuid ");
+        assert!(!is_writable_at(&table, Path::new("/srv/a b")));
     }
 
     #[test]

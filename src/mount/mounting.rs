@@ -250,6 +250,12 @@ pub fn is_own(path: &Path) -> bool {
     holders::mounted_at(&table, &as_listed(path)).is_some_and(|kind| kind == TYPE)
 }
 
+/// Tells whether such a mount takes writes.
+pub fn is_own_writable(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    is_own(path) && holders::is_writable_at(&table, &as_listed(path))
+}
+
 fn as_listed(path: &Path) -> PathBuf {
     let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
     let real = folder.zip(path.file_name()).map(|(folder, name)| folder.join(name));
@@ -434,9 +440,13 @@ fn describe(holders: &[Holder]) -> String {
     holders.iter().map(Holder::to_string).collect::<Vec<_>>().join("; ")
 }
 
-/// Shows an open directory, such as one beneath a mount, at a path as well; only root can.
+/// Shows an open directory, such as one beneath a mount, at a path as well, which is no link; only root can.
 pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
-    nix::mount::mount(Some(&path_of(directory)), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    // Not opened in earnest: of a mount of ours that would ask this process.
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let at = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let at = path_of(&at.map_err(io_error("open directory", path))?);
+    nix::mount::mount(Some(&path_of(directory)), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|errno| io_error("show a directory at", path)(errno.into()))
 }
 

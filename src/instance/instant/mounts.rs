@@ -40,7 +40,12 @@ pub(super) struct InstantMounts {
     shown: Option<PathBuf>,
     /// Each directory beneath a mount, that of the data directory first.
     beneath: Vec<Arc<File>>,
+    /// How often somebody was found who holds a mount that nobody needs.
+    busy_looks: u32,
 }
+
+/// How often a mount is found busy before its holders are told: a process that ends needs a moment.
+const BUSY_LOOKS: u32 = 5;
 
 /// A directory that is to be mounted over.
 struct Place {
@@ -92,13 +97,16 @@ impl InstantMounts {
     /// Unmounts what nobody holds; true where nothing is left. May be called again.
     pub(super) async fn try_close(&mut self) -> Result<bool, InstantError> {
         let (shown, mounted) = (self.shown.take(), std::mem::take(&mut self.mounted));
-        let (shown, mounted, outcome) = blocking(move || {
-            let (shown, mut left, mut outcome) = (unshow(shown), Vec::new(), Ok(()));
+        let (shown, mounted, busy, outcome) = blocking(move || {
+            let (shown, mut left, mut busy, mut outcome) = (unshow(shown), Vec::new(), Vec::new(), Ok(()));
             for mut mount in mounted {
                 // The data directory is last: what is held of it may be held through pg_wal.
                 match mount.unmount() {
                     Ok(()) => {}
-                    Err(MountError::Busy { .. }) => left.push(mount),
+                    Err(error @ MountError::Busy { .. }) => {
+                        busy.push(error);
+                        left.push(mount);
+                    }
                     // Somebody else has unmounted it.
                     Err(MountError::NotMounted { .. }) => {}
                     Err(error) => {
@@ -107,10 +115,14 @@ impl InstantMounts {
                     }
                 }
             }
-            Ok((shown, left, outcome))
+            Ok((shown, left, busy, outcome))
         })
         .await?;
         (self.shown, self.mounted) = (shown, mounted);
+        self.busy_looks = self.busy_looks.saturating_add(u32::from(!busy.is_empty()));
+        if self.busy_looks == BUSY_LOOKS {
+            busy.iter().for_each(|error| tracing::warn!("the mount stays until it is let go of: {error}"));
+        }
         outcome.map_err(MountFailure::Mount)?;
         Ok(self.shown.is_none() && self.mounted.is_empty())
     }
@@ -219,11 +231,10 @@ fn mount_all(
     let Some(data) = places.first().map(|place| place.directory.clone()) else {
         return Err(InstantError::Internal("a restore has a data directory".to_owned()));
     };
-    let wal = File::open(data.join("pg_wal")).map_err(|source| InstantError::Ending {
-        action: "open directory",
-        path: data.join("pg_wal"),
-        source,
-    })?;
+    let wal = match Owner::current().is_root() {
+        true => open_wal(&data)?,
+        false => None,
+    };
     let mut mounted = Vec::new();
     for place in places.iter().rev() {
         let tree = Tree::new(Item::Volume(Arc::new(place.upper.clone())), owner);
@@ -234,13 +245,24 @@ fn mount_all(
             .push(mounting::mount(tree, &place.directory, &options, runtime).map_err(MountFailure::Mount)?);
     }
     let beneath = places.into_iter().map(|place| place.beneath).collect();
-    let mut mounts = InstantMounts { uppers, mounted, shown: None, beneath };
-    if Owner::current().is_root() {
+    let mut mounts = InstantMounts { uppers, mounted, shown: None, beneath, busy_looks: 0 };
+    if let Some(wal) = wal {
         let path = data.join("pg_wal");
         mounting::bind(&wal, &path).map_err(MountFailure::Mount)?;
         mounts.shown = Some(path);
     }
     Ok(mounts)
+}
+
+/// Opens a pg_wal that is to be shown through the mount; nothing where it is a link: what that leads to is on no mount.
+fn open_wal(data: &Path) -> Result<Option<File>, InstantError> {
+    let path = data.join("pg_wal");
+    let is_link = std::fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink());
+    if is_link {
+        tracing::info!("\"{}\" is a link, and is left as it is", path.display());
+        return Ok(None);
+    }
+    Ok(Some(mounting::open_beneath(&path).map_err(MountFailure::Mount)?))
 }
 
 /// Runs what blocks on a thread for that.
@@ -286,6 +308,19 @@ mod tests {
         let other = Owner { uid: 65_534, gid: 65_534 };
         let refused = check_place(scratch.path(), scratch.path(), other, false).unwrap_err();
         assert!(matches!(refused, InstantError::NotItsOwn { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_pg_wal_that_is_a_link_is_not_shown() {
+        let scratch = tempfile::tempdir().unwrap();
+        open_wal(scratch.path()).unwrap_err();
+        let (real, wal) = (scratch.path().join("real"), scratch.path().join("pg_wal"));
+        std::fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, &wal).unwrap();
+        assert!(open_wal(scratch.path()).unwrap().is_none());
+        std::fs::remove_file(&wal).unwrap();
+        std::fs::create_dir(&wal).unwrap();
+        assert!(open_wal(scratch.path()).unwrap().is_some());
     }
 
     #[test]

@@ -87,6 +87,8 @@ const FORMAT: u32 = 1;
 /// How often, and in what steps, a mount is looked at whose process does not answer and is not gone: for ten seconds.
 const DYING_LOOKS_MAX: u32 = 200;
 const DYING_LOOK: Duration = Duration::from_millis(50);
+/// Each user's folder of sockets is named by its number.
+const FOLDER_PREFIX: &str = "restores-";
 const LAST_WORDS_FILE: &str = "last.json";
 const WHAT: &str = "how a restore goes on";
 
@@ -115,6 +117,14 @@ pub fn find(target: &Path) -> Result<Found, InstantError> {
     }
     let unfinished = Box::new(Unfinished { plan, spec });
     Ok(if has_ended { Found::Ended(unfinished) } else { Found::Instant(unfinished) })
+}
+
+/// Tells whether the mount of a restore lies on a target whose process has died; of one that only reads nothing is told.
+///
+/// What it hides is not seen, so it may be a data directory by now that only was restored: `--resume` tells.
+pub fn is_left_dead(target: &Path) -> bool {
+    let data = resolve(target);
+    mounting::is_own_writable(&data) && mounting::is_dead(&data)
 }
 
 /// Tells whether a data directory needs nobody any more, though its area is still there. It is never mounted over again:
@@ -225,11 +235,33 @@ pub(super) fn clear_last_words(data: &Path) -> Result<(), disk::Error> {
     durable::remove_file(&area_of(data).join(LAST_WORDS_FILE))
 }
 
-/// Returns where the supervisor of a target listens, below the run folder; the folder is made if need be.
+/// Returns where the supervisor of a target listens, below the run folder, in this user's own folder there, which is made
+/// if need be: who comes first would shut out everybody else.
 pub fn control_socket(run: &Path, target: &Path) -> Result<PathBuf, disk::Error> {
-    let folder = run.join("restores");
+    let folder = run.join(format!("{FOLDER_PREFIX}{}", disk::Owner::current().uid));
     durable::create_dir_all(&folder, Create::PRIVATE_DIRECTORY)?;
-    Ok(folder.join(format!("{}.sock", name_of(target))))
+    Ok(folder.join(socket_name(target)))
+}
+
+/// Returns where the supervisor of a target is asked: this user's, or another's where root finds only such a one.
+pub fn socket_to_ask(run: &Path, target: &Path) -> Result<PathBuf, disk::Error> {
+    let own = control_socket(run, target)?;
+    if own.exists() || !disk::Owner::current().is_root() {
+        return Ok(own);
+    }
+    Ok(sockets_of_others(run, target).next().unwrap_or(own))
+}
+
+/// Finds sockets for a target in everybody's folders.
+fn sockets_of_others(run: &Path, target: &Path) -> impl Iterator<Item = PathBuf> {
+    let name = socket_name(target);
+    let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
+    let folders = entries.filter(|entry| entry.file_name().as_bytes().starts_with(FOLDER_PREFIX.as_bytes()));
+    folders.map(move |folder| folder.path().join(&name)).filter(|path| path.exists())
+}
+
+fn socket_name(target: &Path) -> String {
+    format!("{}.sock", name_of(target))
 }
 
 /// Returns a short name that follows from a target's path: a socket's may have 107 bytes.
@@ -244,6 +276,25 @@ pub fn name_of(target: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_user_has_a_folder_of_sockets_and_root_finds_those_of_others() {
+        let scratch = tempfile::tempdir().unwrap();
+        let (run, target) = (scratch.path(), Path::new("/srv/data"));
+        let own = control_socket(run, target).unwrap();
+        let user = disk::Owner::current();
+        assert!(own.starts_with(run.join(format!("restores-{}", user.uid))), "{}", own.display());
+        assert_eq!(socket_to_ask(run, target).unwrap(), own);
+        let others = run.join("restores-4294967294");
+        std::fs::create_dir(&others).unwrap();
+        let theirs = others.join(own.file_name().unwrap());
+        std::fs::write(&theirs, "").unwrap();
+        let asked = if user.is_root() { &theirs } else { &own };
+        assert_eq!(&socket_to_ask(run, target).unwrap(), asked);
+        assert_eq!(socket_to_ask(run, Path::new("/srv/other")).unwrap().parent(), own.parent());
+        std::fs::write(&own, "").unwrap();
+        assert_eq!(socket_to_ask(run, target).unwrap(), own);
+    }
 
     #[test]
     fn a_target_has_one_name_however_it_is_written_and_others_have_others() {
