@@ -44,6 +44,54 @@ pub fn find(mount_point: &Path) -> Vec<Holder> {
     holders
 }
 
+/// Finds processes with open files on mounts that have no place any more, by the kernel's numbers for these; one that has
+/// a place is another's by now.
+pub fn find_detached(mounts: &[u32]) -> Vec<Holder> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let placed: Vec<u32> = table.lines().filter_map(|line| line.split(' ').next()?.parse().ok()).collect();
+    let detached: Vec<u32> = mounts.iter().copied().filter(|mount| !placed.contains(mount)).collect();
+    let mut holders = Vec::new();
+    if !detached.is_empty() {
+        find_open(&detached, &mut holders);
+    }
+    holders
+}
+
+/// Finds processes with open files on mounts with these numbers.
+fn find_open(mounts: &[u32], holders: &mut Vec<Holder>) {
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        if holders.len() >= HOLDERS_MAX {
+            return;
+        }
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if let Some(what) = open_on(&process.path(), mounts) {
+            let command =
+                fs::read_to_string(process.path().join("comm")).unwrap_or_default().trim().to_owned();
+            holders.push(Holder::Process { pid, command, what });
+        }
+    }
+}
+
+/// Says what a process has open on one of these mounts, without asking any of them.
+fn open_on(process: &Path, mounts: &[u32]) -> Option<String> {
+    for descriptor in fs::read_dir(process.join("fdinfo")).into_iter().flatten().flatten() {
+        let info = fs::read_to_string(descriptor.path()).unwrap_or_default();
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+        let mount = mount.and_then(|mount| mount.trim().parse::<u32>().ok());
+        if mount.is_some_and(|mount| mounts.contains(&mount) && !has_place(process, mount)) {
+            let link = process.join("fd").join(descriptor.file_name());
+            return Some(format!("open \"{}\"", fs::read_link(link).unwrap_or_default().display()));
+        }
+    }
+    None
+}
+
+/// Tells whether a mount has a place as a process sees it: then it is a container's by now.
+fn has_place(process: &Path, mount: u32) -> bool {
+    let table = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+    table.lines().any(|line| line.split(' ').next().is_some_and(|number| number == mount.to_string()))
+}
+
 /// Says how a process holds the mount, if it does; processes of others we may not look into hold nothing we see.
 fn how_held(process: &Path, mount_point: &Path) -> Option<String> {
     for (name, label) in [("cwd", "working directory"), ("root", "root directory"), ("exe", "program")] {
@@ -85,6 +133,13 @@ pub fn mount_points() -> Vec<PathBuf> {
 pub(super) fn mounted_at<'a>(table: &'a str, path: &Path) -> Option<&'a str> {
     let (_, system) = line_of(table, path)?;
     system.split(' ').next()
+}
+
+/// Returns the kernel's number for the mount that is seen at exactly this path, which must be without links.
+pub fn mount_id(path: &Path) -> Option<u32> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let (mount, _) = line_of(&table, path)?;
+    mount.split(' ').next()?.parse().ok()
 }
 
 /// Tells whether what is seen there takes writes.
@@ -141,6 +196,23 @@ mod tests {
         assert!(is_writable_at(table, Path::new("/srv/a b")) && !is_writable_at(table, Path::new("/srv/a")));
         let table = table.replace("/srv/a\\040b rw ", "/srv/a\\040b ro,nosuid ");
         assert!(!is_writable_at(&table, Path::new("/srv/a b")));
+    }
+
+    #[test]
+    fn what_is_open_on_a_mount_without_a_place_is_found_by_its_number() {
+        use std::os::fd::AsRawFd;
+        // The kernel's own mount for sockets has no place anywhere.
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", socket.as_raw_fd())).unwrap();
+        let number = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap();
+        let detached = number.trim().parse().unwrap();
+        let own = Path::new("/proc/self");
+        assert!(open_on(own, &[detached]).is_some_and(|what| what.contains("socket")));
+        let held = fs::File::open("/proc/self/status").unwrap();
+        let placed = mount_id(Path::new("/proc")).unwrap();
+        assert_eq!(open_on(own, &[placed, u32::MAX]), None);
+        assert_eq!(find_detached(&[placed, u32::MAX]), [], "it has its place");
+        drop(held);
     }
 
     #[test]

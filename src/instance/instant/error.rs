@@ -72,6 +72,30 @@ pub enum InstantError {
 }
 
 impl InstantError {
+    /// Tells whether something in the repository is damaged.
+    pub(super) fn is_damage(&self) -> bool {
+        match self {
+            Self::Repository(error) | Self::Mount(MountFailure::Repository(error)) => {
+                error.kind() == repo::ErrorKind::Damaged
+            }
+            _ => false,
+        }
+    }
+
+    /// Returns what it says, with every cause said once.
+    pub(super) fn told(&self) -> String {
+        let mut message = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let said = error.to_string();
+            if !message.contains(&said) {
+                message = format!("{message}: {said}");
+            }
+            cause = error.source();
+        }
+        message
+    }
+
     /// Returns what the user should do.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
@@ -107,18 +131,4 @@ impl InstantError {
             Self::Served(_) => "\"walden restore --resume\" follows it.".to_owned(),
         })
     }
-}
-
-/// Returns what an error says, with every cause said once.
-pub(super) fn told(error: &dyn StdError) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !message.contains(&said) {
-            message = format!("{message}: {said}");
-        }
-        cause = error.source();
-    }
-    message
 }

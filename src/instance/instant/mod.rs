@@ -9,6 +9,7 @@
 //! prepare   settings, before there is a mount           mounts       uppers, mounts, pg_wal; and taking them away
 //! supervise the one process while anything is mounted   server_state what the server does, by what it says of itself
 //! ending    from an upper to a plain directory          boot_unit    Debian: mounted again before PostgreSQL starts
+//! starts    whether, and when, the server is started again    remembered  its mounts, for when they are dead and detached
 //! ```
 
 pub mod begin;
@@ -20,7 +21,9 @@ mod ending;
 mod error;
 mod mounts;
 mod prepare;
+mod remembered;
 mod running;
 mod server_state;
+mod starts;
 
 pub use error::InstantError;

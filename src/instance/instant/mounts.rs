@@ -20,6 +20,7 @@ use crate::disk::{self, Binding, Owner, PrivateArea};
 use crate::instance::clone_mount::take_away;
 use crate::instance::instant::InstantError;
 use crate::instance::instant::prepare::{is_prepared, prepare};
+use crate::instance::instant::remembered::remember;
 use crate::instance::instant::unfinished::Unfinished;
 use crate::instance::lazy_uppers::{LazyBasebackup, LazyUppers, MountFailure};
 use crate::mount::lower::Lower;
@@ -251,6 +252,8 @@ fn mount_all(
         mounting::bind(&wal, &path).map_err(MountFailure::Mount)?;
         mounts.shown = Some(path);
     }
+    let paths = mounts.mounted.iter().map(Mounted::path).chain(mounts.shown.as_deref());
+    remember(&mounts.data_beneath(), paths)?;
     Ok(mounts)
 }
 

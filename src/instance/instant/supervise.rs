@@ -5,7 +5,7 @@
 //! stopped. Reads wait for the store while there is recovery to lose, after that until a deadline. A server that could not
 //! be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -21,13 +21,13 @@ use crate::instance::cutting_over::CuttingOver;
 use crate::instance::hydration::Hydrating;
 use crate::instance::instant::InstantError;
 use crate::instance::instant::ending::Ending;
-use crate::instance::instant::error::told;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
 use crate::instance::instant::server_state::{
     Told, ask, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
 };
+use crate::instance::instant::starts::Starts;
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
@@ -37,7 +37,7 @@ use crate::instance::store_wait::{Waited, until_it_answers};
 use crate::mount::patience::Patience;
 use crate::mount::upper::Upper;
 use crate::pg::PostmasterPid;
-use crate::repo::{self, Repository};
+use crate::repo::Repository;
 use crate::restore;
 use crate::restore::target::resolve;
 use crate::storage::Traffic;
@@ -67,10 +67,6 @@ pub struct SuperviseOptions {
     pub starts: bool,
 }
 
-/// Between two attempts at a recovery while the archive cannot tell what is there.
-const ARCHIVE_PAUSE: Duration = Duration::from_secs(5);
-/// A server that fails this often is not helped by starting it again.
-const STARTS_MAX: u32 = 5;
 /// How often a server is looked at until it answers, and after that.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_LATER: Duration = Duration::from_secs(1);
@@ -100,22 +96,12 @@ pub async fn supervise(
     unfinished::clear_last_words(&data)?;
     let outcome = run(&options, &unfinished, pin!(terminated)).await;
     if let Err(error) = &outcome {
-        remember(&data, error);
+        // For whoever started this.
+        if let Err(error) = unfinished::write_last_words(&data, error.told(), error.is_damage()) {
+            tracing::warn!("{error}");
+        }
     }
     outcome
-}
-
-/// Notes why a supervisor ended, for whoever started it.
-fn remember(data: &Path, error: &InstantError) {
-    let is_damage = match error {
-        InstantError::Repository(error) | InstantError::Mount(MountFailure::Repository(error)) => {
-            error.kind() == repo::ErrorKind::Damaged
-        }
-        _ => false,
-    };
-    if let Err(error) = unfinished::write_last_words(data, told(error), is_damage) {
-        tracing::warn!("{error}");
-    }
 }
 
 async fn run<T: Future<Output = ()>>(
@@ -149,7 +135,7 @@ struct Serving<'a> {
     message: Option<String>,
     /// The server that is known to have ended its recovery.
     over_for: Option<Pid>,
-    starts: u32,
+    starts: Starts,
     answered: Option<f64>,
     plain: Option<f64>,
     fetching: JoinSet<Result<(), MountFailure>>,
@@ -175,7 +161,7 @@ impl<'a> Serving<'a> {
             server: RestoredServer::Stopped,
             message: None,
             over_for: None,
-            starts: 0,
+            starts: Starts::default(),
             answered: None,
             plain: None,
             fetching: JoinSet::new(),
@@ -195,8 +181,8 @@ impl<'a> Serving<'a> {
         listener: &Listener<RestoreRequest>,
         mut terminated: Pin<&mut T>,
     ) -> Result<(), InstantError> {
-        self.set_patience();
         self.fetching.spawn(self.mounts.fetch_never_failing());
+        self.set_patience();
         if self.options.starts {
             forget_dead_server(&self.beneath)?;
             self.start_or_tell().await;
@@ -221,7 +207,7 @@ impl<'a> Serving<'a> {
             }
             self.look().await;
             self.go_on().await;
-            if self.ending.is_plain() && self.running.pid().is_none() && self.mounts.try_close().await? {
+            if self.ending.is_plain() && self.is_idle() && self.mounts.try_close().await? {
                 return Ok(());
             }
         }
@@ -253,8 +239,9 @@ impl<'a> Serving<'a> {
         now.saturating_duration_since(self.options.asked_at).as_secs_f64()
     }
 
+    /// Reads wait as long as recovery would be lost, or the files that must never fail to be read have not all come.
     fn set_patience(&self) {
-        let lasts = is_recovering(&self.beneath);
+        let lasts = is_recovering(&self.beneath) || !self.fetching.is_empty();
         self.mounts.wait_for_store(if lasts { Patience::Forever } else { RUNNING_PATIENCE });
     }
 
@@ -265,6 +252,8 @@ impl<'a> Serving<'a> {
         if self.running.look_for_others(file.as_ref(), &plan.destinations.data, plan.owner()) {
             tracing::info!("a server that was started by somebody else runs here now");
             self.message = None;
+            // Once that one is stopped, it is stopped.
+            self.waiting.abort_all();
         }
         let Some(pid) = self.running.pid() else {
             self.server = match (&self.message, self.waiting.is_empty()) {
@@ -309,6 +298,8 @@ impl<'a> Serving<'a> {
     /// Does what the state of the server and of the upper calls for.
     async fn go_on(&mut self) {
         self.set_patience();
+        let now = self.options.repository.clock().monotonic();
+        self.starts.looked(self.server.answers() && !self.running.is_foreign(), now);
         let has_answered = self.answered.is_some();
         if !has_answered && self.server.answers() && self.fetching.is_empty() {
             self.answered = Some(self.seconds());
@@ -337,7 +328,7 @@ impl<'a> Serving<'a> {
     }
 
     fn tell_once(&mut self, error: &InstantError) {
-        let message = format!("not everything of the directory could be put in its place: {}", told(error));
+        let message = format!("not everything of the directory could be put in its place: {}", error.told());
         if self.message.as_ref() != Some(&message) {
             tracing::error!("{message}");
             self.message = Some(message);
@@ -356,7 +347,7 @@ impl<'a> Serving<'a> {
             self.options.environment.clone(),
         );
         self.running.started(Postmaster::start(&launch).await?);
-        self.starts += 1;
+        self.starts.started();
         self.message = None;
         self.server = RestoredServer::Recovering;
         Ok(())
@@ -365,7 +356,7 @@ impl<'a> Serving<'a> {
     async fn start_or_tell(&mut self) {
         if let Err(error) = self.start().await {
             tracing::error!("{error}");
-            self.message = Some(told(&error));
+            self.message = Some(error.told());
         }
     }
 
@@ -396,22 +387,22 @@ impl<'a> Serving<'a> {
             None => message.clone(),
         });
         self.archive_is_away = is_for_want_of_wal(&log);
-        if self.mounts.damage().is_some() || self.starts >= STARTS_MAX && !self.archive_is_away {
-            return Ok(());
-        }
+        let pause = self.starts.pause(self.ending.is_plain() || self.archive_is_away);
+        let Some(pause) = pause.filter(|_| self.mounts.damage().is_none()) else { return Ok(()) };
         self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
         if is_recovering(&self.beneath) {
             let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
             let message = format!("recovery starts again when the store answers: {message}");
-            let pause = if self.archive_is_away { ARCHIVE_PAUSE } else { Duration::ZERO };
             self.waiting.spawn(async move {
-                let waited = until_it_answers(&repository, id, &message).await;
                 tokio::time::sleep(pause).await;
-                waited
+                until_it_answers(&repository, id, &message).await
             });
         } else if self.has_crashed {
             // It was told to leave that to us.
-            self.start_or_tell().await;
+            self.waiting.spawn(async move {
+                tokio::time::sleep(pause).await;
+                Waited::ItIsBack
+            });
         }
         Ok(())
     }
@@ -442,10 +433,10 @@ impl<'a> Serving<'a> {
                 if self.running.pid().is_some() || !self.waiting.is_empty() {
                     RestoreReply::Done
                 } else {
-                    self.starts = 0;
+                    self.starts.forget();
                     match self.start().await {
                         Ok(()) => RestoreReply::Done,
-                        Err(error) => RestoreReply::Failed { message: told(&error) },
+                        Err(error) => RestoreReply::Failed { message: error.told() },
                     }
                 }
             }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, PrivateArea, private_area, state_file};
 use crate::instance::clone_folder::{HydrateSpec, write_json};
-use crate::instance::instant::{InstantError, boot_unit};
+use crate::instance::instant::{InstantError, boot_unit, remembered};
 use crate::instance::lazy_uppers::MountFailure;
 use crate::mount::mounting;
 use crate::repo::Repository;
@@ -111,6 +111,9 @@ pub fn find(target: &Path) -> Result<Found, InstantError> {
         return Ok(Found::Other);
     }
     let has_ended = is_plain(&data, &area);
+    if !has_ended {
+        remembered::refuse_held(&data)?;
+    }
     let plan = if has_ended { read_plan(&data)? } else { read_unfinished(&data)? };
     for place in plan.destinations.tablespaces.values() {
         detach_dead(place)?;
