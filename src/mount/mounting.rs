@@ -444,8 +444,8 @@ fn describe(holders: &[Holder]) -> String {
 pub fn bind(directory: &File, path: &Path) -> Result<(), MountError> {
     // Not opened in earnest: of a mount of ours that would ask this process.
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
-    let at = opened.map_err(io_error("open directory", path))?;
+    let at = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let at = at.map_err(io_error("open directory", path))?;
     nix::mount::mount(Some(&path_of(directory)), &path_of(&at), None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|errno| io_error("show a directory at", path)(errno.into()))
 }

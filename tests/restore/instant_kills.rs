@@ -18,8 +18,8 @@ const ROUNDS: usize = 3;
 /// So much load before a kill at least, and so much longer at most.
 const COMMITS: i64 = 30;
 const DELAY_MAX: Duration = Duration::from_secs(3);
-/// Some hundred seconds for all of it: no round meets its end unless a test wants that.
-const RATE: &str = "768KiB";
+/// Some minutes for all of it: no round meets its end unless a test wants that.
+const RATE: &str = "256KiB";
 
 /// Moments drawn from a seed.
 struct Moments {

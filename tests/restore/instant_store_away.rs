@@ -157,9 +157,11 @@ fn a_stop_without_the_store_comes_to_its_end_and_loses_nothing() {
 fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root, Need::Folder);
     let scene = scene();
-    let restored = scene.place("restored");
-    let mut beside = restored.begin_beside(&["--hydrate-rate", "1MiB"]);
-    restored.wait_until_writable(&mut beside);
+    let (restored, _) = scene.answering("restored", &[]);
+    restored.sql("checkpoint");
+    // The next process has nothing of the packs in its memory yet.
+    nix::sys::signal::kill(restored.supervisor().unwrap(), nix::sys::signal::Signal::SIGTERM).unwrap();
+    wait_for("the supervisor to end", || restored.supervisor().is_none().then_some(()));
     let mut whole = Vec::new();
     for pack in fs::read_dir(scene.packs()).unwrap() {
         let path = pack.unwrap().path();
@@ -171,6 +173,8 @@ fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
         fs::write(&path, damaged).unwrap();
         whole.push((path, bytes));
     }
+    let mut beside = restored.resume_beside(&["--hydrate-rate", "none"]);
+    restored.wait_until_writable(&mut beside);
     wait_for("the damage to be told", || {
         assert!(!beside.has_told("\"plain\""), "{}", beside.told());
         (beside.has_told("packs/") || beside.has_told("pack ") || beside.has_ended()).then_some(())

@@ -102,6 +102,17 @@ async fn ask_session(endpoint: &Endpoint) -> Result<Option<Told>, replication::E
     })
 }
 
+/// Tells whether a recovery has ended because the archive could not tell what is there, by the server's last words: a line that
+/// names a file of WAL and the 200 of `wal fetch`, in whatever language.
+pub(super) fn is_for_want_of_wal(last_words: &str) -> bool {
+    let is_wal = |word: &str| word.len() == 24 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+    last_words.split("; ").any(|line| {
+        let words: Vec<&str> =
+            line.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '.').collect();
+        words.contains(&"200") && words.iter().any(|word| is_wal(word) || word.ends_with(".history"))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -137,6 +148,20 @@ mod tests {
         assert_eq!(endpoint.socket_directory, Path::new("/run/pg"));
         let none = PostmasterPid::parse("17\n/data\n1763700000\n5433\n\nlocalhost\n").unwrap();
         assert!(super::endpoint(&none, "admin", owner).is_none());
+    }
+
+    #[test]
+    fn an_archive_that_could_not_tell_is_known_by_its_status() {
+        let of = |words: &str| {
+            is_for_want_of_wal(&format!("LOG:  starting; 2026-11-22 08:03:53 UTC [17] FATAL:  {words}"))
+        };
+        let file = "could not restore file \"000000010000000000000002\" from archive";
+        assert!(of(&format!("{file}: child process exited with exit code 200")));
+        assert!(of(
+            "konnte Datei »00000002.history« nicht wiederherstellen: Kindprozess hat mit Code 200 beendet"
+        ));
+        assert!(!of(&format!("{file}: child process exited with exit code 127")));
+        assert!(!of("archiver process 200 was terminated"));
     }
 
     #[test]

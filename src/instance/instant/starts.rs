@@ -46,9 +46,10 @@ impl Starts {
         *self = Self::default();
     }
 
-    /// Returns how long the next start waits; nothing where there is to be none.
-    pub(super) fn pause(&self, is_plain: bool) -> Option<Duration> {
-        if self.count >= STARTS_MAX && !is_plain {
+    /// Returns how long the next start waits; nothing where there is to be none. One without an end is of a plain directory, or
+    /// of a recovery that waits for its archive.
+    pub(super) fn pause(&self, is_without_end: bool) -> Option<Duration> {
+        if self.count >= STARTS_MAX && !is_without_end {
             return None;
         }
         let Some(doublings) = self.count.checked_sub(2) else { return Some(Duration::ZERO) };

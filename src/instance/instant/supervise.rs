@@ -24,7 +24,9 @@ use crate::instance::instant::ending::Ending;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
-use crate::instance::instant::server_state::{Told, ask, decide, endpoint, is_recovering, read_pid_file};
+use crate::instance::instant::server_state::{
+    Told, ask, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
+};
 use crate::instance::instant::starts::Starts;
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
 use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
@@ -142,6 +144,7 @@ struct Serving<'a> {
     waiting: JoinSet<Waited>,
     /// Whether what the store is waited for was a server that had answered, and ended as it does when one of its processes has.
     has_crashed: bool,
+    archive_is_away: bool,
     cutting: CuttingOver,
     ending: Ending,
 }
@@ -166,6 +169,7 @@ impl<'a> Serving<'a> {
             hydrating: Hydrating::default(),
             waiting: JoinSet::new(),
             has_crashed: false,
+            archive_is_away: false,
             cutting,
             ending: Ending::default(),
         }
@@ -382,7 +386,8 @@ impl<'a> Serving<'a> {
             Some(damage) => format!("{damage}; {message}"),
             None => message.clone(),
         });
-        let pause = self.starts.pause(self.ending.is_plain());
+        self.archive_is_away = is_for_want_of_wal(&log);
+        let pause = self.starts.pause(self.ending.is_plain() || self.archive_is_away);
         let Some(pause) = pause.filter(|_| self.mounts.damage().is_none()) else { return Ok(()) };
         self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
         if is_recovering(&self.beneath) {
@@ -409,7 +414,9 @@ impl<'a> Serving<'a> {
             _ if self.running.pid().is_some() => {}
             Some(Waited::ItIsBack) => self.start_or_tell().await,
             // At its target it waits for a person, and lost one of its sessions meanwhile.
-            Some(Waited::ItWasThere) if self.has_crashed => self.start_or_tell().await,
+            Some(Waited::ItWasThere) if self.has_crashed || self.archive_is_away => {
+                self.start_or_tell().await;
+            }
             // It was not the cause, or is gone for good: the message stays.
             Some(Waited::ItWasThere | Waited::TooLong | Waited::Stopped(_)) | None => {}
         }
