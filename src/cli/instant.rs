@@ -15,7 +15,8 @@ use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
 use crate::instance::instant::boot_unit::BootUnit;
 use crate::instance::instant::unfinished::{
-    Found, Unfinished, control_socket, find, is_left_dead, name_of, read_last_words, socket_to_ask,
+    Found, Unfinished, control_socket, find, has_become_plain, is_left_dead, name_of, read_last_words,
+    socket_to_ask,
 };
 use crate::monitor::{Progress, Task};
 use crate::repo::Basebackup;
@@ -315,13 +316,29 @@ async fn follow_to_the_end(
                 if let Some(status) = last.as_ref().filter(|status: &&RestoreStatus| status.is_plain) {
                     return Ok(InstantReport::of(status));
                 }
-                if ended || supervisor.is_none() && is_silent {
+                let is_gone = ended || supervisor.is_none() && is_silent;
+                // It may do so between two looks, where no server runs.
+                if let Some(status) = last.as_ref().filter(|_| is_gone && has_become_plain(target)) {
+                    return Ok(InstantReport::of(&ended_plain(status)));
+                }
+                if is_gone {
                     return ended_without_a_word(context, target, last.as_ref());
                 }
             }
         }
         let answered = last.as_ref().is_some_and(|status| status.answered_after_seconds.is_some());
         tokio::time::sleep(if answered { POLL_LATER } else { POLL }).await;
+    }
+}
+
+/// Returns how a restore is whose directory has become plain, and whose process has ended, since it was `last` asked.
+fn ended_plain(last: &RestoreStatus) -> RestoreStatus {
+    RestoreStatus {
+        is_plain: true,
+        server: RestoredServer::Stopped,
+        server_pid: None,
+        hydrated_bytes: last.total_bytes,
+        ..last.clone()
     }
 }
 

@@ -130,6 +130,19 @@ pub fn is_left_dead(target: &Path) -> bool {
     mounting::is_own_writable(&data) && mounting::is_dead(&data)
 }
 
+/// Tells whether a target over which nothing is mounted is an ordinary data directory, tidied or not.
+pub fn has_become_plain(target: &Path) -> bool {
+    let data = resolve(target);
+    if mounting::is_own(&data) {
+        return false;
+    }
+    match PrivateArea::open(&data) {
+        Ok(Some(area)) => is_plain(&data, &area),
+        Ok(None) => private_area::HELD_BACK.iter().all(|(place, _)| data.join(place).exists()),
+        Err(_) => false,
+    }
+}
+
 /// Tells whether a data directory needs nobody any more, though its area is still there. It is never mounted over again:
 /// what its server has dropped since then stands in no journal, and would be seen in the basebackup.
 fn is_plain(data: &Path, area: &PrivateArea) -> bool {
@@ -340,7 +353,7 @@ mod tests {
             write(area.held_directory().join(name));
         }
         for (place, name) in private_area::HELD_BACK {
-            assert!(!is_plain(data, &area), "{place}");
+            assert!(!is_plain(data, &area) && !has_become_plain(data), "{place}");
             std::fs::rename(area.held_directory().join(name), data.join(place)).unwrap();
         }
         assert!(!is_plain(data, &area), "somebody may have put them there");
@@ -349,7 +362,11 @@ mod tests {
         std::fs::remove_file(data.join("PG_VERSION")).unwrap();
         assert!(!is_plain(data, &area));
         write(area.directory().join(COMPLETE_FILE));
-        assert!(is_plain(data, &area));
+        assert!(is_plain(data, &area) && has_become_plain(data));
+        PrivateArea::discard(data).unwrap();
+        assert!(!has_become_plain(data), "one of them is gone");
+        write(data.join("PG_VERSION"));
+        assert!(has_become_plain(data));
     }
 
     #[test]
