@@ -445,18 +445,26 @@ struct Shown<'a> {
     progress: Option<Progress>,
     bytes: u64,
     has_answered: bool,
+    has_waited: bool,
     waits_for: Option<String>,
 }
 
 impl<'a> Shown<'a> {
     fn new(context: &'a Context) -> Self {
-        Self { context, progress: None, bytes: 0, has_answered: false, waits_for: None }
+        Self { context, progress: None, bytes: 0, has_answered: false, has_waited: false, waits_for: None }
     }
 
     fn show(&mut self, status: &RestoreStatus) {
         if let Some(seconds) = status.answered_after_seconds.filter(|_| !self.has_answered) {
             self.has_answered = true;
             say(self.context, &format!("the server answers after {seconds:.1} s ({})", status.server));
+        }
+        // Once: it may start again and again until the store is back.
+        if let (RestoredServer::Recovering, Some(message), false) =
+            (status.server, &status.message, self.has_waited)
+        {
+            self.has_waited = true;
+            say(self.context, &format!("recovery starts again when the store has what it needs: {message}"));
         }
         if status.hydration.state == HydrationState::Waiting && status.hydration.reason != self.waits_for {
             self.waits_for.clone_from(&status.hydration.reason);

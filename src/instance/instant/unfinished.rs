@@ -17,6 +17,7 @@ use crate::instance::clone_folder::{HydrateSpec, write_json};
 use crate::instance::instant::{InstantError, boot_unit, remembered};
 use crate::instance::lazy_uppers::MountFailure;
 use crate::mount::mounting;
+use crate::mount::upper::forget_origins;
 use crate::repo::Repository;
 use crate::repo::lease::Pin;
 use crate::restore;
@@ -217,6 +218,10 @@ impl Unfinished {
         let Destinations { data, tablespaces, .. } = &self.plan.destinations;
         for place in tablespaces.values() {
             PrivateArea::discard(place)?;
+        }
+        // What the other restore keeps of it must not say where in this basebackup it came from.
+        for place in std::iter::once(data).chain(tablespaces.values()) {
+            forget_origins(place).map_err(disk::Error::at("forget the origins in", place))?;
         }
         if let Err(error) = boot_unit::remove(data) {
             tracing::warn!("could not remove the unit that mounts at boot: {error}");
