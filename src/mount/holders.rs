@@ -150,12 +150,12 @@ pub(super) fn is_writable_at(table: &str, path: &Path) -> bool {
 
 /// Returns what mountinfo says of the mount that is seen at a path, and of its file system.
 fn line_of<'a>(table: &'a str, path: &Path) -> Option<(&'a str, &'a str)> {
-    let parts = table.lines().filter_map(|line| line.split_once(" - "));
+    let mut parts = table.lines().filter_map(|line| line.split_once(" - "));
     let is_there = |(mount, _): &(&str, &str)| {
         mount.split(' ').nth(4).map(unescape).is_some_and(|point| Path::new(&point) == path)
     };
     // Of several mounts on one point the last one is seen.
-    parts.filter(is_there).next_back()
+    parts.rfind(is_there)
 }
 
 /// Undoes mountinfo's octal escapes of space, tab, newline and backslash.
