@@ -17,7 +17,7 @@ pub(super) enum Step<R> {
 
 /// A step takes milliseconds without the store, and a read that waits for it has [`STOPPING_PATIENCE`] before.
 ///
-/// [`STOPPING_PATIENCE`]: super::clone_mount::STOPPING_PATIENCE
+/// [`STOPPING_PATIENCE`]: super::lazy_uppers::STOPPING_PATIENCE
 const GRACE: Duration = Duration::from_secs(8);
 
 /// Takes a step; `hurry` is called when this process is told to end meanwhile, and the step has a moment left then.
