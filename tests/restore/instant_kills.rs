@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::instant_scene::{Beside, Restored, Scene, Victim, is_alive, word};
+use crate::instant_scene::{Beside, Restored, Scene, Victim, is_alive, is_there, word};
 use crate::support::{Chaos, Checksums, Ledger, Need, Options, processes_in, require, wait_for};
 
 /// Kills of one restore; the last one may find it plain.
@@ -219,7 +219,8 @@ fn a_server_that_its_owner_has_started_holds_the_mount_of_a_dead_supervisor() {
         assert!(!refused.success() || !is_alive(postmaster), "a mount beside one that is still written to");
         let _ = kill(postmaster, Signal::SIGQUIT);
     }
-    wait_for("the server to be gone", || processes_in(&restored.directory).is_empty().then_some(()));
+    let is_gone = || processes_in(&restored.directory).is_empty() && !is_there(postmaster);
+    wait_for("the server to be gone, and collected", || is_gone().then_some(()));
     let acknowledged = load.abandon().acknowledged();
     if restored.supervisor().is_none() {
         goes_on(&restored, acknowledged);

@@ -472,7 +472,7 @@ impl Drop for Beside {
 }
 
 /// Whether a process has its number still.
-fn is_there(process: Pid) -> bool {
+pub fn is_there(process: Pid) -> bool {
     Path::new(&format!("/proc/{process}")).exists()
 }
 
