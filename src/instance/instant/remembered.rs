@@ -14,8 +14,7 @@ use crate::instance::clone_folder::write_json;
 use crate::instance::instant::InstantError;
 use crate::instance::instant::unfinished::area_of;
 use crate::instance::lazy_uppers::MountFailure;
-use crate::mount::MountError;
-use crate::mount::holders;
+use crate::mount::{MountError, holders};
 
 const MOUNTS_FILE: &str = "mounts.json";
 const WHAT: &str = "the mounts of a restore";
