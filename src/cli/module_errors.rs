@@ -65,6 +65,7 @@ impl From<CreateError> for CommandError {
             CreateError::Disk(error) => Self { hint, ..error.into() },
             CreateError::Programs(_)
             | CreateError::Architecture(_)
+            | CreateError::InTheMaking { .. }
             | CreateError::RootOwner
             | CreateError::ResourceManagers(_)
             | CreateError::SocketPath(_) => Self::of_module(ExitKind::Failed, error, hint),

@@ -93,6 +93,9 @@ pub enum CreateError {
     /// The WAL needs a library that the clone would not load.
     #[error("the WAL has records of an extension's resource manager ({}), which only its library can replay", numbers(.0))]
     ResourceManagers(Vec<u8>),
+    /// Somebody else is at it.
+    #[error("clone \"{name}\" is being made by {}", disk::lock::describe_holder(*.holder))]
+    InTheMaking { name: String, holder: Option<i32> },
     /// PostgreSQL refuses to run as root.
     #[error("PostgreSQL does not run as root, and the clones folder belongs to root")]
     RootOwner,
@@ -109,6 +112,7 @@ impl CreateError {
             Self::RootOwner => {
                 "Give the folder to the user that is to run PostgreSQL, such as postgres.".to_owned()
             }
+            Self::InTheMaking { .. } => "Wait until it is made, or take another name.".to_owned(),
             Self::Programs(error) => return error.hint(),
             Self::ResourceManagers(_) => {
                 "Name the extension's library with --preload; what it does when it is loaded is not looked at."

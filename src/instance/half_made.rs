@@ -80,8 +80,22 @@ impl Making {
 /// held.
 ///
 /// # Errors
-/// `Exists` where there is a clone, or anything else, and `Locked` where somebody is at it.
+/// `Exists` where there is a clone, or anything else, and `InTheMaking` where somebody is at it.
 pub(super) async fn make_folder(
+    repository: &Repository,
+    folder: &CloneFolder,
+    site: &str,
+    owner: Owner,
+) -> Result<LockFile, CreateError> {
+    match make_or_take_over(repository, folder, site, owner).await {
+        Err(CreateError::Disk(disk::Error::Locked { holder, .. })) => {
+            Err(CreateError::InTheMaking { name: folder.name().to_owned(), holder })
+        }
+        made => made,
+    }
+}
+
+async fn make_or_take_over(
     repository: &Repository,
     folder: &CloneFolder,
     site: &str,
@@ -208,7 +222,7 @@ mod tests {
         let lock = make("main").await.unwrap();
         let held = pin(&repository, ID.parse().unwrap(), &folder, "main").await.unwrap().unwrap();
         let refused = make("main").await.unwrap_err();
-        assert!(matches!(refused, CreateError::Disk(disk::Error::Locked { .. })), "{refused}");
+        assert!(refused.to_string().starts_with("clone \"one\" is being made by process "), "{refused}");
         drop(lock);
         let refused = make("other").await.unwrap_err();
         assert!(matches!(refused, CreateError::Disk(disk::Error::Exists { .. })), "{refused}");

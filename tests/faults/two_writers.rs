@@ -144,7 +144,8 @@ fn two_hosts_clone_one_site_while_it_is_written_to_and_neither_touches_the_other
     let won = outputs.iter().filter(|output| output.status.success()).count();
     let texts = outputs.each_ref().map(text).concat();
     assert_eq!(won, 1, "{texts}");
-    assert!(texts.contains("exists") && texts.contains("hint:"), "{texts}");
+    let is_told = texts.contains("exists") || texts.contains("clone \"twin\" is being made by process");
+    assert!(is_told && texts.contains("hint:"), "{texts}");
     assert_eq!(rows(&site, &hosts[0], "twin").stdout, b"20000\n");
     let deleted = clone_command(&site, &hosts[0], &["delete", "twin"]).output().unwrap();
     assert!(deleted.status.success(), "{}", text(&deleted));
