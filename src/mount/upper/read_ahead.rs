@@ -25,7 +25,7 @@ use crate::repo::Urgency;
 
 /// Files whose readers are followed: more than a server scans at once, at some 300 bytes each.
 const FILES_MAX: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not zero");
-/// Windows being fetched at once in one upper: two for each of four scans, which is more than a line can serve.
+/// Windows being fetched at once in one upper: four for each of two scans, which is more than a line can serve.
 const WINDOWS_MAX: usize = 8;
 
 /// Who reads on from where in the files of one upper, and how much is being fetched for them.

@@ -195,6 +195,7 @@ impl Hydrator {
     async fn hydrate(self: &Arc<Self>) -> Result<HydrationState, String> {
         let mut places = None;
         let (mut idle, mut last) = (0, None);
+        let mut is_again = false;
         loop {
             let moves = self.moves();
             let mut surveys = self.survey().await?;
@@ -232,7 +233,10 @@ impl Hydrator {
             self.work(plan).await;
             // The directories of what was wanted are held until here.
             drop(surveys);
-            tokio::time::sleep(self.pauses.survey).await;
+            // The second survey mostly finds nothing, and then the directory is whole; nobody is to wait for that.
+            if std::mem::replace(&mut is_again, true) {
+                tokio::time::sleep(self.pauses.survey).await;
+            }
         }
     }
 
