@@ -23,13 +23,13 @@ pub enum Urgency {
     Foreground,
 }
 
-/// Requests under way at once: at 20 ms each they fetch 800 scattered chunks a second, and a connection apiece is what
+/// Requests under way at once: at 20 ms each they fetch 1200 scattered chunks a second, and a connection apiece is what
 /// stores and their proxies take without a word.
-pub const REQUESTS_MAX: usize = 16;
+pub const REQUESTS_MAX: usize = 24;
 
-/// Stored and decoded bytes under way at once, a quarter of what a mount may take in all: six requests of the largest
-/// kind and a crowd of small ones.
-pub const BYTES_MAX: u64 = 64 << 20;
+/// Stored and decoded bytes under way at once, three eighths of what a mount may take in all: eight requests of the
+/// largest kind, or half of it for twelve parts of a hydrator.
+pub const BYTES_MAX: u64 = 96 << 20;
 
 /// The requests of one mount; clones share the bounds.
 #[derive(Debug, Clone)]

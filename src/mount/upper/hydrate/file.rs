@@ -25,7 +25,7 @@ use crate::mount::upper::volume::UpperFile;
 use crate::repo::Urgency;
 
 /// Parts of one file that are on their way side by side; all files together have [`super::REQUESTS_AT_ONCE`].
-const PARTS_AT_ONCE: usize = 4;
+const PARTS_AT_ONCE: usize = 6;
 /// After a file of which this much was fetched its data is put on stable storage, so that the sync at the end, and the
 /// server's checkpoints until then, do not find gigabytes to write.
 const SYNC_BYTES: u64 = 64 << 20;

@@ -113,7 +113,7 @@ const PAUSES: Pauses = Pauses {
 const GATE_SLEEP_MAX: Duration = Duration::from_secs(1);
 
 /// Files or groups of small files that are taken up at once.
-const JOBS_AT_ONCE: usize = 8;
+const JOBS_AT_ONCE: usize = 12;
 /// A large file comes in parts of this size; with a rate, in parts of a second's worth.
 const PART_BYTES: u64 = 4 << 20;
 /// Files of one survey: some 150 bytes each. What is beyond comes with the next one.
