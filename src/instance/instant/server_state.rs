@@ -60,6 +60,18 @@ pub(super) fn decide(
     }
 }
 
+/// Returns what a cut-over that has not begun is told to be; nothing where it begins at once.
+pub(super) fn before_cut_over(server: RestoredServer, is_plain: bool) -> Option<String> {
+    match server {
+        RestoredServer::Stopped | RestoredServer::Failed => Some("not done: no server runs".to_owned()),
+        _ if !is_plain => Some("waits: not everything is local yet".to_owned()),
+        RestoredServer::Running => None,
+        RestoredServer::Recovering | RestoredServer::Readable | RestoredServer::Paused => {
+            Some(format!("waits: the server is {server}"))
+        }
+    }
+}
+
 /// Returns how Walden connects to the server, as its owner: nobody else is believed by every configuration.
 pub(super) fn endpoint(file: &PostmasterPid, superuser: &str, owner: Owner) -> Option<Endpoint> {
     let (Some(socket_directory), Some(port)) = (file.socket_directory.clone(), file.port) else {
@@ -137,6 +149,15 @@ mod tests {
         ] {
             assert_eq!(decide(status, is_recovering, told), expected, "{status:?} {is_recovering} {told:?}");
         }
+    }
+
+    #[test]
+    fn a_cut_over_that_has_not_begun_is_told_unless_it_is_about_to() {
+        let told = |server, is_plain| before_cut_over(server, is_plain).unwrap_or_default();
+        assert_eq!(told(RestoredServer::Running, true), "");
+        assert!(told(RestoredServer::Running, false).contains("not everything is local"));
+        assert_eq!(told(RestoredServer::Paused, true), "waits: the server is paused");
+        assert!(told(RestoredServer::Stopped, true).starts_with("not done: "));
     }
 
     #[test]

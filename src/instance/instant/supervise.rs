@@ -25,7 +25,7 @@ use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
 use crate::instance::instant::server_state::{
-    Told, ask, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
+    Told, ask, before_cut_over, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
 };
 use crate::instance::instant::starts::Starts;
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
@@ -317,13 +317,17 @@ impl<'a> Serving<'a> {
         }
         let cuts_over = self.unfinished.spec.cut_over && self.ending.is_plain();
         if cuts_over && self.server == RestoredServer::Running && !self.cutting.has_begun() {
-            let owner = self.unfinished.plan.owner();
-            let file = read_pid_file(&self.beneath);
-            let found = file.and_then(|file| endpoint(&file, &self.unfinished.spec.superuser, owner));
-            match found {
-                Some(endpoint) => self.cutting.begin(&self.options.repository, &endpoint),
-                None => tracing::debug!("the server has no socket that a cut-over could connect to"),
-            }
+            self.cut_over();
+        }
+    }
+
+    fn cut_over(&mut self) {
+        // One that is about to end has a file no more.
+        let Some(file) = read_pid_file(&self.beneath) else { return };
+        let owner = self.unfinished.plan.owner();
+        match endpoint(&file, &self.unfinished.spec.superuser, owner) {
+            Some(endpoint) => self.cutting.begin(&self.options.repository, &endpoint),
+            None => self.cutting.give_up("the server has no Unix socket"),
         }
     }
 
@@ -444,7 +448,7 @@ impl<'a> Serving<'a> {
         pending.answer(&reply).await;
     }
 
-    fn status(&mut self) -> RestoreStatus {
+    fn status(&self) -> RestoreStatus {
         let Unfinished { plan, spec } = self.unfinished;
         let traffic = self.options.traffic.snapshot();
         let tablespaces = plan.destinations.tablespaces.iter().map(|(oid, directory)| RestoredTablespace {
@@ -452,14 +456,9 @@ impl<'a> Serving<'a> {
             name: plan.tablespace_names.get(oid).cloned().unwrap_or_default(),
             directory: directory.clone(),
         });
-        let is_over = self.cutting.is_over();
-        let waits_for = self.cutting.waits_for();
-        let cut_over = match (is_over, &waits_for) {
-            (true, _) => Some("done".to_owned()),
-            (false, Some(waits_for)) => Some(format!("waits: {waits_for}")),
-            (false, None) => None,
-        };
-        let can_cut_over = spec.cut_over && self.server == RestoredServer::Running;
+        let is_plain = self.ending.is_plain();
+        let cut_over = || self.cutting.told().or_else(|| before_cut_over(self.server, is_plain));
+        let cut_over = spec.cut_over.then(cut_over).flatten();
         RestoreStatus {
             site: spec.site.clone(),
             basebackup: plan.basebackup.to_string(),
@@ -471,18 +470,14 @@ impl<'a> Serving<'a> {
             hydrates: spec.hydrate.in_background,
             server: self.server,
             message: self.message.clone(),
-            is_plain: self.ending.is_plain(),
-            is_cutting_over: can_cut_over && cut_over.is_none(),
+            is_plain,
+            is_cutting_over: spec.cut_over && cut_over.is_none(),
             cut_over,
             supervisor_pid: std::process::id(),
             server_pid: self.running.pid().map(|pid| pid.as_raw().unsigned_abs()),
             answered_after_seconds: self.answered,
             plain_after_seconds: self.plain,
-            hydrated_bytes: if self.ending.is_plain() {
-                self.mounts.total_bytes()
-            } else {
-                self.mounts.hydrated_bytes()
-            },
+            hydrated_bytes: if is_plain { self.mounts.total_bytes() } else { self.mounts.hydrated_bytes() },
             total_bytes: self.mounts.total_bytes(),
             hydration: self.mounts.hydration(),
             bytes_fetched: self.options.spent_bytes + traffic.bytes_read,
