@@ -12,6 +12,7 @@ mod hosts;
 mod incomplete;
 mod instant;
 mod instant_commands;
+mod instant_crashes;
 mod instant_cut_over;
 mod instant_debian;
 mod instant_ending;

@@ -45,6 +45,11 @@ pub(super) fn is_recovering(beneath: &Path) -> bool {
     beneath.join(RECOVERY_SIGNAL).exists()
 }
 
+/// Tells whether a server is on its way to letting somebody in: it may recover from a crash, of which no file tells.
+pub(super) fn is_starting(status: Option<PostmasterStatus>) -> bool {
+    !matches!(status, Some(PostmasterStatus::Ready | PostmasterStatus::Stopping))
+}
+
 /// Decides what a server does that runs.
 pub(super) fn decide(
     status: Option<PostmasterStatus>,
@@ -149,6 +154,14 @@ mod tests {
         ] {
             assert_eq!(decide(status, is_recovering, told), expected, "{status:?} {is_recovering} {told:?}");
         }
+    }
+
+    #[test]
+    fn a_server_starts_until_it_lets_somebody_in_or_is_stopped() {
+        use PostmasterStatus::{Ready, Standby, Starting, Stopping};
+        assert!([None, Some(Starting), Some(Standby)].into_iter().all(is_starting));
+        // Who runs is told of a store that is away; who is to stop does not wait for it.
+        assert!(![Some(Ready), Some(Stopping)].into_iter().any(is_starting));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! mount → PostgreSQL → requests, the rest of the basebackup → plain → until the server stops → unmount. When this process is
 //! killed PostgreSQL dies with it, and `--resume` goes on from what is beneath. It never starts a server that somebody has
-//! stopped. Reads wait for the store while there is recovery to lose, after that until a deadline. A server that could not
-//! be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
+//! stopped. Reads wait for the store while there is recovery to lose, be it that of a crash, after that until a deadline. A
+//! server that could not be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
 
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
@@ -20,16 +20,18 @@ use crate::control::{
 use crate::instance::cutting_over::CuttingOver;
 use crate::instance::hydration::Hydrating;
 use crate::instance::instant::InstantError;
+use crate::instance::instant::always_read::AlwaysRead;
 use crate::instance::instant::ending::Ending;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
 use crate::instance::instant::server_state::{
-    Told, ask, before_cut_over, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
+    Told, ask, before_cut_over, decide, endpoint, is_for_want_of_wal, is_recovering, is_starting,
+    read_pid_file,
 };
-use crate::instance::instant::starts::Starts;
+use crate::instance::instant::starts::{Ended, Next, Starts};
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
-use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::lazy_uppers::{RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::postmaster::Postmaster;
 use crate::instance::server::{ServerError, StopMode, last_words, tail};
@@ -70,9 +72,6 @@ pub struct SuperviseOptions {
 /// How often a server is looked at until it answers, and after that.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_LATER: Duration = Duration::from_secs(1);
-/// Between two attempts at what the server must always be able to read, and how often where something is damaged.
-const FETCH_AGAIN: Duration = Duration::from_secs(5);
-const FETCHES_MAX: u32 = 3;
 /// How long a cut-over that is under way is waited for at the end: what is cut off may leave a database.
 const CUT_OVER_WAIT: Duration = Duration::from_secs(10);
 const CUT_OVER_LOOK: Duration = Duration::from_millis(50);
@@ -132,14 +131,15 @@ struct Serving<'a> {
     beneath: PathBuf,
     running: Running,
     server: RestoredServer,
+    /// Whether it runs and has not come so far as to let somebody in.
+    is_starting: bool,
     message: Option<String>,
     /// The server that is known to have ended its recovery.
     over_for: Option<Pid>,
     starts: Starts,
     answered: Option<f64>,
     plain: Option<f64>,
-    fetching: JoinSet<Result<(), MountFailure>>,
-    fetches_failed: u32,
+    fetching: AlwaysRead,
     hydrating: Hydrating,
     waiting: JoinSet<Waited>,
     /// Whether what the store is waited for was a server that had answered, and ended as it does when one of its processes has.
@@ -159,13 +159,13 @@ impl<'a> Serving<'a> {
             mounts,
             running: Running::default(),
             server: RestoredServer::Stopped,
+            is_starting: false,
             message: None,
             over_for: None,
             starts: Starts::default(),
             answered: None,
             plain: None,
-            fetching: JoinSet::new(),
-            fetches_failed: 0,
+            fetching: AlwaysRead::default(),
             hydrating: Hydrating::default(),
             waiting: JoinSet::new(),
             has_crashed: false,
@@ -181,7 +181,7 @@ impl<'a> Serving<'a> {
         listener: &Listener<RestoreRequest>,
         mut terminated: Pin<&mut T>,
     ) -> Result<(), InstantError> {
-        self.fetching.spawn(self.mounts.fetch_never_failing());
+        self.fetching.begin(&self.mounts);
         self.set_patience();
         if self.options.starts {
             forget_dead_server(&self.beneath)?;
@@ -195,8 +195,9 @@ impl<'a> Serving<'a> {
                     let status = status.map_err(|error| InstantError::Internal(error.to_string()))?;
                     self.server_ended(status).await?;
                 }
-                Some(fetched) = self.fetching.join_next() => {
-                    self.was_fetched(fetched.map_err(|error| InstantError::Internal(error.to_string()))?);
+                Some(fetched) = self.fetching.ended() => {
+                    let fetched = fetched.map_err(|error| InstantError::Internal(error.to_string()))?;
+                    self.fetching.was_fetched(fetched, &self.mounts);
                 }
                 Some(ended) = self.hydrating.ended() => if let Err(error) = ended {
                     tracing::error!("the hydrator ended: {error}");
@@ -213,22 +214,6 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// Fetches again what must never fail to be read: its server is not ended because that could not be had at once, when
-    /// it was stopped while the store was away, or has no room. What is damaged is left to the hydrator to tell.
-    fn was_fetched(&mut self, fetched: Result<(), MountFailure>) {
-        let Err(error) = fetched else { return };
-        self.fetches_failed += 1;
-        tracing::error!("{error}");
-        if self.mounts.damage().is_some() && self.fetches_failed >= FETCHES_MAX {
-            return;
-        }
-        let fetch = self.mounts.fetch_never_failing();
-        self.fetching.spawn(async move {
-            tokio::time::sleep(FETCH_AGAIN).await;
-            fetch.await
-        });
-    }
-
     /// Tells whether no server runs, and none is about to.
     fn is_idle(&self) -> bool {
         self.running.pid().is_none() && self.waiting.is_empty()
@@ -239,9 +224,10 @@ impl<'a> Serving<'a> {
         now.saturating_duration_since(self.options.asked_at).as_secs_f64()
     }
 
-    /// Reads wait as long as recovery would be lost, or the files that must never fail to be read have not all come.
+    /// Reads wait as long as recovery would be lost, or the files that must never fail to be read have not all come. One
+    /// from a crash has no file that tells of it, but nobody is let in before it is over.
     fn set_patience(&self) {
-        let lasts = is_recovering(&self.beneath) || !self.fetching.is_empty();
+        let lasts = is_recovering(&self.beneath) || self.is_starting || !self.fetching.is_over();
         self.mounts.wait_for_store(if lasts { Patience::Forever } else { RUNNING_PATIENCE });
     }
 
@@ -256,6 +242,7 @@ impl<'a> Serving<'a> {
             self.waiting.abort_all();
         }
         let Some(pid) = self.running.pid() else {
+            self.is_starting = false;
             self.server = match (&self.message, self.waiting.is_empty()) {
                 (_, false) => RestoredServer::Recovering,
                 (Some(_), true) => RestoredServer::Failed,
@@ -267,6 +254,7 @@ impl<'a> Serving<'a> {
         // The file of one that is gone says nothing of the one that starts.
         let file = file.filter(|file| file.pid == pid.as_raw());
         let status = file.as_ref().and_then(|file| file.status);
+        self.is_starting = is_starting(status);
         let is_known = self.over_for == Some(pid);
         let told = match file.as_ref().filter(|file| file.is_ready() && !is_known) {
             Some(file) => match endpoint(file, &self.unfinished.spec.superuser, self.unfinished.plan.owner())
@@ -301,14 +289,14 @@ impl<'a> Serving<'a> {
         let now = self.options.repository.clock().monotonic();
         self.starts.looked(self.server.answers() && !self.running.is_foreign(), now);
         let has_answered = self.answered.is_some();
-        if !has_answered && self.server.answers() && self.fetching.is_empty() {
+        if !has_answered && self.server.answers() && self.fetching.is_over() {
             self.answered = Some(self.seconds());
         }
         // A recovery that goes on has the store for itself; without a server nobody is in the way.
         if !self.hydrating.has_begun() && (self.answered.is_some() || self.is_idle()) {
             self.hydrating.begin(&self.mounts);
         }
-        if !self.ending.is_plain() && self.mounts.is_hydrated() && self.fetching.is_empty() {
+        if !self.ending.is_plain() && self.mounts.is_hydrated() && self.fetching.is_over() {
             match self.ending.make_plain(&self.mounts, self.unfinished, &self.options.repository).await {
                 Ok(()) => self.plain = Some(self.seconds()),
                 // The server goes on, and so does this: the disk may have room later.
@@ -342,6 +330,7 @@ impl<'a> Serving<'a> {
     /// Starts PostgreSQL; the mount has been synced before.
     async fn start(&mut self) -> Result<(), InstantError> {
         self.mounts.sync().await?;
+        self.is_starting = true;
         self.set_patience();
         let launch = launch(
             self.unfinished,
@@ -368,6 +357,7 @@ impl<'a> Serving<'a> {
     async fn server_ended(&mut self, status: ExitStatus) -> Result<(), InstantError> {
         self.running.forget_own();
         // A process that is left over may still wait for the store.
+        self.fetching.cut_off();
         self.mounts.wait_for_store(STOPPING_PATIENCE);
         blocking(|| {
             orphans::end();
@@ -391,22 +381,30 @@ impl<'a> Serving<'a> {
             None => message.clone(),
         });
         self.archive_is_away = is_for_want_of_wal(&log);
-        let pause = self.starts.pause(self.ending.is_plain() || self.archive_is_away);
-        let Some(pause) = pause.filter(|_| self.mounts.damage().is_none()) else { return Ok(()) };
-        self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
-        if is_recovering(&self.beneath) {
-            let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
-            let message = format!("recovery starts again when the store answers: {message}");
-            self.waiting.spawn(async move {
-                tokio::time::sleep(pause).await;
-                until_it_answers(&repository, id, &message).await
-            });
-        } else if self.has_crashed {
-            // It was told to leave that to us.
-            self.waiting.spawn(async move {
-                tokio::time::sleep(pause).await;
-                Waited::ItIsBack
-            });
+        let has_answered = self.answered.is_some() || self.starts.has_answered();
+        self.has_crashed = has_answered && status.code() == Some(CRASHED);
+        let ended = Ended {
+            is_plain: self.ending.is_plain(),
+            is_recovering: is_recovering(&self.beneath),
+            archive_is_away: self.archive_is_away,
+            has_crashed: self.has_crashed,
+        };
+        match self.starts.plan_next(ended) {
+            Next::Nothing => {}
+            Next::AskStore(pause) => {
+                let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
+                let message = format!("recovery starts again when the store answers: {message}");
+                self.waiting.spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    until_it_answers(&repository, id, &message).await
+                });
+            }
+            Next::Start(pause) => {
+                self.waiting.spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    Waited::ItIsBack
+                });
+            }
         }
         Ok(())
     }
