@@ -15,9 +15,11 @@ use nix::unistd::Pid;
 use tokio::task::JoinSet;
 
 use crate::control::{
-    Listener, Pending, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer, RestoredTablespace,
+    HydrationState, HydrationStatus, Listener, Pending, RestoreReply, RestoreRequest, RestoreStatus,
+    RestoredServer, RestoredTablespace,
 };
 use crate::instance::cutting_over::CuttingOver;
+use crate::instance::ending::{Step, step};
 use crate::instance::hydration::Hydrating;
 use crate::instance::instant::InstantError;
 use crate::instance::instant::always_read::AlwaysRead;
@@ -108,9 +110,11 @@ async fn run<T: Future<Output = ()>>(
     unfinished: &Unfinished,
     mut terminated: Pin<&mut T>,
 ) -> Result<(), InstantError> {
-    let mounts = tokio::select! {
-        opened = InstantMounts::open(&options.repository, unfinished) => opened?,
-        () = terminated.as_mut() => return Ok(()),
+    let opening = InstantMounts::open(&options.repository, unfinished);
+    let mounts = match step(opening, terminated.as_mut(), || {}).await {
+        Step::Done(opened) => opened?,
+        Step::Told(Some(Ok(mut opened))) => return opened.close().await,
+        Step::Told(_) => return Ok(()),
     };
     let mut serving = Serving::new(options, unfinished, mounts);
     let outcome = match Listener::bind(&options.socket) {
@@ -133,7 +137,10 @@ struct Serving<'a> {
     server: RestoredServer,
     /// Whether it runs and has not come so far as to let somebody in.
     is_starting: bool,
+    /// Why no server runs.
     message: Option<String>,
+    /// Why the directory is not plain though everything is local.
+    unplaced: Option<String>,
     /// The server that is known to have ended its recovery.
     over_for: Option<Pid>,
     starts: Starts,
@@ -161,6 +168,7 @@ impl<'a> Serving<'a> {
             server: RestoredServer::Stopped,
             is_starting: false,
             message: None,
+            unplaced: None,
             over_for: None,
             starts: Starts::default(),
             answered: None,
@@ -298,7 +306,7 @@ impl<'a> Serving<'a> {
         }
         if !self.ending.is_plain() && self.mounts.is_hydrated() && self.fetching.is_over() {
             match self.ending.make_plain(&self.mounts, self.unfinished, &self.options.repository).await {
-                Ok(()) => self.plain = Some(self.seconds()),
+                Ok(()) => (self.plain, self.unplaced) = (Some(self.seconds()), None),
                 // The server goes on, and so does this: the disk may have room later.
                 Err(error) => self.tell_once(&error),
             }
@@ -321,9 +329,9 @@ impl<'a> Serving<'a> {
 
     fn tell_once(&mut self, error: &InstantError) {
         let message = format!("not everything of the directory could be put in its place: {}", error.told());
-        if self.message.as_ref() != Some(&message) {
+        if self.unplaced.as_ref() != Some(&message) {
             tracing::error!("{message}");
-            self.message = Some(message);
+            self.unplaced = Some(message);
         }
     }
 
@@ -477,9 +485,20 @@ impl<'a> Serving<'a> {
             plain_after_seconds: self.plain,
             hydrated_bytes: if is_plain { self.mounts.total_bytes() } else { self.mounts.hydrated_bytes() },
             total_bytes: self.mounts.total_bytes(),
-            hydration: self.mounts.hydration(),
+            hydration: self.hydration(),
             bytes_fetched: self.options.spent_bytes + traffic.bytes_read,
             requests: self.options.spent_requests + traffic.requests(),
+        }
+    }
+
+    /// Returns how the rest comes, the last step to a plain directory included.
+    fn hydration(&self) -> HydrationStatus {
+        let hydration = self.mounts.hydration();
+        match &self.unplaced {
+            Some(why) => {
+                HydrationStatus { state: HydrationState::Waiting, reason: Some(why.clone()), ..hydration }
+            }
+            None => hydration,
         }
     }
 
