@@ -84,7 +84,7 @@ pub struct RestoreStatus {
     pub message: Option<String>,
     /// Whether it is an ordinary data directory now, though mounted as long as the server runs.
     pub is_plain: bool,
-    /// What became of opening files anew, where that was asked for: `done`, or what it waits for.
+    /// What became of opening files anew, where that was asked for: `done`, `waits: ` or `not done: ` and why.
     pub cut_over: Option<String>,
     /// Whether the cut-over is asked for and has not been tried to its end.
     pub is_cutting_over: bool,

@@ -19,7 +19,16 @@ pub enum CutOver {
     Waits {
         /// What the server says.
         because: String,
+        /// Whether the attempt has written a database, or had it dropped up to the last step: a production server does not
+        /// want that every few seconds.
+        is_costly: bool,
     },
+}
+
+/// An attempt that came to nothing.
+struct Failed {
+    error: replication::Error,
+    is_costly: bool,
 }
 
 /// What the databases are called, before random digits.
@@ -30,9 +39,11 @@ const DIGITS: usize = 16;
 const MAJOR_MIN: u32 = 15;
 /// A process that does not come to the barrier, in a long system call for example, holds nobody up for longer.
 const STATEMENT_TIMEOUT: &str = "60s";
-/// Another session is where this has to be alone: ERRCODE_OBJECT_IN_USE, ERRCODE_LOCK_NOT_AVAILABLE,
-/// ERRCODE_QUERY_CANCELED.
-const IN_THE_WAY: [&str; 3] = ["55006", "55P03", "57014"];
+/// Another session is where this has to be alone, which is known before anything is written: ERRCODE_OBJECT_IN_USE,
+/// ERRCODE_LOCK_NOT_AVAILABLE.
+const ELSEWHERE_IN_USE: [&str; 2] = ["55006", "55P03"];
+/// ERRCODE_QUERY_CANCELED, by the timeout.
+const CANCELED: &str = "57014";
 
 /// Makes every process of the server open its files again, by a session that does nothing else; `random` tells this
 /// attempt's database apart.
@@ -46,8 +57,10 @@ pub async fn cut_over(session: &Session, random: [u8; DIGITS / 2]) -> Result<Cut
     set_up(session).await?;
     match create_and_drop(session, &name(random)).await {
         Ok(()) => Ok(CutOver::Done),
-        Err(error) if is_in_the_way(&error) => Ok(CutOver::Waits { because: error.to_string() }),
-        Err(error) => Err(error),
+        Err(Failed { error, is_costly }) if is_in_the_way(&error) => {
+            Ok(CutOver::Waits { because: error.to_string(), is_costly })
+        }
+        Err(Failed { error, .. }) => Err(error),
     }
 }
 
@@ -73,14 +86,25 @@ async fn drop_all(session: &Session) -> Result<(), replication::Error> {
     Ok(())
 }
 
-async fn create_and_drop(session: &Session, name: &str) -> Result<(), replication::Error> {
-    drop_all(session).await?;
+async fn create_and_drop(session: &Session, name: &str) -> Result<(), Failed> {
+    // One of an earlier attempt that cannot be dropped costs as much again.
+    drop_all(session).await.map_err(|error| Failed { error, is_costly: true })?;
     // Whoever goes through all databases, such as pg_dumpall, passes over one that lets nobody in.
     let sql = format!("create database {name} template template0 allow_connections false");
     let created = session.simple(&sql).await;
     // Whatever became of it: cut off at the end, it may be there all the same.
     let dropped = drop_all(session).await;
-    created.and(dropped)
+    outcome(created.map(drop), dropped)
+}
+
+/// Returns what came of an attempt.
+fn outcome(
+    created: Result<(), replication::Error>,
+    dropped: Result<(), replication::Error>,
+) -> Result<(), Failed> {
+    let was_refused_at_once = created.as_ref().is_err_and(|error| is_one_of(error, &ELSEWHERE_IN_USE));
+    let is_costly = !was_refused_at_once || dropped.is_err();
+    created.and(dropped).map_err(|error| Failed { error, is_costly })
 }
 
 fn name(random: [u8; DIGITS / 2]) -> String {
@@ -89,7 +113,11 @@ fn name(random: [u8; DIGITS / 2]) -> String {
 
 fn is_in_the_way(error: &replication::Error) -> bool {
     let waits = error.kind() == ErrorKind::Retry && error.sqlstate().is_some();
-    waits || error.sqlstate().is_some_and(|state| IN_THE_WAY.contains(&state))
+    waits || is_one_of(error, &ELSEWHERE_IN_USE) || is_one_of(error, &[CANCELED])
+}
+
+fn is_one_of(error: &replication::Error, states: &[&str]) -> bool {
+    error.sqlstate().is_some_and(|state| states.contains(&state))
 }
 
 #[cfg(test)]
@@ -110,6 +138,21 @@ mod tests {
         let name = name([0, 1, 2, 3, 4, 5, 6, 0xff]);
         assert_eq!(name, "walden_cutover_00010203040506ff");
         assert_eq!(name.len(), PREFIX.len() + DIGITS);
+    }
+
+    #[test]
+    fn only_who_is_met_before_anything_was_written_costs_nothing() {
+        let is_costly = |created, dropped| outcome(created, dropped).err().map(|failed| failed.is_costly);
+        assert_eq!(is_costly(Ok(()), Ok(())), None);
+        assert_eq!(is_costly(Err(refused("55006")), Ok(())), Some(false), "somebody is in template0");
+        assert_eq!(is_costly(Err(refused(CANCELED)), Ok(())), Some(true), "it was copied for a minute");
+        assert_eq!(
+            is_costly(Err(refused("53100")), Ok(())),
+            Some(true),
+            "it was copied until the disk was full"
+        );
+        assert_eq!(is_costly(Ok(()), Err(refused(CANCELED))), Some(true), "a process comes to no barrier");
+        assert_eq!(is_costly(Err(refused("55006")), Err(refused(CANCELED))), Some(true));
     }
 
     #[test]

@@ -45,6 +45,11 @@ pub(super) fn is_recovering(beneath: &Path) -> bool {
     beneath.join(RECOVERY_SIGNAL).exists()
 }
 
+/// Tells whether a server is on its way to letting somebody in: it may recover from a crash, of which no file tells.
+pub(super) fn is_starting(status: Option<PostmasterStatus>) -> bool {
+    !matches!(status, Some(PostmasterStatus::Ready | PostmasterStatus::Stopping))
+}
+
 /// Decides what a server does that runs.
 pub(super) fn decide(
     status: Option<PostmasterStatus>,
@@ -57,6 +62,18 @@ pub(super) fn decide(
         (Some(PostmasterStatus::Ready), None) if !is_recovering => RestoredServer::Running,
         (Some(PostmasterStatus::Ready), None) => RestoredServer::Readable,
         _ => RestoredServer::Recovering,
+    }
+}
+
+/// Returns what a cut-over that has not begun is told to be; nothing where it begins at once.
+pub(super) fn before_cut_over(server: RestoredServer, is_plain: bool) -> Option<String> {
+    match server {
+        RestoredServer::Stopped | RestoredServer::Failed => Some("not done: no server runs".to_owned()),
+        _ if !is_plain => Some("waits: not everything is local yet".to_owned()),
+        RestoredServer::Running => None,
+        RestoredServer::Recovering | RestoredServer::Readable | RestoredServer::Paused => {
+            Some(format!("waits: the server is {server}"))
+        }
     }
 }
 
@@ -137,6 +154,23 @@ mod tests {
         ] {
             assert_eq!(decide(status, is_recovering, told), expected, "{status:?} {is_recovering} {told:?}");
         }
+    }
+
+    #[test]
+    fn a_server_starts_until_it_lets_somebody_in_or_is_stopped() {
+        use PostmasterStatus::{Ready, Standby, Starting, Stopping};
+        assert!([None, Some(Starting), Some(Standby)].into_iter().all(is_starting));
+        // Who runs is told of a store that is away; who is to stop does not wait for it.
+        assert!(![Some(Ready), Some(Stopping)].into_iter().any(is_starting));
+    }
+
+    #[test]
+    fn a_cut_over_that_has_not_begun_is_told_unless_it_is_about_to() {
+        let told = |server, is_plain| before_cut_over(server, is_plain).unwrap_or_default();
+        assert_eq!(told(RestoredServer::Running, true), "");
+        assert!(told(RestoredServer::Running, false).contains("not everything is local"));
+        assert_eq!(told(RestoredServer::Paused, true), "waits: the server is paused");
+        assert!(told(RestoredServer::Stopped, true).starts_with("not done: "));
     }
 
     #[test]

@@ -1,5 +1,7 @@
-//! How often the server of a restore is started again when it ends as it does once one of its processes has crashed.
+//! Whether, and when, the server of a restore is started again that has ended by itself.
 //!
+//! One that recovers, or never came so far as to answer, may have ended for want of the store: that is asked first. One that
+//! answered, and ended as it does once one of its processes has crashed, is started again: it was told to leave that to us.
 //! While the directory is unfinished a server that fails again and again is left to a person. Once the directory is plain
 //! it is only a server that was told not to start again by itself: then it is always started, after a pause that grows.
 //! One that has answered for a while is another server than the one that failed before: its starts are counted anew.
@@ -20,6 +22,32 @@ const PAUSE_MAX: Duration = Duration::from_secs(60);
 pub(super) struct Starts {
     count: u32,
     answers_since: Option<Instant>,
+    has_answered: bool,
+}
+
+/// A server that has ended, and was stopped by nobody. Damage that was met is no part of it: that may be of a file that
+/// nobody reads, and who reads it on its way is given up after a few starts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ended {
+    /// Whether the directory needs nothing of the store any more.
+    pub is_plain: bool,
+    /// Whether it has not come to its target.
+    pub is_recovering: bool,
+    /// Whether its archive could not tell what is there.
+    pub archive_is_away: bool,
+    /// Whether it ended as it does of its own accord once one of its processes has crashed.
+    pub has_crashed: bool,
+}
+
+/// What follows from the end of a server.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// It is left to a person.
+    Nothing,
+    /// After this pause the store is asked.
+    AskStore(Duration),
+    /// After this pause it is started.
+    Start(Duration),
 }
 
 impl Starts {
@@ -27,6 +55,12 @@ impl Starts {
     pub(super) fn started(&mut self) {
         self.count += 1;
         self.answers_since = None;
+        self.has_answered = false;
+    }
+
+    /// Tells whether the one that was started last has answered.
+    pub(super) fn has_answered(&self) -> bool {
+        self.has_answered
     }
 
     /// Takes note of whether it answers.
@@ -35,6 +69,7 @@ impl Starts {
             self.answers_since = None;
             return;
         }
+        self.has_answered = true;
         let since = *self.answers_since.get_or_insert(now);
         if now.saturating_duration_since(since) >= SOUND_AFTER {
             self.count = 0;
@@ -46,9 +81,22 @@ impl Starts {
         *self = Self::default();
     }
 
+    /// Decides what follows from the end of one.
+    pub(super) fn plan_next(&self, ended: Ended) -> Next {
+        let Ended { is_plain, is_recovering, archive_is_away, has_crashed } = ended;
+        let Some(pause) = self.pause(is_plain || archive_is_away) else { return Next::Nothing };
+        if is_recovering || !is_plain && !self.has_answered {
+            Next::AskStore(pause)
+        } else if has_crashed {
+            Next::Start(pause)
+        } else {
+            Next::Nothing
+        }
+    }
+
     /// Returns how long the next start waits; nothing where there is to be none. One without an end is of a plain directory, or
     /// of a recovery that waits for its archive.
-    pub(super) fn pause(&self, is_without_end: bool) -> Option<Duration> {
+    fn pause(&self, is_without_end: bool) -> Option<Duration> {
         if self.count >= STARTS_MAX && !is_without_end {
             return None;
         }
@@ -78,6 +126,31 @@ mod tests {
         assert_eq!((starts.pause(false), starts.pause(true)), (None, Some(PAUSE_MAX)));
         starts.forget();
         assert_eq!(starts.pause(false), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn one_that_may_have_missed_the_store_waits_for_it_and_one_that_crashed_starts_at_once() {
+        let ran = Ended { is_plain: false, is_recovering: false, archive_is_away: false, has_crashed: false };
+        let crashed = Ended { has_crashed: true, ..ran };
+        let mut starts = Starts::default();
+        starts.started();
+        assert_eq!(starts.plan_next(ran), Next::AskStore(Duration::ZERO), "it came to no end of its start");
+        assert_eq!(starts.plan_next(crashed), Next::AskStore(Duration::ZERO));
+        let plain = Ended { is_plain: true, ..crashed };
+        assert_eq!(starts.plan_next(plain), Next::Start(Duration::ZERO), "the store is nothing to it");
+        starts.looked(true, Instant::now());
+        assert!(starts.has_answered());
+        assert_eq!(starts.plan_next(ran), Next::Nothing, "it was ended by somebody");
+        assert_eq!(starts.plan_next(crashed), Next::Start(Duration::ZERO));
+        let at_target = Ended { is_recovering: true, ..crashed };
+        assert_eq!(starts.plan_next(at_target), Next::AskStore(Duration::ZERO));
+        (1..STARTS_MAX).for_each(|_| starts.started());
+        assert_eq!(starts.plan_next(at_target), Next::Nothing);
+        assert_eq!(
+            starts.plan_next(Ended { archive_is_away: true, ..at_target }),
+            Next::AskStore(8 * SECOND)
+        );
+        assert_eq!(starts.plan_next(plain), Next::Start(8 * SECOND));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //!
 //! mount → PostgreSQL → requests, the rest of the basebackup → plain → until the server stops → unmount. When this process is
 //! killed PostgreSQL dies with it, and `--resume` goes on from what is beneath. It never starts a server that somebody has
-//! stopped. Reads wait for the store while there is recovery to lose, after that until a deadline. A server that could not
-//! be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
+//! stopped. Reads wait for the store while there is recovery to lose, be it that of a crash, after that until a deadline. A
+//! server that could not be started leaves the mount, so that its configuration can be put right. Deliberately absent: isolation.
 
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
@@ -15,21 +15,25 @@ use nix::unistd::Pid;
 use tokio::task::JoinSet;
 
 use crate::control::{
-    Listener, Pending, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer, RestoredTablespace,
+    HydrationState, HydrationStatus, Listener, Pending, RestoreReply, RestoreRequest, RestoreStatus,
+    RestoredServer, RestoredTablespace,
 };
 use crate::instance::cutting_over::CuttingOver;
+use crate::instance::ending::{Step, step};
 use crate::instance::hydration::Hydrating;
 use crate::instance::instant::InstantError;
+use crate::instance::instant::always_read::AlwaysRead;
 use crate::instance::instant::ending::Ending;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
 use crate::instance::instant::running::{Running, launch};
 use crate::instance::instant::server_state::{
-    Told, ask, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
+    Told, ask, before_cut_over, decide, endpoint, is_for_want_of_wal, is_recovering, is_starting,
+    read_pid_file,
 };
-use crate::instance::instant::starts::Starts;
+use crate::instance::instant::starts::{Ended, Next, Starts};
 use crate::instance::instant::unfinished::{self, Found, Unfinished};
-use crate::instance::lazy_uppers::{MountFailure, RUNNING_PATIENCE, STOPPING_PATIENCE};
+use crate::instance::lazy_uppers::{RUNNING_PATIENCE, STOPPING_PATIENCE};
 use crate::instance::orphans;
 use crate::instance::postmaster::Postmaster;
 use crate::instance::server::{ServerError, StopMode, last_words, tail};
@@ -70,9 +74,6 @@ pub struct SuperviseOptions {
 /// How often a server is looked at until it answers, and after that.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOK_LATER: Duration = Duration::from_secs(1);
-/// Between two attempts at what the server must always be able to read, and how often where something is damaged.
-const FETCH_AGAIN: Duration = Duration::from_secs(5);
-const FETCHES_MAX: u32 = 3;
 /// How long a cut-over that is under way is waited for at the end: what is cut off may leave a database.
 const CUT_OVER_WAIT: Duration = Duration::from_secs(10);
 const CUT_OVER_LOOK: Duration = Duration::from_millis(50);
@@ -109,9 +110,11 @@ async fn run<T: Future<Output = ()>>(
     unfinished: &Unfinished,
     mut terminated: Pin<&mut T>,
 ) -> Result<(), InstantError> {
-    let mounts = tokio::select! {
-        opened = InstantMounts::open(&options.repository, unfinished) => opened?,
-        () = terminated.as_mut() => return Ok(()),
+    let opening = InstantMounts::open(&options.repository, unfinished);
+    let mounts = match step(opening, terminated.as_mut(), || {}).await {
+        Step::Done(opened) => opened?,
+        Step::Told(Some(Ok(mut opened))) => return opened.close().await,
+        Step::Told(_) => return Ok(()),
     };
     let mut serving = Serving::new(options, unfinished, mounts);
     let outcome = match Listener::bind(&options.socket) {
@@ -132,14 +135,18 @@ struct Serving<'a> {
     beneath: PathBuf,
     running: Running,
     server: RestoredServer,
+    /// Whether it runs and has not come so far as to let somebody in.
+    is_starting: bool,
+    /// Why no server runs.
     message: Option<String>,
+    /// Why the directory is not plain though everything is local.
+    unplaced: Option<String>,
     /// The server that is known to have ended its recovery.
     over_for: Option<Pid>,
     starts: Starts,
     answered: Option<f64>,
     plain: Option<f64>,
-    fetching: JoinSet<Result<(), MountFailure>>,
-    fetches_failed: u32,
+    fetching: AlwaysRead,
     hydrating: Hydrating,
     waiting: JoinSet<Waited>,
     /// Whether what the store is waited for was a server that had answered, and ended as it does when one of its processes has.
@@ -159,13 +166,14 @@ impl<'a> Serving<'a> {
             mounts,
             running: Running::default(),
             server: RestoredServer::Stopped,
+            is_starting: false,
             message: None,
+            unplaced: None,
             over_for: None,
             starts: Starts::default(),
             answered: None,
             plain: None,
-            fetching: JoinSet::new(),
-            fetches_failed: 0,
+            fetching: AlwaysRead::default(),
             hydrating: Hydrating::default(),
             waiting: JoinSet::new(),
             has_crashed: false,
@@ -181,7 +189,7 @@ impl<'a> Serving<'a> {
         listener: &Listener<RestoreRequest>,
         mut terminated: Pin<&mut T>,
     ) -> Result<(), InstantError> {
-        self.fetching.spawn(self.mounts.fetch_never_failing());
+        self.fetching.begin(&self.mounts);
         self.set_patience();
         if self.options.starts {
             forget_dead_server(&self.beneath)?;
@@ -195,8 +203,9 @@ impl<'a> Serving<'a> {
                     let status = status.map_err(|error| InstantError::Internal(error.to_string()))?;
                     self.server_ended(status).await?;
                 }
-                Some(fetched) = self.fetching.join_next() => {
-                    self.was_fetched(fetched.map_err(|error| InstantError::Internal(error.to_string()))?);
+                Some(fetched) = self.fetching.ended() => {
+                    let fetched = fetched.map_err(|error| InstantError::Internal(error.to_string()))?;
+                    self.fetching.was_fetched(fetched, &self.mounts);
                 }
                 Some(ended) = self.hydrating.ended() => if let Err(error) = ended {
                     tracing::error!("the hydrator ended: {error}");
@@ -213,22 +222,6 @@ impl<'a> Serving<'a> {
         }
     }
 
-    /// Fetches again what must never fail to be read: its server is not ended because that could not be had at once, when
-    /// it was stopped while the store was away, or has no room. What is damaged is left to the hydrator to tell.
-    fn was_fetched(&mut self, fetched: Result<(), MountFailure>) {
-        let Err(error) = fetched else { return };
-        self.fetches_failed += 1;
-        tracing::error!("{error}");
-        if self.mounts.damage().is_some() && self.fetches_failed >= FETCHES_MAX {
-            return;
-        }
-        let fetch = self.mounts.fetch_never_failing();
-        self.fetching.spawn(async move {
-            tokio::time::sleep(FETCH_AGAIN).await;
-            fetch.await
-        });
-    }
-
     /// Tells whether no server runs, and none is about to.
     fn is_idle(&self) -> bool {
         self.running.pid().is_none() && self.waiting.is_empty()
@@ -239,9 +232,10 @@ impl<'a> Serving<'a> {
         now.saturating_duration_since(self.options.asked_at).as_secs_f64()
     }
 
-    /// Reads wait as long as recovery would be lost, or the files that must never fail to be read have not all come.
+    /// Reads wait as long as recovery would be lost, or the files that must never fail to be read have not all come. One
+    /// from a crash has no file that tells of it, but nobody is let in before it is over.
     fn set_patience(&self) {
-        let lasts = is_recovering(&self.beneath) || !self.fetching.is_empty();
+        let lasts = is_recovering(&self.beneath) || self.is_starting || !self.fetching.is_over();
         self.mounts.wait_for_store(if lasts { Patience::Forever } else { RUNNING_PATIENCE });
     }
 
@@ -256,6 +250,7 @@ impl<'a> Serving<'a> {
             self.waiting.abort_all();
         }
         let Some(pid) = self.running.pid() else {
+            self.is_starting = false;
             self.server = match (&self.message, self.waiting.is_empty()) {
                 (_, false) => RestoredServer::Recovering,
                 (Some(_), true) => RestoredServer::Failed,
@@ -267,6 +262,7 @@ impl<'a> Serving<'a> {
         // The file of one that is gone says nothing of the one that starts.
         let file = file.filter(|file| file.pid == pid.as_raw());
         let status = file.as_ref().and_then(|file| file.status);
+        self.is_starting = is_starting(status);
         let is_known = self.over_for == Some(pid);
         let told = match file.as_ref().filter(|file| file.is_ready() && !is_known) {
             Some(file) => match endpoint(file, &self.unfinished.spec.superuser, self.unfinished.plan.owner())
@@ -301,43 +297,48 @@ impl<'a> Serving<'a> {
         let now = self.options.repository.clock().monotonic();
         self.starts.looked(self.server.answers() && !self.running.is_foreign(), now);
         let has_answered = self.answered.is_some();
-        if !has_answered && self.server.answers() && self.fetching.is_empty() {
+        if !has_answered && self.server.answers() && self.fetching.is_over() {
             self.answered = Some(self.seconds());
         }
         // A recovery that goes on has the store for itself; without a server nobody is in the way.
         if !self.hydrating.has_begun() && (self.answered.is_some() || self.is_idle()) {
             self.hydrating.begin(&self.mounts);
         }
-        if !self.ending.is_plain() && self.mounts.is_hydrated() && self.fetching.is_empty() {
+        if !self.ending.is_plain() && self.mounts.is_hydrated() && self.fetching.is_over() {
             match self.ending.make_plain(&self.mounts, self.unfinished, &self.options.repository).await {
-                Ok(()) => self.plain = Some(self.seconds()),
+                Ok(()) => (self.plain, self.unplaced) = (Some(self.seconds()), None),
                 // The server goes on, and so does this: the disk may have room later.
                 Err(error) => self.tell_once(&error),
             }
         }
         let cuts_over = self.unfinished.spec.cut_over && self.ending.is_plain();
         if cuts_over && self.server == RestoredServer::Running && !self.cutting.has_begun() {
-            let owner = self.unfinished.plan.owner();
-            let file = read_pid_file(&self.beneath);
-            let found = file.and_then(|file| endpoint(&file, &self.unfinished.spec.superuser, owner));
-            match found {
-                Some(endpoint) => self.cutting.begin(&self.options.repository, &endpoint),
-                None => tracing::debug!("the server has no socket that a cut-over could connect to"),
-            }
+            self.cut_over();
+        }
+    }
+
+    fn cut_over(&mut self) {
+        // One that is about to end has a file no more.
+        let Some(file) = read_pid_file(&self.beneath) else { return };
+        let owner = self.unfinished.plan.owner();
+        match endpoint(&file, &self.unfinished.spec.superuser, owner) {
+            Some(endpoint) => self.cutting.begin(&self.options.repository, &endpoint),
+            None => self.cutting.give_up("the server has no Unix socket"),
         }
     }
 
     fn tell_once(&mut self, error: &InstantError) {
         let message = format!("not everything of the directory could be put in its place: {}", error.told());
-        if self.message.as_ref() != Some(&message) {
+        if self.unplaced.as_ref() != Some(&message) {
             tracing::error!("{message}");
-            self.message = Some(message);
+            self.unplaced = Some(message);
         }
     }
 
     /// Starts PostgreSQL; the mount has been synced before.
     async fn start(&mut self) -> Result<(), InstantError> {
         self.mounts.sync().await?;
+        self.is_starting = true;
         self.set_patience();
         let launch = launch(
             self.unfinished,
@@ -364,6 +365,7 @@ impl<'a> Serving<'a> {
     async fn server_ended(&mut self, status: ExitStatus) -> Result<(), InstantError> {
         self.running.forget_own();
         // A process that is left over may still wait for the store.
+        self.fetching.cut_off();
         self.mounts.wait_for_store(STOPPING_PATIENCE);
         blocking(|| {
             orphans::end();
@@ -387,22 +389,30 @@ impl<'a> Serving<'a> {
             None => message.clone(),
         });
         self.archive_is_away = is_for_want_of_wal(&log);
-        let pause = self.starts.pause(self.ending.is_plain() || self.archive_is_away);
-        let Some(pause) = pause.filter(|_| self.mounts.damage().is_none()) else { return Ok(()) };
-        self.has_crashed = self.answered.is_some() && status.code() == Some(CRASHED);
-        if is_recovering(&self.beneath) {
-            let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
-            let message = format!("recovery starts again when the store answers: {message}");
-            self.waiting.spawn(async move {
-                tokio::time::sleep(pause).await;
-                until_it_answers(&repository, id, &message).await
-            });
-        } else if self.has_crashed {
-            // It was told to leave that to us.
-            self.waiting.spawn(async move {
-                tokio::time::sleep(pause).await;
-                Waited::ItIsBack
-            });
+        let has_answered = self.answered.is_some() || self.starts.has_answered();
+        self.has_crashed = has_answered && status.code() == Some(CRASHED);
+        let ended = Ended {
+            is_plain: self.ending.is_plain(),
+            is_recovering: is_recovering(&self.beneath),
+            archive_is_away: self.archive_is_away,
+            has_crashed: self.has_crashed,
+        };
+        match self.starts.plan_next(ended) {
+            Next::Nothing => {}
+            Next::AskStore(pause) => {
+                let (repository, id) = (self.options.repository.clone(), self.unfinished.plan.basebackup);
+                let message = format!("recovery starts again when the store answers: {message}");
+                self.waiting.spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    until_it_answers(&repository, id, &message).await
+                });
+            }
+            Next::Start(pause) => {
+                self.waiting.spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    Waited::ItIsBack
+                });
+            }
         }
         Ok(())
     }
@@ -444,7 +454,7 @@ impl<'a> Serving<'a> {
         pending.answer(&reply).await;
     }
 
-    fn status(&mut self) -> RestoreStatus {
+    fn status(&self) -> RestoreStatus {
         let Unfinished { plan, spec } = self.unfinished;
         let traffic = self.options.traffic.snapshot();
         let tablespaces = plan.destinations.tablespaces.iter().map(|(oid, directory)| RestoredTablespace {
@@ -452,14 +462,9 @@ impl<'a> Serving<'a> {
             name: plan.tablespace_names.get(oid).cloned().unwrap_or_default(),
             directory: directory.clone(),
         });
-        let is_over = self.cutting.is_over();
-        let waits_for = self.cutting.waits_for();
-        let cut_over = match (is_over, &waits_for) {
-            (true, _) => Some("done".to_owned()),
-            (false, Some(waits_for)) => Some(format!("waits: {waits_for}")),
-            (false, None) => None,
-        };
-        let can_cut_over = spec.cut_over && self.server == RestoredServer::Running;
+        let is_plain = self.ending.is_plain();
+        let cut_over = || self.cutting.told().or_else(|| before_cut_over(self.server, is_plain));
+        let cut_over = spec.cut_over.then(cut_over).flatten();
         RestoreStatus {
             site: spec.site.clone(),
             basebackup: plan.basebackup.to_string(),
@@ -471,22 +476,29 @@ impl<'a> Serving<'a> {
             hydrates: spec.hydrate.in_background,
             server: self.server,
             message: self.message.clone(),
-            is_plain: self.ending.is_plain(),
-            is_cutting_over: can_cut_over && cut_over.is_none(),
+            is_plain,
+            is_cutting_over: spec.cut_over && cut_over.is_none(),
             cut_over,
             supervisor_pid: std::process::id(),
             server_pid: self.running.pid().map(|pid| pid.as_raw().unsigned_abs()),
             answered_after_seconds: self.answered,
             plain_after_seconds: self.plain,
-            hydrated_bytes: if self.ending.is_plain() {
-                self.mounts.total_bytes()
-            } else {
-                self.mounts.hydrated_bytes()
-            },
+            hydrated_bytes: if is_plain { self.mounts.total_bytes() } else { self.mounts.hydrated_bytes() },
             total_bytes: self.mounts.total_bytes(),
-            hydration: self.mounts.hydration(),
+            hydration: self.hydration(),
             bytes_fetched: self.options.spent_bytes + traffic.bytes_read,
             requests: self.options.spent_requests + traffic.requests(),
+        }
+    }
+
+    /// Returns how the rest comes, the last step to a plain directory included.
+    fn hydration(&self) -> HydrationStatus {
+        let hydration = self.mounts.hydration();
+        match &self.unplaced {
+            Some(why) => {
+                HydrationStatus { state: HydrationState::Waiting, reason: Some(why.clone()), ..hydration }
+            }
+            None => hydration,
         }
     }
 
