@@ -93,15 +93,7 @@ pub async fn supervise(
             return Err(restore::Error::NothingToResume { path: data }.into());
         }
     };
-    unfinished::clear_last_words(&data)?;
-    let outcome = run(&options, &unfinished, pin!(terminated)).await;
-    if let Err(error) = &outcome {
-        // For whoever started this.
-        if let Err(error) = unfinished::write_last_words(&data, error.told(), error.is_damage()) {
-            tracing::warn!("{error}");
-        }
-    }
-    outcome
+    run(&options, &unfinished, pin!(terminated)).await
 }
 
 async fn run<T: Future<Output = ()>>(
