@@ -23,7 +23,7 @@ use crate::instance::instant::InstantError;
 use crate::instance::instant::ending::Ending;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
-use crate::instance::instant::running::{Running, launch};
+use crate::instance::instant::running::{Running, launch, restored};
 use crate::instance::instant::server_state::{
     Told, ask, decide, endpoint, is_for_want_of_wal, is_recovering, read_pid_file,
 };
@@ -338,7 +338,7 @@ impl<'a> Serving<'a> {
             self.options.server_log.clone(),
             self.options.environment.clone(),
         );
-        self.running.started(Postmaster::start(&launch).await?);
+        self.running.started(Postmaster::start(&launch).await?, &launch);
         self.starts.started();
         self.message = None;
         self.server = RestoredServer::Recovering;
@@ -459,6 +459,9 @@ impl<'a> Serving<'a> {
             tablespaces: tablespaces.collect(),
             timeline: plan.timeline.get(),
             target: plan.target.as_ref().map(|target| target.target.to_string()),
+            settings: restored(&plan.settings),
+            config_settings: plan.configuration.iter().flat_map(|(_, settings)| restored(settings)).collect(),
+            command_line_settings: self.running.settings().to_vec(),
             warnings: plan.warnings.clone(),
             hydrates: spec.hydrate.in_background,
             server: self.server,
