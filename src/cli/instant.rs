@@ -46,6 +46,8 @@ pub(super) struct Resumption<'a> {
     pub no_start: bool,
     /// How the rest is to come from now on.
     pub hydrate: &'a HydrateArguments,
+    /// Whether sessions are to open their files anew at its end, though that was not asked for before.
+    pub cut_over: bool,
 }
 
 /// How long a restore is followed.
@@ -138,12 +140,12 @@ async fn go_on(
     resumption: Resumption<'_>,
     asked_at: Instant,
 ) -> Result<Went, CommandError> {
-    let Resumption { target, no_start, hydrate } = resumption;
+    let Resumption { target, no_start, hydrate, cut_over } = resumption;
     let until = if no_start { Until::Mounted } else { Until::Done };
     let lock = lock_to_bring_up(context, target).await?;
     if let Some(status) = status_of(context, target).await? {
         drop(lock);
-        if hydrate.are_given() {
+        if hydrate.are_given() || cut_over {
             let message = format!("the restore in \"{}\" is being served", target.display());
             return Err(CommandError::usage(message).hint(format!(
                 "End it with \"kill {}\", then resume it with these options.",
@@ -177,7 +179,7 @@ async fn go_on(
             return Err(CommandError::failed(message).hint("Start its server as ever."));
         }
     };
-    change(&mut unfinished, hydrate)?;
+    change(&mut unfinished, hydrate, cut_over)?;
     // Else what the last one ended of would be told of the next.
     LastWords::clear(target)?;
     let mut spawned = spawn(context, target, no_start, &HandedOver::of(context, asked_at))?;
@@ -257,11 +259,16 @@ pub(super) fn replaced(target: &Path) -> Result<Option<Unfinished>, CommandError
     })
 }
 
-/// Remembers how the rest comes, where that was said.
-fn change(unfinished: &mut Unfinished, hydrate: &HydrateArguments) -> Result<(), CommandError> {
-    let wanted = hydrate.change(unfinished.spec.hydrate);
-    if wanted != unfinished.spec.hydrate {
-        unfinished.spec.hydrate = wanted;
+/// Remembers how the rest comes, and what is done then, where that was said.
+fn change(
+    unfinished: &mut Unfinished,
+    hydrate: &HydrateArguments,
+    cut_over: bool,
+) -> Result<(), CommandError> {
+    let before = &unfinished.spec;
+    let (hydrate, cut_over) = (hydrate.change(before.hydrate), before.cut_over || cut_over);
+    if (hydrate, cut_over) != (before.hydrate, before.cut_over) {
+        (unfinished.spec.hydrate, unfinished.spec.cut_over) = (hydrate, cut_over);
         unfinished.write_spec()?;
     }
     Ok(())

@@ -120,7 +120,7 @@ impl Report for InstantReport {
             )?,
         }
         if let Some(cut_over) = &self.cut_over {
-            writeln!(out, "sessions opened their files anew: {cut_over}")?;
+            writeln!(out, "sessions opening their files anew: {cut_over}")?;
         }
         writeln!(out, "{} fetched by {} requests", size(self.bytes_fetched), self.requests)
     }
