@@ -69,7 +69,8 @@ impl<'a> Shown<'a> {
         if !self.has_answered || !status.hydrates {
             return;
         }
-        let task = Task::bytes("answering queries, plain directory", Some(status.total_bytes));
+        // Short, so that the time that is left fits on a terminal.
+        let task = Task::bytes("becoming plain", Some(status.total_bytes));
         let progress = self.progress.get_or_insert_with(|| self.monitor.start(task));
         progress.advance(status.hydrated_bytes.saturating_sub(self.bytes));
         self.bytes = self.bytes.max(status.hydrated_bytes);
@@ -85,7 +86,7 @@ mod tests {
     use crate::control::HydrationStatus;
     use crate::monitor::RecordingMonitor;
 
-    const LINE: &str = "answering queries, plain directory";
+    const LINE: &str = "becoming plain";
 
     #[test]
     fn one_line_tells_how_much_is_there_from_the_first_answer_on() {
