@@ -3,9 +3,7 @@
 //! The supervisor is this binary executed again in a session of its own; it outlives this command, which only asks it how
 //! it is until the directory is plain. Whoever is interrupted follows again with `--resume`.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::config::{KeyPurpose, SiteConfig};
@@ -15,26 +13,29 @@ use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
 use crate::instance::instant::boot_unit::BootUnit;
 use crate::instance::instant::unfinished::{
-    Found, Unfinished, control_socket, find, has_become_plain, is_left_dead, name_of, read_last_words,
-    socket_to_ask,
+    Found, LastWords, Unfinished, control_socket, find, has_become_plain, is_left_dead, socket_to_ask,
 };
-use crate::monitor::{Progress, Task};
 use crate::repo::Basebackup;
 use crate::restore::plan::RestorePlan;
-use crate::restore::target::resolve;
 
 use super::clone::{HandedOver, HydrateArguments};
 use super::context::Context;
 use super::detached;
 use super::error::CommandError;
 use super::exit::ExitKind;
+use super::instant_process::{Spawned, ended_without_a_word, spawn};
 use super::instant_report::InstantReport;
+use super::instant_shown::Shown;
 
 /// How often a restore is asked how it is: until its server answers, and after that.
 const POLL: Duration = Duration::from_millis(50);
 const POLL_LATER: Duration = Duration::from_millis(500);
 /// A supervisor that has just begun to listen, or is about to end, answers after a moment.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Who boots a host calls once, and its server waits for that: the store is waited for as long as a recovery waits for it.
+const STORE_WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// Between two attempts; each of them has waited for as long as the configuration has a call tried.
+const STORE_PAUSE: Duration = Duration::from_secs(5);
 
 /// What is asked of a restore that is found unfinished.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +46,8 @@ pub(super) struct Resumption<'a> {
     pub no_start: bool,
     /// How the rest is to come from now on.
     pub hydrate: &'a HydrateArguments,
+    /// Whether sessions are to open their files anew at its end, though that was not asked for before.
+    pub cut_over: bool,
 }
 
 /// How long a restore is followed.
@@ -84,17 +87,65 @@ pub(super) async fn check(
 }
 
 /// Goes on with a restore of this kind, or follows it where it is being served; nothing where there is none.
+///
+/// Where the server is left to somebody else, he starts it once and does not ask why it is not there: so the store is
+/// waited for.
 pub(super) async fn resume(
     context: &Context,
     resumption: Resumption<'_>,
     asked_at: Instant,
 ) -> Result<Option<InstantReport>, CommandError> {
-    let Resumption { target, no_start, hydrate } = resumption;
+    let mut told = String::new();
+    let attempts = async {
+        loop {
+            let error = match go_on(context, resumption, asked_at).await? {
+                Went::On(report) => return Ok(report),
+                Went::Without(error) if !resumption.no_start => return Err(error),
+                Went::Without(error) => error,
+            };
+            if context.clock().monotonic().saturating_duration_since(asked_at) >= STORE_WAIT_MAX {
+                return Err(error);
+            }
+            let message = error.message();
+            if message != told {
+                tracing::warn!("{message}; the store is waited for");
+                told = message;
+            }
+            tokio::time::sleep(STORE_PAUSE).await;
+        }
+    };
+    tokio::select! {
+        // Whoever follows is told more.
+        biased;
+        done = attempts => done,
+        // Once that was listened to, it ends nothing by itself.
+        _ = tokio::signal::ctrl_c() => Err(CommandError::failed("interrupted").hint(format!(
+            "\"walden restore --resume --target-dir {}\" goes on with it.",
+            resumption.target.display()
+        ))),
+    }
+}
+
+/// What became of going on.
+enum Went {
+    /// It is as far as it is followed; nothing where there is no restore of this kind.
+    On(Option<InstantReport>),
+    /// The store did not answer, and nothing is mounted.
+    Without(CommandError),
+}
+
+/// Goes on once.
+async fn go_on(
+    context: &Context,
+    resumption: Resumption<'_>,
+    asked_at: Instant,
+) -> Result<Went, CommandError> {
+    let Resumption { target, no_start, hydrate, cut_over } = resumption;
     let until = if no_start { Until::Mounted } else { Until::Done };
     let lock = lock_to_bring_up(context, target).await?;
     if let Some(status) = status_of(context, target).await? {
         drop(lock);
-        if hydrate.are_given() {
+        if hydrate.are_given() || cut_over {
             let message = format!("the restore in \"{}\" is being served", target.display());
             return Err(CommandError::usage(message).hint(format!(
                 "End it with \"kill {}\", then resume it with these options.",
@@ -104,13 +155,13 @@ pub(super) async fn resume(
         if !no_start {
             ask_to_start(context, target).await?;
         }
-        return follow(context, target, None, until).await.map(Some);
+        return Ok(Went::On(Some(follow(context, target, None, until).await?)));
     }
     let place = target.to_owned();
     let found = tokio::task::spawn_blocking(move || find(&place)).await;
     let mut unfinished = match found.map_err(|error| CommandError::failed(error.to_string()))?? {
         Found::Instant(unfinished) => *unfinished,
-        Found::Other => return Ok(None),
+        Found::Other => return Ok(Went::On(None)),
         Found::Ended(unfinished) => {
             let repository = context.open_repository(context.site()?, KeyPurpose::Read).await?;
             unfinished.tidy(&repository).await?;
@@ -128,25 +179,33 @@ pub(super) async fn resume(
             return Err(CommandError::failed(message).hint("Start its server as ever."));
         }
     };
-    change(&mut unfinished, hydrate)?;
-    let mut supervisor = spawn(context, target, no_start, &HandedOver::of(context, asked_at))?;
-    while status_of(context, target).await?.is_none() && matches!(supervisor.try_wait(), Ok(None)) {
-        tokio::time::sleep(POLL).await;
+    change(&mut unfinished, hydrate, cut_over)?;
+    // Else what the last one ended of would be told of the next.
+    LastWords::clear(target)?;
+    let mut spawned = spawn(context, target, no_start, &HandedOver::of(context, asked_at))?;
+    spawned.lock = lock;
+    match follow(context, target, Some(spawned), until).await {
+        Err(error) if error.kind == ExitKind::Unreachable => Ok(Went::Without(error)),
+        followed => Ok(Went::On(Some(followed?))),
     }
-    drop(lock);
-    follow(context, target, Some(supervisor), until).await.map(Some)
 }
 
 /// Takes the lock under which one command at a time brings a restore up, for two would take each other's mounts away;
 /// nothing where it is being served by then.
 async fn lock_to_bring_up(context: &Context, target: &Path) -> Result<Option<LockFile>, CommandError> {
     let path = socket(context, target)?.with_extension("lock");
+    let began = context.clock().monotonic();
+    let mut shown = Shown::new(context.monitor(), |text| say(context, text));
     loop {
         match LockFile::acquire(&path) {
             Err(disk::Error::Locked { .. }) if status_of(context, target).await?.is_some() => {
                 return Ok(None);
             }
-            Err(disk::Error::Locked { .. }) => tokio::time::sleep(POLL).await,
+            Err(error @ disk::Error::Locked { .. }) => {
+                let silence = context.clock().monotonic().saturating_duration_since(began);
+                shown.show_silence(silence, || Some(error.to_string()));
+                tokio::time::sleep(POLL).await;
+            }
             locked => return Ok(Some(locked?)),
         }
     }
@@ -200,21 +259,16 @@ pub(super) fn replaced(target: &Path) -> Result<Option<Unfinished>, CommandError
     })
 }
 
-/// Returns where the server of a restore logs before it has a log of its own.
-pub(super) fn server_log(context: &Context, target: &Path) -> Result<PathBuf, CommandError> {
-    let log = supervisor_log(context, target)?;
-    Ok(log.with_extension("server.log"))
-}
-
-fn supervisor_log(context: &Context, target: &Path) -> Result<PathBuf, CommandError> {
-    detached::log_file(context, &format!("restore-{}", name_of(target)))
-}
-
-/// Remembers how the rest comes, where that was said.
-fn change(unfinished: &mut Unfinished, hydrate: &HydrateArguments) -> Result<(), CommandError> {
-    let wanted = hydrate.change(unfinished.spec.hydrate);
-    if wanted != unfinished.spec.hydrate {
-        unfinished.spec.hydrate = wanted;
+/// Remembers how the rest comes, and what is done then, where that was said.
+fn change(
+    unfinished: &mut Unfinished,
+    hydrate: &HydrateArguments,
+    cut_over: bool,
+) -> Result<(), CommandError> {
+    let before = &unfinished.spec;
+    let (hydrate, cut_over) = (hydrate.change(before.hydrate), before.cut_over || cut_over);
+    if (hydrate, cut_over) != (before.hydrate, before.cut_over) {
+        (unfinished.spec.hydrate, unfinished.spec.cut_over) = (hydrate, cut_over);
         unfinished.write_spec()?;
     }
     Ok(())
@@ -255,34 +309,15 @@ async fn ask_to_start(context: &Context, target: &Path) -> Result<(), CommandErr
     }
 }
 
-fn spawn(
-    context: &Context,
-    target: &Path,
-    no_start: bool,
-    spent: &HandedOver,
-) -> Result<Child, CommandError> {
-    let log: File = detached::open_log(&supervisor_log(context, target)?)?;
-    let mut command = detached::command(context)?;
-    command.args(["internal", "serve-restore"]).arg(resolve(target));
-    command.args(no_start.then_some("--no-start"));
-    command.args(["--spent-seconds", &spent.spent_seconds.to_string()]);
-    command.args(["--spent-requests", &spent.spent_requests.to_string()]);
-    command.args(["--spent-bytes", &spent.spent_bytes.to_string()]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    command
-        .spawn()
-        .map_err(|error| CommandError::failed(format!("could not start the restore's supervisor: {error}")))
-}
-
-/// Follows a restore; `supervisor` is the process that was started for it just now.
+/// Follows a restore, and the supervisor that was `spawned` for it just now.
 async fn follow(
     context: &Context,
     target: &Path,
-    supervisor: Option<Child>,
+    spawned: Option<Spawned>,
     until: Until,
 ) -> Result<InstantReport, CommandError> {
     tokio::select! {
-        followed = follow_to_the_end(context, target, supervisor, until) => followed,
+        followed = follow_to_the_end(context, target, spawned, until) => followed,
         _ = tokio::signal::ctrl_c() => Err(CommandError::failed("interrupted; the restore goes on").hint(format!(
             "\"walden restore --resume --target-dir {}\" follows it again.",
             target.display()
@@ -293,16 +328,19 @@ async fn follow(
 async fn follow_to_the_end(
     context: &Context,
     target: &Path,
-    mut supervisor: Option<Child>,
+    mut spawned: Option<Spawned>,
     until: Until,
 ) -> Result<InstantReport, CommandError> {
-    let (mut last, mut shown) = (None, Shown::new(context));
+    let (mut last, mut shown) = (None, Shown::new(context.monitor(), |text| say(context, text)));
     let mut heard = context.clock().monotonic();
     loop {
         let now = context.clock().monotonic();
         match status_of(context, target).await? {
             Some(status) => {
                 heard = now;
+                if let Some(spawned) = &mut spawned {
+                    spawned.lock = None;
+                }
                 shown.show(&status);
                 if let Some(report) = judge(&status, until)? {
                     return Ok(report);
@@ -310,13 +348,16 @@ async fn follow_to_the_end(
                 last = Some(status);
             }
             None => {
-                let ended = supervisor.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(Some(_))));
-                let is_silent = now.saturating_duration_since(heard) >= SILENCE_MAX;
+                let ended = spawned.as_mut().is_some_and(Spawned::has_ended);
+                let silence = now.saturating_duration_since(heard);
+                if let Some(spawned) = spawned.as_ref().filter(|_| last.is_none() && !ended) {
+                    shown.show_silence(silence, || spawned.said());
+                }
                 // It ends by itself once the directory is plain and nobody uses the mount.
                 if let Some(status) = last.as_ref().filter(|status: &&RestoreStatus| status.is_plain) {
                     return Ok(InstantReport::of(status));
                 }
-                let is_gone = ended || supervisor.is_none() && is_silent;
+                let is_gone = ended || spawned.is_none() && silence >= SILENCE_MAX;
                 // It may do so between two looks, where no server runs.
                 if let Some(status) = last.as_ref().filter(|_| is_gone && has_become_plain(target)) {
                     return Ok(InstantReport::of(&ended_plain(status)));
@@ -383,33 +424,6 @@ fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, 
     Ok(None)
 }
 
-/// Says why a supervisor is gone: that it had nothing left to do, what it wrote down, or where to look.
-fn ended_without_a_word(
-    context: &Context,
-    target: &Path,
-    last: Option<&RestoreStatus>,
-) -> Result<InstantReport, CommandError> {
-    let log = supervisor_log(context, target)?;
-    let see = format!(
-        "See \"{}\". \"walden restore --resume --target-dir {}\" goes on with it.",
-        log.display(),
-        target.display()
-    );
-    let words = read_last_words(target);
-    let kind = if words.as_ref().is_some_and(|(_, damaged)| *damaged) {
-        ExitKind::Damaged
-    } else {
-        ExitKind::Failed
-    };
-    let message = match (words, last) {
-        (Some((message, _)), _) => message,
-        (None, Some(_)) => "its process was told to end".to_owned(),
-        (None, None) => "its process ended before it served".to_owned(),
-    };
-    Err(CommandError::new(kind, format!("the restore in \"{}\" stopped: {message}", target.display()))
-        .hint(see))
-}
-
 /// Has the host mount the restore at boot where that can be arranged, and says what is to be done where it cannot.
 fn install_unit(context: &Context, target: &Path, begun: &Unfinished) -> Result<(), CommandError> {
     let by_hand = format!(
@@ -439,48 +453,6 @@ fn say(context: &Context, text: &str) {
     }
 }
 
-/// What is shown while the rest comes.
-struct Shown<'a> {
-    context: &'a Context,
-    progress: Option<Progress>,
-    bytes: u64,
-    has_answered: bool,
-    has_waited: bool,
-    waits_for: Option<String>,
-}
-
-impl<'a> Shown<'a> {
-    fn new(context: &'a Context) -> Self {
-        Self { context, progress: None, bytes: 0, has_answered: false, has_waited: false, waits_for: None }
-    }
-
-    fn show(&mut self, status: &RestoreStatus) {
-        if let Some(seconds) = status.answered_after_seconds.filter(|_| !self.has_answered) {
-            self.has_answered = true;
-            say(self.context, &format!("the server answers after {seconds:.1} s ({})", status.server));
-        }
-        // Once: it may start again and again until the store is back.
-        if let (RestoredServer::Recovering, Some(message), false) =
-            (status.server, &status.message, self.has_waited)
-        {
-            self.has_waited = true;
-            say(self.context, &format!("recovery starts again when the store has what it needs: {message}"));
-        }
-        if status.hydration.state == HydrationState::Waiting && status.hydration.reason != self.waits_for {
-            self.waits_for.clone_from(&status.hydration.reason);
-            let waits_for = self.waits_for.as_deref().unwrap_or_default();
-            say(self.context, &format!("the rest waits: {waits_for}"));
-        }
-        if !self.has_answered || !status.hydrates {
-            return;
-        }
-        let task = Task::bytes("answering queries, plain directory", Some(status.total_bytes));
-        let progress = self.progress.get_or_insert_with(|| self.context.monitor().start(task));
-        progress.advance(status.hydrated_bytes.saturating_sub(self.bytes));
-        self.bytes = self.bytes.max(status.hydrated_bytes);
-    }
-}
-
 /// Returns what is decided of a restore of this kind by the command line and the site.
 pub(super) fn options_of(site: &SiteConfig, hydrate: &HydrateArguments, cut_over: bool) -> InstantOptions {
     InstantOptions {
@@ -492,11 +464,15 @@ pub(super) fn options_of(site: &SiteConfig, hydrate: &HydrateArguments, cut_over
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::control::HydrationStatus;
 
-    fn status(server: RestoredServer, hydrates: bool, answered: Option<f64>) -> RestoreStatus {
+    pub(in crate::cli) fn status(
+        server: RestoredServer,
+        hydrates: bool,
+        answered: Option<f64>,
+    ) -> RestoreStatus {
         RestoreStatus {
             site: "main".to_owned(),
             basebackup: "b".to_owned(),
@@ -504,6 +480,9 @@ mod tests {
             tablespaces: Vec::new(),
             timeline: 1,
             target: None,
+            settings: Vec::new(),
+            config_settings: Vec::new(),
+            command_line_settings: Vec::new(),
             warnings: Vec::new(),
             hydrates,
             server,

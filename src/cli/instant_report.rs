@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::control::{RestoreStatus, RestoredServer, RestoredTablespace};
+use crate::control::{RestoreStatus, RestoredServer, RestoredSetting, RestoredTablespace};
 
 use super::output::Report;
 use super::text::{TextStyle, duration, size};
@@ -33,6 +33,9 @@ pub(super) struct InstantReport {
     bytes_fetched: u64,
     hydrated_bytes: u64,
     total_bytes: u64,
+    settings: Vec<RestoredSetting>,
+    config_settings: Vec<RestoredSetting>,
+    command_line_settings: Vec<RestoredSetting>,
     warnings: Vec<String>,
 }
 
@@ -58,6 +61,7 @@ impl InstantReport {
         };
         let RestoreStatus { site, basebackup, target_directory, tablespaces, target, warnings, .. } =
             status.clone();
+        let RestoreStatus { settings, config_settings, command_line_settings, .. } = status.clone();
         Self {
             state,
             site,
@@ -76,6 +80,9 @@ impl InstantReport {
             bytes_fetched: status.bytes_fetched,
             hydrated_bytes: status.hydrated_bytes,
             total_bytes: status.total_bytes,
+            settings,
+            config_settings,
+            command_line_settings,
             warnings,
         }
     }
@@ -113,7 +120,7 @@ impl Report for InstantReport {
             )?,
         }
         if let Some(cut_over) = &self.cut_over {
-            writeln!(out, "sessions opened their files anew: {cut_over}")?;
+            writeln!(out, "sessions opening their files anew: {cut_over}")?;
         }
         writeln!(out, "{} fetched by {} requests", size(self.bytes_fetched), self.requests)
     }

@@ -99,8 +99,16 @@ impl From<InstantError> for CommandError {
             InstantError::Repository(error) => error.into(),
             InstantError::Control(error) => error.into(),
             InstantError::Internal(_) => Self::of_module(ExitKind::Bug, error, hint),
-            InstantError::Mount(_)
-            | InstantError::FileSystem(_)
+            InstantError::Mount(_) => {
+                let kind = match error.kind_of_lower() {
+                    Some(repo::ErrorKind::Retry) => ExitKind::Unreachable,
+                    Some(repo::ErrorKind::Damaged) => ExitKind::Damaged,
+                    Some(repo::ErrorKind::Bug) => ExitKind::Bug,
+                    Some(repo::ErrorKind::Absent | repo::ErrorKind::Input) | None => ExitKind::Failed,
+                };
+                Self::of_module(kind, error, hint)
+            }
+            InstantError::FileSystem(_)
             | InstantError::Programs(_)
             | InstantError::Server(_)
             | InstantError::NoFuse { .. }

@@ -92,7 +92,7 @@ pub struct Restore {
     instant: bool,
 
     /// With --instant: has sessions open their files anew once everything is local, by a database that it drops again
-    #[arg(long, requires = "instant")]
+    #[arg(long)]
     cut_over: bool,
 
     #[command(flatten)]
@@ -107,17 +107,22 @@ impl Restore {
     pub(super) fn run(&self, context: &Context) -> Result<(), CommandError> {
         let began = context.clock().monotonic();
         let site = context.site()?;
-        if self.hydrate.are_given() && !self.instant && !self.resume {
-            return Err(CommandError::usage("--hydrate-rate and --no-hydrate are for --instant"));
+        let is_for_instant = self.hydrate.are_given() || self.cut_over;
+        if is_for_instant && !self.instant && !self.resume {
+            return Err(CommandError::usage("--hydrate-rate, --no-hydrate and --cut-over are for --instant"));
         }
         if self.resume {
-            let resumption =
-                Resumption { target: &self.target_dir, no_start: self.no_start, hydrate: &self.hydrate };
+            let resumption = Resumption {
+                target: &self.target_dir,
+                no_start: self.no_start,
+                hydrate: &self.hydrate,
+                cut_over: self.cut_over,
+            };
             if let Some(report) = context.block_on(instant::resume(context, resumption, began))?? {
                 context.end_progress();
                 return context.output.print(&report);
             }
-            if self.no_start || self.hydrate.are_given() {
+            if self.no_start || is_for_instant {
                 let message =
                     format!("\"{}\" holds no unfinished instant restore", self.target_dir.display());
                 return Err(CommandError::failed(message));

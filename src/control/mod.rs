@@ -22,7 +22,9 @@ pub use file_request::{
     FileAnswer, FileAsk, FileReply, FileRequest, SIGN_OF_LIFE, ask_for_file, listen_for_files,
 };
 pub use messages::{CloneSetting, CloneState, CloneStatus, HydrationState, HydrationStatus, Reply, Request};
-pub use restore_messages::{RestoreReply, RestoreRequest, RestoreStatus, RestoredServer, RestoredTablespace};
+pub use restore_messages::{
+    RestoreReply, RestoreRequest, RestoreStatus, RestoredServer, RestoredSetting, RestoredTablespace,
+};
 pub use server::{Listener, Pending};
 
 use std::io;

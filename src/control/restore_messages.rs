@@ -59,6 +59,15 @@ pub struct RestoredTablespace {
     pub directory: PathBuf,
 }
 
+/// A setting that a restored server was given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoredSetting {
+    /// Its name.
+    pub name: String,
+    /// Its value, not quoted.
+    pub value: String,
+}
+
 /// How an instant restore is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RestoreStatus {
@@ -74,6 +83,12 @@ pub struct RestoreStatus {
     pub timeline: u32,
     /// Where recovery ends.
     pub target: Option<String>,
+    /// What was added to `postgresql.auto.conf`.
+    pub settings: Vec<RestoredSetting>,
+    /// What was added to a configuration outside PGDATA.
+    pub config_settings: Vec<RestoredSetting>,
+    /// What the server that runs has on its command line, where it was started here.
+    pub command_line_settings: Vec<RestoredSetting>,
     /// What the user should know.
     pub warnings: Vec<String>,
     /// Whether the rest comes in the background.

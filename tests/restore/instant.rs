@@ -100,6 +100,18 @@ fn a_restore_that_is_used_at_once_becomes_a_plain_directory_under_its_running_se
     assert!(report["answered_after_seconds"].as_f64() <= report["plain_after_seconds"].as_f64(), "{report}");
     expected.assert_same(&Checksums::of(scene.sql()));
     let sql = scene.sql();
+    let added = |list: &str, name: &str| {
+        let settings = report[list].as_array().unwrap_or_else(|| panic!("no {list}: {report}"));
+        let found = settings.iter().find(|setting| setting["name"] == name);
+        found.map(|setting| setting["value"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(added("settings", "restore_command"), Some(sql.sql("show restore_command")), "{report}");
+    assert_eq!(added("command_line_settings", "restart_after_crash").as_deref(), Some("off"), "{report}");
+    // All that it has from there.
+    let given = "select count(*) from pg_settings where source = 'command line'";
+    let listed = report["command_line_settings"].as_array().unwrap().len();
+    assert_eq!(sql.sql(given), listed.to_string(), "{report}");
+    assert!(report["config_settings"].as_array().is_some_and(Vec::is_empty), "{report}");
     assert_eq!(sql.sql("select count(*) from pg_database where datname like 'walden%'"), "0");
     assert_eq!(sql.sql("show archive_mode"), "on", "it is the restored primary");
     sql.sql("create table later as select n from generate_series(1, 10000) n; checkpoint");
@@ -121,6 +133,7 @@ fn a_restore_that_is_used_at_once_becomes_a_plain_directory_under_its_running_se
 
     scene.native.set("archive_mode", "off");
     scene.native.start();
+    assert_eq!(scene.native.sql("show restart_after_crash"), "on");
     changed.assert_same(&Checksums::of(scene.sql()));
     scene.native.sql("insert into later values (-1); insert into apart values (-1, 'x'); checkpoint");
     scene.native.restart();

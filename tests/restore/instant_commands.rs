@@ -1,6 +1,9 @@
 //! The command in the foreground and what it leaves to others: killed, it takes nothing along; without the background nothing
 //! comes; whoever resumes what runs follows it.
 
+use std::fs;
+use std::process::{Command, Stdio};
+
 use nix::sys::signal::Signal;
 
 use crate::instant_scene::{Beside, Scene, Victim, word};
@@ -81,6 +84,48 @@ fn what_is_not_hydrated_answers_and_comes_when_it_is_resumed() {
     assert_eq!(word(&restored.resume(), "state"), "answering");
     restored.finish();
     assert!(seen.join("PG_VERSION").is_file());
+    restored.stop();
+    restored.assert_plain();
+}
+
+/// A person watches: one line, drawn over itself, from the first answer on.
+#[test]
+fn on_a_terminal_one_line_tells_how_far_it_is() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = Scene::filled(Options::default());
+    let restored = scene.place("restored");
+    let mut command = scene.walden().command();
+    command.args(["restore", "--instant", "--hydrate-rate", "2MiB", "--target-dir"]).arg(&restored.directory);
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    // None of them has to be quoted: a test's folder has a plain name.
+    let words: Vec<&str> = words.map(|word| word.to_str().unwrap()).collect();
+    let typescript = scene.source.scratch().path().join("typescript");
+    // It gives a command a terminal of its own.
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--flush", "--return", "--command", &words.join(" ")]).arg(&typescript);
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => script.env(name, value),
+            None => script.env_remove(name),
+        };
+    }
+    let mut script = script.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let shown = || String::from_utf8_lossy(&fs::read(&typescript).unwrap_or_default()).into_owned();
+    let line = "becoming plain: ";
+    wait_for("the line to tell how long it takes", || {
+        let ended = script.try_wait().unwrap();
+        assert!(ended.is_none(), "{ended:?}: {}", shown());
+        shown().contains(" left\r").then_some(())
+    });
+    let told = shown();
+    assert!(told.split(line).next().unwrap().contains("the server answers after"), "{told}");
+    let drawn = told.split('\r').rfind(|drawn| drawn.ends_with(" left")).unwrap();
+    assert!(drawn.contains(line) && drawn.contains(" of ") && drawn.contains(" %), "), "{drawn}");
+    let lines = told.lines().filter(|shown| shown.contains(line)).count();
+    assert_eq!(lines, 1, "it is not drawn over itself: {told}");
+    script.kill().unwrap();
+    script.wait().unwrap();
+    restored.finish();
     restored.stop();
     restored.assert_plain();
 }

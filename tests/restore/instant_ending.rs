@@ -196,6 +196,25 @@ fn what_a_killed_cut_over_has_left_goes_with_the_next() {
     restored.stop();
 }
 
+/// Nobody thinks of everything at three in the morning: what was not asked for is asked for later, where no server is in the way.
+#[test]
+fn a_cut_over_can_be_asked_for_when_it_is_resumed() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = scene();
+    let (restored, report) = scene.answering("restored", &[]);
+    assert!(report["cut_over"].is_null(), "{report}");
+    let mut while_served = restored.resume_beside(&["--cut-over"]);
+    assert_eq!(while_served.wait().code(), Some(2), "{}", while_served.told());
+    assert!(while_served.told().contains("hint: End it"), "{}", while_served.told());
+    restored.kill(Victim::Both);
+    let report = restored.resume_beside(&["--cut-over", "--hydrate-rate", "none"]).report();
+    assert_eq!((word(&report, "state"), word(&report, "cut_over")), ("plain", "done"), "{report}");
+    restored.stop();
+    restored.assert_plain();
+    let words = ["restore", "--resume", "--cut-over", "--target-dir", restored.directory.to_str().unwrap()];
+    scene.walden().try_run(&words).expect_code(1);
+}
+
 /// Its owner stops and starts it as any server, while half of it is in the store.
 #[test]
 fn a_server_that_is_stopped_while_it_is_unfinished_starts_again_on_the_mount() {

@@ -5,9 +5,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::signal::Signal;
 
+use crate::instant_resumed_away::Line;
 use crate::instant_scene::{Restored, Scene, Victim, word};
-use crate::support::{Need, Options, Run, require, unmount};
+use crate::support::{Fault, Need, Options, Run, require, unmount, wait_for};
 
 fn small() -> Scene {
     let scene = Scene::start(Options::default());
@@ -301,4 +303,36 @@ fn an_unfinished_one_that_nobody_serves_is_replaced_where_that_is_asked_for() {
         restored.stop();
         fs::remove_dir_all(&restored.directory).unwrap();
     }
+}
+
+/// Killed when it holds the basebackup, and before its plan says that it has begun: nobody would go on with it, or end its pin.
+#[test]
+fn what_was_killed_before_it_had_begun_lets_go_of_its_basebackup_with_the_next() {
+    require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
+    let scene = small();
+    let store = Line::of(&scene, "2min");
+    let restored = scene.place("restored");
+    // Some attempts to pin it, while the next obstacle is put up.
+    store.line.inject("", "/pins/", 5, Fault::Silence);
+    let mut beside = restored.begin_beside(&[]);
+    let area = restored.directory.join(".walden");
+    wait_for("the pin to be written down", || {
+        assert!(!beside.has_ended(), "{}", beside.told());
+        area.join("instant.json").exists().then_some(())
+    });
+    // It looks whether the basebackup is there still once it holds it.
+    store.line.inject("", "/expired", usize::MAX, Fault::Silence);
+    wait_for("the pin", || (scene.holds().pins == 1).then_some(()));
+    assert!(!area.join("restore.json").exists(), "it has begun");
+    beside.signal(Signal::SIGKILL);
+    store.line.heal();
+    assert_eq!(scene.holds().open_pins, 1, "nothing would have to be ended");
+    assert_tells(&restored.try_resume(), &["holds no unfinished restore"]);
+    assert!(restored.supervisor().is_none() && restored.mounts().is_empty());
+    assert_eq!(word(&restored.begin(&[]), "state"), "plain");
+    scene.wait_until_let_go();
+    assert_eq!(scene.holds().pins, 2);
+    assert_eq!(restored.sql("select count(*) from kept"), "20000");
+    restored.stop();
+    restored.assert_plain();
 }

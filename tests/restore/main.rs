@@ -19,6 +19,7 @@ mod instant_ending;
 mod instant_full_disk;
 mod instant_kills;
 mod instant_refusals;
+mod instant_resumed_away;
 mod instant_store_away;
 mod instant_tablespaces;
 mod instant_targets;

@@ -11,6 +11,8 @@ use crate::instance::lazy_uppers::MountFailure;
 use crate::instance::programs::ProgramsError;
 use crate::instance::server::ServerError;
 use crate::mount::MountError;
+use crate::mount::lower::LowerError;
+use crate::mount::upper::OpenError;
 use crate::mount::upper::file_system::Unsuitable;
 use crate::repo;
 use crate::restore;
@@ -27,9 +29,9 @@ pub enum InstantError {
     /// The repository.
     #[error(transparent)]
     Repository(#[from] repo::Error),
-    /// The mounts.
+    /// The mounts; what the repository had against them is an error of the repository.
     #[error(transparent)]
-    Mount(#[from] MountFailure),
+    Mount(MountFailure),
     /// A file system that cannot hold what is filled while it is used.
     #[error(transparent)]
     FileSystem(#[from] Unsuitable),
@@ -71,15 +73,26 @@ pub enum InstantError {
     Internal(String),
 }
 
-impl InstantError {
-    /// Tells whether something in the repository is damaged.
-    pub(super) fn is_damage(&self) -> bool {
-        match self {
-            Self::Repository(error) | Self::Mount(MountFailure::Repository(error)) => {
-                error.kind() == repo::ErrorKind::Damaged
-            }
-            _ => false,
+impl From<MountFailure> for InstantError {
+    fn from(error: MountFailure) -> Self {
+        match error {
+            MountFailure::Repository(error) => error.into(),
+            error => Self::Mount(error),
         }
+    }
+}
+
+impl InstantError {
+    /// Tells what kept the mounts from what is in the repository, if that did.
+    pub fn kind_of_lower(&self) -> Option<repo::ErrorKind> {
+        let Self::Mount(MountFailure::Upper(OpenError::Lower(error))) = self else { return None };
+        Some(match error {
+            LowerError::Unreachable { .. } => repo::ErrorKind::Retry,
+            LowerError::Damaged { .. } | LowerError::Untrusted { .. } | LowerError::Missing { .. } => {
+                repo::ErrorKind::Damaged
+            }
+            LowerError::Contract { .. } => repo::ErrorKind::Bug,
+        })
     }
 
     /// Returns what it says, with every cause said once.
@@ -101,9 +114,7 @@ impl InstantError {
         Some(match self {
             Self::Restore(error) => return error.hint().map(str::to_owned),
             Self::Disk(error) => return error.hint().map(str::to_owned),
-            Self::Repository(error) | Self::Mount(MountFailure::Repository(error)) => {
-                return error.hint().map(str::to_owned);
-            }
+            Self::Repository(error) => return error.hint().map(str::to_owned),
             Self::Mount(MountFailure::Mount(MountError::Busy { .. })) => {
                 "What has files of the dead mount open can still write to them: end it, then go on with --resume."
                     .to_owned()

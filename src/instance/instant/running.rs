@@ -12,17 +12,21 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::control::RestoredSetting;
 use crate::disk::Owner;
 use crate::instance::instant::unfinished::Unfinished;
 use crate::instance::launch::Launch;
 use crate::instance::postmaster::Postmaster;
 use crate::instance::server::{ServerError, StopMode};
 use crate::pg::PostmasterPid;
+use crate::restore::recovery_settings::Setting;
 
 /// A server that runs, or none.
 #[derive(Debug, Default)]
 pub(super) struct Running {
     own: Option<Postmaster>,
+    /// What that one has on its command line.
+    settings: Vec<RestoredSetting>,
     foreign: Option<Pid>,
 }
 
@@ -34,10 +38,16 @@ const END_WAIT: Duration = Duration::from_secs(10);
 const STOP_LOOK: Duration = Duration::from_millis(50);
 
 impl Running {
-    /// Takes over one that was started here.
-    pub(super) fn started(&mut self, postmaster: Postmaster) {
+    /// Takes over one that was started here, by an order.
+    pub(super) fn started(&mut self, postmaster: Postmaster, launch: &Launch) {
         self.own = Some(postmaster);
+        self.settings = settings_of(launch);
         self.foreign = None;
+    }
+
+    /// Returns what the one that runs has on its command line; of somebody else's nothing is known.
+    pub(super) fn settings(&self) -> &[RestoredSetting] {
+        if self.own.is_some() { &self.settings } else { &[] }
     }
 
     /// Returns its process, if there is one.
@@ -105,6 +115,20 @@ impl Running {
     }
 }
 
+/// Returns settings as they are told.
+pub(super) fn restored(settings: &[Setting]) -> Vec<RestoredSetting> {
+    let told =
+        |Setting { name, value }: &Setting| RestoredSetting { name: name.clone(), value: value.clone() };
+    settings.iter().map(told).collect()
+}
+
+/// Returns the settings in the arguments of a server.
+fn settings_of(launch: &Launch) -> Vec<RestoredSetting> {
+    let given = launch.arguments.windows(2).filter(|pair| pair[0] == "-c");
+    let given = given.filter_map(|pair| pair[1].to_str()?.split_once('='));
+    given.map(|(name, value)| RestoredSetting { name: name.to_owned(), value: value.to_owned() }).collect()
+}
+
 /// Tells whether a process works in a directory, by the text of its link: a look at the directory itself would go through
 /// our own mount.
 fn works_in(pid: Pid, data: &Path) -> bool {
@@ -167,6 +191,26 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    #[test]
+    fn the_settings_of_a_command_line_are_those_that_it_sets() {
+        let arguments = ["-D", "/srv/a=b", "-c", "restart_after_crash=off", "-c", "config_file=/etc/x=y/c"];
+        let launch = Launch {
+            program: "postgres".into(),
+            arguments: arguments.map(Into::into).to_vec(),
+            data_directory: "/srv/a=b".into(),
+            pid_file: PathBuf::new(),
+            owner: (1, 1),
+            isolation: None,
+            log_file: PathBuf::new(),
+            environment: Vec::new(),
+            supervisor: 1,
+        };
+        let found: Vec<_> = settings_of(&launch).into_iter().map(|set| (set.name, set.value)).collect();
+        let wanted = [("restart_after_crash", "off"), ("config_file", "/etc/x=y/c")];
+        assert_eq!(found, wanted.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        assert!(Running::default().settings().is_empty());
+    }
 
     #[test]
     fn a_server_that_somebody_else_has_started_is_told_by_where_it_works() {

@@ -26,7 +26,7 @@ use crate::instance::instant::always_read::AlwaysRead;
 use crate::instance::instant::ending::Ending;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::prepare::forget_dead_server;
-use crate::instance::instant::running::{Running, launch};
+use crate::instance::instant::running::{Running, launch, restored};
 use crate::instance::instant::server_state::{
     Told, ask, before_cut_over, decide, endpoint, is_for_want_of_wal, is_recovering, is_starting,
     read_pid_file,
@@ -94,15 +94,7 @@ pub async fn supervise(
             return Err(restore::Error::NothingToResume { path: data }.into());
         }
     };
-    unfinished::clear_last_words(&data)?;
-    let outcome = run(&options, &unfinished, pin!(terminated)).await;
-    if let Err(error) = &outcome {
-        // For whoever started this.
-        if let Err(error) = unfinished::write_last_words(&data, error.told(), error.is_damage()) {
-            tracing::warn!("{error}");
-        }
-    }
-    outcome
+    run(&options, &unfinished, pin!(terminated)).await
 }
 
 async fn run<T: Future<Output = ()>>(
@@ -347,7 +339,7 @@ impl<'a> Serving<'a> {
             self.options.server_log.clone(),
             self.options.environment.clone(),
         );
-        self.running.started(Postmaster::start(&launch).await?);
+        self.running.started(Postmaster::start(&launch).await?, &launch);
         self.starts.started();
         self.message = None;
         self.server = RestoredServer::Recovering;
@@ -472,6 +464,9 @@ impl<'a> Serving<'a> {
             tablespaces: tablespaces.collect(),
             timeline: plan.timeline.get(),
             target: plan.target.as_ref().map(|target| target.target.to_string()),
+            settings: restored(&plan.settings),
+            config_settings: plan.configuration.iter().flat_map(|(_, settings)| restored(settings)).collect(),
+            command_line_settings: self.running.settings().to_vec(),
             warnings: plan.warnings.clone(),
             hydrates: spec.hydrate.in_background,
             server: self.server,

@@ -76,12 +76,15 @@ pub enum Found {
     Plain,
 }
 
-/// Why the last supervisor ended, for whoever started it.
-#[derive(Debug, Serialize, Deserialize)]
-struct LastWords {
-    message: String,
-    #[serde(default)]
-    damaged: bool,
+/// Why the last supervisor ended, for whoever started it; nothing is written where it was told to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastWords {
+    /// What it means to a caller, by the name that JSON has for that.
+    pub kind: String,
+    /// What failed.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
 }
 
 const FORMAT: u32 = 1;
@@ -230,30 +233,36 @@ impl Unfinished {
     }
 }
 
+impl LastWords {
+    /// Writes them down in a target over which nothing is mounted, and that has an area of its own.
+    pub fn write(&self, target: &Path) -> Result<(), disk::Error> {
+        match Self::file(target)? {
+            Some(file) => write_json(&file, self, "why a restore stopped"),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads those of the last supervisor, if there are any.
+    pub fn read(target: &Path) -> Option<Self> {
+        let file = Self::file(target).ok()??;
+        state_file::read_document(&file, "why a restore stopped").ok()
+    }
+
+    /// Forgets them.
+    pub fn clear(target: &Path) -> Result<(), disk::Error> {
+        Self::file(target)?.map_or(Ok(()), |file| durable::remove_file(&file))
+    }
+
+    /// Returns their place; the area is no link that the owner of the directory has put there.
+    fn file(target: &Path) -> Result<Option<PathBuf>, disk::Error> {
+        let area = PrivateArea::open(&resolve(target))?;
+        Ok(area.map(|area| area.directory().join(LAST_WORDS_FILE)))
+    }
+}
+
 /// Returns the private area of a directory.
 pub(super) fn area_of(directory: &Path) -> PathBuf {
     directory.join(private_area::DIRECTORY_NAME)
-}
-
-/// Writes down why a supervisor ended; `data` leads beneath the mount.
-pub(super) fn write_last_words(data: &Path, message: String, damaged: bool) -> Result<(), disk::Error> {
-    let area = area_of(data);
-    if !area.is_dir() {
-        return Ok(());
-    }
-    write_json(&area.join(LAST_WORDS_FILE), &LastWords { message, damaged }, "why a restore stopped")
-}
-
-/// Reads why the last supervisor ended, and whether of damage; nothing where it was told to.
-pub fn read_last_words(target: &Path) -> Option<(String, bool)> {
-    let path = area_of(&resolve(target)).join(LAST_WORDS_FILE);
-    let last: LastWords = state_file::read_document(&path, "why a restore stopped").ok()?;
-    Some((last.message, last.damaged))
-}
-
-/// Forgets why the last supervisor ended.
-pub(super) fn clear_last_words(data: &Path) -> Result<(), disk::Error> {
-    durable::remove_file(&area_of(data).join(LAST_WORDS_FILE))
 }
 
 /// Returns where the supervisor of a target listens, below the run folder, in this user's own folder there, which is made
@@ -377,13 +386,23 @@ mod tests {
     #[test]
     fn the_last_words_are_read_until_they_are_forgotten() {
         let scratch = tempfile::tempdir().unwrap();
-        write_last_words(scratch.path(), "nobody hears it".to_owned(), false).unwrap();
-        assert!(read_last_words(scratch.path()).is_none());
-        PrivateArea::create(scratch.path(), None).unwrap();
-        write_last_words(scratch.path(), "the disk is full".to_owned(), true).unwrap();
-        assert_eq!(read_last_words(scratch.path()), Some(("the disk is full".to_owned(), true)));
-        clear_last_words(scratch.path()).unwrap();
-        clear_last_words(scratch.path()).unwrap();
-        assert!(read_last_words(scratch.path()).is_none());
+        let (target, message) = (scratch.path().join("data"), "the disk is full".to_owned());
+        let words = LastWords { kind: "failed".to_owned(), message, hint: Some("Make room.".to_owned()) };
+        std::fs::create_dir(&target).unwrap();
+        words.write(&target).unwrap();
+        assert!(LastWords::read(&target).is_none(), "nobody hears it");
+        // What its owner leads elsewhere is left alone there.
+        let (outside, area) = (scratch.path().join("outside"), target.join(private_area::DIRECTORY_NAME));
+        std::fs::create_dir(&outside).unwrap();
+        std::os::unix::fs::symlink(&outside, &area).unwrap();
+        words.write(&target).unwrap_err();
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+        std::fs::remove_file(&area).unwrap();
+        PrivateArea::create(&target, None).unwrap();
+        words.write(&target).unwrap();
+        assert_eq!(LastWords::read(&target), Some(words));
+        LastWords::clear(&target).unwrap();
+        LastWords::clear(&target).unwrap();
+        assert!(LastWords::read(&target).is_none());
     }
 }
