@@ -11,6 +11,7 @@ mod equal;
 mod hosts;
 mod incomplete;
 mod instant;
+mod instant_boot;
 mod instant_commands;
 mod instant_debian;
 mod instant_ending;

@@ -10,6 +10,7 @@
 //! supervise the one process while anything is mounted   server_state what the server does, by what it says of itself
 //! ending    from an upper to a plain directory          boot_unit    Debian: mounted again before PostgreSQL starts
 //! starts    whether, and when, the server is started again    remembered  its mounts, for when they are dead and detached
+//! debian_cluster  whose data a directory has, by the configurations in /etc
 //! ```
 
 pub mod begin;
@@ -17,6 +18,7 @@ pub mod boot_unit;
 pub mod supervise;
 pub mod unfinished;
 
+mod debian_cluster;
 mod ending;
 mod error;
 mod mounts;
