@@ -16,6 +16,7 @@ mod instant_commands;
 mod instant_debian;
 mod instant_ending;
 mod instant_kills;
+mod instant_majors;
 mod instant_refusals;
 mod instant_store_away;
 mod instant_tablespaces;
