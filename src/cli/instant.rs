@@ -11,7 +11,7 @@ use crate::control::{self, HydrationState, RestoreReply, RestoreRequest, Restore
 use crate::disk::{self, LockFile, Owner};
 use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::begin::{InstantOptions, begin, plan_instant};
-use crate::instance::instant::boot_unit::BootUnit;
+use crate::instance::instant::boot_unit::{BootUnit, Systemd};
 use crate::instance::instant::unfinished::{
     Found, LastWords, Unfinished, control_socket, find, has_become_plain, is_left_dead, socket_to_ask,
 };
@@ -435,9 +435,10 @@ fn install_unit(context: &Context, target: &Path, begun: &Unfinished) -> Result<
     let mut words: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
     words.extend(["restore", "--resume", "--no-start", "--target-dir"].map(str::to_owned));
     words.push(target.display().to_string());
+    let systemd = Systemd::of_host();
     let installed = BootUnit::of(target, begun.plan.destinations.tablespaces.values(), &words)
         .filter(|_| Owner::current().is_root())
-        .map(|unit| unit.install().map(|done| (done, unit.path())));
+        .map(|unit| systemd.install(&unit).map(|done| (done, systemd.path_of(&unit))));
     match installed {
         Some(Ok((true, path))) => say(context, &format!("\"{}\" mounts it at boot", path.display())),
         Some(Err(error)) => tracing::warn!("no unit mounts it at boot: {error}; {by_hand}"),

@@ -248,6 +248,10 @@ pub fn check_space(needs: &[(PathBuf, u64)]) -> Result<(), Error> {
 /// Returns the path with every link in its existing part resolved.
 pub fn resolve(path: &Path) -> PathBuf {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    // A dead mount is there as well, though whoever looks is told that it is not.
+    if let Ok(real) = fs::canonicalize(&absolute) {
+        return real;
+    }
     let existing = nearest_existing(&absolute);
     let real = fs::canonicalize(existing).unwrap_or_else(|_| existing.to_owned());
     match absolute.strip_prefix(existing) {

@@ -1,11 +1,9 @@
 //! A clone at the end of the archive holds what the source held, though the basebackup was taken under load.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-
 use crate::site::{Clone, Source, assert_unchanged, backup_under_load, listing};
 use crate::support::{
-    Checksums, DebianCluster, Ledger, Need, Options, Scratch, Site, Stop, Walden, require, wait_for,
+    Checksums, DebianCluster, Ledger, Need, Options, Scratch, Site, Stop, Walden, open_fuse_to_users,
+    require, wait_for,
 };
 
 /// Holds a clone against what the source held, and writes to it.
@@ -77,13 +75,6 @@ fn a_clone_of_a_debian_cluster_runs_without_the_files_in_etc() {
     folders.iter().zip(&files).for_each(|(folder, before)| assert_unchanged(before, folder));
     source.control("start");
     expected.assert_same(&Checksums::of(&source));
-}
-
-/// Lets every user open `/dev/fuse`, as udev's rule does; containers often make it root's alone.
-fn open_fuse_to_users() {
-    if nix::unistd::geteuid().is_root() {
-        fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).unwrap();
-    }
 }
 
 /// As PostgreSQL's own account, without root: fusermount3 and a user namespace.

@@ -4,7 +4,7 @@
 //! Debian's configuration is in `/etc`, outside the data directory, where the host still has it or the restore puts it.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -21,7 +21,9 @@ use crate::support::{
 
 /// What stands where no scratch folder takes it away again: dropped before the cluster is.
 struct Mounts {
+    /// Where the data is, links resolved.
     directory: PathBuf,
+    links: Vec<PathBuf>,
     scratch: PathBuf,
 }
 
@@ -45,6 +47,8 @@ impl Drop for Mounts {
             let _ = kill(process, Signal::SIGKILL);
         }
         mounts_below(&self.directory).iter().for_each(|mount| unmount(mount));
+        // A link would be left where the cluster is dropped.
+        self.links.iter().for_each(|link| drop(fs::remove_file(link)));
     }
 }
 
@@ -55,7 +59,7 @@ struct Lost {
     // Dropped in this order: what is mounted on the cluster, the cluster, where its backups are.
     mounts: Mounts,
     cluster: DebianCluster,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl Lost {
@@ -73,8 +77,9 @@ impl Lost {
         walden.run(&["backup"]);
         cluster.sql("delete from kept where n % 3 = 0; select pg_switch_wal()");
         let rows = Checksums::of(&cluster);
-        let mounts = Mounts { directory: cluster.data_directory(), scratch: scratch.path().to_owned() };
-        let lost = Self { rows, walden, mounts, cluster, _scratch: scratch };
+        let (directory, folder) = (cluster.data_directory(), scratch.path().to_owned());
+        let mounts = Mounts { directory, links: Vec::new(), scratch: folder };
+        let lost = Self { rows, walden, mounts, cluster, scratch };
         lost.cluster.control("stop");
         for entry in fs::read_dir(lost.cluster.data_directory()).unwrap() {
             let path = entry.unwrap().path();
@@ -88,14 +93,32 @@ impl Lost {
         lost
     }
 
+    /// The same where the data was on another disk, and a link to it in Debian's place.
+    #[track_caller]
+    fn behind_a_link() -> Self {
+        let mut lost = Self::new();
+        let (place, disk) = (lost.target(), lost.scratch.folder("disk"));
+        fs::remove_dir(&place).unwrap();
+        symlink(&disk, &place).unwrap();
+        lost.mounts.links.push(place);
+        lost.mounts.directory = disk;
+        lost
+    }
+
+    /// Where the data is.
     fn directory(&self) -> PathBuf {
+        self.mounts.directory.clone()
+    }
+
+    /// What Debian, and a DBA, calls that.
+    fn target(&self) -> PathBuf {
         self.cluster.data_directory()
     }
 
     /// Restores so slowly that there is time for what is to be done meanwhile; the command is killed once the server answers.
     #[track_caller]
     fn restore(&self, options: &[&str]) {
-        let directory = self.directory();
+        let directory = self.target();
         let words =
             ["restore", "--instant", "--hydrate-rate", "512KiB", "--target-dir", directory.to_str().unwrap()];
         let mut beside = Beside::start(&self.walden.as_root(), &[&words, options].concat());
@@ -109,10 +132,10 @@ impl Lost {
     }
 
     #[track_caller]
-    fn resume(&self) -> Value {
-        let directory = self.directory();
+    fn resume(&self, options: &[&str]) -> Value {
+        let directory = self.target();
         let words = ["restore", "--resume", "--target-dir", directory.to_str().unwrap()];
-        self.walden.as_root().json(&words)
+        self.walden.as_root().json(&[&words, options].concat())
     }
 
     /// From an unfinished server to a plain directory, with Debian's own commands.
@@ -135,7 +158,7 @@ impl Lost {
         wait_until_writable(cluster);
 
         let rows = Checksums::of(cluster);
-        assert_eq!(self.resume()["state"], "plain");
+        assert_eq!(self.resume(&[])["state"], "plain");
         rows.assert_same(&Checksums::of(cluster));
         cluster.control("stop");
         wait_for("the mounts to go", || mounts_below(&self.directory()).is_empty().then_some(()));
@@ -148,7 +171,7 @@ impl Lost {
         wait_until_writable(cluster);
         rows.assert_same(&Checksums::of(cluster));
         cluster.sql("insert into kept values (-1, 'native')");
-        assert_eq!(cluster.sql("show data_directory"), self.directory().to_str().unwrap());
+        assert_eq!(cluster.sql("show data_directory"), self.target().to_str().unwrap());
         cluster.control("stop");
     }
 }
@@ -182,6 +205,26 @@ fn a_lost_cluster_comes_back_with_its_configuration() {
     lost.lives();
 }
 
+/// Debian knows a cluster by its configuration, wherever that has the data. What the unit calls at boot comes first, then what
+/// `postgresql@` calls; the mount of a process that has died is found behind the link too.
+#[test]
+fn a_lost_cluster_behind_a_link_comes_back_and_is_mounted_again() {
+    require!(Need::DebianCluster, Need::Fuse);
+    let lost = Lost::behind_a_link();
+    lost.restore(&[]);
+    assert!(mounts_below(&lost.directory()).contains(&lost.directory()), "it is mounted elsewhere");
+    for supervisor in lost.mounts.supervisors() {
+        kill(supervisor, Signal::SIGKILL).unwrap();
+    }
+    wait_for("the server to end with its supervisor", || {
+        (processes_in(&lost.directory()).is_empty() && lost.mounts.supervisors().is_empty()).then_some(())
+    });
+    assert!(!mounts_below(&lost.directory()).is_empty(), "a dead mount is what this is about");
+    assert_eq!(lost.resume(&["--no-start"])["state"], "mounted");
+    lost.cluster.control("start");
+    lost.lives();
+}
+
 /// Debian's own commands on a host that was started anew, before anybody resumed: they refuse, and harm nothing.
 #[test]
 fn a_cluster_that_is_not_resumed_yet_refuses_to_start() {
@@ -203,7 +246,7 @@ fn a_cluster_that_is_not_resumed_yet_refuses_to_start() {
         let refused = lost.cluster.try_control(action);
         assert!(!refused.success(), "{action}: {}{}", refused.stdout, refused.stderr);
     }
-    assert_eq!(lost.resume()["state"], "plain");
+    assert_eq!(lost.resume(&[])["state"], "plain");
     wait_until_writable(&lost.cluster);
     assert_eq!(lost.cluster.sql("select count(*) from kept where n = 0"), "1");
     lost.cluster.control("stop");
@@ -213,5 +256,5 @@ fn a_cluster_that_is_not_resumed_yet_refuses_to_start() {
     assert_eq!(lost.cluster.sql("select count(*) from kept where n = 0"), "1");
     let mut lsclusters = Command::new("pg_lsclusters");
     let listed = Run::of(lsclusters.arg("--no-header"), "").expect_success();
-    assert!(listed.stdout.contains(&lost.directory().display().to_string()), "{}", listed.stdout);
+    assert!(listed.stdout.contains(&lost.target().display().to_string()), "{}", listed.stdout);
 }

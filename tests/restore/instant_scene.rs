@@ -33,6 +33,7 @@ const BENEATH: &str = "beneath";
 pub struct Scene {
     pub source: Source,
     sockets: PathBuf,
+    walden: Walden,
 }
 
 /// What keeps a basebackup in the store: pins and leases that have no end yet, and all there have been.
@@ -56,32 +57,54 @@ pub enum Victim {
 impl Scene {
     #[track_caller]
     pub fn start(options: Options) -> Self {
-        let source = Source::start(options);
+        Self::start_major(15, options)
+    }
+
+    #[track_caller]
+    pub fn start_major(major: u32, options: Options) -> Self {
+        let source = Source::start_major(major, options);
         let sockets = source.scratch().folder("sockets");
         let conf = source.data_directory().join("postgresql.conf");
         let own = format!("\nunix_socket_directories = '{}'\nlisten_addresses = ''\n", sockets.display());
         fs::write(&conf, fs::read_to_string(&conf).unwrap() + &own).unwrap();
-        Self { source, sockets }
+        let walden = source.walden.as_root();
+        Self { source, sockets, walden }
     }
 
     /// A source of some 60 MiB, with a table that nobody touches, and what came after its basebackup.
     #[track_caller]
     pub fn filled(options: Options) -> Self {
-        let scene = Self::start(options);
-        Pgbench::initialize(&scene.source, 2);
-        scene
-            .source
-            .sql("create table cold as select n, md5(n::text) as t from generate_series(1, 200000) n");
-        scene.source.sql("create index on cold (t); checkpoint");
-        scene.source.backup();
-        scene.source.sql("create table later as select n from generate_series(1, 1000) n");
-        scene.source.archive_wal();
-        scene
+        Self::filled_major(15, options)
     }
 
-    /// Who restores: root, whose mounts pass through.
+    #[track_caller]
+    pub fn filled_major(major: u32, options: Options) -> Self {
+        let scene = Self::start_major(major, options);
+        Pgbench::initialize(&scene.source, 2);
+        scene.fill()
+    }
+
+    /// Adds that table, takes the basebackup, and adds what comes after it.
+    #[track_caller]
+    pub fn fill(self) -> Self {
+        let source = &self.source;
+        source.sql("create table cold as select n, md5(n::text) as t from generate_series(1, 200000) n");
+        source.sql("create index on cold (t); checkpoint");
+        source.backup();
+        source.sql("create table later as select n from generate_series(1, 1000) n");
+        source.archive_wal();
+        self
+    }
+
+    /// Has PostgreSQL's own account restore.
+    pub fn by_owner(mut self) -> Self {
+        self.walden = self.source.walden.clone();
+        self
+    }
+
+    /// Who restores: root, whose mounts pass through, unless another was named.
     pub fn walden(&self) -> Walden {
-        self.source.walden.as_root()
+        self.walden.clone()
     }
 
     /// Where a restored server answers.
@@ -298,7 +321,7 @@ impl Restored<'_> {
     /// Runs pg_ctl as the directory's owner does.
     #[track_caller]
     pub fn pg_ctl(&self, arguments: &[&str]) -> Run {
-        let pg_ctl = bin_directory(15).expect("the test required it").join("pg_ctl");
+        let pg_ctl = self.scene.source.bin_directory().join("pg_ctl");
         let mut command = Account::of_postgresql().command(pg_ctl);
         Run::of(command.arg("-D").arg(&self.directory).args(arguments), "")
     }
@@ -336,7 +359,7 @@ impl Restored<'_> {
         self.assert_bare_refuses();
         let (log, version) = (self.log(), self.directory.join("PG_VERSION"));
         assert!(!self.directory.join("global/pg_control").exists());
-        fs::write(&version, "15\n").unwrap();
+        fs::write(&version, format!("{}\n", self.scene.source.major())).unwrap();
         Account::of_postgresql().own(&version);
         let refused = self.pg_ctl(&["-w", "-l", log.to_str().unwrap(), "start"]);
         assert!(!refused.success(), "a server starts on an unfinished restore");
@@ -378,7 +401,7 @@ impl Restored<'_> {
         Run::of(command.args(["--check", "-D"]).arg(&self.directory), "").expect_success();
     }
 
-    /// Checks every heap and every index against its heap.
+    /// Checks every heap and every index against its heap, by a program that knows 14 and later.
     #[track_caller]
     pub fn amcheck(&self) {
         let bin = bin_directory(15).expect("the test required it");
@@ -394,7 +417,9 @@ impl Restored<'_> {
         wait_until_writable(&self.sql);
         self.sql("create table native as select n from generate_series(1, 100) n; checkpoint");
         self.sql("drop table native");
-        self.amcheck();
+        if self.scene.source.major() >= 14 {
+            self.amcheck();
+        }
     }
 }
 

@@ -10,8 +10,13 @@ impl Source {
     /// Starts a cluster that archives with `walden wal push`.
     #[track_caller]
     pub fn start(options: Options) -> Self {
+        Self::start_major(15, options)
+    }
+
+    #[track_caller]
+    pub fn start_major(major: u32, options: Options) -> Self {
         let fetch_wait = "[sites.main.archive]\nfetch_wait = \"2s\"\n";
-        let source = Self::configured(15, options, |_, site| site.lines(fetch_wait));
+        let source = Self::configured(major, options, |_, site| site.lines(fetch_wait));
         source.archive();
         source
     }

@@ -46,7 +46,7 @@ pub use proxy::{Fault, Proxy, header};
 pub use run::Run;
 pub use s3::{RemoteS3, S3, s3_storage};
 pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
-pub use scratch::{Account, Scratch, mounts_below, processes_in, unmount};
+pub use scratch::{Account, Scratch, mounts_below, open_fuse_to_users, processes_in, unmount};
 pub use server::{Server, Stop};
 pub use small_disk::{fill, small_disk};
 pub use source::Source;

@@ -125,6 +125,13 @@ pub fn unmount(mount: &Path) {
     }
 }
 
+/// Lets every user open `/dev/fuse`, as udev's rule does; containers often make it root's alone.
+pub fn open_fuse_to_users() {
+    if is_root() {
+        fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)).unwrap();
+    }
+}
+
 /// Lists the processes whose working directory is in a folder: for a data directory, its server.
 pub fn processes_in(folder: &Path) -> Vec<Pid> {
     processes().filter(|(_, process)| works_in(process, folder)).map(|(pid, _)| pid).collect()

@@ -10,6 +10,7 @@ use crate::disk::durable::{self, Create};
 use crate::disk::{self, LockFile, Owner, PrivateArea};
 use crate::instance::clone_folder::HydrateSpec;
 use crate::instance::instant::InstantError;
+use crate::instance::instant::debian_cluster::DebianCluster;
 use crate::instance::instant::unfinished::{InstantSpec, Unfinished, read_spec};
 use crate::instance::lazy_uppers::MountFailure;
 use crate::instance::programs;
@@ -182,53 +183,12 @@ async fn config_file(basebackup: &Basebackup, plan: &RestorePlan) -> Result<Opti
     if basebackup.entry(&inside).await?.is_some() {
         return Ok(None);
     }
-    match debian_config_file(&plan.destinations.data).filter(|file| file.is_file()) {
-        Some(file) => Ok(Some(file)),
-        None => Err(InstantError::NoConfiguration),
+    match DebianCluster::of(&plan.destinations.data).map(|found| found.config_file()) {
+        Some(file) if file.is_file() => Ok(Some(file)),
+        _ => Err(InstantError::NoConfiguration),
     }
-}
-
-/// Returns where Debian has the configuration of a cluster whose data directory is where Debian has those.
-fn debian_config_file(data: &Path) -> Option<PathBuf> {
-    let (version, name) = debian_cluster(data)?;
-    Some(Path::new("/etc/postgresql").join(version).join(name).join("postgresql.conf"))
-}
-
-/// Returns version and name of the cluster whose data directory Debian has at this path.
-pub(super) fn debian_cluster(data: &Path) -> Option<(String, String)> {
-    let mut parts = data.strip_prefix("/var/lib/postgresql").ok()?.components();
-    let mut next = || parts.next()?.as_os_str().to_str().map(str::to_owned);
-    let (version, name) = (next()?, next()?);
-    let is_version = version.parse::<f32>().is_ok();
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
-    (is_version && name.bytes().all(is_plain) && next().is_none()).then_some((version, name))
 }
 
 fn nearest_existing(path: &Path) -> &Path {
     path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_debian_cluster_is_known_by_where_its_data_directory_is() {
-        let cluster = |path: &str| debian_cluster(Path::new(path));
-        let of = |version: &str, name: &str| Some((version.to_owned(), name.to_owned()));
-        assert_eq!(cluster("/var/lib/postgresql/15/main"), of("15", "main"));
-        assert_eq!(cluster("/var/lib/postgresql/15/my-db_2"), of("15", "my-db_2"));
-        for other in [
-            "/var/lib/postgresql/15",
-            "/var/lib/postgresql/15/main/base",
-            "/var/lib/postgresql/data/main",
-            "/var/lib/postgresql/15/a b",
-            "/srv/postgresql/15/main",
-            "15/main",
-        ] {
-            assert_eq!(cluster(other), None, "{other}");
-        }
-        let file = debian_config_file(Path::new("/var/lib/postgresql/15/main")).unwrap();
-        assert_eq!(file, Path::new("/etc/postgresql/15/main/postgresql.conf"));
-    }
 }

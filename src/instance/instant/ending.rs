@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, LockFile, PrivateArea, private_area};
 use crate::instance::instant::InstantError;
-use crate::instance::instant::boot_unit;
+use crate::instance::instant::boot_unit::Systemd;
 use crate::instance::instant::mounts::{InstantMounts, blocking};
 use crate::instance::instant::unfinished::{Unfinished, area_of};
 use crate::instance::lazy_uppers::MountFailure;
@@ -158,7 +158,7 @@ fn tidy_places(destinations: &Destinations) -> Result<Option<(LockFile, File)>, 
 }
 
 fn remove_unit(data: &Path) {
-    if let Err(error) = boot_unit::remove(data) {
+    if let Err(error) = Systemd::of_host().remove(data) {
         tracing::warn!("could not remove the unit that mounts at boot: {error}");
     }
 }

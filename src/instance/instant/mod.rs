@@ -11,6 +11,7 @@
 //! ending    from an upper to a plain directory          boot_unit    Debian: mounted again before PostgreSQL starts
 //! starts    whether, and when, the server is started again    remembered  its mounts, for when they are dead and detached
 //! always_read  what the server must never fail to read, on its way
+//! debian_cluster  whose data a directory has, by the configurations in /etc
 //! ```
 
 pub mod begin;
@@ -19,6 +20,7 @@ pub mod supervise;
 pub mod unfinished;
 
 mod always_read;
+mod debian_cluster;
 mod ending;
 mod error;
 mod mounts;

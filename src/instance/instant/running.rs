@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use crate::control::RestoredSetting;
 use crate::disk::Owner;
-use crate::instance::instant::unfinished::Unfinished;
+use crate::instance::instant::unfinished::{InstantSpec, Unfinished};
 use crate::instance::launch::Launch;
 use crate::instance::postmaster::Postmaster;
 use crate::instance::server::{ServerError, StopMode};
@@ -151,10 +151,27 @@ pub(super) fn launch(
     let Unfinished { plan, spec } = unfinished;
     let data = &plan.destinations.data;
     let mut arguments = vec!["-D".into(), data.clone().into_os_string()];
-    let mut set = |name: &str, value: &str| {
+    for (name, value) in settings(spec, data, is_recovering) {
         arguments.push("-c".into());
         arguments.push(format!("{name}={value}").into());
-    };
+    }
+    Launch {
+        program: spec.bin_directory.join("postgres"),
+        arguments,
+        data_directory: data.clone(),
+        pid_file,
+        owner: plan.owner,
+        isolation: None,
+        log_file,
+        environment,
+        supervisor: std::process::id(),
+    }
+}
+
+/// Decides what the server is told on its command line: a name that its version does not know would keep it from starting.
+fn settings(spec: &InstantSpec, data: &Path, is_recovering: bool) -> Vec<(&'static str, String)> {
+    let mut settings = Vec::new();
+    let mut set = |name, value: &str| settings.push((name, value.to_owned()));
     if let Some(file) = &spec.config_file {
         set("config_file", &file.display().to_string());
         // A configuration that is somebody's may name another directory.
@@ -173,17 +190,7 @@ pub(super) fn launch(
         // io_uring on a file of the mount waits in the kernel.
         set("io_method", "worker");
     }
-    Launch {
-        program: spec.bin_directory.join("postgres"),
-        arguments,
-        data_directory: data.clone(),
-        pid_file,
-        owner: plan.owner,
-        isolation: None,
-        log_file,
-        environment,
-        supervisor: std::process::id(),
-    }
+    settings
 }
 
 #[cfg(test)]
@@ -191,6 +198,52 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+    use crate::instance::clone_folder::HydrateSpec;
+
+    fn spec(major: u32) -> InstantSpec {
+        InstantSpec {
+            format: 1,
+            site: "main".to_owned(),
+            pin: None,
+            hydrate: HydrateSpec { in_background: true, rate: None },
+            cut_over: false,
+            major,
+            bin_directory: "/usr/bin".into(),
+            config_file: None,
+            full_page_writes: true,
+            superuser: "postgres".to_owned(),
+            began_at: "2026-11-22T06:00:00Z".parse().unwrap(),
+        }
+    }
+
+    /// What each version knows: `restart_after_crash` all, the others from the version that brought them.
+    #[test]
+    fn a_server_is_told_what_its_version_knows() {
+        let told = |spec: &InstantSpec, is_recovering| {
+            let settings = settings(spec, Path::new("/srv/data"), is_recovering);
+            settings.into_iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>()
+        };
+        let always = "restart_after_crash=off";
+        let (sync, prefetch) = ("recovery_init_sync_method=syncfs", "recovery_prefetch=off");
+        let io = "io_method=worker";
+        for (major, recovering, over) in [
+            (13, &[always][..], &[always][..]),
+            (14, &[always, sync], &[always, sync]),
+            (15, &[always, sync, prefetch], &[always, sync]),
+            (16, &[always, sync, prefetch], &[always, sync]),
+            (17, &[always, sync, prefetch], &[always, sync]),
+            (18, &[always, sync, prefetch, io], &[always, sync, io]),
+        ] {
+            assert_eq!(told(&spec(major), true), recovering, "{major}");
+            assert_eq!(told(&spec(major), false), over, "{major}");
+        }
+        // Then replay needs what the pages held before.
+        let without = InstantSpec { full_page_writes: false, ..spec(15) };
+        assert_eq!(told(&without, true), [always, sync]);
+        let elsewhere = InstantSpec { config_file: Some("/etc/it/postgresql.conf".into()), ..spec(13) };
+        let named = ["config_file=/etc/it/postgresql.conf", "data_directory=/srv/data", always];
+        assert_eq!(told(&elsewhere, true), named);
+    }
 
     #[test]
     fn the_settings_of_a_command_line_are_those_that_it_sets() {

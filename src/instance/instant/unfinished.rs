@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use crate::disk::durable::{self, Create};
 use crate::disk::{self, PrivateArea, private_area, state_file};
 use crate::instance::clone_folder::{HydrateSpec, write_json};
-use crate::instance::instant::{InstantError, boot_unit, remembered};
+use crate::instance::instant::boot_unit::Systemd;
+use crate::instance::instant::{InstantError, remembered};
 use crate::instance::lazy_uppers::MountFailure;
 use crate::mount::mounting;
 use crate::mount::upper::forget_origins;
@@ -226,7 +227,7 @@ impl Unfinished {
         for place in std::iter::once(data).chain(tablespaces.values()) {
             forget_origins(place).map_err(disk::Error::at("forget the origins in", place))?;
         }
-        if let Err(error) = boot_unit::remove(data) {
+        if let Err(error) = Systemd::of_host().remove(data) {
             tracing::warn!("could not remove the unit that mounts at boot: {error}");
         }
         Ok(durable::remove_file(&area_of(data).join(INSTANT_FILE_NAME))?)
