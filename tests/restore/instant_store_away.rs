@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use crate::instant_scene::{Scene, Victim};
+use crate::instant_scene::{Scene, Victim, word};
 use crate::support::{Need, Options, require, wait_for};
 
 /// A folder of the repository that cannot be read: it leads to itself, which fails for everyone, root too, and says
@@ -152,7 +152,8 @@ fn a_stop_without_the_store_comes_to_its_end_and_loses_nothing() {
     restored.assert_plain();
 }
 
-/// Going on does not help until the object is well: it is named, the server stays, and what it asks for elsewhere comes.
+/// Going on does not help until the object is well: it is named, the server stays, and what it asks for elsewhere comes. Then
+/// the same process goes on, and nobody has to stop the server for that.
 #[test]
 fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root, Need::Folder);
@@ -189,10 +190,15 @@ fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
         fs::write(&path, bytes).unwrap();
         scene.source.scratch().account().own(&path);
     }
-    restored.finish();
+    let report = restored.resume();
+    assert_eq!(word(&report, "state"), "plain", "{report}");
+    assert_eq!([restored.supervisor().unwrap(), restored.postmaster()], servers);
     assert_eq!(restored.sql("select count(*) from changed"), "999");
     assert_eq!(restored.sql("select sum(n) from cold"), "200010000");
     restored.stop();
     restored.assert_plain();
     restored.assert_checksums();
 }
+    let servers = [restored.supervisor().unwrap(), restored.postmaster()];
+    let again = restored.try_resume().expect_code(1);
+    assert!(again.stderr.contains("does not become whole"), "{}", again.stderr);
