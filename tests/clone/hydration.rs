@@ -94,6 +94,11 @@ fn a_clone_becomes_whole_under_load_and_needs_no_store_then() {
     assert_eq!(stopped["state"], "stopped", "{stopped}");
     assert_eq!(stopped["hydration"]["state"], "done", "{stopped}");
     assert_eq!(stopped["hydrated_bytes"], status["hydrated_bytes"]);
+    // It needs none as long as it runs; a start asks it.
+    fs::rename(&main, main.with_extension("away")).unwrap();
+    let refused = clone.walden.try_run(&["clone", "start", &clone.name]);
+    assert!(!refused.success() && refused.stderr.contains("main"), "{}", refused.stderr);
+    fs::rename(main.with_extension("away"), &main).unwrap();
     clone.run("start");
     assert_eq!(hydration(&clone)["state"], "done");
     rows.assert_same(&Checksums::of(&clone));
