@@ -317,6 +317,30 @@ async fn the_start_up_set_stands_together_with_its_maps_in_the_first_pack() {
     }
 }
 
+/// Who reads from a basebackup does so for as long as a server runs on it.
+#[tokio::test]
+async fn what_came_damaged_when_it_was_fetched_ahead_is_asked_for_again() {
+    let (store, source) = (Faulty::new(MemoryStore::new()), a_few_files());
+    let expected = source.files.clone();
+    let repository = repository(store.clone()).await;
+    let (record, packed) = back_up(&repository, source, BUDGET).await.unwrap();
+    let bytes: usize = packed.start_set.iter().map(|range| (range.to - range.from) as usize).sum();
+    let basebackup = Arc::new(Basebackup::open(&repository, record.id).await.unwrap());
+    for at in (0..bytes).step_by(bytes / 40) {
+        let reader = FileReader::new(basebackup.clone(), 4 << 20);
+        let before = store.faults();
+        store.inject(Rule::on(Verb::GetRange, Fault::FlipByte(at)).key("packs/").times(1));
+        reader.prefetch_start_set(4 << 20).await.unwrap();
+        assert_eq!(store.faults(), before + 1);
+        for path in ["data/global/1262", "data/base/5/1259", "data/base/5/1249"] {
+            let (_, entry) = basebackup.entry(&TreePath::new(path).unwrap()).await.unwrap().unwrap();
+            let read = reader.read(&entry, 0..entry.size()).await;
+            assert!(read.unwrap() == expected[path], "{path}, byte {at}");
+        }
+        assert_eq!(reader.damage(), None);
+    }
+}
+
 #[tokio::test]
 async fn failure_16_files_vanish_grow_and_shrink() {
     let mut source = a_few_files();

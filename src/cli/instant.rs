@@ -418,7 +418,10 @@ fn judge(status: &RestoreStatus, until: Until) -> Result<Option<InstantReport>, 
             _ => "Its server runs on as before.",
         };
         return Err(CommandError::failed(format!("\"{target}\" does not become whole: {why}")).hint(
-            format!("{server} After a repair of the repository end the restore's process, and resume it."),
+            format!(
+                "{server} After a repair of the repository \"walden restore --resume --target-dir {target}\" tries \
+                 again."
+            ),
         ));
     }
     Ok(None)

@@ -37,12 +37,15 @@ pub struct Output {
     style: TextStyle,
     stdout: Mutex<Box<dyn Write + Send>>,
     used: AtomicBool,
+    /// Whether its reader has gone away.
+    gone: AtomicBool,
 }
 
 impl Output {
     /// Creates the output of one command.
     pub fn new(format: Format, style: TextStyle, stdout: Box<dyn Write + Send>) -> Self {
-        Self { format, style, stdout: Mutex::new(stdout), used: AtomicBool::new(false) }
+        let (used, gone) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { format, style, stdout: Mutex::new(stdout), used, gone }
     }
 
     /// Returns the form asked for.
@@ -73,6 +76,11 @@ impl Output {
             text.push('\n');
         }
         self.write(text.as_bytes())
+    }
+
+    /// Tells whether anybody may still read what is printed, for who would go on for ever.
+    pub fn has_reader(&self) -> bool {
+        !self.gone.load(Ordering::Relaxed)
     }
 
     /// Prints help, which is text whatever the form.
@@ -119,7 +127,10 @@ impl Output {
         let mut stdout = self.stdout.lock().unwrap_or_else(PoisonError::into_inner);
         match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
             Ok(()) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                self.gone.store(true, Ordering::Relaxed);
+                Ok(())
+            }
             Err(error) => Err(CommandError::failed(format!("could not write to standard output: {error}"))),
         }
     }

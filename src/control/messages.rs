@@ -20,6 +20,8 @@ pub enum Request {
     Reload,
     /// Fetch what is missing, whatever it was told of the rate; stop once nothing is.
     Finalize,
+    /// Fetch again what could not come.
+    Hydrate,
 }
 
 /// An answer.

@@ -14,7 +14,7 @@ use crate::control::messages::HydrationStatus;
 pub enum RestoreRequest {
     /// Tell how you are.
     Status,
-    /// Start PostgreSQL, unless it runs.
+    /// Start PostgreSQL, unless it runs, and fetch again what could not come.
     Start,
 }
 

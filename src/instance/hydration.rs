@@ -5,6 +5,7 @@
 
 use std::num::NonZeroU64;
 
+use futures::poll;
 use tokio::task::{JoinError, JoinSet};
 
 use crate::control::{HydrationState, HydrationStatus};
@@ -25,6 +26,21 @@ impl Hydrating {
         if !self.has_begun {
             self.task.spawn(mount.hydrate());
             self.has_begun = true;
+        }
+    }
+
+    /// Lets one that has failed go over everything again: what kept it may have been put right, without the server's being
+    /// stopped for that. Whoever asks afterwards is told that it is at work.
+    pub(super) async fn begin_again(&mut self, mount: &LazyUppers) {
+        if !self.has_begun || mount.hydration().state != HydrationState::Failed {
+            return;
+        }
+        // What has failed has ended, or is about to.
+        self.stop().await;
+        let mut work = Box::pin(mount.hydrate());
+        // It says that it begins when it is asked for the first time, and its task may come to that late.
+        if poll!(&mut work).is_pending() {
+            self.task.spawn(work);
         }
     }
 

@@ -58,7 +58,7 @@ pub(super) async fn wait<T: Future<Output = ()>>(
                     };
                     pending.answer(&Reply::Status(Box::new(status))).await;
                 }
-                Request::Promote | Request::Reload | Request::Finalize => {
+                Request::Promote | Request::Reload | Request::Finalize | Request::Hydrate => {
                     pending.answer(&Reply::Failed { message: message.clone() }).await;
                 }
             },

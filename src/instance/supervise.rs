@@ -372,6 +372,10 @@ impl<'a> Run<'a> {
             Request::Stop => return Some(pending),
             Request::Status => Reply::Status(Box::new(self.status().await)),
             Request::Reload => requests::reload(&self.server),
+            Request::Hydrate => {
+                self.hydrating.begin_again(self.mount).await;
+                Reply::Done
+            }
             Request::Promote => {
                 self.look().await;
                 match self.session {

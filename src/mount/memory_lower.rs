@@ -28,7 +28,7 @@ pub struct MemoryLower {
     lookup_failures_left: AtomicU32,
     /// After how many pieces the next fetch fails.
     failing_after: Mutex<Option<usize>>,
-    urgencies: Mutex<Vec<Urgency>>,
+    asked: Mutex<Vec<(NodeId, Urgency)>>,
     /// Drops pieces from answers, to see whether somebody believes a partial fetch.
     pub short: std::sync::atomic::AtomicBool,
     damaged: Mutex<Option<NodeId>>,
@@ -134,7 +134,12 @@ impl MemoryLower {
 
     /// Returns how urgent each fetch was.
     pub fn urgencies(&self) -> Vec<Urgency> {
-        self.urgencies.lock().expect("no holder of this lock panics").clone()
+        self.asked().into_iter().map(|(_, urgency)| urgency).collect()
+    }
+
+    /// Returns which node each fetch was for, and how urgent it was.
+    pub fn asked(&self) -> Vec<(NodeId, Urgency)> {
+        self.asked.lock().expect("no holder of this lock panics").clone()
     }
 
     /// Makes every fetch of a file fail authentication.
@@ -213,7 +218,7 @@ impl Lower for MemoryLower {
         urgency: Urgency,
         sink: &dyn PieceSink,
     ) -> Result<(), LowerError> {
-        self.urgencies.lock().expect("no holder of this lock panics").push(urgency);
+        self.asked.lock().expect("no holder of this lock panics").push((node, urgency));
         self.fetches.fetch_add(1, Ordering::SeqCst);
         let _open = self.gate.read().await;
         // Another task gets its turn here, as it would while a request is under way.

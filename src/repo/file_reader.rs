@@ -261,17 +261,18 @@ impl FileReader {
         if let Some(raw) = cached() {
             return Ok(raw);
         }
-        let stored = match self.in_start_set(chunk)? {
-            Some(stored) => stored,
+        let raw = match self.open_at_hand(FrameKind::Map, chunk)? {
+            Some(raw) => raw,
             None => {
                 let bytes = u64::from(chunk.stored_len) + u64::from(chunk.raw_len);
                 let _permit = self.transfers.admit(urgency, bytes).await;
                 claim.goes_out();
                 let range = chunk.offset..chunk.offset.saturating_add(chunk.stored_len);
-                self.basebackup.fetch_run(&ChunkRun { pack: chunk.pack, range, chunks: 0..1 }).await?
+                let run = ChunkRun { pack: chunk.pack, range, chunks: 0..1 };
+                let stored = self.basebackup.fetch_run(&run).await?;
+                Bytes::from(stored.open(FrameKind::Map, chunk)?)
             }
         };
-        let raw = Bytes::from(stored.open(FrameKind::Map, chunk)?);
         self.maps.lock().expect("no holder of this lock panics").put(key, raw.clone());
         Ok(raw)
     }
@@ -311,8 +312,9 @@ impl FileReader {
         for chunk in mine {
             let at_hand = if let Some(raw) = self.cached(chunk.key()) {
                 hand_on([(chunk, raw)], take)
-            } else if let Some(stored) = self.in_start_set(&chunk.chunk)? {
-                self.keep_and_hand_on(open_chunks(&stored, vec![chunk]), take)
+            } else if let Some(raw) = self.open_at_hand(FrameKind::Data, &chunk.chunk)? {
+                self.keep(chunk.key(), &raw);
+                hand_on([(chunk, raw)], take)
             } else {
                 far.push(chunk);
                 continue;
@@ -398,6 +400,13 @@ impl FileReader {
 
     fn keep(&self, key: ChunkKey, raw: &Bytes) {
         self.cache.lock().expect("no holder of this lock panics").put(key, raw.clone());
+    }
+
+    /// Opens a chunk of the start-up set, if it was fetched ahead. For one that is damaged the store is asked, each time: it may
+    /// have come to that on the way, or have been repaired since, and what was fetched ahead stays as long as this reader.
+    fn open_at_hand(&self, kind: FrameKind, chunk: &ChunkRef) -> Result<Option<Bytes>, Error> {
+        let stored = self.in_start_set(chunk)?;
+        Ok(stored.and_then(|stored| stored.open(kind, chunk).ok()).map(Bytes::from))
     }
 
     /// Returns a chunk of the start-up set as stored, if it was fetched ahead.

@@ -249,6 +249,37 @@ fn a_cut_over_waits_for_who_is_in_template0_and_says_so() {
     clone.run("delete");
 }
 
+/// Sessions that opened a file before it was whole would go on the slow way; they are not ended for that.
+#[test]
+fn a_cut_over_has_sessions_open_their_files_again() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("held", &["--target-name", "here", "--target-action", "pause"]);
+    let mut session = Command::new(program("psql").unwrap());
+    session.args(["--no-psqlrc", "-c", COUNT, "-c", "select pg_sleep(600)"]).arg(clone.connection());
+    session.env("PGAPPNAME", "held").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut session = session.spawn().unwrap();
+    let held = "select pid from pg_stat_activity where application_name = 'held' and wait_event = 'PgSleep'";
+    let pid = wait_for("the session to have read", || Some(clone.sql(held)).filter(|pid| !pid.is_empty()));
+    let path = clone.sql("select pg_relation_filepath('kept')");
+    let has_it_open = || {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        let mut opened = descriptors.filter_map(|descriptor| fs::read_link(descriptor.path()).ok());
+        opened.any(|opened| opened.ends_with(&path))
+    };
+    let whole = clone.folder().join("upper/data/.walden/whole");
+    wait_for("the clone to be whole", || whole.exists().then_some(()));
+    assert!(has_it_open(), "nothing can be cut over in a recovery");
+    clone.run("promote");
+    wait_for("the session to let go of its files", || (!has_it_open()).then_some(()));
+    assert_eq!(clone.sql(held), pid, "the session was ended");
+    session.kill().unwrap();
+    session.wait().unwrap();
+    let left = "select count(*) from pg_database where datname like 'walden%'";
+    wait_for("the cut-over to be over", || (clone.sql(left) == "0").then_some(()));
+    clone.run("delete");
+}
+
 /// As if the time that a clone was made for had passed.
 fn let_expire(clone: &Clone) {
     let file = clone.folder().join("clone.json");

@@ -94,6 +94,11 @@ fn a_clone_becomes_whole_under_load_and_needs_no_store_then() {
     assert_eq!(stopped["state"], "stopped", "{stopped}");
     assert_eq!(stopped["hydration"]["state"], "done", "{stopped}");
     assert_eq!(stopped["hydrated_bytes"], status["hydrated_bytes"]);
+    // It needs none as long as it runs; a start asks it.
+    fs::rename(&main, main.with_extension("away")).unwrap();
+    let refused = clone.walden.try_run(&["clone", "start", &clone.name]);
+    assert!(!refused.success() && refused.stderr.contains("main"), "{}", refused.stderr);
+    fs::rename(main.with_extension("away"), &main).unwrap();
     clone.run("start");
     assert_eq!(hydration(&clone)["state"], "done");
     rows.assert_same(&Checksums::of(&clone));
@@ -125,5 +130,54 @@ fn a_clone_that_is_not_hydrated_says_so_and_goes_on_when_it_is_told_to() {
     clone.run("stop");
     clone.run("start");
     assert_eq!(hydration(&clone)["state"], "done");
+    clone.run("delete");
+}
+
+/// What could not come is asked for again while the server works: nothing has to be stopped after a repair.
+#[test]
+fn a_clone_whose_hydration_has_failed_is_told_to_go_on_while_it_runs() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let source = source();
+    let clone = source.clone("damaged", &["--no-hydrate"]);
+    clone.sql("checkpoint");
+    // The next process has nothing of the packs in its memory yet.
+    clone.run("stop");
+    let id = clone.status()["basebackup"].as_str().unwrap().to_owned();
+    let packs = source.walden.repository().join("main/basebackups").join(id).join("packs");
+    let mut whole = Vec::new();
+    for pack in fs::read_dir(packs).unwrap() {
+        let path = pack.unwrap().path();
+        let bytes = fs::read(&path).unwrap();
+        let mut damaged = bytes.clone();
+        // Not in its last bytes, which say what is where.
+        (bytes.len() / 4..bytes.len() * 3 / 4).step_by(1 << 12).for_each(|at| damaged[at] ^= 1);
+        fs::write(&path, damaged).unwrap();
+        whole.push((path, bytes));
+    }
+    clone.walden.run(&["clone", "start", &clone.name, "--hydrate-rate", "none"]);
+    let has_failed = || {
+        let told = wait_for("hydration to fail", || {
+            Some(hydration(&clone)).filter(|told| told["state"] == "failed")
+        });
+        assert!(told["failed_files"].as_u64() > Some(0), "{told}");
+    };
+    has_failed();
+    let processes = clone.processes();
+    let again = clone.walden.json(&["clone", "start", &clone.name]);
+    assert_eq!(again["state"], "running", "{again}");
+    has_failed();
+    // Not for options, which would be for the next start.
+    let words = ["clone", "start", &clone.name, "--hydrate-rate", "1MiB"];
+    let refused = clone.walden.try_run(&words).expect_code(1);
+    assert!(refused.stderr.contains("is running already"), "{}", refused.stderr);
+    for (path, bytes) in whole {
+        fs::write(&path, bytes).unwrap();
+    }
+    clone.run("start");
+    wait_until_whole(&clone);
+    assert_eq!(clone.processes(), processes, "something was started anew");
+    assert_eq!(clone.sql("select count(*), sum(n) from cold"), "100000|5000050000");
+    let refused = clone.walden.try_run(&["clone", "start", &clone.name]).expect_code(1);
+    assert!(refused.stderr.contains("is running already"), "{}", refused.stderr);
     clone.run("delete");
 }

@@ -18,6 +18,7 @@ mod killed_commands;
 mod life;
 mod pieces;
 mod rounds;
+mod shown;
 mod silent_store;
 mod store_away;
 mod tablespaces;

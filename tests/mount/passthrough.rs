@@ -15,6 +15,7 @@ use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{Whence, lseek};
 use walden::disk::Owner;
+use walden::mount::memory_lower::MemoryLower;
 use walden::mount::mounting;
 
 use crate::exercise::RELATION;
@@ -257,10 +258,18 @@ fn a_file_opened_for_synced_writes_is_passed_through_too() {
 fn a_hint_does_no_harm() {
     let Some(whole) = Whole::mount() else { return };
     let file = whole.open();
+    let before = whole.writable.upper().stats();
     for page in (0..RELATION / 8192).rev() {
         posix_fadvise(&file, page as i64 * 8192, 8192, PosixFadviseAdvice::POSIX_FADV_WILLNEED).unwrap();
     }
+    // Each is handed on to the local file, and not a byte is copied for it.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while whole.writable.upper().stats().hints < before.hints + RELATION / 8192 {
+        assert!(Instant::now() < deadline, "{:?}", whole.writable.upper().stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
     assert!(whole.is_content());
+    assert_eq!(whole.writable.upper().stats().reads, before.reads);
     assert_eq!(file.metadata().unwrap().len(), RELATION);
     assert_eq!(lseek(&file, 0, Whence::SeekEnd).unwrap() as u64, RELATION);
     // Of one that has yet to be fetched it fetches, and side by side.
@@ -270,6 +279,44 @@ fn a_hint_does_no_harm() {
     while whole.writable.upper().stats().filled_bytes < RELATION + 262_144 {
         assert!(Instant::now() < deadline, "{:?}", whole.writable.upper().stats());
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The kernel's own limit is twelve at once: who hints at more would wait for a store of many milliseconds.
+#[test]
+fn two_hundred_hints_are_on_their_way_at_once() {
+    const HINTS: u64 = 200;
+    // None follows another, and no two are one fetch.
+    const APART: u64 = 2 * 65_536;
+    if !can_mount() {
+        return;
+    }
+    let (scratch, lower) = (scratch(), MemoryLower::build(&[("cold", HINTS * APART), ("PG_VERSION", 3)]));
+    let lower = Arc::new(lower);
+    let writable = Writable::mount(scratch.path(), lower.clone(), Owner::current());
+    let file = File::open(writable.data().join("cold")).unwrap();
+    let store_is_slow = lower.gate.clone().try_write_owned().unwrap();
+    let before = lower.fetches();
+    let hinted = file.try_clone().unwrap();
+    // Whoever hints waits where the kernel's limit is met.
+    let hinting = std::thread::spawn(move || {
+        for hint in (0..HINTS).rev() {
+            posix_fadvise(&hinted, (hint * APART) as i64, 4096, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
+                .unwrap();
+        }
+    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while lower.fetches() < before + HINTS && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (under_way, read_aheads) = (lower.fetches() - before, writable.upper().stats().read_aheads);
+    drop(store_is_slow);
+    hinting.join().unwrap();
+    assert_eq!((under_way, read_aheads), (HINTS, 0), "on their way, and fetches that nobody has hinted");
+    let mut page = [0; 4096];
+    for hint in [0, HINTS - 1] {
+        file.read_exact_at(&mut page, hint * APART).unwrap();
+        assert!(page[..] == lower.content(lower.at("cold"), hint * APART..hint * APART + 4096));
     }
 }
 

@@ -212,12 +212,20 @@ fn a_server_that_its_owner_has_started_holds_the_mount_of_a_dead_supervisor() {
     let load = Chaos::start(&restored);
     load.wait_for_commits(COMMITS);
     let (supervisor, postmaster) = (restored.supervisor().unwrap(), restored.postmaster());
+    // It is not to meet the dead mount before somebody else has.
+    kill(postmaster, Signal::SIGSTOP).unwrap();
     kill(supervisor, Signal::SIGKILL).unwrap();
     wait_for("the supervisor to be gone", || (!is_alive(supervisor)).then_some(()));
-    if is_alive(postmaster) {
-        let refused = restored.try_resume();
-        assert!(!refused.success() || !is_alive(postmaster), "a mount beside one that is still written to");
-        let _ = kill(postmaster, Signal::SIGQUIT);
+    let refused = restored.try_resume();
+    assert!(is_alive(postmaster), "it was to wait");
+    assert!(!refused.success(), "a mount beside one that is still written to");
+    assert!(
+        refused.stderr.contains(&postmaster.to_string()),
+        "who holds it is not named: {}",
+        refused.stderr
+    );
+    for signal in [Signal::SIGQUIT, Signal::SIGCONT] {
+        kill(postmaster, signal).unwrap();
     }
     let is_gone = || processes_in(&restored.directory).is_empty() && !is_there(postmaster);
     wait_for("the server to be gone, and collected", || is_gone().then_some(()));

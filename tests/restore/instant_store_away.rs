@@ -2,10 +2,10 @@
 //! and nothing that was acknowledged is lost.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::PathBuf;
 
-use crate::instant_scene::{Scene, Victim};
+use crate::instant_scene::{Restored, Scene, Victim, word};
 use crate::support::{Need, Options, require, wait_for};
 
 /// A folder of the repository that cannot be read: it leads to itself, which fails for everyone, root too, and says
@@ -59,6 +59,44 @@ impl Scene {
         assert_eq!(folders.len(), 1, "the source has one basebackup");
         folders.remove(0).join("packs")
     }
+
+    /// What PostgreSQL reads in critical sections is there, asked for or not.
+    #[track_caller]
+    fn assert_shared_files_are_local(&self, restored: &Restored<'_>) {
+        let beneath = self.beneath();
+        let mut files = 0;
+        for directory in ["global", "pg_xact", "pg_multixact/members", "pg_multixact/offsets", "pg_commit_ts"]
+        {
+            let mounted = restored.directory.join(directory);
+            for entry in fs::read_dir(&mounted).unwrap().flatten() {
+                let size = entry.metadata().unwrap().len();
+                // Walden's private area has this one.
+                if entry.file_name() == "pg_control" || size == 0 {
+                    continue;
+                }
+                let local = fs::metadata(beneath.path(&entry.path()));
+                let on_disk = local.map_or(0, |local| local.blocks() * 512);
+                assert!(on_disk >= size, "{} has {on_disk} of {size} bytes", entry.path().display());
+                files += 1;
+            }
+        }
+        assert!(files > 40, "{files} files");
+    }
+
+    /// Reads what the restored servers have said.
+    #[track_caller]
+    fn assert_no_panic(&self) {
+        let folder = fs::read_dir(self.source.scratch().path().join("walden/state/log")).unwrap();
+        let logs = folder.map(|entry| entry.unwrap().path());
+        let logs: Vec<PathBuf> =
+            logs.filter(|path| path.to_string_lossy().ends_with(".server.log")).collect();
+        assert!(!logs.is_empty(), "no server has a log");
+        for log in logs {
+            let log = fs::read_to_string(log).unwrap();
+            assert!(log.contains("ready to accept"), "this is no server's log: {log}");
+            assert!(!log.contains("PANIC"), "{log}");
+        }
+    }
 }
 
 const STATE: &str = "select pg_get_wal_replay_pause_state()";
@@ -103,12 +141,19 @@ fn a_server_that_answers_misses_the_store_with_an_error_and_becomes_plain_once_i
     let restored = scene.place("restored");
     let mut beside = restored.begin_beside(&["--hydrate-rate", "256KiB"]);
     restored.wait_until_writable(&mut beside);
+    // PostgreSQL lets sessions in when it likes; Walden says that it answers once it cannot panic of a read any more.
+    wait_for("the word that it answers", || {
+        beside.assert_no_failure();
+        beside.has_told("the server answers after").then_some(())
+    });
+    scene.assert_shared_files_are_local(&restored);
     assert_eq!(restored.sql("select count(*) from changed"), "998");
     let packs = Hidden::new(scene.packs());
     let missed = restored.try_sql("select sum(n) from cold").unwrap_err();
     assert!(missed.contains("Input/output error"), "{missed}");
     // What it has, and what it makes, it goes on with.
-    restored.sql("create role one; comment on role one is 'x'; drop role one");
+    restored
+        .sql("create role one; comment on role one is 'x'; select txid_status('3'::bigint); drop role one");
     restored.sql("insert into changed values (0); checkpoint");
     wait_for("the store to be missed", || {
         beside.assert_no_failure();
@@ -118,6 +163,7 @@ fn a_server_that_answers_misses_the_store_with_an_error_and_becomes_plain_once_i
     assert!(!beside.has_ended(), "it cannot be plain without the store");
     packs.show();
     assert_eq!(restored.sql("select sum(n) from cold"), "200010000");
+    scene.assert_no_panic();
     restored.finish();
     assert_eq!(restored.sql("select count(*) from changed"), "999");
     restored.stop();
@@ -145,6 +191,7 @@ fn a_stop_without_the_store_comes_to_its_end_and_loses_nothing() {
     assert!(!restored.answers());
     restored.assert_bare_refuses_twice();
     packs.show();
+    scene.assert_no_panic();
     restored.finish();
     assert_eq!(restored.sql("select count(*) from changed"), "999");
     assert_eq!(restored.sql("select sum(n) from colder"), "200010000");
@@ -152,7 +199,8 @@ fn a_stop_without_the_store_comes_to_its_end_and_loses_nothing() {
     restored.assert_plain();
 }
 
-/// Going on does not help until the object is well: it is named, the server stays, and what it asks for elsewhere comes.
+/// Going on does not help until the object is well: it is named, the server stays, and what it asks for elsewhere comes. Then
+/// the same process goes on, and nobody has to stop the server for that.
 #[test]
 fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root, Need::Folder);
@@ -185,11 +233,16 @@ fn a_damaged_pack_keeps_it_from_being_plain_and_is_named() {
     let status = beside.wait();
     assert!(!status.success(), "{status}: {}", beside.told());
     assert!(restored.answers(), "the server is gone");
+    let servers = [restored.supervisor().unwrap(), restored.postmaster()];
+    let again = restored.try_resume().expect_code(1);
+    assert!(again.stderr.contains("does not become whole"), "{}", again.stderr);
     for (path, bytes) in whole {
         fs::write(&path, bytes).unwrap();
         scene.source.scratch().account().own(&path);
     }
-    restored.finish();
+    let report = restored.resume();
+    assert_eq!(word(&report, "state"), "plain", "{report}");
+    assert_eq!([restored.supervisor().unwrap(), restored.postmaster()], servers);
     assert_eq!(restored.sql("select count(*) from changed"), "999");
     assert_eq!(restored.sql("select sum(n) from cold"), "200010000");
     restored.stop();

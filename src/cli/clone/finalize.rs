@@ -32,7 +32,7 @@ use super::super::text::TextStyle;
 use super::delete::{detach_dead_mount, let_go};
 use super::start::{HandedOver, start};
 use super::stop::{stop, wait_for_end};
-use super::{existing, is_supervised, status_of};
+use super::{ask, existing, is_supervised, status_of};
 
 /// Makes an ordinary data directory of a clone
 #[derive(Debug, Args)]
@@ -166,6 +166,8 @@ async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), Comma
         let spent = HandedOver::of(context, context.clock().monotonic());
         start(context, folder, &spec.site, spent).await?;
     }
+    // What could not come before is tried again.
+    ask(folder, &Request::Hydrate).await?;
     let mut progress = Hydration { context, progress: None, shown: 0, waits_for: None };
     loop {
         match control::request(&folder.control_socket(), &Request::Finalize).await {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use crate::control::{CloneState, CloneStatus};
+use crate::control::{CloneState, CloneStatus, HydrationState, Request};
 use crate::instance::clone_folder::CloneFolder;
 
 use super::super::context::Context;
@@ -19,7 +19,7 @@ use super::super::exit::ExitKind;
 use super::chosen::Chosen;
 use super::expired::refuse_over;
 use super::hydrate_arguments::HydrateArguments;
-use super::{is_supervised, refuse_finalizing, status_of};
+use super::{ask, is_supervised, refuse_finalizing, status_of};
 
 /// Starts a clone that was stopped, or that a reboot took down
 #[derive(Debug, Args)]
@@ -56,13 +56,31 @@ impl CloneStart {
                 self.remember_hydration(folder)?;
                 return start_and_tell(context, folder);
             }
-            if !chosen.are_several {
-                let message = format!("clone \"{}\" is running already", folder.name());
-                return Err(CommandError::failed(message));
-            }
-            context.block_on_one_thread(status_of(folder))?
+            self.go_on(context, folder, chosen.are_several)
         };
         chosen.each("started", start, |started| chosen.print(context, started))
+    }
+
+    /// Has a clone that runs fetch again what could not come; one of which nothing failed is none to be started.
+    fn go_on(
+        &self,
+        context: &Context,
+        folder: &CloneFolder,
+        is_passed_over: bool,
+    ) -> Result<CloneStatus, CommandError> {
+        context.block_on_one_thread(async {
+            let status = status_of(folder).await?;
+            // Options are for the next start.
+            if status.hydration.state == HydrationState::Failed && !self.hydrate.are_given() {
+                ask(folder, &Request::Hydrate).await?;
+                return status_of(folder).await;
+            }
+            if is_passed_over {
+                return Ok(status);
+            }
+            let message = format!("clone \"{}\" is running already", folder.name());
+            Err(CommandError::failed(message))
+        })?
     }
 
     /// Writes down how the rest of the clone comes from now on, where that was said.

@@ -431,6 +431,7 @@ impl<'a> Serving<'a> {
                 RestoreReply::Status(Box::new(self.status()))
             }
             RestoreRequest::Start => {
+                self.hydrating.begin_again(&self.mounts).await;
                 self.look().await;
                 if self.running.pid().is_some() || !self.waiting.is_empty() {
                     RestoreReply::Done

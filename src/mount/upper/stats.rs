@@ -17,6 +17,8 @@ pub(crate) struct Counters {
     pub(crate) materialized: AtomicU64,
     pub(crate) read_through: AtomicU64,
     pub(crate) read_aheads: AtomicU64,
+    pub(crate) reads: AtomicU64,
+    pub(crate) hints: AtomicU64,
 }
 
 /// What an upper has fetched since it was opened.
@@ -38,6 +40,10 @@ pub struct UpperStats {
     pub read_through: u64,
     /// Times something was fetched because it followed what was read.
     pub read_aheads: u64,
+    /// Reads that came here; those of files that are passed through do not.
+    pub reads: u64,
+    /// Hints that something will be read, which went to the local file.
+    pub hints: u64,
 }
 
 impl Counters {
@@ -64,6 +70,8 @@ impl Counters {
             materialized: get(&self.materialized),
             read_through: get(&self.read_through),
             read_aheads: get(&self.read_aheads),
+            reads: get(&self.reads),
+            hints: get(&self.hints),
         }
     }
 }

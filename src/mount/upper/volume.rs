@@ -24,6 +24,7 @@ use crate::mount::upper::local_disk::Times;
 use crate::mount::upper::namespace::{Below, Entered, Namespace, of_io};
 use crate::mount::upper::node::{LowerNode, Node};
 use crate::mount::upper::read_ahead::TasksAhead;
+use crate::mount::upper::stats::Counters;
 use crate::mount::upper::{Shared, Upper};
 
 /// The longest name Linux has.
@@ -459,6 +460,7 @@ impl UpperFile {
 impl OpenFile for UpperFile {
     async fn read(&self, caller: &Caller, offset: u64, length: u32) -> Result<Bytes, Errno> {
         self.check_not_lost()?;
+        Counters::add(&self.shared.counters.reads, 1);
         let range = offset..offset.saturating_add(u64::from(length));
         // First, so that what follows is under way while this is waited for.
         self.read_ahead(&range);
@@ -513,6 +515,7 @@ impl OpenFile for UpperFile {
 
     fn will_need(&self, offset: u64, length: u32) {
         if let Some(file) = self.node.content.as_ref().and_then(Content::file) {
+            Counters::add(&self.shared.counters.hints, 1);
             // Only a hint: who reads without it learns of any error.
             let _ = file.read_ahead(offset, u64::from(length));
         }

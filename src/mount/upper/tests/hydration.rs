@@ -3,7 +3,7 @@
 //! The property test lets clients and a hydrator work side by side, ends both at random points and begins anew. The
 //! others are one rule each: who comes first, a store that is away, a full disk, damage, and what need not come.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -189,6 +189,27 @@ async fn few_requests_are_under_way_while_somebody_s_read_waits() {
     drop(away);
     assert_eq!(reader.await.unwrap().unwrap().len(), 100);
     assert_eq!(hydrating.end().await.state, HydrationState::Done);
+}
+
+/// Both of these somebody has begun to read, and of such files the names decide; the heat decides before them.
+#[tokio::test]
+async fn what_was_waited_for_most_is_brought_first() {
+    let scratch = tempfile::tempdir().unwrap();
+    let names: Vec<String> = (0..12).map(|n| format!("base/1/{n:02}")).collect();
+    let mut tree: Vec<(&str, u64)> = names.iter().map(|name| (&**name, 5 * 65_536)).collect();
+    tree.push(("PG_VERSION", 3));
+    let lower = Arc::new(MemoryLower::build(&tree));
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    for (name, offset) in [("base/1/10", 131_072), ("base/1/10", 0), ("base/1/05", 0)] {
+        world.read(name, offset, 100).await.unwrap();
+    }
+    let before = world.lower.asked().len();
+    assert_eq!(Hydrating::start(&world.upper).end().await.state, HydrationState::Done);
+    let mut order: Vec<NodeId> = world.lower.asked()[before..].iter().map(|(node, _)| *node).collect();
+    let mut seen = HashSet::new();
+    order.retain(|node| seen.insert(*node));
+    let at = |name| world.lower.at(name);
+    assert_eq!(order[..2], [at("base/1/10"), at("base/1/05")]);
 }
 
 #[tokio::test]

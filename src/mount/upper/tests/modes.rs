@@ -212,6 +212,8 @@ async fn the_kernel_gets_the_local_file_and_a_hint_goes_there() {
     assert_eq!(identity(&found), identity(&local));
     created.will_need(0, 8192);
     created.will_need(u64::MAX, 8192);
+    let stats = world.upper.stats();
+    assert_eq!((stats.hints, stats.reads, stats.fetches), (2, 0, 0));
     let other: Arc<dyn OpenFile> = Arc::new(Plain);
     assert_eq!(other.backing().map(drop), Err(Errno::EOPNOTSUPP));
 }
