@@ -3,65 +3,134 @@
 //!
 //! The seed is printed; `WALDEN_KILL_SEED` draws the same moments again. The server syncs: a mount that died must not take
 //! what it was told is durable. In the end the directory is plain and PostgreSQL's own programs read every page of it.
+//! `scripts/bench/instant-kills` does it far more often (`WALDEN_KILL_ROUNDS`, for each of five tests) and has the counts written
+//! down (`WALDEN_KILL_REPORT`).
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
-use crate::instant_scene::{Beside, Restored, Scene, Victim, is_alive, is_there, word};
-use crate::support::{Chaos, Checksums, Ledger, Need, Options, processes_in, require, wait_for};
+use crate::instant_scene::{Beneath, Beside, Restored, Scene, Victim, is_alive, is_there, word};
+use crate::support::{
+    Acknowledged, Chaos, Checksums, Draw, Ledger, Need, Options, Writers, processes_in, require, wait_for,
+};
 
-/// Kills of one restore; the last one may find it plain.
+/// Kills of a test, where nobody asks for another number, and of one restore in it.
 const ROUNDS: usize = 3;
+const LIFE: usize = 3;
 /// So much load before a kill at least, and so much longer at most.
 const COMMITS: i64 = 30;
 const DELAY_MAX: Duration = Duration::from_secs(3);
-/// Some minutes for all of it: no round meets its end unless a test wants that.
+/// How fast it comes to the first restore of a test, and to later ones: in some minutes, or so that the kills of a restore fall
+/// anywhere up to its end.
 const RATE: &str = "256KiB";
+const RATES: [&str; 4] = [RATE, "1MiB", "2MiB", "4MiB"];
 
 /// Moments drawn from a seed.
 struct Moments {
-    state: u64,
+    draw: Draw,
 }
 
 impl Moments {
-    fn new(test: &str) -> Self {
-        let given = std::env::var("WALDEN_KILL_SEED").ok().map(|text| text.parse().unwrap());
-        let nanos = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
-        let seed = given.unwrap_or_else(|| nanos() as u64 ^ u64::from(std::process::id()));
-        eprintln!("{test}: WALDEN_KILL_SEED={seed}");
-        Self { state: seed }
+    fn new(tally: &Tally) -> Self {
+        Self { draw: Draw(tally.seed) }
     }
 
     fn next(&mut self) -> Duration {
-        self.state =
-            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        DELAY_MAX.mul_f64((self.state >> 40) as f64 / f64::from(1 << 24))
+        Duration::from_micros(self.draw.below(DELAY_MAX.as_micros() as u64))
+    }
+
+    /// What a load draws from.
+    fn load(&mut self) -> u64 {
+        self.draw.below(1 << 31)
+    }
+
+    /// How fast all of it comes to one restore of several.
+    fn rate(&mut self, victim: Victim, number: usize) -> &'static str {
+        match victim {
+            _ if number == 0 => RATE,
+            // A supervisor that lives on must not come to the end between two looks.
+            Victim::Postmaster => self.draw.one(&RATES[..2]),
+            Victim::Supervisor | Victim::Both | Victim::Host => self.draw.one(&RATES),
+        }
     }
 }
 
+/// What came of the rounds of a test.
+struct Tally {
+    test: String,
+    seed: u64,
+    wanted: usize,
+    rounds: usize,
+    commits: i64,
+    /// Rounds whose kill found the directory plain.
+    plain: usize,
+}
+
+impl Tally {
+    fn new(test: &str) -> Self {
+        let nanos = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
+        let seed = number_of("WALDEN_KILL_SEED");
+        let seed = seed.unwrap_or_else(|| nanos() as u64 ^ u64::from(std::process::id()));
+        let wanted = number_of("WALDEN_KILL_ROUNDS").map_or(ROUNDS, |rounds| rounds as usize);
+        eprintln!("{test}: WALDEN_KILL_SEED={seed} WALDEN_KILL_ROUNDS={wanted}");
+        Self { test: test.to_owned(), seed, wanted, rounds: 0, commits: 0, plain: 0 }
+    }
+
+    /// Ends the load of a round.
+    fn end(&mut self, load: Writers) -> Acknowledged {
+        self.rounds += 1;
+        self.commits += load.commits();
+        load.end()
+    }
+}
+
+impl Drop for Tally {
+    /// Tells it, also of rounds that a loss ended.
+    fn drop(&mut self) {
+        let line = json!({
+            "test": self.test, "seed": self.seed, "wanted": self.wanted, "rounds": self.rounds,
+            "commits": self.commits, "plain": self.plain, "lost": std::thread::panicking(),
+        });
+        eprintln!("{line}");
+        if let Some(path) = std::env::var_os("WALDEN_KILL_REPORT") {
+            let report = File::options().create(true).append(true).open(path);
+            let _ = report.and_then(|mut report| writeln!(report, "{line}"));
+        }
+    }
+}
+
+fn number_of(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text}")))
+}
+
+/// Most of what the load writes to is of the basebackup, and may come at any moment of it.
 fn source() -> Scene {
-    Scene::filled(Options::default().setting("fsync", "on"))
+    let scene = Scene::start(Options::default().setting("fsync", "on"));
+    Writers::prepare(&scene.source, 2);
+    scene.fill()
 }
 
 /// Goes on, and finds every row that was acknowledged.
 #[track_caller]
-fn goes_on(restored: &Restored<'_>, acknowledged: i64) -> Beside {
+fn goes_on(restored: &Restored<'_>, acknowledged: &mut Acknowledged) -> Beside {
     let mut beside = restored.resume_beside(&[]);
     restored.wait_until_writable(&mut beside);
-    Ledger::assert_holds(restored, acknowledged);
+    acknowledged.assert_hold(restored);
     assert_eq!(restored.sql("select count(*), sum(n) from later"), "1000|500500");
     beside
 }
 
 /// Comes to the end, and checks what is left then.
 #[track_caller]
-fn ends_plain(scene: &Scene, restored: &Restored<'_>, mut beside: Beside, acknowledged: i64) {
+fn ends_plain(restored: &Restored<'_>, mut beside: Beside, acknowledged: &mut Acknowledged) {
     assert_eq!(word(&beside.report(), "state"), "plain");
-    Ledger::assert_holds(restored, acknowledged);
-    restored.amcheck();
+    assert_holds_all(restored, acknowledged);
     let rows = Checksums::of(restored);
     restored.stop();
     restored.assert_plain();
@@ -69,40 +138,91 @@ fn ends_plain(scene: &Scene, restored: &Restored<'_>, mut beside: Beside, acknow
     restored.assert_starts_natively();
     rows.assert_same(&Checksums::of(restored));
     restored.stop();
-    let holds = scene.holds();
-    assert_eq!((holds.pins, holds.open_pins, holds.open_leases), (1, 0, 0), "{holds:?}");
+}
+
+/// Goes on with a directory that is plain without Walden, and checks what is in it.
+#[track_caller]
+fn goes_on_plain(restored: &Restored<'_>, acknowledged: &mut Acknowledged) {
+    // It takes dead mounts away, and says that there is nothing to go on with.
+    let left = restored.try_resume();
+    assert!(restored.mounts().is_empty(), "a mount over a plain directory: {}", left.stderr);
+    restored.start();
+    crate::source::wait_until_writable(restored);
+    assert_holds_all(restored, acknowledged);
+    restored.stop();
+    restored.assert_plain();
+    restored.assert_checksums();
+}
+
+/// Reads everything there is.
+#[track_caller]
+fn assert_holds_all(restored: &Restored<'_>, acknowledged: &mut Acknowledged) {
+    acknowledged.assert_hold(restored);
+    acknowledged.assert_rest(restored);
+    assert_eq!(restored.sql("select count(*), sum(n) from cold"), "200000|20000100000");
+    restored.amcheck();
 }
 
 fn a_restore_survives(victim: Victim) {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
-    let mut moments = Moments::new(&format!("{victim:?}"));
+    let mut tally = Tally::new(&format!("{victim:?}"));
+    let mut moments = Moments::new(&tally);
     let scene = source();
-    let restored = scene.place("restored");
-    let mut beside = restored.begin_beside(&["--hydrate-rate", RATE]);
+    let beneath = scene.beneath();
+    let mut number = 0;
+    while tally.rounds < tally.wanted {
+        let restored = scene.place(&format!("restored-{number}"));
+        let rate = moments.rate(victim, number);
+        live(&scene, &beneath, &restored, (victim, rate), &mut moments, &mut tally);
+        number += 1;
+        let holds = scene.holds();
+        assert_eq!((holds.pins, holds.open_pins, holds.open_leases), (number, 0, 0), "{holds:?}");
+        fs::remove_dir_all(&restored.directory).unwrap();
+    }
+}
+
+/// Has a restore live through some rounds, and come to its end.
+#[track_caller]
+fn live(
+    scene: &Scene,
+    beneath: &Beneath,
+    restored: &Restored<'_>,
+    (victim, rate): (Victim, &str),
+    moments: &mut Moments,
+    tally: &mut Tally,
+) {
+    let seen = beneath.path(&restored.directory).join("PG_VERSION");
+    let mut beside = restored.begin_beside(&["--hydrate-rate", rate]);
     restored.wait_until_writable(&mut beside);
-    let mut acknowledged = 0;
-    for round in 0..ROUNDS {
-        let load = Chaos::start(&restored);
+    // What the restores before it have archived is in it.
+    let mut acknowledged = Acknowledged::default();
+    acknowledged.assert_hold(restored);
+    for _ in 0..LIFE.min(tally.wanted - tally.rounds) {
+        let load = Writers::start(restored, moments.load(), &acknowledged);
         load.wait_for_commits(COMMITS);
         let delay = moments.next();
-        eprintln!("round {round}: {victim:?} after {delay:?}");
+        eprintln!("round {}: {victim:?} after {delay:?}, at {rate}", tally.rounds);
         std::thread::sleep(delay);
         restored.kill(victim);
-        acknowledged = load.abandon().acknowledged();
-        // Whoever followed hears of it; a server that is gone is no success.
+        acknowledged = tally.end(load);
+        // Whoever followed hears of it; a server that is gone is no success, unless nothing was left to be followed.
         wait_for("the command to end", || beside.has_ended().then_some(()));
+        if seen.exists() {
+            tally.plain += 1;
+            return goes_on_plain(restored, &mut acknowledged);
+        }
         if victim == Victim::Host {
             restored.assert_bare_refuses_twice();
         }
         assert_eq!(scene.holds().open_pins, 1, "it is still needed");
-        beside = goes_on(&restored, acknowledged);
+        beside = goes_on(restored, &mut acknowledged);
     }
     drop(beside);
     // As fast as it comes: nobody is killed any more.
     restored.kill(Victim::Host);
-    let beside = hurry(&restored);
-    Ledger::assert_holds(&restored, acknowledged);
-    ends_plain(&scene, &restored, beside, acknowledged);
+    let beside = hurry(restored);
+    acknowledged.assert_hold(restored);
+    ends_plain(restored, beside, &mut acknowledged);
 }
 
 /// Goes on without a limit.
@@ -138,10 +258,11 @@ fn every_acknowledged_row_survives_a_reboot() {
 #[test]
 fn a_host_that_dies_while_the_last_files_come_to_their_place_loses_nothing() {
     require!(Need::PostgreSQL(15), Need::Fuse, Need::Root);
-    let mut moments = Moments::new("the end");
+    let mut tally = Tally::new("End");
+    let mut moments = Moments::new(&tally);
     let scene = source();
     let beneath = scene.beneath();
-    for round in 0..ROUNDS {
+    for round in 0..tally.wanted {
         let restored = scene.place(&format!("restored-{round}"));
         let mut beside = restored.begin_beside(&[]);
         restored.wait_until_writable(&mut beside);
@@ -152,16 +273,23 @@ fn a_host_that_dies_while_the_last_files_come_to_their_place_loses_nothing() {
             seen.exists().then_some(())
         });
         // The rest takes milliseconds.
-        let delay = moments.next() / 30 * u32::try_from(round).unwrap();
+        let delay = moments.next() / 30 * u32::try_from(round % ROUNDS).unwrap();
         eprintln!("round {round}: the host after {delay:?}");
         std::thread::sleep(delay);
         load.wait_for_commits(1);
         restored.kill(Victim::Host);
         let acknowledged = load.abandon().acknowledged();
+        tally.rounds += 1;
+        tally.commits += acknowledged;
         drop(beside);
-        if !restored.directory.join("PG_VERSION").exists() {
+        if restored.directory.join("PG_VERSION").exists() {
+            tally.plain += 1;
+        } else {
             restored.assert_bare_refuses();
-            goes_on(&restored, acknowledged).report();
+            let mut beside = restored.resume_beside(&[]);
+            restored.wait_until_writable(&mut beside);
+            Ledger::assert_holds(&restored, acknowledged);
+            beside.report();
             restored.stop();
         }
         // From here on PostgreSQL needs nobody's help.
@@ -209,7 +337,7 @@ fn a_server_that_its_owner_has_started_holds_the_mount_of_a_dead_supervisor() {
     restored.stop();
     restored.start();
     crate::source::wait_until_writable(&restored);
-    let load = Chaos::start(&restored);
+    let load = Writers::start(&restored, 1, &Acknowledged::default());
     load.wait_for_commits(COMMITS);
     let (supervisor, postmaster) = (restored.supervisor().unwrap(), restored.postmaster());
     // It is not to meet the dead mount before somebody else has.
@@ -229,12 +357,12 @@ fn a_server_that_its_owner_has_started_holds_the_mount_of_a_dead_supervisor() {
     }
     let is_gone = || processes_in(&restored.directory).is_empty() && !is_there(postmaster);
     wait_for("the server to be gone, and collected", || is_gone().then_some(()));
-    let acknowledged = load.abandon().acknowledged();
+    let mut acknowledged = load.end();
     if restored.supervisor().is_none() {
-        goes_on(&restored, acknowledged);
+        goes_on(&restored, &mut acknowledged);
     }
     restored.finish();
-    Ledger::assert_holds(&restored, acknowledged);
+    acknowledged.assert_hold(&restored);
     restored.amcheck();
     restored.stop();
     restored.assert_plain();

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use crate::disk::Owner;
 use crate::mount::fs::{FileKind, LocalId, NewNode, RenameMode};
 use crate::mount::lower::Child;
+use crate::mount::upper::as_owner::as_owner;
 use crate::mount::upper::content::Content;
 use crate::mount::upper::local_disk::LocalFile;
 use crate::mount::upper::namespace::{Below, Namespace, of_io};
@@ -38,7 +39,7 @@ impl Namespace {
     /// Creates a file and leaves it open.
     pub(crate) fn create(&mut self, at: Name<'_>, mode: u32, owner: Owner) -> Result<LocalId, Errno> {
         let place = self.new_place(at)?;
-        let file = self.disk.create(&place, mode).map_err(of_io)?;
+        let file = as_owner(owner, || self.disk.create(&place, mode)).map_err(of_io)?;
         self.finish_new(at, &place, FileKind::File, owner, Some(file))
     }
 
@@ -53,15 +54,15 @@ impl Namespace {
         let place = self.new_place(at)?;
         let kind = match what {
             Make::Directory => {
-                self.disk.make_directory(&place, mode).map_err(of_io)?;
+                as_owner(owner, || self.disk.make_directory(&place, mode)).map_err(of_io)?;
                 FileKind::Directory
             }
             Make::Symlink(target) => {
-                self.disk.make_symlink(target, &place).map_err(of_io)?;
+                as_owner(owner, || self.disk.make_symlink(target, &place)).map_err(of_io)?;
                 FileKind::Symlink
             }
             Make::Node(node) => {
-                self.disk.make_node(&place, node, mode).map_err(of_io)?;
+                as_owner(owner, || self.disk.make_node(&place, node, mode)).map_err(of_io)?;
                 match node {
                     NewNode::File => FileKind::File,
                     NewNode::Fifo => FileKind::Fifo,

@@ -15,6 +15,7 @@
 //! ```
 
 mod alone;
+mod as_owner;
 mod changes;
 mod content;
 mod durable;
