@@ -206,7 +206,10 @@ mod tests {
                 read.end <= 2 * WINDOW || frontier > read.end || frontier == LIMIT,
                 "{read:?}: {frontier}"
             );
-            assert!(frontier.saturating_sub(read.end) <= (WINDOWS_AHEAD + 1) * WINDOW_MAX, "{read:?}: {frontier}");
+            assert!(
+                frontier.saturating_sub(read.end) <= (WINDOWS_AHEAD + 1) * WINDOW_MAX,
+                "{read:?}: {frontier}"
+            );
         }
         assert_eq!(frontier, LIMIT);
     }
