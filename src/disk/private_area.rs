@@ -62,6 +62,11 @@ const LOCK_NAME: &str = "lock";
 /// What a released area is called until it is removed: PostgreSQL's tools and Walden's backups leave out such a name.
 const RELEASED_NAME: &str = "pgsql_tmp.walden";
 
+/// Tells whether a crash has left something of an area of `parent` that was released already.
+pub fn has_released(parent: &Path) -> bool {
+    parent.join(RELEASED_NAME).is_dir()
+}
+
 /// Removes what a crash has left of an area of `parent` that was released already.
 pub fn clear_released(parent: &Path) -> Result<(), Error> {
     ReleaseStep::Remove { directory: parent.join(RELEASED_NAME) }.take()

@@ -17,11 +17,20 @@ pub fn adopt() {
     }
 }
 
-/// Kills every child of this process and waits until it is gone.
+/// As deep as what a server starts may be nested: an archiver has a shell, and that has a program.
+const GENERATIONS_MAX: usize = 16;
+
+/// Kills every child of this process and waits until it is gone, and then what those have left.
 pub fn end() {
-    for child in children() {
-        if kill(child, Signal::SIGKILL).is_ok() {
-            let _ = waitpid(child, None);
+    for _ in 0..GENERATIONS_MAX {
+        let children = children();
+        if children.is_empty() {
+            return;
+        }
+        for child in children {
+            if kill(child, Signal::SIGKILL).is_ok() {
+                let _ = waitpid(child, None);
+            }
         }
     }
 }

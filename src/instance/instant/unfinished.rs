@@ -108,7 +108,12 @@ pub fn find(target: &Path) -> Result<Found, InstantError> {
         detach_tablespaces(&data)?;
     }
     let Some(area) = PrivateArea::open(&data)? else {
-        return Ok(if was_mounted { Found::Plain } else { Found::Other });
+        // Killed on the last step of all.
+        let was_released = private_area::has_released(&data);
+        if was_released {
+            private_area::clear_released(&data)?;
+        }
+        return Ok(if was_mounted || was_released { Found::Plain } else { Found::Other });
     };
     let Some(spec) = read_spec(&data)? else { return Ok(Found::Other) };
     // Before it had begun, it ended.
@@ -355,6 +360,16 @@ mod tests {
         let refused = find(scratch.path()).unwrap_err();
         assert!(refused.to_string().contains("it has format 2"), "{refused}");
         assert!(refused.hint().unwrap().contains("release"), "{refused:?}");
+    }
+
+    #[test]
+    fn what_a_kill_on_the_last_step_has_left_is_removed_once() {
+        let scratch = tempfile::tempdir().unwrap();
+        let released = scratch.path().join("pgsql_tmp.walden");
+        std::fs::create_dir_all(released.join("held")).unwrap();
+        assert!(matches!(find(scratch.path()), Ok(Found::Plain)));
+        assert!(!released.exists());
+        assert!(matches!(find(scratch.path()), Ok(Found::Other)));
     }
 
     #[test]
