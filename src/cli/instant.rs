@@ -6,6 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
+
 use crate::config::{KeyPurpose, SiteConfig};
 use crate::control::{self, HydrationState, RestoreReply, RestoreRequest, RestoreStatus, RestoredServer};
 use crate::disk::{self, LockFile, Owner};
@@ -96,10 +98,11 @@ pub(super) async fn resume(
     asked_at: Instant,
 ) -> Result<Option<InstantReport>, CommandError> {
     let mut told = String::new();
+    let waits = Notify::new();
     let attempts = async {
         loop {
             let error = match go_on(context, resumption, asked_at).await? {
-                Went::On(report) => return Ok(report),
+                Went::On(report) => return Ok(report.map(|report| *report)),
                 Went::Without(error) if !resumption.no_start => return Err(error),
                 Went::Without(error) => error,
             };
@@ -111,15 +114,20 @@ pub(super) async fn resume(
                 tracing::warn!("{message}; the store is waited for");
                 told = message;
             }
+            waits.notify_one();
             tokio::time::sleep(STORE_PAUSE).await;
         }
+    };
+    // Listened to once, the signal ends nothing by itself any more: what a plain restore does after this it must still end.
+    let interrupted = async {
+        waits.notified().await;
+        tokio::signal::ctrl_c().await
     };
     tokio::select! {
         // Whoever follows is told more.
         biased;
         done = attempts => done,
-        // Once that was listened to, it ends nothing by itself.
-        _ = tokio::signal::ctrl_c() => Err(CommandError::failed("interrupted").hint(format!(
+        _ = interrupted => Err(CommandError::failed("interrupted").hint(format!(
             "\"walden restore --resume --target-dir {}\" goes on with it.",
             resumption.target.display()
         ))),
@@ -129,7 +137,7 @@ pub(super) async fn resume(
 /// What became of going on.
 enum Went {
     /// It is as far as it is followed; nothing where there is no restore of this kind.
-    On(Option<InstantReport>),
+    On(Option<Box<InstantReport>>),
     /// The store did not answer, and nothing is mounted.
     Without(CommandError),
 }
@@ -173,7 +181,7 @@ async fn go_on(
         }
         Found::Plain => {
             let message = format!(
-                "\"{}\" is an ordinary data directory; dead mounts were taken away",
+                "\"{}\" is an ordinary data directory; what was left of its restore is gone",
                 target.display()
             );
             return Err(CommandError::failed(message).hint("Start its server as ever."));
@@ -186,7 +194,7 @@ async fn go_on(
     spawned.lock = lock;
     match follow(context, target, Some(spawned), until).await {
         Err(error) if error.kind == ExitKind::Unreachable => Ok(Went::Without(error)),
-        followed => Ok(Went::On(Some(followed?))),
+        followed => Ok(Went::On(Some(Box::new(followed?)))),
     }
 }
 

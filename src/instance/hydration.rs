@@ -37,6 +37,7 @@ impl Hydrating {
         }
         // What has failed has ended, or is about to.
         self.stop().await;
+        mount.forget_damage();
         let mut work = Box::pin(mount.hydrate());
         // It says that it begins when it is asked for the first time, and its task may come to that late.
         if poll!(&mut work).is_pending() {

@@ -170,8 +170,13 @@ impl LazyUppers {
     }
 
     /// Returns the first damage of the basebackup that this mount met.
-    pub(super) fn damage(&self) -> Option<&str> {
+    pub(super) fn damage(&self) -> Option<String> {
         self.reader.damage()
+    }
+
+    /// Forgets it, because it may have been put right.
+    pub(super) fn forget_damage(&self) {
+        self.reader.forget_damage();
     }
 
     /// Returns the work of bringing what is not local yet, apart from this mount's life; it may be dropped at any time.

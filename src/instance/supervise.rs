@@ -178,7 +178,7 @@ async fn run(options: SuperviseOptions, terminated: impl Future<Output = ()>) ->
     let outcome = run_servers(&options, &spec, &listener, &mount, terminated).await;
     let outcome = outcome.map_err(|error| match mount.damage() {
         // PostgreSQL only saw that a read failed.
-        Some(damage) => SuperviseError::Damaged { damage: damage.to_owned(), error: Box::new(error) },
+        Some(damage) => SuperviseError::Damaged { damage, error: Box::new(error) },
         None => error,
     });
     hydration::remember(folder, &mount, Ok(()));

@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::{ControlFlow, Range};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -53,7 +53,7 @@ pub struct FileReader {
     start_set: Mutex<BTreeMap<(PackId, u32), Bytes>>,
     flights: Arc<Flights<ChunkKey>>,
     transfers: Transfers,
-    damage: OnceLock<String>,
+    damage: Mutex<Option<String>>,
 }
 
 /// Chunks this close in a pack are fetched by one request: a gap costs less than a round trip. What a request brings is
@@ -80,7 +80,7 @@ impl FileReader {
             start_set: Mutex::new(BTreeMap::new()),
             flights: Flights::new(),
             transfers: Transfers::default(),
-            damage: OnceLock::new(),
+            damage: Mutex::default(),
         }
     }
 
@@ -95,8 +95,17 @@ impl FileReader {
     }
 
     /// Returns the first damage that was met, for whoever has to explain a server that ended of a read error.
-    pub fn damage(&self) -> Option<&str> {
-        self.damage.get().map(String::as_str)
+    pub fn damage(&self) -> Option<String> {
+        self.lock_damage().clone()
+    }
+
+    /// Forgets the damage that was met, because it may have been put right: what still is damaged is met again.
+    pub fn forget_damage(&self) {
+        *self.lock_damage() = None;
+    }
+
+    fn lock_damage(&self) -> MutexGuard<'_, Option<String>> {
+        self.damage.lock().expect("no holder of this lock panics")
     }
 
     /// Returns the bytes of `range`, cut at the end of the file.
@@ -153,7 +162,7 @@ impl FileReader {
         if let Err(error) = &outcome
             && error.kind() == ErrorKind::Damaged
         {
-            self.damage.get_or_init(|| error.to_string());
+            self.lock_damage().get_or_insert_with(|| error.to_string());
         }
         outcome
     }

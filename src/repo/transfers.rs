@@ -28,7 +28,7 @@ pub enum Urgency {
 pub const REQUESTS_MAX: usize = 24;
 
 /// Stored and decoded bytes under way at once, three eighths of what a mount may take in all: eight requests of the
-/// largest kind, or half of it for twelve parts of a hydrator.
+/// largest kind, or half of it for six to twelve parts of a hydrator, by how they compress.
 pub const BYTES_MAX: u64 = 96 << 20;
 
 /// The requests of one mount; clones share the bounds.

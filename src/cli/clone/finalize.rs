@@ -167,7 +167,9 @@ async fn make_whole(context: &Context, folder: &CloneFolder) -> Result<(), Comma
         start(context, folder, &spec.site, spent).await?;
     }
     // What could not come before is tried again.
-    ask(folder, &Request::Hydrate).await?;
+    if status_of(folder).await?.hydration.state == HydrationState::Failed {
+        ask(folder, &Request::Hydrate).await?;
+    }
     let mut progress = Hydration { context, progress: None, shown: 0, waits_for: None };
     loop {
         match control::request(&folder.control_socket(), &Request::Finalize).await {

@@ -30,6 +30,14 @@ impl AlwaysRead {
         self.task.spawn(mounts.fetch_never_failing());
     }
 
+    /// Begins anew where damage has ended it, which may have been put right.
+    pub(super) fn begin_again(&mut self, mounts: &LazyUppers) {
+        if self.is_over() && self.failed >= FAILURES_MAX {
+            self.failed = 0;
+            self.begin(mounts);
+        }
+    }
+
     /// Tells whether nothing of them is on its way any more.
     pub(super) fn is_over(&self) -> bool {
         self.task.is_empty()

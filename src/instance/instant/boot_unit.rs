@@ -119,11 +119,10 @@ impl Systemd {
             if !is_for(&path, data) {
                 continue;
             }
-            if self.runs() {
-                self.systemctl(&["disable", &name])?;
-            }
+            let disabled = if self.runs() { self.systemctl(&["disable", &name]) } else { Ok(()) };
+            // Whatever systemctl says, or is killed in the middle of: without its file there is nothing to fail at a boot.
             durable::remove_file(&path).map_err(|error| error.to_string())?;
-            self.reload()?;
+            self.reload().and(disabled)?;
         }
         Ok(())
     }

@@ -432,6 +432,7 @@ impl<'a> Serving<'a> {
             }
             RestoreRequest::Start => {
                 self.hydrating.begin_again(&self.mounts).await;
+                self.fetching.begin_again(&self.mounts);
                 self.look().await;
                 if self.running.pid().is_some() || !self.waiting.is_empty() {
                     RestoreReply::Done

@@ -80,9 +80,11 @@ impl Sequential {
         stream.note(&read, limit).map(|range| ReadAhead { range })
     }
 
-    /// Takes back what was said last of `range`: it is not being fetched.
+    /// Takes back what was said of `range`, and of what lies beyond: it is not being fetched.
     pub(crate) fn take_back(&mut self, range: &Range<u64>) {
-        for stream in self.streams.iter_mut().filter(|stream| stream.frontier == range.end) {
+        // In any order. What did come of those behind it is local, and is not fetched again.
+        let is_ahead = |stream: &&mut Stream| stream.next < range.end && range.end <= stream.frontier;
+        for stream in self.streams.iter_mut().filter(is_ahead) {
             stream.frontier = range.start;
         }
     }
@@ -314,5 +316,11 @@ mod tests {
         sequential.take_back(&said[0].1);
         let said = verdicts(&mut sequential, 16..32);
         assert_eq!(said, [(15, 256 * KIB..768 * KIB)]);
+        // Several are under way, and end in any order: the next begins with the first that failed.
+        let said = verdicts(&mut sequential, 32..256);
+        let [first, second] = [1, 2].map(|n| said[n].1.clone());
+        sequential.take_back(&second);
+        sequential.take_back(&first);
+        assert_eq!(sequential.streams[0].frontier, first.start);
     }
 }
