@@ -163,7 +163,7 @@ async fn go_on(
         if !no_start {
             ask_to_start(context, target).await?;
         }
-        return Ok(Went::On(Some(follow(context, target, None, until).await?)));
+        return Ok(Went::On(Some(Box::new(follow(context, target, None, until).await?))));
     }
     let place = target.to_owned();
     let found = tokio::task::spawn_blocking(move || find(&place)).await;

@@ -119,7 +119,12 @@ fn sigterm_at_any_moment_of_a_start_leaves_no_mount_and_the_next_start_is_right(
     let signal_file = clone.folder().join("upper/data/recovery.signal");
     for start in 0..STARTS {
         let supervisor = Supervisor::start(&clone);
-        std::thread::sleep(undisturbed.mul_f64(draw.below(1000) as f64 / 1000.0));
+        if start == 0 {
+            // The one that lets it come to the end of its recovery is the last that can be hit in the middle of it.
+            wait_for("recovery to begin", || signal_file.exists().then_some(()));
+        } else {
+            std::thread::sleep(undisturbed.mul_f64(draw.below(1000) as f64 / 1000.0));
+        }
         recovering += usize::from(signal_file.exists());
         supervisor.terminate();
         let status = supervisor.wait();

@@ -103,7 +103,7 @@ fn an_ordinary_user_restores_at_once_too() {
     let (restored, report) = scene.answering("restored", &[]);
     assert_eq!(word(&report, "state"), "answering");
     assert!(report["warnings"].to_string().contains("without root"), "{report}");
-    assert_eq!(restored.mounts(), [restored.directory.clone()], "pg_wal is in it");
+    assert_eq!(restored.mounts(), std::slice::from_ref(&restored.directory), "pg_wal is in it");
     crate::source::wait_until_writable(&restored);
     expected.assert_same(&Checksums::of(&restored));
     let load = Chaos::start(&restored);

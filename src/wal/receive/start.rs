@@ -180,7 +180,7 @@ mod tests {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let outcome = runtime.block_on(run(options, open, Arc::new(SystemClock), stopped));
             runtime.shutdown_background();
-            let _ = ended.send(outcome.is_ok());
+            let _ = ended.send(outcome.map(|_| ()).map_err(|error| error.to_string()));
         });
         // Once somebody waits for it, it can be opened to write. Kept open, it holds whoever reads it.
         let mut opening = OpenOptions::new();
@@ -196,6 +196,6 @@ mod tests {
         stop.send_replace(true);
         let ended = end.recv_timeout(PATIENCE);
         drop(writing);
-        assert_eq!(ended, Ok(true));
+        assert_eq!(ended, Ok(Ok(())));
     }
 }
