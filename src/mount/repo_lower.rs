@@ -159,9 +159,11 @@ impl Lower for RepoLower {
         let above = self.path_of(&reader, directory).await?;
         let stored = reader.basebackup().children(&above).await.map_err(|error| lower_error(&error))?;
         let mut children = self.links(&reader, &above);
+        // Only a link of ours can stand where something is stored; among the many that are stored no two have one name.
+        let links = children.len();
         for (number, entry) in stored.iter().filter(|(_, entry)| entry.path.as_bytes() != TABLESPACE_MAP) {
             let name = entry.path.split().1;
-            if children.iter().all(|(linked, ..)| linked != name) {
+            if children[..links].iter().all(|(linked, ..)| linked != name) {
                 children.push((name.to_vec(), NodeId(*number), node_of(entry)));
             }
         }

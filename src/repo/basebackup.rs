@@ -43,10 +43,11 @@ pub struct Basebackup {
     keys: Mutex<HashMap<PackId, Arc<FrameKey>>>,
 }
 
-/// A block holds about a thousand entries of some hundred bytes; 128 of them stay below 32 MiB.
-const BLOCKS_CACHED_MAX: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
-/// Whoever goes through all blocks fetches half of what is cached ahead.
-pub const BLOCKS_AHEAD: usize = BLOCKS_CACHED_MAX.get() / 2;
+/// A block holds about a thousand entries of some hundred bytes; 256 of them stay below 64 MiB. A starting server lists every
+/// directory several times: where not all blocks of a basebackup find room, each time fetches all of them again.
+const BLOCKS_CACHED_MAX: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not zero");
+/// Whoever goes through all blocks fetches a quarter of what is cached ahead.
+pub const BLOCKS_AHEAD: usize = BLOCKS_CACHED_MAX.get() / 4;
 /// Blocks that lie side by side are fetched by one request up to this size.
 const BLOCK_RUN_BYTES_MAX: u64 = 4 << 20;
 /// A manifest up to this size is fetched whole at once.
