@@ -121,8 +121,7 @@ impl Stream {
         self.judged = self.next;
         let (since, has_gaps) = (self.since, self.read < remembered);
         let kept = (remembered / 2).max(REMEMBERED_MIN).min(remembered);
-        // Both are a file's length at most, far below what a product in 64 bits could not hold: 8 MiB times 1 GiB.
-        (self.since, self.read) = (self.next - kept, self.read.min(remembered) * kept / remembered.max(1));
+        (self.since, self.read) = (self.next - kept, self.read.min(remembered) * kept / remembered);
         if is_sparse {
             self.window = if self.window > WINDOW_MIN { self.window / 2 } else { 0 };
             return None;
