@@ -396,7 +396,9 @@ fn scan_to(
     mut each: impl FnMut(&[u8]),
 ) -> io::Result<Whole> {
     let mut file = BufReader::new(File::open(path)?);
-    file.seek(SeekFrom::Start(from.file_bytes))?;
+    if from.file_bytes > 0 {
+        file.seek(SeekFrom::Start(from.file_bytes))?;
+    }
     let mut whole = from;
     let mut bytes = Vec::new();
     while whole.bytes < enough {
