@@ -53,7 +53,7 @@ impl<'a> Shown<'a> {
     pub(super) fn show(&mut self, status: &RestoreStatus) {
         if let Some(seconds) = status.answered_after_seconds.filter(|_| !self.has_answered) {
             self.has_answered = true;
-            (self.say)(&format!("the server answers after {seconds:.1} s ({})", status.server));
+            (self.say)(&format!("answering queries after {seconds:.1} s ({})", status.server));
         }
         // Once: it may start again and again until the store is back.
         if let (RestoredServer::Recovering, Some(message), false) =
@@ -70,7 +70,7 @@ impl<'a> Shown<'a> {
             return;
         }
         // Short, so that the time that is left fits on a terminal.
-        let task = Task::bytes("becoming plain", Some(status.total_bytes));
+        let task = Task::bytes("plain directory", Some(status.total_bytes));
         let progress = self.progress.get_or_insert_with(|| self.monitor.start(task));
         progress.advance(status.hydrated_bytes.saturating_sub(self.bytes));
         self.bytes = self.bytes.max(status.hydrated_bytes);
@@ -86,7 +86,7 @@ mod tests {
     use crate::control::HydrationStatus;
     use crate::monitor::RecordingMonitor;
 
-    const LINE: &str = "becoming plain";
+    const LINE: &str = "plain directory";
 
     #[test]
     fn one_line_tells_how_much_is_there_from_the_first_answer_on() {
@@ -103,7 +103,7 @@ mod tests {
         for bytes in [30, 50, 40, 60] {
             shown.show(&at(bytes, Some(3.12)));
         }
-        assert_eq!(*said.borrow(), ["the server answers after 3.1 s (running)"]);
+        assert_eq!(*said.borrow(), ["answering queries after 3.1 s (running)"]);
         let lines: Vec<_> = monitor.tasks(LINE);
         let amounts: Vec<_> = lines.iter().map(|line| (line.state().done(), line.state().total())).collect();
         assert_eq!(amounts, [(60, Some(100))]);

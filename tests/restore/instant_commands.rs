@@ -111,14 +111,14 @@ fn on_a_terminal_one_line_tells_how_far_it_is() {
     }
     let mut script = script.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
     let shown = || String::from_utf8_lossy(&fs::read(&typescript).unwrap_or_default()).into_owned();
-    let line = "becoming plain: ";
+    let line = "plain directory: ";
     wait_for("the line to tell how long it takes", || {
         let ended = script.try_wait().unwrap();
         assert!(ended.is_none(), "{ended:?}: {}", shown());
         shown().contains(" left\r").then_some(())
     });
     let told = shown();
-    assert!(told.split(line).next().unwrap().contains("the server answers after"), "{told}");
+    assert!(told.split(line).next().unwrap().contains("answering queries after"), "{told}");
     let drawn = told.split('\r').rfind(|drawn| drawn.ends_with(" left")).unwrap();
     assert!(drawn.contains(line) && drawn.contains(" of ") && drawn.contains(" %), "), "{drawn}");
     let lines = told.lines().filter(|shown| shown.contains(line)).count();

@@ -96,10 +96,7 @@ fn assert_ends_well(restored: &Restored<'_>) {
     assert_eq!(restored.sql(ROWS), "19999");
     restored.finish();
     assert_eq!(restored.sql(ROWS), "19999");
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }
 
 /// Whoever has started the server, as Debian does at boot before the network is there.
@@ -201,8 +198,5 @@ fn a_server_that_crashes_is_started_again_though_a_table_is_damaged() {
     }
     restored.finish();
     assert_eq!(restored.sql(ROWS), "20000");
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }

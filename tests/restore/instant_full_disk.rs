@@ -98,10 +98,7 @@ fn on_a_full_disk_cold_data_is_read_writes_are_told_and_nothing_acknowledged_is_
     restored.finish();
     acknowledged.assert_hold(&restored);
     acknowledged.assert_rest(&restored);
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }
 
 #[test]
@@ -132,10 +129,7 @@ fn the_last_of_the_disk_is_left_to_the_server_and_it_becomes_plain_when_there_is
     fs::remove_file(filler).unwrap();
     assert_eq!(word(&beside.report(), "state"), "plain");
     acknowledged.assert_hold(&restored);
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }
 
 /// The mark of a plain directory cannot be made: that is told, tried again, and no word on a server that was stopped meanwhile.

@@ -363,10 +363,7 @@ fn a_server_that_its_owner_has_started_holds_the_mount_of_a_dead_supervisor() {
     }
     restored.finish();
     acknowledged.assert_hold(&restored);
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }
 
 /// One process of the server that dies takes all of its sessions along, and not the server: before it is plain, and after.
@@ -392,8 +389,5 @@ fn a_backend_that_is_killed_ends_no_server() {
     crash();
     assert_eq!(word(&beside.report(), "state"), "plain");
     crash();
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }

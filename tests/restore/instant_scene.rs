@@ -393,6 +393,15 @@ impl Restored<'_> {
         assert!(wal.is_dir(), "pg_wal is no directory: {wal:?}");
     }
 
+    /// Has PostgreSQL look at every heap and index, stops it, and finds a plain directory whose pages are right.
+    #[track_caller]
+    pub fn assert_ends_sound(&self) {
+        self.amcheck();
+        self.stop();
+        self.assert_plain();
+        self.assert_checksums();
+    }
+
     /// Has PostgreSQL's own programs read every page of a server that was stopped.
     #[track_caller]
     pub fn assert_checksums(&self) {

@@ -144,7 +144,7 @@ fn a_server_that_answers_misses_the_store_with_an_error_and_becomes_plain_once_i
     // PostgreSQL lets sessions in when it likes; Walden says that it answers once it cannot panic of a read any more.
     wait_for("the word that it answers", || {
         beside.assert_no_failure();
-        beside.has_told("the server answers after").then_some(())
+        beside.has_told("answering queries after").then_some(())
     });
     scene.assert_shared_files_are_local(&restored);
     assert_eq!(restored.sql("select count(*) from changed"), "998");

@@ -119,10 +119,7 @@ fn what_was_acknowledged_is_there_after_sigterm_under_load() {
     restored.finish();
     acknowledged.assert_hold(&restored);
     acknowledged.assert_rest(&restored);
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }
 
 /// While it opens, mounts, starts PostgreSQL, and recovers.
@@ -162,8 +159,5 @@ fn sigterm_at_any_moment_of_a_start_leaves_no_mount_and_the_next_start_is_right(
     restored.sql("select pg_wal_replay_resume()");
     wait_until_writable(&restored);
     assert_eq!(restored.sql(COLD), "100001|5000050000");
-    restored.amcheck();
-    restored.stop();
-    restored.assert_plain();
-    restored.assert_checksums();
+    restored.assert_ends_sound();
 }
