@@ -9,6 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::backup::source::SourceError;
+use crate::backup::stream::StreamError;
 use crate::codec;
 use crate::disk;
 use crate::pg::{ControlFileError, TimelineId, WalSegmentName};
@@ -32,6 +33,9 @@ pub enum Error {
     /// The server's side failed.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// What the server sent is no basebackup.
+    #[error("the server sent a basebackup that cannot be used: {0}")]
+    Received(#[from] StreamError),
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repo::Error),
@@ -91,6 +95,9 @@ impl Error {
             | Self::NotArchiving { .. } => ErrorKind::Input,
             Self::Source(SourceError::Session(_) | SourceError::ServerChanged { .. }) => ErrorKind::Retry,
             Self::Source(_) => ErrorKind::Input,
+            Self::Received(error) if error.is_input() => ErrorKind::Input,
+            Self::Received(error) if error.is_passing() => ErrorKind::Retry,
+            Self::Received(_) => ErrorKind::Damaged,
             Self::Repository(error) => match error.kind() {
                 repo::ErrorKind::Absent | repo::ErrorKind::Retry => ErrorKind::Retry,
                 repo::ErrorKind::Input => ErrorKind::Input,
@@ -126,6 +133,7 @@ impl Error {
             }
             Self::HistoryMissing { .. } => "Archive it with \"walden wal push\" from a server that has it.",
             Self::Source(error) => return error.hint(),
+            Self::Received(error) => return error.hint().map(str::to_owned),
             Self::Repository(error) => return error.hint().map(str::to_owned),
             _ => return None,
         };

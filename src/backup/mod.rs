@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! source (server in backup mode) ─ data_directory (walk) ─ plan ─▶ pipeline ─▶ packer ─▶ repo
+//!                                                   stream (BASE_BACKUP) ─▶┘
 //! ```
 //! `run` does it in order and decides what counts. Whatever fails, nothing does: the outcome is the last object that
-//! is created. Deliberately absent: incremental basebackups, and reading through `BASE_BACKUP`.
+//! is created. Deliberately absent: incremental basebackups.
 
 mod error;
 
@@ -32,6 +33,8 @@ mod server_manifest;
 mod server_record;
 mod wal_wait;
 
+mod stream;
+
 #[cfg(test)]
 mod tests;
 
@@ -41,10 +44,11 @@ pub use live_directory::read_identity;
 pub use origin::Node;
 pub use pipeline::Budget;
 pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};
-pub use run::{BackupOptions, BackupOutcome, run};
+pub use run::{BackupOptions, BackupOutcome, BackupSource, run};
 pub use server_facts::{ArchiverStatus, Database, ServerFacts, Tablespace};
 pub use server_identity::{Difference, DirectoryIdentity, ServerIdentity, parent_process};
 pub use source::{
     BackupSession, Checkpoint, SourceError, StartOptions, Started, Stopped, check_directory, switch_wal,
 };
+pub use stream::StreamError;
 pub use wal_wait::{NeededWal, RepositoryArchive, WalArchive};

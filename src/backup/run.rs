@@ -26,6 +26,7 @@ use crate::backup::server_manifest::{ManifestFacts, server_manifest};
 use crate::backup::server_record::{empty_record, server_record};
 use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, switch_wal};
 use crate::backup::source_file::{DirectorySource, FileState};
+use crate::backup::stream;
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
 use crate::codec::{Compression, CpuPool};
 use crate::monitor::{Monitor, Task};
@@ -36,9 +37,21 @@ use crate::repo::{
     documents::BackupRecord, entry::TreePath, manifest::ManifestContent,
 };
 
+/// Where the files of a basebackup come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum BackupSource {
+    /// The data directory, which is on this host.
+    #[default]
+    DataDirectory,
+    /// The server, which may be on any host, by BASE_BACKUP.
+    Replication,
+}
+
 /// How a basebackup is taken.
 #[derive(Debug, Clone)]
 pub struct BackupOptions {
+    /// Where the files come from.
+    pub source: BackupSource,
     /// The servers it may be taken from, in the user's order.
     pub nodes: Vec<Node>,
     /// The data directory; none: where the server says it is.
@@ -92,9 +105,12 @@ pub async fn run(
     archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
     monitor: &dyn Monitor,
 ) -> Result<BackupOutcome, Error> {
+    if options.source == BackupSource::Replication {
+        return stream::run(repository, options, pool, archive, monitor).await;
+    }
     let began = repository.clock().monotonic();
     repository.check_store().await?;
-    let Chosen { session, origin, primary } =
+    let Chosen { session, origin, primary, .. } =
         choose_origin(&options.nodes, options.data_directory.as_deref(), options.wal_received).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     repository.admit(cluster).await?;

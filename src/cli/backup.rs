@@ -1,4 +1,4 @@
-//! `walden backup`: a full basebackup of a running server from its data directory.
+//! `walden backup`: a full basebackup of a running server, from its data directory or by BASE_BACKUP.
 //!
 //! Damaged pages do not fail it, because a backup of a damaged cluster is worth more than none; they are warned of,
 //! counted and recorded. An interrupt ends the session, and with it the backup on the server; what has been uploaded
@@ -73,6 +73,7 @@ impl Backup {
         let config = context.config()?;
         let limits = config.limits;
         Ok(BackupOptions {
+            source: site.backup_source,
             nodes: nodes(context, site)?,
             data_directory: site.data_directory.clone(),
             label: self.label.clone(),

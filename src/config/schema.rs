@@ -394,6 +394,15 @@ static SITE: Section = Section {
             "The server, in libpq's syntax or as a URL: the short form of one node.",
         ),
         key(
+            "backup_source",
+            Value::Choice(&["data-directory", "replication"]),
+            r#""replication""#,
+            "`\"data-directory\"`",
+            "Where basebackups come from: `data-directory` reads the server's on this host; `replication` has a server \
+             on any host send it (BASE_BACKUP), all of it each time, to a role with REPLICATION that pg_hba.conf lets in \
+             for `replication`.",
+        ),
+        key(
             "wal",
             Value::Choice(&["push", "receive"]),
             r#""receive""#,
@@ -405,7 +414,6 @@ static SITE: Section = Section {
         section("archive", Value::Table(&ARCHIVE)),
         section("storage", Value::Table(&SITE_STORAGE)),
         later("active"),
-        later("backup_source"),
         later("schedule"),
         later("retention"),
     ],

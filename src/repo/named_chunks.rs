@@ -57,6 +57,19 @@ impl NamedChunks {
         }
     }
 
+    /// Adds what another one names; no chunk is in both, because what maps name by themselves is of one file each.
+    pub fn join(&mut self, other: Self) {
+        for (id, named) in other.packs {
+            let pack = self.packs.entry(id).or_default();
+            pack.bytes += named.bytes;
+            pack.positions.resize(pack.positions.len().max(named.positions.len()), 0);
+            for (word, further) in pack.positions.iter_mut().zip(named.positions) {
+                debug_assert_eq!(*word & further, 0, "a chunk of {id} is named by both");
+                *word |= further;
+            }
+        }
+    }
+
     /// Returns the stored bytes of `pack` that are named.
     pub fn live_bytes(&self, pack: PackId) -> u32 {
         self.packs.get(&pack).map_or(0, |pack| pack.bytes)

@@ -23,13 +23,13 @@ use crate::support::{
 };
 
 /// A basebackup opened through the library, in a repository without encryption.
-struct Opened {
+pub struct Opened {
     reader: FileReader,
     runtime: tokio::runtime::Runtime,
 }
 
 impl Opened {
-    fn open(repository: &Path, id: &str) -> Self {
+    pub fn open(repository: &Path, id: &str) -> Self {
         let runtime = runtime();
         let id: BasebackupId = id.parse().unwrap();
         let reader = runtime.block_on(async {
@@ -41,7 +41,11 @@ impl Opened {
         Self { reader, runtime }
     }
 
-    fn file(&self, path: &str) -> Vec<u8> {
+    pub fn record(&self) -> walden::repo::documents::BackupRecord {
+        self.reader.basebackup().record().clone()
+    }
+
+    pub fn file(&self, path: &str) -> Vec<u8> {
         self.runtime.block_on(async {
             let path = TreePath::new(path).unwrap();
             let (_, entry) = self.reader.basebackup().entry(&path).await.unwrap().expect("the file is there");
@@ -49,7 +53,7 @@ impl Opened {
         })
     }
 
-    fn paths(&self) -> Vec<String> {
+    pub fn paths(&self) -> Vec<String> {
         self.runtime.block_on(async {
             let mut paths = Vec::new();
             for n in 0..self.reader.basebackup().block_count() {
@@ -61,7 +65,7 @@ impl Opened {
     }
 
     /// Writes the trees out as a data directory, with tablespaces in folders beside it.
-    fn restore(&self, scratch: &Scratch, name: &str) -> PathBuf {
+    pub fn restore(&self, scratch: &Scratch, name: &str) -> PathBuf {
         let target = scratch.path().join(name);
         fs::create_dir(&target).unwrap();
         self.runtime.block_on(async {
@@ -103,12 +107,12 @@ fn archiving(cluster: &Cluster) -> Walden {
     walden
 }
 
-fn id_of(outcome: &serde_json::Value) -> &str {
+pub fn id_of(outcome: &serde_json::Value) -> &str {
     outcome["id"].as_str().unwrap()
 }
 
 /// Holds a copy against its `backup_manifest`; the builds of other versions come without the program for it.
-fn verify_backup(cluster: &Cluster, data: &Path) {
+pub fn verify_backup(cluster: &Cluster, data: &Path) {
     let verify = cluster.bin_directory().join("pg_verifybackup");
     if verify.exists() {
         Run::of(Account::of_postgresql().command(verify).arg("-n").arg(data), "").expect_success();
@@ -119,7 +123,7 @@ fn verify_backup(cluster: &Cluster, data: &Path) {
 }
 
 /// Starts a copy and lets it replay the archive to its end.
-fn recover(walden: &Walden, major: u32, data: &Path, run: &Path) -> Server {
+pub fn recover(walden: &Walden, major: u32, data: &Path, run: &Path) -> Server {
     let mut copy = Server::new(major, data, run);
     copy.set("restore_command", &walden.restore_command()).set("archive_mode", "off");
     fs::write(data.join("recovery.signal"), "").unwrap();
@@ -401,7 +405,7 @@ fn pg_control_is_read_after_everything_else() {
 }
 
 /// Makes a file in the data directory that is all zero and stored nowhere, but takes a while to read.
-fn sparse_file(cluster: &Cluster, gib: u64) -> PathBuf {
+pub fn sparse_file(cluster: &Cluster, gib: u64) -> PathBuf {
     let sparse = cluster.data_directory().join("sparse");
     fs::File::create(&sparse).unwrap().set_len(gib << 30).unwrap();
     Account::of_postgresql().own(&sparse);
