@@ -25,6 +25,9 @@ mod source_file;
 mod packer;
 mod pipeline;
 
+pub mod state;
+// pub mod wal_summaries;
+
 mod live_directory;
 mod origin;
 mod run;
