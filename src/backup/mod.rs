@@ -25,8 +25,9 @@ mod source_file;
 mod packer;
 mod pipeline;
 
+pub mod changed_blocks;
 pub mod state;
-// pub mod wal_summaries;
+pub mod wal_summaries;
 
 mod live_directory;
 mod origin;
