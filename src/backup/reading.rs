@@ -20,7 +20,7 @@ pub struct Reading {
 }
 
 /// The start-up set lies in no more packs than this.
-const START_PACKS_MAX: usize = 4;
+pub(super) const START_PACKS_MAX: usize = 4;
 
 /// Plans what is read of `files`.
 pub fn plan_reading(files: &[SourceFile], options: &PlanOptions, parent: Option<&KnownParent>) -> Reading {

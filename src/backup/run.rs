@@ -186,7 +186,7 @@ pub async fn run(
     })
 }
 
-fn new_packer(
+pub(super) fn new_packer(
     writer: &Arc<BasebackupWriter>,
     options: &BackupOptions,
     begun: &Begun,

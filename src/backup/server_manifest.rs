@@ -66,17 +66,6 @@ pub fn server_manifest(
     manifest.finish()
 }
 
-/// Writes the manifest of `files` with their CRCs, where no link reaches any of them.
-pub fn manifest_of_files<'a>(
-    facts: &ManifestFacts,
-    files: impl Iterator<Item = (&'a Entry, Crc32c)>,
-) -> Vec<u8> {
-    let mut manifest = BackupManifest::new(facts.version, facts.system_identifier, Sha256::new());
-    files.for_each(|(entry, crc)| push(&mut manifest, &entry.path, entry, crc));
-    manifest.wal_range(facts.timeline, facts.wal.0, facts.wal.1);
-    manifest.finish()
-}
-
 fn push(manifest: &mut BackupManifest<Sha256>, path: &TreePath, entry: &Entry, crc: Crc32c) {
     let path = server_path(path).and_then(|path| DataPath::new(path).ok());
     if let Some(path) = path {

@@ -322,7 +322,9 @@ impl Reader {
                 }
                 let unnamed = self.archives.iter().filter(|archive| archive.is_none()).count();
                 if unnamed != 1 || self.archives.last() != Some(&None) {
-                    return Err(unexpected("a base backup whose last archive is not the data directory's".into()));
+                    return Err(unexpected(
+                        "a base backup whose last archive is not the data directory's".into(),
+                    ));
                 }
                 self.phase = Phase::Archives;
             }
@@ -341,7 +343,9 @@ fn no_position() -> Error {
 
 /// Reads the one row of a position: LSN and timeline.
 fn position(rows: &[Row]) -> Result<(Lsn, TimelineId), Error> {
-    let [row] = rows else { return Err(unexpected(format!("{} rows where a position was expected", rows.len()))) };
+    let [row] = rows else {
+        return Err(unexpected(format!("{} rows where a position was expected", rows.len())));
+    };
     let row: Values = text_of(row.clone());
     Ok((parsed(&row, 0, "recptr")?, parsed(&row, 1, "tli")?))
 }
@@ -409,8 +413,15 @@ mod tests {
             let of = |bytes: &[u8]| [copy.clone(), data(bytes), done.clone()].concat();
             [of(b"one"), of(b"two"), of(b"{}")].concat()
         } else {
-            let parts: [&[u8]; 7] =
-                [b"n16400.tar\0/space\0", b"done", b"p\0\0\0\0\0\0\0\x09", b"nbase.tar\0\0", b"dtwo", b"m", b"d{}"];
+            let parts: [&[u8]; 7] = [
+                b"n16400.tar\0/space\0",
+                b"done",
+                b"p\0\0\0\0\0\0\0\x09",
+                b"nbase.tar\0\0",
+                b"dtwo",
+                b"m",
+                b"d{}",
+            ];
             [copy, parts.map(data).concat(), done].concat()
         };
         [

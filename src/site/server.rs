@@ -76,7 +76,8 @@ pub async fn check_server(options: &NodeOptions) -> CheckedServer {
         BackupSource::DataDirectory => items.extend(check_data_directory(options, &facts).await),
         BackupSource::Replication => {
             let path = facts.data_directory().display();
-            items.push(Item::ok(DATA_DIRECTORY, format!("\"{path}\", which the server sends by BASE_BACKUP")));
+            items
+                .push(Item::ok(DATA_DIRECTORY, format!("\"{path}\", which the server sends by BASE_BACKUP")));
             // Where WAL is received, the right to replicate is looked at with the slot.
             if options.slot.is_none() {
                 items.push(check_replication(&options.connection).await);
@@ -127,9 +128,11 @@ fn grant_monitor() -> String {
 async fn check_rights(session: &Session, source: BackupSource) -> Option<Item> {
     let functions: &[&str] = match (source, session.version()) {
         (BackupSource::Replication, _) => &["pg_switch_wal()"],
-        (_, MajorVersion::V13 | MajorVersion::V14) => {
-            &["pg_start_backup(text, boolean, boolean)", "pg_stop_backup(boolean, boolean)", "pg_switch_wal()"]
-        }
+        (_, MajorVersion::V13 | MajorVersion::V14) => &[
+            "pg_start_backup(text, boolean, boolean)",
+            "pg_stop_backup(boolean, boolean)",
+            "pg_switch_wal()",
+        ],
         _ => &["pg_backup_start(text, boolean)", "pg_backup_stop(boolean)", "pg_switch_wal()"],
     };
     let asked: Vec<String> = functions

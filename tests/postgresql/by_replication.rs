@@ -65,7 +65,9 @@ fn under_load_it_starts_after_replay(major: u32) {
     ] {
         assert!(!paths.iter().any(|path| path.starts_with(left_out)), "{left_out}");
     }
-    for there in ["data/pg_wal/archive_status", "data/pg_notify", "data/pg_tblspc", "data/base", "tablespaces"] {
+    for there in
+        ["data/pg_wal/archive_status", "data/pg_notify", "data/pg_tblspc", "data/base", "tablespaces"]
+    {
         assert!(paths.iter().any(|path| path == there), "{there}");
     }
     let record = opened.record();
@@ -141,7 +143,11 @@ fn a_basebackup_of_a_standby_starts_after_replay_and_has_the_history_archived() 
     let nodes = site(&cluster).nodes(&[(&of_cluster, "standby"), (&of_standby, "standby")]);
     let from_standby = Walden::configure(&scratch, &nodes.storage(&walden.storage()));
     let taking = from_standby.run(&["-v", "--output", "json", "backup", "--wal-timeout", "60"]);
-    assert!(taking.stderr.contains(&format!("from socket \"{}", standby.host.display())), "{}", taking.stderr);
+    assert!(
+        taking.stderr.contains(&format!("from socket \"{}", standby.host.display())),
+        "{}",
+        taking.stderr
+    );
     let acknowledged = chaos.finish().acknowledged();
     cluster.archive_wal();
     let taken: Value = serde_json::from_str(&taking.stdout).unwrap();
@@ -291,7 +297,8 @@ fn a_backup_that_loses_either_connection_or_is_ended_leaves_no_basebackup() {
     let mut cluster = Cluster::start(15);
     let walden = archiving(&cluster);
     let _sparse = sparse_file(&cluster, 256);
-    let terminate = |what: &str| format!("select count(pg_terminate_backend(pid)) from pg_stat_activity where {what}");
+    let terminate =
+        |what: &str| format!("select count(pg_terminate_backend(pid)) from pg_stat_activity where {what}");
     let ended_by = |cluster: &Cluster, signal: &str| -> Option<i32> {
         let mut child = start_backup(&walden);
         wait_for("the server to send files", || sends_files(cluster).then_some(()));
@@ -304,8 +311,14 @@ fn a_backup_that_loses_either_connection_or_is_ended_leaves_no_basebackup() {
         child.wait().unwrap().code()
     };
     // The session that keeps an eye on the server, and the connection that carries the files.
-    assert_eq!(ended_by(&cluster, "application_name = 'walden' and backend_type = 'client backend'"), Some(4));
-    assert_eq!(ended_by(&cluster, "application_name like 'walden %' and backend_type = 'walsender'"), Some(4));
+    assert_eq!(
+        ended_by(&cluster, "application_name = 'walden' and backend_type = 'client backend'"),
+        Some(4)
+    );
+    assert_eq!(
+        ended_by(&cluster, "application_name like 'walden %' and backend_type = 'walsender'"),
+        Some(4)
+    );
     assert_eq!(ended_by(&cluster, "-TERM"), Some(1));
     assert_eq!(ended_by(&cluster, "-KILL"), None);
     let left = "select count(*) from pg_stat_activity where application_name like 'walden%'";
@@ -369,7 +382,9 @@ fn check_asks_for_the_right_to_replicate_instead_of_the_directory() {
     let items = check(&walden);
     assert_eq!(item(&items, "replication")["status"], "ok", "{items:?}");
     assert_eq!(item(&items, "data directory")["status"], "ok", "{items:?}");
-    cluster.sql("create role weak login; grant pg_monitor to weak; grant execute on function pg_switch_wal() to weak");
+    cluster.sql(
+        "create role weak login; grant pg_monitor to weak; grant execute on function pg_switch_wal() to weak",
+    );
     let connection = cluster.connection().replace("user=postgres", "user=weak");
     let scratch = Scratch::new();
     let weak = site(&cluster).nodes(&[(&connection, "primary")]).storage(&walden.storage());
@@ -378,4 +393,64 @@ fn check_asks_for_the_right_to_replicate_instead_of_the_directory() {
     assert_eq!(replication["status"], "failed", "{items:?}");
     assert!(replication["hint"].as_str().unwrap().contains("REPLICATION"), "{replication}");
     assert_eq!(item(&items, "rights")["status"], "ok", "{items:?}");
+}
+
+/// Restores a basebackup, recovers it, and compares it with its source, which stands still.
+fn assert_equals_source(cluster: &Cluster, walden: &Walden, outcome: &Value, name: &str) {
+    let opened = Opened::open(&walden.repository(), id_of(outcome));
+    let data = opened.restore(cluster.scratch(), name);
+    verify_backup(cluster, &data);
+    let run = cluster.scratch().folder(&format!("run-{name}"));
+    let copy = recover(walden, cluster.major(), &data, &run);
+    Checksums::of(cluster).assert_same(&Checksums::of(&copy));
+}
+
+fn what_differs_is_stored(major: u32) {
+    require!(Need::PostgreSQL(major));
+    let cluster = Cluster::start(major);
+    let walden = archiving(&cluster);
+    Pgbench::initialize(&cluster, 10);
+    let number = |outcome: &Value, name: &str| outcome[name].as_u64().unwrap();
+    let full = walden.json(&["backup"]);
+    assert!(full["parent"].is_null() && full["full_because"].is_string(), "{full}");
+
+    Pgbench::run(&cluster, &["--transactions", "100", "--client", "2", "--no-vacuum"]);
+    let second = walden.json(&["backup"]);
+    assert_eq!(second["parent"], full["id"], "{second}");
+    assert!(number(&second, "stored_bytes") * 4 < number(&full, "stored_bytes"), "{full}\n{second}");
+    let pages = number(&second, "database_bytes") / 8192;
+    assert!(number(&second, "changed_pages") * 4 < pages, "{second}");
+    // All of it has come, and all of it was compared.
+    assert!(number(&second, "read_bytes") * 10 > number(&second, "database_bytes") * 9, "{second}");
+
+    // From the data directory it goes on where the server's files have left off, and back.
+    let from_directory = Site::of(&cluster, cluster.data_directory()).unencrypted();
+    walden.reconfigure(cluster.scratch(), &from_directory);
+    Pgbench::run(&cluster, &["--transactions", "100", "--client", "2", "--no-vacuum"]);
+    let third = walden.json(&["backup"]);
+    assert_eq!(third["parent"], second["id"], "{third}");
+    assert!(number(&third, "stored_bytes") * 4 < number(&full, "stored_bytes"), "{third}");
+    walden.reconfigure(cluster.scratch(), &site(&cluster));
+    cluster
+        .sql("delete from pgbench_history; drop table pgbench_branches; create table later as select 1 as n");
+    let fourth = walden.json(&["backup"]);
+    assert_eq!(fourth["parent"], third["id"], "{fourth}");
+    assert!(number(&fourth, "stored_bytes") * 4 < number(&full, "stored_bytes"), "{fourth}");
+    cluster.archive_wal();
+    assert_equals_source(&cluster, &walden, &fourth, "fourth");
+
+    let again = walden.json(&["backup", "--full"]);
+    assert!(again["parent"].is_null(), "{again}");
+    cluster.archive_wal();
+    assert_equals_source(&cluster, &walden, &again, "again");
+}
+
+#[test]
+fn of_13_only_what_differs_is_stored_whichever_way_the_last_one_was_taken() {
+    what_differs_is_stored(13);
+}
+
+#[test]
+fn of_18_only_what_differs_is_stored_whichever_way_the_last_one_was_taken() {
+    what_differs_is_stored(18);
 }

@@ -208,7 +208,9 @@ impl ServerManifest {
         let mut came = came.iter().peekable();
         for file in listed {
             match came.next_if(|next| next.path <= file.path) {
-                Some(next) if next.path < file.path => return different(&next.path, "is not in the manifest"),
+                Some(next) if next.path < file.path => {
+                    return different(&next.path, "is not in the manifest");
+                }
                 Some(next) if next.size != file.size => {
                     return different(&file.path, "has another size than in the manifest");
                 }
@@ -237,7 +239,7 @@ mod tests {
     use jiff::Timestamp;
     use proptest::prelude::*;
 
-    use crate::backup::server_manifest::{ManifestFacts, manifest_of_files};
+    use crate::backup::server_manifest::{ManifestFacts, server_manifest};
     use crate::pg::{MajorVersion, SystemIdentifier};
     use crate::repo::entry::{Content, Node, TreePath};
 
@@ -249,9 +251,15 @@ mod tests {
     }
 
     fn entries() -> Vec<Entry> {
-        [&b"data/base/5/1"[..], b"data/a\nb", b"data/odd\xff", b"tablespaces/7/PG_15_1/5/2", b"data/backup_label"]
-            .map(entry)
-            .to_vec()
+        [
+            &b"data/base/5/1"[..],
+            b"data/a\nb",
+            b"data/odd\xff",
+            b"tablespaces/7/PG_15_1/5/2",
+            b"data/backup_label",
+        ]
+        .map(entry)
+        .to_vec()
     }
 
     const START: Lsn = Lsn(0x0200_0028);
@@ -265,7 +273,7 @@ mod tests {
             timeline: TimelineId::FIRST,
             wal: (START, STOP),
         };
-        manifest_of_files(&facts, entries.iter().map(|entry| (entry, Crc32c::of(b"abc"))))
+        server_manifest(&facts, entries, &vec![Crc32c::of(b"abc"); entries.len()], &[])
     }
 
     fn read(text: &[u8], cut: usize) -> Result<ServerManifest, StreamError> {

@@ -14,13 +14,12 @@ use jiff::Timestamp;
 use crate::backup::data_directory::{LEFT_OUT, SourceFile};
 use crate::backup::error::Error;
 use crate::backup::plan::{Compartment, FILES_TOGETHER_MAX, SMALL_FILE_BYTES, compartment};
-use crate::backup::read_pages::JOB_BYTES;
 use crate::backup::source_file::FileState;
 use crate::backup::stream::error::StreamError;
 use crate::backup::stream::manifest::{ManifestReader, ServerManifest};
 use crate::backup::stream::start_set::StartSet;
 use crate::backup::stream::tar_reader::{TarEntry, TarError, TarKind, TarPart, TarReader};
-use crate::backup::stream::work::{Lane, ReceivedFile, Work, state_of};
+use crate::backup::stream::work::{Lane, LargeReceived, ReceivedFile, Work, state_of};
 use crate::pg::{BackupRule, BackupRules, CONTROL_FILE_SIZE, DataPath, InitForks, Oid};
 use crate::replication::{BaseBackupPart, BaseBackupTablespace};
 use crate::repo::{
@@ -45,6 +44,8 @@ pub struct ReceiveOptions {
     pub started: Timestamp,
     /// Chooses what a start needs.
     pub start_set: StartSet,
+    /// Bytes of a large file that are worked on at once; divides a block of a map.
+    pub piece_bytes: u64,
 }
 
 /// Takes parts and gives work.
@@ -98,7 +99,7 @@ struct Top {
 #[derive(Debug)]
 enum OpenFile {
     Small { file: SourceFile, lane: Lane, raw: Vec<u8> },
-    Large { file: Arc<SourceFile>, lane: Lane, number: usize, offset: u64, raw: Vec<u8> },
+    Large { file: Arc<LargeReceived>, offset: u64, raw: Vec<u8> },
     Kept { what: Kept, state: FileState, raw: Vec<u8> },
     PassedOver,
 }
@@ -214,7 +215,8 @@ impl Receiver {
 
     fn begin_archive(&mut self, tablespace: Option<Oid>) -> Result<(), Error> {
         let Some(oid) = tablespace else {
-            self.top = Top { tree: b"data".to_vec(), server: Vec::new(), archive: "the data directory".into() };
+            self.top =
+                Top { tree: b"data".to_vec(), server: Vec::new(), archive: "the data directory".into() };
             self.push_directory(TreePath::new("data")?, self.options.directory_mode, self.options.started);
             return Ok(());
         };
@@ -269,7 +271,7 @@ impl Receiver {
             }
             TarKind::File { size } => {
                 let TarEntry { mode, modified, .. } = entry;
-                let file = SourceFile { path, root: 0, size, mode, modified };
+                let file = SourceFile { path, root: 0, size, mode, modified, identity: None };
                 self.open_file(file, &data_path, is_skipped)
             }
         }
@@ -296,8 +298,9 @@ impl Receiver {
             OpenFile::Small { file, lane, raw }
         } else {
             self.large_files += 1;
-            let raw = Vec::with_capacity(JOB_BYTES.min(file.size) as usize);
-            OpenFile::Large { file: Arc::new(file), lane, number: self.large_files, offset: 0, raw }
+            let raw = Vec::with_capacity(self.options.piece_bytes.min(file.size) as usize);
+            let file = Arc::new(LargeReceived::new(self.large_files, lane, file));
+            OpenFile::Large { file, offset: 0, raw }
         });
         Ok(())
     }
@@ -305,9 +308,10 @@ impl Receiver {
     fn content(&mut self, mut bytes: &[u8]) {
         match &mut self.open {
             Some(OpenFile::Small { raw, .. } | OpenFile::Kept { raw, .. }) => raw.extend_from_slice(bytes),
-            Some(OpenFile::Large { file, lane, number, offset, raw }) => {
+            Some(OpenFile::Large { file, offset, raw }) => {
+                let (piece, size) = (self.options.piece_bytes, file.file.size);
                 while !bytes.is_empty() {
-                    let wanted = JOB_BYTES.min(file.size - *offset) as usize;
+                    let wanted = piece.min(size - *offset) as usize;
                     let (now, later) = bytes.split_at((wanted - raw.len()).min(bytes.len()));
                     raw.extend_from_slice(now);
                     bytes = later;
@@ -316,11 +320,9 @@ impl Receiver {
                     }
                     let range = *offset..*offset + wanted as u64;
                     *offset = range.end;
-                    let last = range.end == file.size;
-                    let next = Vec::with_capacity(JOB_BYTES.min(file.size - *offset) as usize);
-                    let raw = std::mem::replace(raw, next);
-                    let (lane, number, file) = (*lane, *number, file.clone());
-                    self.ready.push_back(Work::Pages { lane, number, file, range, raw, last });
+                    let last = range.end == size;
+                    let raw = std::mem::replace(raw, Vec::with_capacity(piece.min(size - *offset) as usize));
+                    self.ready.push_back(Work::Pages { file: file.clone(), range, raw, last });
                 }
             }
             Some(OpenFile::PassedOver) | None => {}
@@ -330,7 +332,9 @@ impl Receiver {
     fn end_file(&mut self) -> Result<(), Error> {
         match self.open.take() {
             Some(OpenFile::Small { file, lane, raw }) => self.gather(lane, ReceivedFile { file, raw }),
-            Some(OpenFile::Kept { what: Kept::Control, state, raw }) => self.control = Some((state, raw.into())),
+            Some(OpenFile::Kept { what: Kept::Control, state, raw }) => {
+                self.control = Some((state, raw.into()))
+            }
             Some(OpenFile::Kept { what: Kept::Label, state, raw }) => self.label = Some((state, raw.into())),
             Some(OpenFile::Kept { what: Kept::CloneMarker, raw, .. }) => {
                 let text = String::from_utf8_lossy(&raw);
@@ -347,8 +351,8 @@ impl Receiver {
     fn gather(&mut self, lane: Lane, received: ReceivedFile) {
         let place = Some(compartment(received.file.path.as_bytes()));
         let batch = &self.batches[lane as usize];
-        let is_full = batch.bytes + received.file.size > SMALL_FILE_BYTES
-            || batch.files.len() == FILES_TOGETHER_MAX;
+        let is_full =
+            batch.bytes + received.file.size > SMALL_FILE_BYTES || batch.files.len() == FILES_TOGETHER_MAX;
         if batch.compartment != place || is_full {
             self.end_batch(lane);
         }
@@ -391,6 +395,8 @@ mod tests {
     use super::super::work::{Done, WorkContext};
     use super::*;
 
+    const PIECE: u64 = 512 << 10;
+
     fn header(path: &str, kind: EntryType, size: u64) -> Vec<u8> {
         let mut header = Header::new_ustar();
         header.as_mut_bytes()[..path.len()].copy_from_slice(path.as_bytes());
@@ -414,7 +420,8 @@ mod tests {
     }
 
     fn receiver() -> Receiver {
-        let at = |oid: u32, location: &[u8]| BaseBackupTablespace { oid: Oid(oid), location: location.to_vec() };
+        let at =
+            |oid: u32, location: &[u8]| BaseBackupTablespace { oid: Oid(oid), location: location.to_vec() };
         Receiver::new(ReceiveOptions {
             data_directory: "/server/data".into(),
             directory_mode: 0o750,
@@ -423,6 +430,7 @@ mod tests {
             tablespace_names: BTreeMap::from([(Oid(16_400), "fast".to_owned())]),
             started: "2023-11-15T00:00:00Z".parse().unwrap(),
             start_set: StartSet::new(&[], "2023-11-15T00:00:00Z".parse().unwrap()),
+            piece_bytes: PIECE,
         })
     }
 
@@ -449,10 +457,11 @@ mod tests {
                         assert!(found.insert(file.path.to_string(), (lane, raw)).is_none());
                     }
                 }
-                Work::Pages { lane, file, range, raw, last, .. } => {
+                Work::Pages { file, range, raw, last } => {
+                    let (lane, file) = (file.lane, &file.file);
                     let all = &mut found.entry(file.path.to_string()).or_insert((lane, Vec::new())).1;
                     assert_eq!((range.start, range.end - range.start), (all.len() as u64, raw.len() as u64));
-                    assert!(last || raw.len() as u64 == JOB_BYTES);
+                    assert!(last || raw.len() as u64 == PIECE);
                     all.extend(raw);
                     assert_eq!(last, all.len() as u64 == file.size);
                 }
@@ -468,11 +477,17 @@ mod tests {
     #[test]
     fn archives_become_trees_with_what_walden_keeps() {
         let mut receiver = receiver();
-        let big = large(1, 3 * JOB_BYTES as usize + 8192);
-        let space = [directory("PG_15_202209061"), directory("PG_15_202209061/5"), file("PG_15_202209061/5/1", b"x")];
+        let big = large(1, 3 * PIECE as usize + 8192);
+        let space =
+            [directory("PG_15_202209061"), directory("PG_15_202209061/5"), file("PG_15_202209061/5/1", b"x")];
         feed(&mut receiver, Some(16_400), &space.concat(), 100).unwrap();
-        feed(&mut receiver, Some(16_401), &[directory("PG_15_202209061"), file("PG_15_202209061/2", b"y")].concat(), 700)
-            .unwrap();
+        feed(
+            &mut receiver,
+            Some(16_401),
+            &[directory("PG_15_202209061"), file("PG_15_202209061/2", b"y")].concat(),
+            700,
+        )
+        .unwrap();
         let base = [
             file("backup_label", b"START WAL"),
             file("tablespace_map", b"16400 /space\n"),
@@ -506,7 +521,8 @@ mod tests {
         );
         assert!(files["data/base/5/16384"] == (Lane::Rest, big));
         assert_eq!(files["data/global/1262"].0, Lane::StartSet);
-        let manifest = "{ \"PostgreSQL-Backup-Manifest-Version\": 1,\n\"Files\": [\n],\n\"WAL-Ranges\": [\n],\n";
+        let manifest =
+            "{ \"PostgreSQL-Backup-Manifest-Version\": 1,\n\"Files\": [\n],\n\"WAL-Ranges\": [\n],\n";
         let digest = hex::encode(crate::codec::Sha256::digest(manifest.as_bytes()).0);
         let manifest = format!("{manifest}\"Manifest-Checksum\": \"{digest}\"}}\n");
         receiver.take(BaseBackupPart::ManifestContent(manifest.into())).unwrap();
@@ -544,12 +560,15 @@ mod tests {
             assert!(refused || path.is_empty(), "{path}: {error}");
         }
         for path in ["global/pg_control", "backup_label", "walden.clone"] {
-            let error = feed(&mut receiver(), None, &header(path, EntryType::Regular, 1 << 40), 512).unwrap_err();
+            let error =
+                feed(&mut receiver(), None, &header(path, EntryType::Regular, 1 << 40), 512).unwrap_err();
             assert!(matches!(error, Error::Received(StreamError::TooLarge { .. })), "{error}");
         }
         let marker = file("walden.clone", b"# a clone\nname = scratch\n");
         let error = feed(&mut receiver(), None, &marker, 512).unwrap_err();
-        assert!(matches!(&error, Error::Clone { path, clone } if clone == "scratch" && path == Path::new("/server/data")));
+        assert!(
+            matches!(&error, Error::Clone { path, clone } if clone == "scratch" && path == Path::new("/server/data"))
+        );
         let mut cut = receiver();
         feed(&mut cut, Some(16_400), &file("x", &[1; 600])[..600], 512).unwrap();
         let error = cut.take(BaseBackupPart::Archive(None)).unwrap_err();
@@ -595,13 +614,23 @@ mod tests {
 
     #[test]
     fn small_files_are_packed_with_their_checksums() {
-        let context = WorkContext { compression: Compression::NONE, page_judge: None };
+        let context = WorkContext {
+            compression: Compression::NONE,
+            page_judge: None,
+            hash_key: None,
+            parent: None,
+            start_set_again: false,
+        };
         let received = |path: &str, raw: &[u8]| {
             let path = TreePath::new(path).unwrap();
             let (size, modified) = (raw.len() as u64, Timestamp::UNIX_EPOCH);
-            ReceivedFile { file: SourceFile { path, root: 0, size, mode: 0o600, modified }, raw: raw.to_vec() }
+            ReceivedFile {
+                file: SourceFile { path, root: 0, size, mode: 0o600, modified, identity: None },
+                raw: raw.to_vec(),
+            }
         };
-        let files = vec![received("data/a", b"tiny"), received("data/b", &[1; 100]), received("data/c", &[2; 200])];
+        let files =
+            vec![received("data/a", b"tiny"), received("data/b", &[1; 100]), received("data/c", &[2; 200])];
         let Done::Together { files, together, .. } =
             Work::Together { lane: Lane::Rest, files }.execute(&context).unwrap()
         else {

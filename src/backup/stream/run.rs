@@ -1,7 +1,8 @@
 //! A basebackup by BASE_BACKUP, from the first question to the commit.
 //!
-//! ask by SQL → replication connection to the same server → `begin` → BASE_BACKUP → what came, held against the server's
-//! manifest → the server is still the same → `backup_manifest` → WAL in the archive → commit. The session is watched
+//! ask by SQL → replication connection to the same server → full or incremental → `begin` → BASE_BACKUP → what came, held
+//! against the server's manifest → the server is still the same → `backup_manifest` → WAL in the archive → commit → what
+//! is remembered is saved. The session is watched
 //! all the time: a server that goes, or becomes another one, ends it. As with `backup::run`, nothing counts before the
 //! last step, and dropping the future at any point is the same as a failure.
 
@@ -10,17 +11,22 @@ use std::sync::Arc;
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use crate::backup::change::Today;
 use crate::backup::error::Error;
 use crate::backup::origin::{Chosen, choose};
-use crate::backup::packer::Packed;
-use crate::backup::run::{BackupOptions, BackupOutcome};
-use crate::backup::server_facts::ServerFacts;
+use crate::backup::packer::{Packer, Stored};
+use crate::backup::pipeline::Budget;
+use crate::backup::read_pages::JOB_BYTES;
+use crate::backup::reading::START_PACKS_MAX;
+use crate::backup::run::{BackupOptions, BackupOutcome, blocking, new_packer};
+use crate::backup::server_facts::{Database, ServerFacts};
 use crate::backup::server_identity::{Difference, ServerIdentity};
-use crate::backup::server_manifest::{ManifestFacts, manifest_of_files};
+use crate::backup::server_manifest::{ManifestFacts, server_manifest};
 use crate::backup::server_record::{empty_record, server_record};
+use crate::backup::site_state::{Begun, SiteState};
 use crate::backup::source::{Checkpoint, SourceError, switch_wal};
 use crate::backup::source_file::FileState;
-use crate::backup::stream::copy::{Incoming, Packers, copy};
+use crate::backup::stream::copy::{Incoming, copy};
 use crate::backup::stream::error::StreamError;
 use crate::backup::stream::histories::archive_histories;
 use crate::backup::stream::origin::{RemoteOrigin, connect};
@@ -32,11 +38,9 @@ use crate::backup::wal_wait::{NeededWal, WalArchive, wait_for_wal};
 use crate::codec::CpuPool;
 use crate::monitor::{Monitor, Task};
 use crate::pg::{ControlFile, Lsn, TimelineId, WalSegmentNumber};
-use crate::replication::{
-    BaseBackup, BaseBackupEnd, BaseBackupOptions, ReplicationConnection, Session,
-};
+use crate::replication::{BaseBackup, BaseBackupEnd, BaseBackupOptions, ReplicationConnection, Session};
 use crate::repo::{
-    self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
+    self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository,
     entry::{Entry, TreePath},
     manifest::{ManifestContent, Tablespace},
 };
@@ -46,8 +50,7 @@ struct Copied {
     entries: Vec<Entry>,
     tablespaces: Vec<Tablespace>,
     outside: Vec<String>,
-    packed: Packed,
-    named: NamedChunks,
+    stored: Stored,
     control: ControlFile,
     timeline: TimelineId,
     wal: (Lsn, Lsn),
@@ -55,6 +58,9 @@ struct Copied {
     connection: ReplicationConnection,
 }
 
+/// Bytes of a large file that are compared at once where most are as they were, so that what differs fills chunks: raw
+/// and compressed they are within what the budget has for a job.
+const WIDE_BYTES: u64 = 2 << 20;
 /// A link in an archive has no longer target.
 const LINK_BYTES_MAX: usize = 99;
 /// The server's clock.
@@ -87,10 +93,15 @@ pub async fn run(
         host: options.host.clone(),
         pid: std::process::id(),
     };
-    let writer = Arc::new(BasebackupWriter::begin(repository, begin).await?);
+    let today = Today::of(repository, cluster, begin.timeline, origin.facts.data_checksums);
+    let states = SiteState::take(repository, options.states.as_deref()).await?;
+    let prepared = states.prepare(repository, &today, options.full, None).await?;
+    let (writer, begun) = states.begin(repository, begin, prepared).await?;
+    let writer = Arc::new(writer);
     let address = session.address();
     tracing::info!("basebackup {} of cluster {cluster} begins, by BASE_BACKUP from {address}", writer.id());
-    let copying = receive(&session, replication, &origin, options, pool, writer.clone(), monitor);
+    let packer = new_packer(&writer, &at_most(options), &begun, states.writer(writer.id()).await);
+    let copying = receive(&session, replication, &origin, options, pool, (packer, &begun), monitor);
     let mut copied = tokio::select! {
         copied = copying => copied?,
         lost = session.lost() => return Err(SourceError::from(lost).into()),
@@ -102,12 +113,30 @@ pub async fn run(
     }
     let needed = needed_wal(cluster, &copied);
     wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
+    let mut work = copied.stored.packed.work;
+    work.chunks_reused = copied.stored.named.chunks_not_of(writer.id());
+    let state = copied.stored.state.take();
     let completion = completion(&writer, options, &origin, copied);
     let writer = Arc::into_inner(writer)
         .ok_or_else(|| repo::Error::Internal("an upload outlived the copy".to_owned()))?;
-    let record = writer.finish(completion).await?;
-    let took = repository.clock().monotonic().duration_since(began);
-    Ok(BackupOutcome { record, took, vanished: 0, shrunk: 0 })
+    let committed = writer.finish_pinned(completion).await?;
+    let data_directory = origin.facts.data_directory().to_owned();
+    states.save(state, &begun, &today, &committed, data_directory).await;
+    Ok(BackupOutcome {
+        record: committed.record,
+        took: repository.clock().monotonic().duration_since(began),
+        vanished: 0,
+        shrunk: 0,
+        decision: begun.decision,
+        work,
+        packs_bytes: committed.packs_bytes,
+    })
+}
+
+/// Returns the options with an upload less, where there are several: two packs are under construction side by side.
+fn at_most(options: &BackupOptions) -> BackupOptions {
+    let uploads = options.budget.uploads.saturating_sub(1).max(1);
+    BackupOptions { budget: Budget { uploads, ..options.budget }, ..options.clone() }
 }
 
 fn completion(
@@ -116,7 +145,8 @@ fn completion(
     origin: &RemoteOrigin,
     copied: Copied,
 ) -> Completion {
-    let Copied { mut entries, tablespaces, outside, packed, named, control, timeline, wal, times, .. } = copied;
+    let Copied { mut entries, tablespaces, outside, stored, control, timeline, wal, times, .. } = copied;
+    let Stored { packed, named, .. } = stored;
     let mut record = empty_record(writer.id(), origin.cluster, timeline, wal);
     record.label = options.label.clone();
     (record.started_at, record.stopped_at, record.wal_floor) = (times.0, times.1, origin.redo);
@@ -137,12 +167,12 @@ async fn receive(
     origin: &RemoteOrigin,
     options: &BackupOptions,
     pool: &CpuPool,
-    writer: Arc<BasebackupWriter>,
+    (mut packer, begun): (Packer, &Begun),
     monitor: &dyn Monitor,
 ) -> Result<Copied, Error> {
     let facts = &origin.facts;
     let outside = read_outside(session, facts).await?;
-    let label = options.label.clone().unwrap_or_else(|| format!("walden {}", writer.id()));
+    let label = options.label.clone().unwrap_or_else(|| format!("walden {}", packer.basebackup()));
     let fast = options.checkpoint == Checkpoint::Fast;
     let tablespace_map = needs_map(facts);
     let asked = BaseBackupOptions { label, fast, tablespace_map };
@@ -154,15 +184,19 @@ async fn receive(
         return Err(StreamError::Tablespace { oid }.into());
     }
     let started = now(session).await?;
-    let receiver = Receiver::new(receive_options(origin, &base, started));
+    let receiver = Receiver::new(receive_options(origin, &base, started, begun));
     let judge = PageJudge { start_lsn: start, segment_pages: origin.segment_pages };
-    let page_judge = facts.data_checksums.then_some(judge);
-    let context = Arc::new(WorkContext { compression: options.compression, page_judge });
-    let mut packers = Packers::new(&writer, &context, options.budget);
+    let context = Arc::new(WorkContext {
+        compression: options.compression,
+        page_judge: facts.data_checksums.then_some(judge),
+        hash_key: begun.hash_key.clone(),
+        parent: begun.parent.clone(),
+        start_set_again: is_scattered(begun, &facts.databases, started).await?,
+    });
     let estimate: u64 = facts.databases.iter().filter_map(|database| database.size_bytes).sum();
     let progress = monitor.start(Task::bytes("backup", (estimate > 0).then_some(estimate)));
     let mut incoming = Incoming::new(base, receiver);
-    copy(&mut incoming, context, pool, options.budget, &mut packers, &progress).await?;
+    copy(&mut incoming, context, pool, options.budget, &mut packer, &progress).await?;
     let (received, end, connection) = incoming.finish()?;
 
     check_timeline(timeline, end.timeline)?;
@@ -175,16 +209,16 @@ async fn receive(
     let control = ControlFile::parse(&received.control.1).map_err(StreamError::ControlFile)?;
     let wal = (start, end.lsn);
     let (mut entries, tablespaces) =
-        pack_rest(&mut packers, received, &outside, facts, &end, wal, times.1).await?;
+        pack_rest(&mut packer, received, &outside, facts, &end, wal, times.1).await?;
     entries.extend(outside.entries);
-    let (packed, named) = packers.finish().await?;
+    let stored = packer.finish().await?;
     let outside = outside.names;
-    Ok(Copied { entries, tablespaces, outside, packed, named, control, timeline, wal, times, connection })
+    Ok(Copied { entries, tablespaces, outside, stored, control, timeline, wal, times, connection })
 }
 
 /// Packs what was kept until everything had come, checks all of it against the server's manifest, and adds ours.
 async fn pack_rest(
-    packers: &mut Packers,
+    packer: &mut Packer,
     received: Received,
     outside: &OutsideFiles,
     facts: &ServerFacts,
@@ -192,14 +226,18 @@ async fn pack_rest(
     wal: (Lsn, Lsn),
     stopped: Timestamp,
 ) -> Result<(Vec<Entry>, Vec<Tablespace>), Error> {
-    let written = |size: usize, modified| FileState { size: size as u64, mode: 0o600, modified };
+    let written =
+        |size: usize, modified| FileState { size: size as u64, mode: 0o600, modified, identity: None };
     let Received { control, label, manifest, left_out, entries, tablespaces, .. } = received;
-    packers.rest().push_bytes(TreePath::new("data/global/pg_control")?, control.0, control.1).await?;
-    packers.rest().push_bytes(TreePath::new("data/backup_label")?, label.0, label.1).await?;
+    packer.turn_to(false);
+    packer.push_bytes(TreePath::new("data/global/pg_control")?, control.0, control.1).await?;
+    packer.push_bytes(TreePath::new("data/backup_label")?, label.0, label.1).await?;
     manifest.check_wal(end.timeline, wal.0, wal.1)?;
-    manifest.check_files(packers.files(), left_out)?;
+    let packed = packer.packed();
+    let files = packed.entries.iter().zip(packed.checksums.iter().copied());
+    manifest.check_files(files, left_out)?;
     for (path, modified, bytes) in &outside.files {
-        packers.rest().push_bytes(path.clone(), written(bytes.len(), *modified), bytes.clone()).await?;
+        packer.push_bytes(path.clone(), written(bytes.len(), *modified), bytes.clone()).await?;
     }
     let ours = ManifestFacts {
         version: facts.version,
@@ -207,15 +245,18 @@ async fn pack_rest(
         timeline: end.timeline,
         wal,
     };
-    let text = Bytes::from(manifest_of_files(&ours, packers.files()));
-    packers
-        .rest()
-        .push_bytes(TreePath::new("data/backup_manifest")?, written(text.len(), stopped), text)
-        .await?;
+    let packed = packer.packed();
+    let text = Bytes::from(server_manifest(&ours, &packed.entries, &packed.checksums, &[]));
+    packer.push_bytes(TreePath::new("data/backup_manifest")?, written(text.len(), stopped), text).await?;
     Ok((entries, tablespaces))
 }
 
-fn receive_options(origin: &RemoteOrigin, base: &BaseBackup, started: Timestamp) -> ReceiveOptions {
+fn receive_options(
+    origin: &RemoteOrigin,
+    base: &BaseBackup,
+    started: Timestamp,
+    begun: &Begun,
+) -> ReceiveOptions {
     let facts = &origin.facts;
     ReceiveOptions {
         data_directory: facts.data_directory().to_owned(),
@@ -225,7 +266,23 @@ fn receive_options(origin: &RemoteOrigin, base: &BaseBackup, started: Timestamp)
         tablespace_names: facts.tablespaces.iter().map(|it| (it.oid, it.name.clone())).collect(),
         started,
         start_set: StartSet::new(&facts.databases, started),
+        piece_bytes: if begun.parent.is_some() { WIDE_BYTES } else { JOB_BYTES },
     }
+}
+
+/// Tells whether the start-up set would lie in too many packs if only what has changed were stored: then it is stored
+/// again as a whole.
+async fn is_scattered(begun: &Begun, databases: &[Database], started: Timestamp) -> Result<bool, Error> {
+    let Some(parent) = begun.parent.clone() else {
+        return Ok(false);
+    };
+    let mut start_set = StartSet::new(databases, started);
+    blocking(move || {
+        // Times are not remembered: of states any may be recent.
+        let packs = parent.packs_of_all(|known| start_set.takes(&known.path, known.size, started));
+        Ok(packs.len() + 1 > START_PACKS_MAX)
+    })
+    .await
 }
 
 /// Tells whether locations have to come in a file: then nothing comes of what is in `pg_tblspc` itself.

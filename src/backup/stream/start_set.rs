@@ -91,7 +91,8 @@ mod tests {
         let now: Timestamp = "2026-11-20T10:15:00Z".parse().unwrap();
         let old: Timestamp = "2026-11-10T10:15:00Z".parse().unwrap();
         let mut set = StartSet::new(&databases, now);
-        let mut takes = |path: &str, size: u64, at: Timestamp| set.takes(&TreePath::new(path).unwrap(), size, at);
+        let mut takes =
+            |path: &str, size: u64, at: Timestamp| set.takes(&TreePath::new(path).unwrap(), size, at);
         for path in ["data/global/1262", "data/pg_xact/0001", "data/postgresql.conf", "data/base/5/1259"] {
             assert!(takes(path, 8192, now), "{path}");
         }
@@ -100,7 +101,11 @@ mod tests {
             assert!(!takes(path, 8192, old), "{path}");
         }
         // No segment of states is beyond their room, and nothing beyond all of it.
-        assert!(takes("data/pg_xact/0002", SLRU_BYTES_MAX - 8192, now) && !takes("data/pg_xact/0003", 1, now));
-        assert!(!takes("data/base/5/1249", START_SET_BYTES_MAX, now) && takes("data/base/5/1249", 1 << 20, now));
+        assert!(
+            takes("data/pg_xact/0002", SLRU_BYTES_MAX - 8192, now) && !takes("data/pg_xact/0003", 1, now)
+        );
+        assert!(
+            !takes("data/base/5/1249", START_SET_BYTES_MAX, now) && takes("data/base/5/1249", 1 << 20, now)
+        );
     }
 }

@@ -318,8 +318,11 @@ mod tests {
                 header.as_mut_bytes()[at.clone()].fill(content);
                 header.set_cksum();
                 if let Err(error) = read(header.as_bytes(), &[512]) {
-                    assert!(matches!(error, TarError::Field { field: f, .. } if f == field)
-                        || matches!(error, TarError::Cut { .. }), "{field}: {error}");
+                    assert!(
+                        matches!(error, TarError::Field { field: f, .. } if f == field)
+                            || matches!(error, TarError::Cut { .. }),
+                        "{field}: {error}"
+                    );
                 } else {
                     // All bits set are a mode, and one second before 1970.
                     assert_eq!(content, 0xff, "{field}");
