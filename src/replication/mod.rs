@@ -30,7 +30,9 @@ mod socket;
 mod tls;
 mod wire;
 
-pub use base_backup::{BaseBackup, BaseBackupOptions, BaseBackupPart, BaseBackupTablespace};
+pub use base_backup::{
+    BaseBackup, BaseBackupEnd, BaseBackupOptions, BaseBackupPart, BaseBackupTablespace,
+};
 pub use connection::ConnectOptions;
 pub use error::{Error, ErrorKind};
 pub use row::{Param, Row};
