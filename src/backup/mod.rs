@@ -44,6 +44,8 @@ mod server_record;
 mod wal_wait;
 
 #[cfg(test)]
+mod incremental_tests;
+#[cfg(test)]
 mod tests;
 
 pub use change::{Decision, Incremental, Reason};
