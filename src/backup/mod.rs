@@ -36,6 +36,10 @@ mod packer;
 mod pipeline;
 mod remember;
 
+pub mod changed_blocks;
+pub mod state;
+pub mod wal_summaries;
+
 mod live_directory;
 mod origin;
 mod run;

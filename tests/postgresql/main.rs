@@ -9,6 +9,7 @@ mod isolation;
 mod replication;
 mod session;
 mod source;
+mod wal_summaries;
 
 use std::fs;
 use std::path::Path;
