@@ -134,7 +134,7 @@ impl Host {
         let source = MemorySource::of(self.files.clone(), self.identities.clone());
         let files = source.walk();
         let options = PlanOptions { postgres: Some(5), ..PlanOptions::default() };
-        let Reading { plan, start_set_again } = plan_reading(&files, &options, begun.parent.as_deref());
+        let Reading { plan, start_set_again } = plan_reading(&files, &options, begun.parent.as_deref(), None);
         let context = Arc::new(JobContext {
             source: Arc::new(source),
             page_check: None,
@@ -152,7 +152,8 @@ impl Host {
         }
         let mut work = packed.work;
         work.chunks_reused = named.chunks_not_of(writer.id());
-        let mut record = empty_record(writer.id(), today.cluster, today.timeline, (Lsn(0x0200_0028), Lsn(0x0200_0100)));
+        let mut record =
+            empty_record(writer.id(), today.cluster, today.timeline, (Lsn(0x0200_0028), Lsn(0x0200_0100)));
         record.size = packed.size;
         let content = ManifestContent {
             entries: packed.entries,
@@ -236,7 +237,13 @@ fn pages_changed(parent: &Taken, now: &Taken) -> u64 {
         let before = parent.files.get(path).filter(|before| place(before) == place(raw));
         changed += match before {
             None => pages,
-            Some(before) if place(raw) < 2 => if before == raw { 0 } else { pages },
+            Some(before) if place(raw) < 2 => {
+                if before == raw {
+                    0
+                } else {
+                    pages
+                }
+            }
             Some(before) => {
                 let before: Vec<&[u8]> = before.chunks(PAGE).collect();
                 raw.chunks(PAGE).enumerate().filter(|(n, page)| before.get(*n) != Some(page)).count() as u64
@@ -422,7 +429,10 @@ async fn what_speaks_against_an_incremental_one_is_named() {
     let first = host.back_up().await.record.id;
     assert_eq!(reason(host.try_back_up(true, false).await.unwrap()), &Reason::Asked);
     host.today = Box::new(|today| Today { has_checksums: false, ..today });
-    assert_eq!(reason(host.try_back_up(false, false).await.unwrap()), &Reason::OtherChecksums { are_on: false });
+    assert_eq!(
+        reason(host.try_back_up(false, false).await.unwrap()),
+        &Reason::OtherChecksums { are_on: false }
+    );
     let second = TimelineId::new(2).unwrap();
     host.today = Box::new(move |today| Today { timeline: second, ..today });
     let expected = Reason::OtherTimeline { was: TimelineId::FIRST, is: second };
@@ -598,7 +608,8 @@ async fn a_parent_that_expires_before_it_is_announced_makes_a_full_one() {
         host: "test".to_owned(),
         pid: 1,
     };
-    let (writer, begun): (BasebackupWriter, _) = states.begin(&host.repository, begin, prepared).await.unwrap();
+    let (writer, begun): (BasebackupWriter, _) =
+        states.begin(&host.repository, begin, prepared).await.unwrap();
     assert_eq!(begun.decision, Decision::Full(Reason::ParentExpired(first)));
     assert!(begun.parent.is_none() && writer.id() > first);
 }

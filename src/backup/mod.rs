@@ -19,6 +19,7 @@ mod links;
 mod plan;
 
 mod change;
+mod hints;
 mod known_parent;
 mod reading;
 mod rewriting;

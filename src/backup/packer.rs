@@ -24,7 +24,8 @@ use crate::backup::state::{KnownContent, KnownFile, StateWriter};
 use crate::codec::{Compression, Compressor};
 use crate::pg::Crc32c;
 use crate::repo::{
-    self, BasebackupId, BasebackupWriter, CompressedFrame, FrameKind, MapWriter, NamedChunks, PackBuilder, PackId,
+    self, BasebackupId, BasebackupWriter, CompressedFrame, FrameKind, MapWriter, NamedChunks, PackBuilder,
+    PackId,
     chunk::ChunkRef,
     documents::SizeRecord,
     entry::{BlobRef, Content, Entry, INLINE_BYTES_MAX, Node, TreePath},

@@ -117,7 +117,12 @@ impl Source for MemorySource {
 
 impl OpenFile for MemoryFile {
     fn state(&self) -> io::Result<FileState> {
-        Ok(FileState { size: self.bytes.len() as u64, mode: 0o640, modified: time(), identity: self.identity })
+        Ok(FileState {
+            size: self.bytes.len() as u64,
+            mode: 0o640,
+            modified: time(),
+            identity: self.identity,
+        })
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {

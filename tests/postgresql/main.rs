@@ -5,6 +5,7 @@
 mod support;
 
 mod backup;
+mod incremental;
 mod isolation;
 mod replication;
 mod session;
