@@ -20,6 +20,7 @@ mod links;
 mod plan;
 
 mod change;
+mod hints;
 mod known_parent;
 mod reading;
 mod rewriting;
@@ -50,6 +51,8 @@ mod wal_wait;
 
 mod stream;
 
+#[cfg(test)]
+mod incremental_tests;
 #[cfg(test)]
 mod tests;
 

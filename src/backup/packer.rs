@@ -456,10 +456,10 @@ impl Packer {
                 && from <= range.to.saturating_add(RANGE_GAP_MAX)
                 && range.from <= to.saturating_add(RANGE_GAP_MAX)
         };
-        match ranges.iter_mut().find(near) {
-            Some(range) => (range.from, range.to) = (range.from.min(from), range.to.max(to)),
-            None if ranges.len() < RANGES_MAX => ranges.push(PackRange { pack, from, to }),
-            None => {}
+        if let Some(range) = ranges.iter_mut().find(near) {
+            (range.from, range.to) = (range.from.min(from), range.to.max(to));
+        } else if ranges.len() < RANGES_MAX {
+            ranges.push(PackRange { pack, from, to });
         }
     }
 

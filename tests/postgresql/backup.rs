@@ -24,7 +24,7 @@ use crate::support::{
 
 /// A basebackup opened through the library, in a repository without encryption.
 pub struct Opened {
-    reader: FileReader,
+    pub reader: FileReader,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -100,7 +100,7 @@ impl Opened {
 }
 
 /// A cluster that archives through walden, and walden.
-fn archiving(cluster: &Cluster) -> Walden {
+pub fn archiving(cluster: &Cluster) -> Walden {
     let site = Site::of(cluster, cluster.data_directory()).unencrypted();
     let walden = Walden::configure(cluster.scratch(), &site);
     cluster.set_archive_command(&walden.archive_command());

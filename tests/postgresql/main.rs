@@ -6,6 +6,7 @@ mod support;
 
 mod backup;
 mod by_replication;
+mod incremental;
 mod isolation;
 mod replication;
 mod session;
