@@ -136,7 +136,7 @@ fn a_basebackup_of_a_standby_starts_after_replay_and_has_the_history_archived() 
     let walden = archiving(&cluster);
     let chaos = Chaos::start(&cluster);
     chaos.wait_for_churn(1);
-    let mut standby = standby_of(&cluster);
+    let standby = standby_of(&cluster);
     let scratch = Scratch::new();
     let (of_cluster, of_standby) = (cluster.connection(), standby.connection());
     // The standby is preferred, and the primary ends the segment that it stops in.
