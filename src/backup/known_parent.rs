@@ -15,7 +15,7 @@ use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
 use crate::backup::hints::Hints;
 use crate::backup::live_directory::read_histories;
-use crate::backup::rewriting::{Rewriting, plan_rewriting};
+use crate::backup::rewriting::{Rewriting, origins_max, plan_rewriting};
 use crate::backup::run::blocking;
 use crate::backup::state::{
     HashKey, KnownBlock, KnownContent, KnownFile, State, StateError, StateFacts, StateFolder,
@@ -96,7 +96,8 @@ pub async fn prepare(
         return Ok(Prepared::full(Reason::StateUnusable(detail)));
     }
     let missing = missing_packs(repository, parent.refs.records().iter()).await?;
-    let rewriting = plan_rewriting(&parent.refs, &live, &missing, repository.clock().now());
+    let origins_max = origins_max(&parent.record.keys);
+    let rewriting = plan_rewriting(&parent.refs, &live, &missing, origins_max, repository.clock().now());
     report(&missing, &rewriting);
     let again = Arc::new(rewriting.packs.clone());
     let (read_all, complained) = (incremental.read_all, AtomicBool::new(false));
@@ -322,9 +323,9 @@ fn report(missing: &[PackId], rewriting: &Rewriting) {
             missing.len()
         );
     }
-    let Rewriting { sparse, old, bytes, .. } = rewriting;
+    let Rewriting { sparse, old, crowded, bytes, .. } = rewriting;
     tracing::debug!(
-        "{sparse} mostly dead and {old} old packs are written again, {bytes} bytes of them in use"
+        "{sparse} mostly dead, {old} old and {crowded} other packs are written again, {bytes} bytes of them in use"
     );
 }
 
