@@ -99,6 +99,8 @@ pub struct BackupOutcome {
     pub work: WorkDone,
     /// Bytes of all packs it names, whether they are in use or not.
     pub packs_bytes: u64,
+    /// Bytes that came from the server; none where its data directory was read.
+    pub received_bytes: Option<u64>,
 }
 
 /// What was copied while the server was in backup mode.
@@ -187,6 +189,7 @@ pub async fn run(
         decision: begun.decision,
         work,
         packs_bytes: committed.packs_bytes,
+        received_bytes: None,
     })
 }
 

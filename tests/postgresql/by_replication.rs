@@ -454,3 +454,68 @@ fn of_13_only_what_differs_is_stored_whichever_way_the_last_one_was_taken() {
 fn of_18_only_what_differs_is_stored_whichever_way_the_last_one_was_taken() {
     what_differs_is_stored(18);
 }
+
+/// From 17 on the server sends only what has changed, and the basebackup is as whole as any.
+#[test]
+fn of_18_with_summaries_of_its_wal_only_what_has_changed_comes() {
+    require!(Need::PostgreSQL(18));
+    let options = Options::default().setting("summarize_wal", "on");
+    let cluster = Cluster::start_with(18, options);
+    let space = cluster.scratch().folder("space");
+    cluster.sql(&format!("create tablespace fast location '{}'", space.display()));
+    let walden = archiving(&cluster);
+    Pgbench::initialize(&cluster, 10);
+    cluster
+        .sql("create table far tablespace fast as select n, md5(n::text) from generate_series(1, 50000) n");
+    cluster.sql("create table shrinks as select n, repeat('x', 500) as t from generate_series(1, 20000) n");
+    cluster.sql("create table small as select n from generate_series(1, 100) n");
+    let number = |outcome: &Value, name: &str| outcome[name].as_u64().unwrap();
+    let full = walden.json(&["backup"]);
+    assert!(number(&full, "received_bytes") > number(&full, "database_bytes"), "{full}");
+
+    // Pages change, files grow, shrink, go and come.
+    Pgbench::run(&cluster, &["--transactions", "100", "--client", "2", "--no-vacuum"]);
+    cluster.sql("update far set n = -n where n % 1000 = 0; insert into small values (-1)");
+    cluster.sql("delete from shrinks where n > 5000");
+    cluster.sql("vacuum shrinks");
+    cluster.sql("insert into shrinks select n, 'y' from generate_series(1, 3000) n");
+    cluster.sql("drop table pgbench_branches; create table later as select 1 as n");
+    let second = walden.json(&["backup"]);
+    assert_eq!(second["parent"], full["id"], "{second}");
+    assert!(number(&second, "received_bytes") * 2 < number(&second, "database_bytes"), "{second}");
+    assert!(number(&second, "stored_bytes") * 4 < number(&full, "stored_bytes"), "{full}\n{second}");
+    assert_eq!(number(&second, "damaged_pages"), 0, "{second}");
+    cluster.archive_wal();
+    assert_equals_source(&cluster, &walden, &second, "second");
+
+    // And on, upon one that has no checksums of files of which only parts came; and from the data directory.
+    cluster.sql("update far set n = -n where n % 777 = 0; insert into small values (-2)");
+    let third = walden.json(&["backup"]);
+    assert_eq!(third["parent"], second["id"], "{third}");
+    assert!(number(&third, "received_bytes") * 2 < number(&third, "database_bytes"), "{third}");
+    let from_directory = Site::of(&cluster, cluster.data_directory()).unencrypted();
+    walden.reconfigure(cluster.scratch(), &from_directory);
+    let fourth = walden.json(&["backup"]);
+    assert_eq!(fourth["parent"], third["id"], "{fourth}");
+    assert!(fourth["received_bytes"].is_null(), "{fourth}");
+    cluster.archive_wal();
+    for (outcome, name) in [(&third, "third"), (&fourth, "fourth")] {
+        assert_equals_source(&cluster, &walden, outcome, name);
+    }
+
+    // Summaries that were removed cannot tell what has changed: everything comes, and the same is stored.
+    walden.reconfigure(cluster.scratch(), &site(&cluster));
+    cluster.sql("alter system set summarize_wal = off");
+    cluster.sql("select pg_reload_conf()");
+    for summary in fs::read_dir(cluster.data_directory().join("pg_wal/summaries")).unwrap() {
+        fs::remove_file(summary.unwrap().path()).unwrap();
+    }
+    cluster.sql("alter system set summarize_wal = on");
+    cluster.sql("select pg_reload_conf()");
+    wait_for("the setting to count", || (cluster.sql("show summarize_wal") == "on").then_some(()));
+    let run = walden.run(&["-v", "--output", "json", "backup"]);
+    let fifth: Value = serde_json::from_str(&run.stdout).unwrap();
+    assert!(run.stderr.contains("cannot say what has changed"), "{}", run.stderr);
+    assert_eq!(fifth["parent"], fourth["id"], "{fifth}");
+    assert!(number(&fifth, "received_bytes") > number(&fifth, "database_bytes"), "{fifth}");
+}

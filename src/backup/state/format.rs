@@ -290,6 +290,10 @@ pub(super) fn objection_to_file(file: &KnownFile) -> Option<&'static str> {
     }
 }
 
+/// Whether a file's CRC is known.
+const NO_CRC: u8 = 0;
+const HAS_CRC: u8 = 1;
+
 pub(super) fn encode_file(file: &KnownFile) -> Vec<u8> {
     let mut chunks = ChunkTableBuilder::default();
     let mut content = WireWriter::new();
@@ -314,7 +318,11 @@ pub(super) fn encode_file(file: &KnownFile) -> Vec<u8> {
     let mut out = WireWriter::new();
     out.bytes(file.path.as_bytes()).varint(file.inode).varint(file.device);
     put_time(&mut out, file.changed);
-    out.u32(file.crc.0).varint(u64::from(file.damaged_pages));
+    match file.crc {
+        Some(crc) => out.u8(HAS_CRC).u32(crc.0),
+        None => out.u8(NO_CRC),
+    };
+    out.varint(u64::from(file.damaged_pages));
     chunks.encode(&mut out);
     out.raw(&content.finish());
     out.finish()
@@ -330,7 +338,12 @@ pub(super) fn decode_file(record: &[u8]) -> Result<KnownFile, Flaw> {
     let path = take_path(&mut reader)?;
     let (inode, device) = (reader.varint()?, reader.varint()?);
     let changed = take_time(&mut reader)?;
-    let (crc, damaged_pages) = (Crc32c(reader.u32()?), reader.small("damaged pages")?);
+    let crc = match reader.u8()? {
+        NO_CRC => None,
+        HAS_CRC => Some(Crc32c(reader.u32()?)),
+        _ => return Err(Flaw::Contradiction("has a CRC of no known kind")),
+    };
+    let damaged_pages = reader.small("damaged pages")?;
     let chunks = decode_chunk_table(&mut reader)?;
     let tag = reader.u8()?;
     let (size, stands) = repo::decode_content(tag, &mut reader, &chunks)?;
