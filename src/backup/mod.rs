@@ -24,6 +24,10 @@ mod source_file;
 
 mod packer;
 mod pipeline;
+mod rate;
+
+mod carried_files;
+mod carry;
 
 mod live_directory;
 mod origin;
@@ -35,6 +39,7 @@ mod wal_wait;
 #[cfg(test)]
 mod tests;
 
+pub use carried_files::CARRY_MEMORY;
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
 pub use error::{Error, ErrorKind};
 pub use live_directory::read_identity;

@@ -6,12 +6,14 @@
 //! sweep. Dropping the future at any point is the same as a failure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 
+use crate::backup::carry::{Carried, WalCarrier, carrying, hold_wal};
 use crate::backup::data_directory::{SourceTree, WalkOptions};
 use crate::backup::error::Error;
 use crate::backup::live_directory::{read_control_file, read_identity};
@@ -20,6 +22,7 @@ use crate::backup::packer::{Packed, Packer};
 use crate::backup::page_check::PageCheck;
 use crate::backup::pipeline::{Budget, copy};
 use crate::backup::plan::{PlanOptions, plan_copy};
+use crate::backup::rate::Meter;
 use crate::backup::read_pages::JobContext;
 use crate::backup::server_facts::ServerFacts;
 use crate::backup::server_manifest::{ManifestFacts, server_manifest};
@@ -33,7 +36,7 @@ use crate::pg::{Lsn, RelationMap, WalSegmentNumber};
 use crate::replication::Session;
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
-    documents::BackupRecord, entry::TreePath, manifest::ManifestContent,
+    documents::BackupRecord, entry::{Entry, TreePath}, manifest::ManifestContent,
 };
 
 /// How a basebackup is taken.
@@ -55,6 +58,10 @@ pub struct BackupOptions {
     pub budget: Budget,
     /// How long the archive may take to have the WAL.
     pub wal_patience: Duration,
+    /// Whether the basebackup carries its WAL itself, so that the archive need not have it.
+    pub standalone: bool,
+    /// Bytes of the source that are read in a second, where that is limited.
+    pub rate: Option<NonZeroU64>,
     /// This host, for people.
     pub host: String,
 }
@@ -66,6 +73,8 @@ pub struct BackupOutcome {
     pub record: BackupRecord,
     /// How long it took, by this host's clock.
     pub took: Duration,
+    /// Bytes that were read of the server's files.
+    pub read_bytes: u64,
     /// Files that were gone before they could be read.
     pub vanished: u64,
     /// Files that became shorter while they were read.
@@ -79,6 +88,7 @@ struct Copied {
     named: NamedChunks,
     stopped: Stopped,
     started: (Lsn, Timestamp),
+    carried: Option<Carried>,
 }
 
 /// The database whose catalogs a start reads first.
@@ -94,8 +104,9 @@ pub async fn run(
 ) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
     repository.check_store().await?;
+    let needs_no_archiving = options.wal_received || options.standalone;
     let Chosen { session, origin, primary } =
-        choose_origin(&options.nodes, options.data_directory.as_deref(), options.wal_received).await?;
+        choose_origin(&options.nodes, options.data_directory.as_deref(), needs_no_archiving).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     repository.admit(cluster).await?;
     let begin = BeginOptions {
@@ -109,16 +120,19 @@ pub async fn run(
     let writer = Arc::new(BasebackupWriter::begin(repository, begin).await?);
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
-    let copied = copy_in_backup_mode(session, &origin, options, pool, writer.clone(), monitor).await?;
+    let meter = Meter::new(options.rate, repository.shared_clock());
+    let copied = copy_in_backup_mode(session, &origin, options, pool, writer.clone(), &meter, monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
-    if let Some(primary) = primary {
-        // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
-        switch_wal(&primary).await?;
+    if copied.carried.is_none() {
+        if let Some(primary) = primary {
+            // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
+            switch_wal(&primary).await?;
+        }
+        let needed = needed_wal(cluster, &copied);
+        wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
     }
-    let needed = needed_wal(cluster, &copied);
-    wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
 
-    let Copied { tree, packed, named, stopped, started } = copied;
+    let Copied { tree, packed, mut named, stopped, started, carried } = copied;
     let mut record = empty_record(writer.id(), cluster, stopped.timeline, (started.0, stopped.lsn));
     record.label = options.label.clone();
     (record.started_at, record.stopped_at, record.wal_floor) = (started.1, stopped.at, wal_floor);
@@ -127,6 +141,13 @@ pub async fn run(
     record.size = packed.size;
     let mut entries = packed.entries;
     entries.extend(tree.entries.iter().cloned());
+    if let Some(Carried { entries: files, named: chunks, wal }) = carried {
+        record.size.files += files.len() as u64;
+        record.size.database_bytes += files.iter().map(Entry::size).sum::<u64>();
+        record.wal = Some(wal);
+        named.extend(chunks);
+        entries.extend(files);
+    }
     let content = ManifestContent {
         entries,
         tablespaces: tree.tablespaces.clone(),
@@ -140,6 +161,7 @@ pub async fn run(
     Ok(BackupOutcome {
         record,
         took: repository.clock().monotonic().duration_since(began),
+        read_bytes: meter.read_bytes(),
         vanished: tree.vanished + packed.vanished,
         shrunk: packed.shrunk,
     })
@@ -151,17 +173,25 @@ async fn copy_in_backup_mode(
     options: &BackupOptions,
     pool: &CpuPool,
     writer: Arc<BasebackupWriter>,
+    meter: &Meter,
     monitor: &dyn Monitor,
 ) -> Result<Copied, Error> {
     let Origin { facts, data_directory, .. } = origin;
     let label = options.label.clone().unwrap_or_else(|| format!("walden {}", writer.id()));
     let start = StartOptions { checkpoint: options.checkpoint, label };
+    // Before the start, so that nothing from there on is removed.
+    let slot = if options.standalone { Some(hold_wal(&session, writer.id()).await?) } else { None };
     let session = BackupSession::start_on(session, facts.clone(), start).await?;
     let started = (session.started().lsn, session.started().at);
+    let mut carrier = None;
+    if let Some(slot) = slot {
+        let (begun, with) = (session.started(), (pool.clone(), options.compression));
+        carrier = Some(WalCarrier::new(slot, origin, begun, writer.clone(), with).await?);
+    }
     let mut packer = Packer::new(writer, options.compression, options.budget.uploads);
-    let copying = copy_files(origin, started.0, options, pool, &mut packer, monitor);
+    let copying = copy_files(origin, started.0, options, pool, &mut packer, meter, monitor);
     let tree = tokio::select! {
-        tree = copying => tree?,
+        tree = carrying(carrier.as_mut(), session.session(), copying) => tree?,
         lost = session.lost() => return Err(lost.into()),
     };
     let directory = data_directory.clone();
@@ -169,7 +199,11 @@ async fn copy_in_backup_mode(
         blocking(move || Ok((read_control_file(&directory)?, read_identity(&directory)?))).await?;
     session.check_directory(&identity)?;
     packer.push_bytes(TreePath::new("data/global/pg_control")?, state, bytes).await?;
-    let stopped = session.stop().await?;
+    let (stopped, session) = session.end().await?;
+    let carried = match carrier {
+        Some(carrier) => Some(carrier.finish(&session, &stopped).await?),
+        None => None,
+    };
 
     let written = |size: usize| FileState { size: size as u64, mode: 0o600, modified: stopped.at };
     let backup_label = bytes::Bytes::from(stopped.backup_label.clone());
@@ -185,7 +219,7 @@ async fn copy_in_backup_mode(
         bytes::Bytes::from(server_manifest(&manifest, &packed.entries, &packed.checksums, &tree.entries));
     packer.push_bytes(TreePath::new("data/backup_manifest")?, written(text.len()), text).await?;
     let (packed, named) = packer.finish().await?;
-    Ok(Copied { tree, packed, named, stopped, started })
+    Ok(Copied { tree, packed, named, stopped, started, carried })
 }
 
 async fn copy_files(
@@ -194,6 +228,7 @@ async fn copy_files(
     options: &BackupOptions,
     pool: &CpuPool,
     packer: &mut Packer,
+    meter: &Meter,
     monitor: &dyn Monitor,
 ) -> Result<Arc<SourceTree>, Error> {
     let Origin { facts, data_directory, control, .. } = origin;
@@ -211,7 +246,7 @@ async fn copy_files(
     tracing::debug!("{plan}");
     let has_checksums = control.data_checksum_version != 0;
     let context = JobContext {
-        source: Arc::new(DirectorySource::new(tree.clone())),
+        source: Arc::new(meter.before(Arc::new(DirectorySource::new(tree.clone())))),
         page_check: has_checksums.then(|| PageCheck::new(start_lsn, control.relation_segment_pages)),
         compression: options.compression,
     };

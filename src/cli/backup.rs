@@ -5,6 +5,7 @@
 //! by then counts for nothing.
 
 use std::fmt::{self, Write};
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -14,8 +15,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::backup::{
     self, BackupOptions, BackupOutcome, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
 };
-use crate::config::{SiteConfig, WalSource};
+use crate::config::{SiteConfig, WalSource, parse_size};
+use crate::memory::Usage;
 use crate::repo::ClusterId;
+use crate::repo::carried_wal::CarriedWal;
 
 use super::context::Context;
 use super::error::CommandError;
@@ -43,7 +46,19 @@ pub struct Backup {
     /// How long the archive may take to have the WAL that the basebackup needs, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     wal_timeout: u32,
+
+    /// Carries the WAL that it needs itself, so that it is recovered without an archive
+    #[arg(long, conflicts_with = "wal_timeout")]
+    standalone: bool,
+
+    /// The most that is read of the server's files in a second, such as 50MiB; none for no limit
+    #[arg(long, value_name = "R", value_parser = parse_rate)]
+    rate_limit: Option<Rate>,
 }
+
+/// A rate, or no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rate(Option<NonZeroU64>);
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum CheckpointArgument {
@@ -72,6 +87,8 @@ impl Backup {
     fn options(&self, context: &Context, site: &SiteConfig) -> Result<BackupOptions, CommandError> {
         let config = context.config()?;
         let limits = config.limits;
+        let carries = if self.standalone { backup::CARRY_MEMORY } else { 0 };
+        let memory_bytes = limits.memory_bytes.saturating_sub(carries);
         Ok(BackupOptions {
             nodes: nodes(context, site)?,
             data_directory: site.data_directory.clone(),
@@ -82,8 +99,10 @@ impl Backup {
                 CheckpointArgument::Spread => Checkpoint::Spread,
             },
             compression: config.compression.basebackup,
-            budget: Budget::new(limits.memory_bytes, limits.threads, limits.transfers),
+            budget: Budget::new(memory_bytes, limits.threads, limits.transfers),
             wal_patience: Duration::from_secs(self.wal_timeout.into()),
+            standalone: self.standalone,
+            rate: self.rate_limit.map_or(limits.rate, |Rate(rate)| rate),
             host: host_name(),
         })
     }
@@ -128,6 +147,21 @@ fn check_label(label: Option<&str>) -> Result<(), CommandError> {
     }
 }
 
+/// Reads what stands for a rate.
+fn parse_rate(text: &str) -> Result<Rate, String> {
+    if text == "none" {
+        return Ok(Rate(None));
+    }
+    let bytes = parse_size(text).map_err(|error| match error.hint() {
+        Some(hint) => format!("{error}: {hint}"),
+        None => error.to_string(),
+    })?;
+    match NonZeroU64::new(bytes) {
+        Some(rate) => Ok(Rate(Some(rate))),
+        None => Err("nothing would ever be read".to_owned()),
+    }
+}
+
 /// Waits for SIGINT or SIGTERM.
 async fn interrupted() -> CommandError {
     let (Ok(mut interrupt), Ok(mut terminate)) =
@@ -162,10 +196,18 @@ struct BackupReport {
     stopped_at: String,
     files: u64,
     database_bytes: u64,
+    read_bytes: u64,
     stored_bytes: u64,
+    live_bytes: u64,
+    stored_per_live: Option<f64>,
     ratio: f64,
     requests: u64,
     seconds: f64,
+    bytes_per_second: u64,
+    cpu_seconds: f64,
+    peak_memory_bytes: u64,
+    standalone: bool,
+    wal: Option<CarriedWal>,
     damaged_pages: u64,
     vanished_files: u64,
     shrunk_files: u64,
@@ -174,7 +216,8 @@ struct BackupReport {
 impl BackupReport {
     /// Creates the report of a basebackup that took so many requests to the store.
     fn of(outcome: BackupOutcome, requests: u64) -> Self {
-        let BackupOutcome { record, took, vanished, shrunk } = outcome;
+        let BackupOutcome { record, took, read_bytes, vanished, shrunk } = outcome;
+        let Usage { cpu, peak_memory_bytes } = Usage::of_process();
         let seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
         Self {
             id: record.id.to_string(),
@@ -187,10 +230,19 @@ impl BackupReport {
             stopped_at: record.stopped_at.to_string(),
             files: record.size.files,
             database_bytes: record.size.database_bytes,
+            read_bytes,
             stored_bytes: record.size.stored_bytes,
+            live_bytes: record.size.live_bytes,
+            stored_per_live: (record.size.live_bytes > 0)
+                .then(|| ratio(record.size.stored_bytes, record.size.live_bytes)),
             ratio: ratio(record.size.database_bytes, record.size.stored_bytes),
             requests,
             seconds,
+            bytes_per_second: (record.size.database_bytes as f64 / seconds.max(0.001)) as u64,
+            cpu_seconds: (cpu.as_secs_f64() * 1000.0).round() / 1000.0,
+            peak_memory_bytes,
+            standalone: record.wal.is_some(),
+            wal: record.wal,
             damaged_pages: record.size.damaged_pages,
             vanished_files: vanished,
             shrunk_files: shrunk,
@@ -210,18 +262,27 @@ impl Report for BackupReport {
             write!(out, " \"{label}\"")?;
         }
         writeln!(out)?;
-        let rate = (self.database_bytes as f64 / self.seconds.max(0.001)) as u64;
         writeln!(
             out,
             "{} files, {} in {} ({}/s), {} stored ({}:1)",
             self.files,
             size(self.database_bytes),
             duration(Duration::from_secs_f64(self.seconds)),
-            size(rate),
+            size(self.bytes_per_second),
             size(self.stored_bytes),
             self.ratio
         )?;
+        writeln!(
+            out,
+            "{} read, {} of CPU time, {} of memory at most",
+            size(self.read_bytes),
+            duration(Duration::from_secs_f64(self.cpu_seconds)),
+            size(self.peak_memory_bytes)
+        )?;
         writeln!(out, "timeline {}, {} to {}", self.timeline, self.start_lsn, self.stop_lsn)?;
+        if let Some(wal) = &self.wal {
+            writeln!(out, "standalone: it carries the WAL up to {}, and needs no archive", wal.end)?;
+        }
         if self.damaged_pages > 0 {
             writeln!(out, "WARNING: {} pages have a wrong checksum in the source", self.damaged_pages)?;
         }
@@ -232,6 +293,15 @@ impl Report for BackupReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_is_a_size_or_none() {
+        assert_eq!(parse_rate("50MiB"), Ok(Rate(NonZeroU64::new(50 << 20))));
+        assert_eq!(parse_rate("none"), Ok(Rate(None)));
+        for bad in ["0B", "50", "50MB", "-1MiB", ""] {
+            assert!(parse_rate(bad).is_err(), "{bad:?}");
+        }
+    }
 
     #[test]
     fn a_label_does_not_look_like_something_else() {

@@ -57,6 +57,14 @@ impl NamedChunks {
         }
     }
 
+    /// Adds what others named, in packs of their own.
+    pub fn extend(&mut self, others: Self) {
+        for (pack, named) in others.packs {
+            let known = self.packs.insert(pack, named);
+            debug_assert!(known.is_none(), "{pack} is named from two sides");
+        }
+    }
+
     /// Returns the stored bytes of `pack` that are named.
     pub fn live_bytes(&self, pack: PackId) -> u32 {
         self.packs.get(&pack).map_or(0, |pack| pack.bytes)

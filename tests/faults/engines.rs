@@ -74,6 +74,8 @@ async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Resul
         checkpoint: Checkpoint::Fast,
         compression: Compression::zstd(1),
         budget: Budget::new(128 << 20, 2, 4),
+        standalone: false,
+        rate: None,
         wal_patience: Duration::from_secs(60),
         host: "here".to_owned(),
     };
