@@ -61,7 +61,8 @@ impl Usage {
             usage.assume_init()
         };
         let time = |time: libc::timeval| {
-            Duration::from_secs(time.tv_sec.unsigned_abs()) + Duration::from_micros(time.tv_usec.unsigned_abs())
+            Duration::from_secs(time.tv_sec.unsigned_abs())
+                + Duration::from_micros(time.tv_usec.unsigned_abs())
         };
         let cpu = time(usage.ru_utime) + time(usage.ru_stime);
         // Linux counts in KiB.
@@ -83,6 +84,9 @@ mod tests {
             sum = held.iter().fold(sum, |sum, byte| sum.wrapping_mul(31).wrapping_add(u64::from(*byte)));
         }
         let after = Usage::of_process();
-        assert!(after.peak_memory_bytes > before.peak_memory_bytes + (8 << 20), "{sum}: {before:?} {after:?}");
+        assert!(
+            after.peak_memory_bytes > before.peak_memory_bytes + (8 << 20),
+            "{sum}: {before:?} {after:?}"
+        );
     }
 }

@@ -257,10 +257,8 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(content).unwrap();
         let long = WalPageHeader::parse(WAL).unwrap().long.unwrap();
-        let cluster = ClusterId {
-            system_identifier: long.system_identifier,
-            segment_size: long.segment_size,
-        };
+        let cluster =
+            ClusterId { system_identifier: long.system_identifier, segment_size: long.segment_size };
         let name = WalSegmentName::containing(TimelineId::FIRST, START, cluster.segment_size);
         let path = file.path().to_owned();
         (file, SegmentFile { path, name, start: START, end: START + end, cluster })
@@ -301,7 +299,8 @@ mod tests {
         }
         let lsns = (START, segments[0].end);
         let cluster = segments[0].cluster;
-        let record = crate::backup::server_record::empty_record(writer.id(), cluster, TimelineId::FIRST, lsns);
+        let record =
+            crate::backup::server_record::empty_record(writer.id(), cluster, TimelineId::FIRST, lsns);
         let content = ManifestContent { entries, ..ManifestContent::default() };
         let completion = Completion { record, content, named, compression: Compression::zstd(1) };
         Ok(Arc::into_inner(writer).unwrap().finish(completion).await?)
@@ -337,9 +336,12 @@ mod tests {
         let mut foreign = whole();
         foreign[24] ^= 1;
         let short = whole()[..SEGMENT_BYTES - 1].to_vec();
-        for (what, content) in
-            [("recycled", recycled), ("foreign", foreign), ("short", short), ("empty", vec![0; SEGMENT_BYTES])]
-        {
+        for (what, content) in [
+            ("recycled", recycled),
+            ("foreign", foreign),
+            ("short", short),
+            ("empty", vec![0; SEGMENT_BYTES]),
+        ] {
             let (_file, segment) = segment(&content, SEGMENT_BYTES as u64);
             let error = carried(&repository, &[segment]).await.unwrap_err();
             assert!(matches!(error, Error::WalLost { .. }), "{what}: {error}");

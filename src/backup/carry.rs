@@ -75,7 +75,8 @@ const FOLDER: &str = "data/pg_wal";
 /// `WalNotHeld` where the server makes no slot for this role.
 pub(super) async fn hold_wal(session: &Session, id: BasebackupId) -> Result<String, Error> {
     let name = slot_name(id);
-    let sql = "SELECT slot_name::text AS name FROM pg_create_physical_replication_slot($1::text::name, true, true)";
+    let sql =
+        "SELECT slot_name::text AS name FROM pg_create_physical_replication_slot($1::text::name, true, true)";
     match session.query_one(sql, &[Param::Text(&name)]).await {
         Ok(_) => Ok(name),
         Err(SessionError::Sql { message, .. }) => Err(Error::WalNotHeld { message }),
@@ -155,7 +156,8 @@ impl WalCarrier {
         }
         if self.end < stopped.lsn {
             let (end, stop) = (self.end, stopped.lsn);
-            let detail = format!("the basebackup ended at {stop}, and the server has written no WAL behind {end}");
+            let detail =
+                format!("the basebackup ended at {stop}, and the server has written no WAL behind {end}");
             return Err(SourceError::from(SessionError::Unexpected { detail }).into());
         }
         self.push_history().await?;
@@ -204,8 +206,7 @@ impl WalCarrier {
         let (cluster, start) = (self.cluster, self.next.start_lsn(self.cluster.segment_size));
         let timeline = self.ancestry.timeline_of(end);
         let name = WalSegmentName::new(timeline, self.next, cluster.segment_size);
-        let segment =
-            SegmentFile { path: self.folder.join(name.to_string()), name, start, end, cluster };
+        let segment = SegmentFile { path: self.folder.join(name.to_string()), name, start, end, cluster };
         self.files.push_segment(CarriedWal::path_of(name)?, &segment, self.at).await?;
         // A server that is started from it does not archive it: whoever wrote it did, or could have.
         let done = TreePath::new(format!("{FOLDER}/archive_status/{name}.done"))?;
@@ -249,7 +250,8 @@ mod tests {
     #[test]
     fn a_segment_stands_under_the_name_of_the_timeline_that_ends_in_it() {
         let timeline = TimelineId::new(2).unwrap();
-        let history = TimelineHistory::parse(timeline, "1\t0/5000100\tno recovery target specified\n").unwrap();
+        let history =
+            TimelineHistory::parse(timeline, "1\t0/5000100\tno recovery target specified\n").unwrap();
         let ancestry = Ancestry { timeline, history: Some((history, Bytes::new())) };
         let of = |end| ancestry.timeline_of(Lsn(end)).get();
         assert_eq!([of(0x500_0000), of(0x600_0000), of(0x500_0200), of(0x700_0000)], [1, 2, 2, 2]);

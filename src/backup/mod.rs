@@ -29,6 +29,7 @@ mod rate;
 mod carried_files;
 mod carry;
 
+mod dry_run;
 mod live_directory;
 mod origin;
 mod run;
@@ -41,11 +42,12 @@ mod tests;
 
 pub use carried_files::CARRY_MEMORY;
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
+pub use dry_run::{DryRun, dry_run};
 pub use error::{Error, ErrorKind};
 pub use live_directory::read_identity;
 pub use origin::Node;
 pub use pipeline::Budget;
-pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};
+pub use plan::{GroupSummary, Plan, PlanOptions, StartGroup, Step, plan_copy};
 pub use run::{BackupOptions, BackupOutcome, run};
 pub use server_facts::{ArchiverStatus, Database, ServerFacts, Tablespace};
 pub use server_identity::{Difference, DirectoryIdentity, ServerIdentity, parent_process};

@@ -253,7 +253,9 @@ mod tests {
         let open = meter.before(source).open(&file).unwrap();
         let mut buffer = vec![0; wanted];
         let count = open.read_at(0, &mut buffer).unwrap();
-        assert!(buffer[..count].iter().all(|byte| *byte == 7) && buffer[count..].iter().all(|byte| *byte == 0));
+        assert!(
+            buffer[..count].iter().all(|byte| *byte == 7) && buffer[count..].iter().all(|byte| *byte == 0)
+        );
         let reads = reads.lock().unwrap().clone();
         (count, meter.read_bytes(), reads)
     }

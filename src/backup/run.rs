@@ -36,7 +36,9 @@ use crate::pg::{Lsn, RelationMap, WalSegmentNumber};
 use crate::replication::Session;
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
-    documents::BackupRecord, entry::{Entry, TreePath}, manifest::ManifestContent,
+    documents::BackupRecord,
+    entry::{Entry, TreePath},
+    manifest::ManifestContent,
 };
 
 /// How a basebackup is taken.
@@ -91,7 +93,6 @@ struct Copied {
     carried: Option<Carried>,
 }
 
-/// The database whose catalogs a start reads first.
 const POSTGRES: &str = "postgres";
 
 /// Takes a full basebackup; `archive` makes the archive of a cluster to be asked for its WAL.
@@ -121,7 +122,8 @@ pub async fn run(
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let meter = Meter::new(options.rate, repository.shared_clock());
-    let copied = copy_in_backup_mode(session, &origin, options, pool, writer.clone(), &meter, monitor).await?;
+    let copied =
+        copy_in_backup_mode(session, &origin, options, pool, writer.clone(), &meter, monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
     if copied.carried.is_none() {
         if let Some(primary) = primary {
@@ -240,9 +242,7 @@ async fn copy_files(
     })
     .await?;
     tree.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    let postgres =
-        facts.databases.iter().find(|database| database.name == POSTGRES).map(|database| database.oid.0);
-    let plan = plan_copy(&tree.files, &PlanOptions { postgres, mapped });
+    let plan = plan_copy(&tree.files, &PlanOptions { postgres: postgres_of(facts), mapped });
     tracing::debug!("{plan}");
     let has_checksums = control.data_checksum_version != 0;
     let context = JobContext {
@@ -255,7 +255,12 @@ async fn copy_files(
     Ok(tree)
 }
 
-fn walk_options(data_directory: &Path, facts: &ServerFacts) -> WalkOptions {
+/// Returns the database whose catalogs a start reads first.
+pub(super) fn postgres_of(facts: &ServerFacts) -> Option<u32> {
+    facts.databases.iter().find(|database| database.name == POSTGRES).map(|database| database.oid.0)
+}
+
+pub(super) fn walk_options(data_directory: &Path, facts: &ServerFacts) -> WalkOptions {
     WalkOptions {
         data_directory: data_directory.to_owned(),
         version_directory: format!("PG_{}_{}", facts.version.number(), facts.catalog_version),
@@ -265,7 +270,7 @@ fn walk_options(data_directory: &Path, facts: &ServerFacts) -> WalkOptions {
 }
 
 /// Reads the maps of all databases; one that cannot be read now only costs its catalogs their place in the plan.
-fn mapped_relations(tree: &SourceTree) -> BTreeMap<u32, BTreeSet<u32>> {
+pub(super) fn mapped_relations(tree: &SourceTree) -> BTreeMap<u32, BTreeSet<u32>> {
     let mut mapped = BTreeMap::new();
     for file in tree.files.iter().filter(|file| file.path.split().1 == b"pg_filenode.map") {
         let parts: Vec<&[u8]> = file.path.as_bytes().split(|byte| *byte == b'/').collect();

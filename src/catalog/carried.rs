@@ -131,7 +131,8 @@ mod tests {
             ("000000010000000000000005", "000000020000000000000007"),
             ("000000010000000000000005", "0000000100000000FFFFFFFF"),
         ];
-        let segments = ranges.iter().map(|(a, b)| CarriedSegments { first: name(a), last: name(b) }).collect();
+        let segments =
+            ranges.iter().map(|(a, b)| CarriedSegments { first: name(a), last: name(b) }).collect();
         record.wal = Some(CarriedWal { segments, end: Lsn(8 * 16 * MIB) });
         let coverage = archive(&[6, 7]);
         assert_eq!(*with_carried(&repository, &coverage, &record), coverage);

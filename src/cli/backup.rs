@@ -20,6 +20,7 @@ use crate::memory::Usage;
 use crate::repo::ClusterId;
 use crate::repo::carried_wal::CarriedWal;
 
+use super::backup_dry_run;
 use super::context::Context;
 use super::error::CommandError;
 use super::exit::ExitKind;
@@ -54,6 +55,10 @@ pub struct Backup {
     /// The most that is read of the server's files in a second, such as 50MiB; none for no limit
     #[arg(long, value_name = "R", value_parser = parse_rate)]
     rate_limit: Option<Rate>,
+
+    /// Says what would be read, and writes nothing
+    #[arg(long)]
+    dry_run: bool,
 }
 
 /// A rate, or no limit.
@@ -73,6 +78,9 @@ impl Backup {
         context.warn_of_missing_protection()?;
         priority::yield_to_others();
         let options = self.options(context, site)?;
+        if self.dry_run {
+            return backup_dry_run::run(context, site, &options);
+        }
         let outcome = context.block_on(async {
             tokio::select! {
                 outcome = take(context, site, &options) => outcome,

@@ -206,7 +206,10 @@ impl ListedRow {
             ),
             ("damage in the source", damaged),
             ("signed", if self.signed { "yes" } else { "no" }.to_owned()),
-            ("standalone", if self.standalone { "yes: it carries the WAL that it needs" } else { "no" }.to_owned()),
+            (
+                "standalone",
+                if self.standalone { "yes: it carries the WAL that it needs" } else { "no" }.to_owned(),
+            ),
             (
                 "recoverable",
                 self.unrecoverable_because

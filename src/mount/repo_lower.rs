@@ -89,7 +89,8 @@ impl RepoLower {
 
     /// Tells whether something that is stored is not shown.
     fn is_hidden(&self, entry: &Entry) -> bool {
-        let is_wal = || entry.path.strip(WAL_FOLDER).is_some() && matches!(entry.node, entry::Node::File { .. });
+        let is_wal =
+            || entry.path.strip(WAL_FOLDER).is_some() && matches!(entry.node, entry::Node::File { .. });
         entry.path.as_bytes() == TABLESPACE_MAP || (!self.shows_wal && is_wal())
     }
 

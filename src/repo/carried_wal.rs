@@ -111,8 +111,9 @@ pub async fn read_carried(
 ) -> Result<Bytes, Error> {
     let basebackup = Arc::new(Basebackup::open(repository, carried.basebackup).await?);
     let path = CarriedWal::path_of(segment)?;
-    let damaged =
-        |detail: &str| Error::damaged(format!("basebackup {}", carried.basebackup), format!("{path}: {detail}"));
+    let damaged = |detail: &str| {
+        Error::damaged(format!("basebackup {}", carried.basebackup), format!("{path}: {detail}"))
+    };
     let (_, entry) = basebackup.entry(&path).await?.ok_or_else(|| damaged("it is not there"))?;
     if entry.size() != u64::from(size.bytes()) {
         return Err(damaged("it has not the size of a segment"));

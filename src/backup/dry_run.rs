@@ -1,0 +1,96 @@
+//! What a basebackup would read, from where, and how: everything that is decided before anything is written.
+//!
+//! The server is asked and the data directory walked as for a real one; no backup is started on the server, nothing
+//! but the walk is read of the directory, and nothing is written anywhere. Sizes are those of the moment.
+
+use std::path::PathBuf;
+
+use crate::backup::data_directory::SourceTree;
+use crate::backup::error::Error;
+use crate::backup::origin::{Chosen, choose_origin};
+use crate::backup::plan::{GroupSummary, PlanOptions, plan_copy};
+use crate::backup::run::{BackupOptions, blocking, mapped_relations, postgres_of, walk_options};
+use crate::pg::{Lsn, TimelineId};
+use crate::repo::{self, ClusterId, Membership, Repository};
+
+/// What a basebackup would read.
+#[derive(Debug, Clone)]
+pub struct DryRun {
+    /// The data directory.
+    pub data_directory: PathBuf,
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// Whether its WAL and basebackups have been here before.
+    pub is_first: bool,
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// Whether the server is a standby.
+    pub in_recovery: bool,
+    /// `server_version`.
+    pub server_version: String,
+    /// The redo location of the last checkpoint: WAL from here on would be needed, or from a later one.
+    pub redo_lsn: Lsn,
+    /// Files.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Tablespaces: oid, name and bytes.
+    pub tablespaces: Vec<(u32, String, u64)>,
+    /// The files that a start needs, which are read first.
+    pub start_set: Vec<GroupSummary>,
+    /// Names of configuration files outside the data directory.
+    pub outside_configuration: Vec<String>,
+    /// What would be passed over, for people.
+    pub warnings: Vec<String>,
+}
+
+/// Looks at what a basebackup with these options would read; `repository` is the site's, where there is one yet.
+///
+/// # Errors
+/// What would keep a basebackup from being begun.
+pub async fn dry_run(repository: Option<&Repository>, options: &BackupOptions) -> Result<DryRun, Error> {
+    let needs_no_archiving = options.wal_received || options.standalone;
+    let Chosen { origin, .. } =
+        choose_origin(&options.nodes, options.data_directory.as_deref(), needs_no_archiving).await?;
+    let membership = match repository {
+        Some(repository) => repository.membership(origin.cluster).await?,
+        None => Membership::First,
+    };
+    if let Membership::Foreign(known) = membership {
+        return Err(repo::Error::ForeignCluster { cluster: origin.cluster, known }.into());
+    }
+    let walk = walk_options(&origin.data_directory, &origin.facts);
+    let (tree, mapped) = blocking(move || {
+        let tree = SourceTree::walk(&walk)?;
+        let mapped = mapped_relations(&tree);
+        Ok((tree, mapped))
+    })
+    .await?;
+    let plan = plan_copy(&tree.files, &PlanOptions { postgres: postgres_of(&origin.facts), mapped });
+    Ok(DryRun {
+        cluster: origin.cluster,
+        is_first: membership == Membership::First,
+        timeline: origin.facts.identity.timeline,
+        in_recovery: origin.facts.identity.in_recovery,
+        server_version: origin.facts.version_text.clone(),
+        redo_lsn: origin.control.redo,
+        files: tree.files.len() as u64,
+        bytes: plan.bytes,
+        tablespaces: tablespaces_of(&tree),
+        start_set: plan.groups,
+        outside_configuration: tree.outside_configuration,
+        warnings: tree.warnings,
+        data_directory: origin.data_directory,
+    })
+}
+
+fn tablespaces_of(tree: &SourceTree) -> Vec<(u32, String, u64)> {
+    let bytes_below = |roots: [String; 2]| {
+        let is_below =
+            |path: &repo::entry::TreePath| roots.iter().any(|root| path.strip(root.as_bytes()).is_some());
+        tree.files.iter().filter(|file| is_below(&file.path)).map(|file| file.size).sum()
+    };
+    let place = |oid: u32| [format!("tablespaces/{oid}"), format!("data/pg_tblspc/{oid}")];
+    let of = |it: &repo::manifest::Tablespace| (it.oid, it.name.clone(), bytes_below(place(it.oid)));
+    tree.tablespaces.iter().map(of).collect()
+}
