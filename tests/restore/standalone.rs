@@ -64,6 +64,7 @@ fn assert_stands_alone(walden: &Walden, report: &Value) {
     assert_eq!(cluster["timelines"][0]["segments"], 0, "{info}");
     let window = &cluster["timelines"][0]["windows"][0];
     assert_eq!(window["end_lsn"], report["wal"]["end"], "{info}");
+    walden.run(&["wal", "check"]);
     let text = walden.run(&["info"]).stdout + &walden.run(&["list"]).stdout;
     assert!(text.contains("yes, standalone") && text.contains("standalone, it carries"), "{text}");
 }
