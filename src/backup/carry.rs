@@ -65,7 +65,7 @@ pub(super) struct Carried {
 
 /// Between two looks at how far the server has come. Nothing is lost in between: the slot holds it.
 const POLL: Duration = Duration::from_secs(1);
-/// Looks for the segment that a primary has just ended.
+/// Looks for what a server has just said that it wrote, or replayed.
 const LAST_LOOKS: u32 = 50;
 const FOLDER: &str = "data/pg_wal";
 
@@ -150,7 +150,7 @@ impl WalCarrier {
     /// Copies what is left up to the stop of the basebackup; the session must still be there, for it holds the rest.
     pub(super) async fn finish(mut self, session: &Session, stopped: &Stopped) -> Result<Carried, Error> {
         let last = WalSegmentNumber::ending_at(stopped.lsn, self.cluster.segment_size);
-        self.catch_up(session, last).await?;
+        self.catch_up(session, stopped.lsn, last).await?;
         if self.next == last && self.in_recovery {
             self.copy_segment(stopped.lsn).await?;
         }
@@ -165,13 +165,13 @@ impl WalCarrier {
         Ok(Carried { entries, named, wal: CarriedWal { segments: self.segments, end: self.end } })
     }
 
-    /// Copies whole segments up to `last`. A primary has ended that one when it stopped, and writes it in a moment at
-    /// the latest; a standby has no more than there is.
-    async fn catch_up(&mut self, session: &Session, last: WalSegmentNumber) -> Result<(), Error> {
+    /// Copies whole segments up to `last`, as far as there are any. A primary has ended that one when it stopped, and a standby
+    /// has come as far as it said, or is at the record that it said it by; both write it in a moment at the latest.
+    async fn catch_up(&mut self, session: &Session, stop: Lsn, last: WalSegmentNumber) -> Result<(), Error> {
         for look in 0..LAST_LOOKS {
             let written = self.written(session).await?;
             self.copy_whole(session, written.min(last.next().start_lsn(self.cluster.segment_size))).await?;
-            if self.next > last || self.in_recovery {
+            if self.next > last || (self.in_recovery && written >= stop) {
                 break;
             }
             tracing::debug!(look, "the server has not written its last segment yet");

@@ -36,9 +36,7 @@ use crate::pg::{Lsn, RelationMap, WalSegmentNumber};
 use crate::replication::Session;
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
-    documents::BackupRecord,
-    entry::{Entry, TreePath},
-    manifest::ManifestContent,
+    documents::BackupRecord, entry::TreePath, manifest::ManifestContent,
 };
 
 /// How a basebackup is taken.
@@ -126,12 +124,7 @@ pub async fn run(
         copy_in_backup_mode(session, &origin, options, pool, writer.clone(), &meter, monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
     if copied.carried.is_none() {
-        if let Some(primary) = primary {
-            // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
-            switch_wal(&primary).await?;
-        }
-        let needed = needed_wal(cluster, &copied);
-        wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
+        archive_rest(repository, &*archive(cluster), primary, &needed_wal(cluster, &copied), options).await?;
     }
 
     let Copied { tree, packed, mut named, stopped, started, carried } = copied;
@@ -143,12 +136,10 @@ pub async fn run(
     record.size = packed.size;
     let mut entries = packed.entries;
     entries.extend(tree.entries.iter().cloned());
-    if let Some(Carried { entries: files, named: chunks, wal }) = carried {
-        record.size.files += files.len() as u64;
-        record.size.database_bytes += files.iter().map(Entry::size).sum::<u64>();
-        record.wal = Some(wal);
-        named.extend(chunks);
-        entries.extend(files);
+    if let Some(carried) = carried {
+        record.wal = Some(carried.wal);
+        named.extend(carried.named);
+        entries.extend(carried.entries);
     }
     let content = ManifestContent {
         entries,
@@ -167,6 +158,21 @@ pub async fn run(
         vanished: tree.vanished + packed.vanished,
         shrunk: packed.shrunk,
     })
+}
+
+/// Waits until the archive has the WAL that is needed.
+async fn archive_rest(
+    repository: &Repository,
+    archive: &dyn WalArchive,
+    primary: Option<Session>,
+    needed: &NeededWal,
+    options: &BackupOptions,
+) -> Result<(), Error> {
+    if let Some(primary) = primary {
+        // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
+        switch_wal(&primary).await?;
+    }
+    wait_for_wal(archive, needed, repository.clock(), options.wal_patience).await
 }
 
 async fn copy_in_backup_mode(

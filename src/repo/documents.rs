@@ -157,9 +157,9 @@ pub struct ManifestPin {
 /// How large a basebackup is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct SizeRecord {
-    /// Files, without directories and links.
+    /// Files, without directories and links, and without WAL that is carried.
     pub files: u64,
-    /// Bytes of all files.
+    /// Bytes of these files.
     pub database_bytes: u64,
     /// Bytes that this basebackup added to the store.
     pub stored_bytes: u64,

@@ -131,6 +131,9 @@ fn a_copy_of_a_mounted_standalone_basebackup_starts_without_walden() {
     drop(mounted);
     Run::of(Command::new("chmod").args(["-R", "u+w"]).arg(&copy), "").expect_success();
     Run::of(Command::new("chmod").arg("700").arg(&copy), "").expect_success();
+    // With the WAL, which it reads from start to stop.
+    let verify = source.bin_directory().join("pg_verifybackup");
+    Run::of(Account::of_postgresql().command(verify).arg(&copy), "").expect_success();
     let mut server = Server::new(15, &copy, &source.scratch().folder("run-copy"));
     server.start();
     expected.assert_same(&Checksums::of(&server));
