@@ -1,8 +1,8 @@
 //! The packs of WAL that a basebackup carries: written beside those of the copy, which they are no part of.
 //!
-//! A segment is read, checked and compressed in pieces on the CPU pool, and packed in order. One pack at a time is in
-//! memory, and stored before the next begins: this keeps up with a server that writes as fast as the store takes it, and
-//! with another the server keeps its WAL for longer.
+//! A segment is read, checked and compressed in pieces, and packed in order, one at a time and not on the CPU pool: there
+//! it would wait its turn behind the copy, however slow a limit makes that. One pack is in memory, and stored before the next
+//! begins. That keeps up with a server that writes as fast as the store takes it; with another the server keeps its WAL longer.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,7 +15,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::backup::error::Error;
-use crate::codec::{Compression, Compressor, CpuPool};
+use crate::backup::run::blocking;
+use crate::codec::{Compression, Compressor};
 use crate::pg::{Lsn, WalPageHeader, WalSegmentName};
 use crate::repo::{
     BasebackupWriter, ClusterId, CompressedFrame, FileMap, FrameKind, MapWriter, NamedChunks, PackBuilder,
@@ -26,7 +27,6 @@ use crate::repo::{
 /// Packs files that a basebackup carries.
 pub(super) struct CarriedFiles {
     writer: Arc<BasebackupWriter>,
-    pool: CpuPool,
     compression: Compression,
     compressor: Compressor,
     pack: PackBuilder,
@@ -63,10 +63,10 @@ const HEADER_LEN: usize = 24;
 
 impl CarriedFiles {
     /// Creates a packer into packs of `writer`.
-    pub(super) fn new(writer: Arc<BasebackupWriter>, pool: CpuPool, compression: Compression) -> Self {
+    pub(super) fn new(writer: Arc<BasebackupWriter>, compression: Compression) -> Self {
         let (pack, compressor) = (writer.create_pack(), Compressor::new(compression));
         let (maps, entries) = (MapWriter::default(), Vec::new());
-        Self { writer, pool, compression, compressor, pack, maps, entries }
+        Self { writer, compression, compressor, pack, maps, entries }
     }
 
     /// Packs a segment as a file of the basebackup.
@@ -81,13 +81,13 @@ impl CarriedFiles {
     ) -> Result<(), Error> {
         let size = u64::from(segment.cluster.segment_size.bytes());
         let opened = segment.clone();
-        let file = Arc::new(self.pool.run(move || opened.open()).await??);
+        let file = Arc::new(blocking(move || opened.open()).await?);
         let mut map = FileMap::default();
         for offset in (0..size).step_by(PIECE_BYTES as usize) {
             let (file, segment, compression) = (file.clone(), segment.clone(), self.compression);
             let length = PIECE_BYTES.min(size - offset) as usize;
             let job = move || segment.compress(&file, offset, length, compression);
-            for (pages, frame) in self.pool.run(job).await?? {
+            for (pages, frame) in blocking(job).await? {
                 match frame {
                     None => map.push_zero(pages),
                     Some(frame) => {
@@ -285,7 +285,7 @@ mod tests {
     /// Writes a basebackup of these segments and nothing else.
     async fn carried(repository: &Repository, segments: &[SegmentFile]) -> Result<BackupRecord, Error> {
         let writer = writer(repository, segments[0].cluster).await;
-        let mut files = CarriedFiles::new(writer.clone(), CpuPool::new(2, 2), Compression::zstd(1));
+        let mut files = CarriedFiles::new(writer.clone(), Compression::zstd(1));
         let at = Timestamp::UNIX_EPOCH;
         for segment in segments {
             files.push_segment(CarriedWal::path_of(segment.name)?, segment, at).await?;

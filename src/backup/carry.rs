@@ -22,7 +22,7 @@ use crate::backup::live_directory::read_histories;
 use crate::backup::origin::Origin;
 use crate::backup::run::blocking;
 use crate::backup::source::{SourceError, Started, Stopped};
-use crate::codec::{Compression, CpuPool};
+use crate::codec::Compression;
 use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::replication::{Error as SessionError, Param, Session};
 use crate::repo::carried_wal::{CarriedSegments, CarriedWal};
@@ -114,13 +114,13 @@ impl WalCarrier {
         origin: &Origin,
         started: &Started,
         writer: Arc<BasebackupWriter>,
-        (pool, compression): (CpuPool, Compression),
+        compression: Compression,
     ) -> Result<Self, Error> {
         let (directory, timeline) = (origin.data_directory.clone(), started.timeline);
         let histories = blocking(move || read_histories(&directory)).await?;
         let history = histories.into_iter().find(|(history, _)| history.timeline == timeline);
         Ok(Self {
-            files: CarriedFiles::new(writer, pool, compression),
+            files: CarriedFiles::new(writer, compression),
             slot,
             folder: origin.data_directory.join("pg_wal"),
             cluster: origin.cluster,

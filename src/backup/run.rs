@@ -193,8 +193,8 @@ async fn copy_in_backup_mode(
     let started = (session.started().lsn, session.started().at);
     let mut carrier = None;
     if let Some(slot) = slot {
-        let (begun, with) = (session.started(), (pool.clone(), options.compression));
-        carrier = Some(WalCarrier::new(slot, origin, begun, writer.clone(), with).await?);
+        let (begun, compression) = (session.started(), options.compression);
+        carrier = Some(WalCarrier::new(slot, origin, begun, writer.clone(), compression).await?);
     }
     let mut packer = Packer::new(writer, options.compression, options.budget.uploads);
     let copying = copy_files(origin, started.0, options, pool, &mut packer, meter, monitor);
