@@ -1,15 +1,21 @@
 //! What a basebackup would read, from where, and how: everything that is decided before anything is written.
 //!
-//! The server is asked and the data directory walked as for a real one; no backup is started on the server, nothing
-//! but the walk is read of the directory, and nothing is written anywhere. Sizes are those of the moment.
+//! The server is asked, the data directory walked and what this host remembers looked at as for a real one; no backup is
+//! started on the server, no file of it is read, and nothing is written but the lock that keeps two basebackups of a site
+//! apart. Sizes are those of the moment. What the server's WAL might say of unchanged files is asked in backup mode alone,
+//! so a real one may read less.
 
 use std::path::PathBuf;
 
+use crate::backup::change::{Decision, Reason, Today};
 use crate::backup::data_directory::SourceTree;
 use crate::backup::error::Error;
-use crate::backup::origin::{Chosen, choose_origin};
-use crate::backup::plan::{GroupSummary, PlanOptions, plan_copy};
+use crate::backup::known_parent::Prepared;
+use crate::backup::origin::{Chosen, Origin, choose_origin};
+use crate::backup::plan::{GroupSummary, PlanOptions, Step};
+use crate::backup::reading::plan_reading;
 use crate::backup::run::{BackupOptions, blocking, mapped_relations, postgres_of, walk_options};
+use crate::backup::site_state::SiteState;
 use crate::pg::{Lsn, TimelineId};
 use crate::repo::{self, ClusterId, Membership, Repository};
 
@@ -30,10 +36,12 @@ pub struct DryRun {
     pub server_version: String,
     /// The redo location of the last checkpoint: WAL from here on would be needed, or from a later one.
     pub redo_lsn: Lsn,
-    /// Files.
-    pub files: u64,
-    /// Their bytes.
-    pub bytes: u64,
+    /// Whether it would be full, and why.
+    pub decision: Decision,
+    /// Files, and their bytes.
+    pub files: (u64, u64),
+    /// Files that would be read, and their bytes.
+    pub read: (u64, u64),
     /// Tablespaces: oid, name and bytes.
     pub tablespaces: Vec<(u32, String, u64)>,
     /// The files that a start needs, which are read first.
@@ -59,29 +67,49 @@ pub async fn dry_run(repository: Option<&Repository>, options: &BackupOptions) -
     if let Membership::Foreign(known) = membership {
         return Err(repo::Error::ForeignCluster { cluster: origin.cluster, known }.into());
     }
+    let Prepared { decision, parent } = prepare(repository, options, &origin).await?;
     let walk = walk_options(&origin.data_directory, &origin.facts);
-    let (tree, mapped) = blocking(move || {
+    let postgres = postgres_of(&origin.facts);
+    let (tree, plan) = blocking(move || {
         let tree = SourceTree::walk(&walk)?;
-        let mapped = mapped_relations(&tree);
-        Ok((tree, mapped))
+        let plan_options = PlanOptions { postgres, mapped: mapped_relations(&tree) };
+        let reading = plan_reading(&tree.files, &plan_options, parent.as_deref(), None);
+        Ok((tree, reading.plan))
     })
     .await?;
-    let plan = plan_copy(&tree.files, &PlanOptions { postgres: postgres_of(&origin.facts), mapped });
+    let kept = plan.steps.iter().filter(|step| matches!(step, Step::Keep(_))).count() as u64;
+    let files = (tree.files.len() as u64, tree.files.iter().map(|file| file.size).sum());
     Ok(DryRun {
+        decision,
+        files,
+        read: (files.0 - kept, plan.bytes),
         cluster: origin.cluster,
         is_first: membership == Membership::First,
         timeline: origin.facts.identity.timeline,
         in_recovery: origin.facts.identity.in_recovery,
         server_version: origin.facts.version_text.clone(),
         redo_lsn: origin.control.redo,
-        files: tree.files.len() as u64,
-        bytes: plan.bytes,
         tablespaces: tablespaces_of(&tree),
         start_set: plan.groups,
         outside_configuration: tree.outside_configuration,
         warnings: tree.warnings,
         data_directory: origin.data_directory,
     })
+}
+
+/// Decides whether it would be full; where there is no site yet nothing is remembered of it.
+async fn prepare(
+    repository: Option<&Repository>,
+    options: &BackupOptions,
+    origin: &Origin,
+) -> Result<Prepared, Error> {
+    let Some(repository) = repository else {
+        return Ok(Prepared::full(if options.full { Reason::Asked } else { Reason::NoState }));
+    };
+    let (cluster, timeline) = (origin.cluster, origin.facts.identity.timeline);
+    let today = Today::of(repository, cluster, timeline, origin.control.data_checksum_version != 0);
+    let states = SiteState::take(repository, options.states.as_deref()).await?;
+    states.prepare(repository, &today, options.full, Some(&origin.data_directory)).await
 }
 
 fn tablespaces_of(tree: &SourceTree) -> Vec<(u32, String, u64)> {

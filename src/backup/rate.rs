@@ -1,6 +1,6 @@
-//! What a copy reads of the source: counted, and held to so many bytes a second where a limit is set.
+//! What a copy reads of the source is held to so many bytes a second, where a limit is set.
 //!
-//! [`Metered`] stands between the readers and any [`Source`]. A read is cut into pieces no larger than
+//! [`Limited`] stands between the readers and any [`Source`]. A read is cut into pieces no larger than
 //! [`RateLimit::piece_max`], and each waits for its turn, so that within any time no more is read than the rate gives
 //! for that time and one piece: nothing is saved up while nobody reads, and a large read is no burst. The deciding is
 //! pure and told what time it is; the threads of the CPU pool wait, which have nothing else to do then.
@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use crate::backup::data_directory::SourceFile;
 use crate::backup::source_file::{FileState, OpenFile, Source};
 use crate::clock::Clock;
-use crate::monitor::Counter;
 
 /// So many bytes a second, for all threads together.
 #[derive(Debug)]
@@ -27,24 +26,17 @@ pub struct RateLimit {
     free_at: Mutex<Option<Instant>>,
 }
 
-/// What one copy reads, for all its files together.
-#[derive(Debug, Clone)]
-pub struct Meter {
-    limit: Option<Arc<RateLimit>>,
-    read: Arc<Counter>,
-}
-
-/// A source whose reads are counted, and wait where there is a limit.
+/// A source whose reads wait for their turn.
 #[derive(Debug)]
-pub struct Metered {
+struct Limited {
     source: Arc<dyn Source>,
-    meter: Meter,
+    limit: Arc<RateLimit>,
 }
 
 #[derive(Debug)]
-struct MeteredFile {
+struct LimitedFile {
     file: Box<dyn OpenFile>,
-    meter: Meter,
+    limit: Arc<RateLimit>,
 }
 
 /// Ten pieces a second are even enough for whoever shares the disk.
@@ -84,28 +76,18 @@ impl RateLimit {
     }
 }
 
-impl Meter {
-    /// Creates a meter that has counted nothing yet.
-    pub fn new(rate: Option<NonZeroU64>, clock: Arc<dyn Clock>) -> Self {
-        let limit = rate.map(|rate| Arc::new(RateLimit::new(rate, clock)));
-        Self { limit, read: Arc::new(Counter::new()) }
-    }
-
-    /// Puts the meter before a source.
-    pub fn before(&self, source: Arc<dyn Source>) -> Metered {
-        Metered { source, meter: self.clone() }
-    }
-
-    /// Returns how many bytes have been read.
-    pub fn read_bytes(&self) -> u64 {
-        self.read.get()
+/// Puts a limit before a source, where there is one.
+pub fn limited(source: Arc<dyn Source>, limit: Option<Arc<RateLimit>>) -> Arc<dyn Source> {
+    match limit {
+        Some(limit) => Arc::new(Limited { source, limit }),
+        None => source,
     }
 }
 
-impl Source for Metered {
+impl Source for Limited {
     fn open(&self, file: &SourceFile) -> io::Result<Box<dyn OpenFile>> {
         let file = self.source.open(file)?;
-        Ok(Box::new(MeteredFile { file, meter: self.meter.clone() }))
+        Ok(Box::new(LimitedFile { file, limit: self.limit.clone() }))
     }
 
     fn path(&self, file: &SourceFile) -> PathBuf {
@@ -113,23 +95,16 @@ impl Source for Metered {
     }
 }
 
-impl OpenFile for MeteredFile {
+impl OpenFile for LimitedFile {
     fn state(&self) -> io::Result<FileState> {
         self.file.state()
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        let Meter { limit, read } = &self.meter;
-        let Some(limit) = limit else {
-            let count = self.file.read_at(offset, buffer)?;
-            read.add(count as u64);
-            return Ok(count);
-        };
         let mut filled = 0;
-        for piece in buffer.chunks_mut(limit.piece_max() as usize) {
-            limit.wait(piece.len() as u64);
+        for piece in buffer.chunks_mut(self.limit.piece_max() as usize) {
+            self.limit.wait(piece.len() as u64);
             let count = self.file.read_at(offset + filled as u64, piece)?;
-            read.add(count as u64);
             filled += count;
             if count < piece.len() {
                 break;
@@ -225,7 +200,8 @@ mod tests {
 
     impl OpenFile for Noting {
         fn state(&self) -> io::Result<FileState> {
-            Ok(FileState { size: self.len as u64, mode: 0o600, modified: Timestamp::UNIX_EPOCH })
+            let modified = Timestamp::UNIX_EPOCH;
+            Ok(FileState { size: self.len as u64, mode: 0o600, modified, identity: None })
         }
 
         fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
@@ -238,36 +214,34 @@ mod tests {
         fn done_with(&self, _: Range<u64>) {}
     }
 
-    fn read(rate: Option<u64>, len: usize, wanted: usize) -> (usize, u64, Vec<usize>) {
+    fn read(rate: Option<u64>, len: usize, wanted: usize) -> (usize, Vec<usize>) {
         let reads: Arc<Mutex<Vec<usize>>> = Arc::default();
         let source = Arc::new(Noting { len, reads: reads.clone() });
-        let rate = rate.map(|rate| NonZeroU64::new(rate).unwrap());
-        let meter = Meter::new(rate, Arc::new(ManualClock::new(Timestamp::UNIX_EPOCH)));
         let file = SourceFile {
             path: TreePath::new("data/x").unwrap(),
             root: 0,
             size: len as u64,
             mode: 0o600,
             modified: Timestamp::UNIX_EPOCH,
+            identity: None,
         };
-        let open = meter.before(source).open(&file).unwrap();
+        let limit = rate.map(|rate| Arc::new(limit(rate).0));
+        let open = limited(source, limit).open(&file).unwrap();
         let mut buffer = vec![0; wanted];
         let count = open.read_at(0, &mut buffer).unwrap();
         assert!(
             buffer[..count].iter().all(|byte| *byte == 7) && buffer[count..].iter().all(|byte| *byte == 0)
         );
         let reads = reads.lock().unwrap().clone();
-        (count, meter.read_bytes(), reads)
+        (count, reads)
     }
 
     #[test]
-    fn a_large_read_goes_through_in_pieces_and_all_of_it_is_counted() {
-        assert_eq!(read(None, 100_000, 100_000), (100_000, 100_000, vec![100_000]));
-        // The clock stands still, so that only the first piece goes at once; a second of waiting at this rate is 10 ms.
-        let (count, counted, reads) = read(Some(3_000_000_000), 1_300_000, 1_300_000);
-        assert_eq!((count, counted), (1_300_000, 1_300_000));
-        assert_eq!(reads, [524_288, 524_288, 251_424]);
-        let (count, counted, reads) = read(Some(3_000_000_000), 600_000, 1_300_000);
-        assert_eq!((count, counted, reads), (600_000, 600_000, vec![524_288, 75_712]));
+    fn a_large_read_goes_through_in_pieces() {
+        assert_eq!(read(None, 100_000, 1_300_000), (100_000, vec![100_000]));
+        // The clock stands still, and all pieces but the first wait: at this rate less than a millisecond each.
+        let rate = Some(3_000_000_000);
+        assert_eq!(read(rate, 1_300_000, 1_300_000), (1_300_000, vec![524_288, 524_288, 251_424]));
+        assert_eq!(read(rate, 600_000, 1_300_000), (600_000, vec![524_288, 75_712]));
     }
 }

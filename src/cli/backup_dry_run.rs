@@ -40,8 +40,10 @@ async fn open(context: &Context, site: &SiteConfig) -> Result<Option<Repository>
 #[derive(Debug, Serialize)]
 struct DryRunReport {
     dry_run: bool,
-    full: bool,
-    reason: &'static str,
+    /// The basebackup whose chunks it would name; none for a full one.
+    parent: Option<String>,
+    /// Why it would be full; none for an incremental one.
+    full_because: Option<String>,
     data_directory: String,
     cluster: String,
     first_of_cluster: bool,
@@ -51,6 +53,8 @@ struct DryRunReport {
     redo_lsn: String,
     files: u64,
     database_bytes: u64,
+    files_read: u64,
+    bytes_read: u64,
     tablespaces: Vec<TablespaceRow>,
     start_set: Vec<StartSetRow>,
     outside_configuration: Vec<String>,
@@ -76,16 +80,13 @@ struct StartSetRow {
     left_out: usize,
 }
 
-/// Why a basebackup is full.
-const NO_INCREMENTALS: &str = "every basebackup is, as yet";
-
 impl DryRunReport {
     fn of(found: DryRun, options: &BackupOptions) -> Self {
         let groups = found.start_set.into_iter();
         Self {
             dry_run: true,
-            full: true,
-            reason: NO_INCREMENTALS,
+            parent: found.decision.parent().map(|parent| parent.to_string()),
+            full_because: found.decision.reason().map(ToString::to_string),
             data_directory: found.data_directory.display().to_string(),
             cluster: found.cluster.to_string(),
             first_of_cluster: found.is_first,
@@ -93,8 +94,10 @@ impl DryRunReport {
             standby: found.in_recovery,
             server_version: found.server_version,
             redo_lsn: found.redo_lsn.to_string(),
-            files: found.files,
-            database_bytes: found.bytes,
+            files: found.files.0,
+            database_bytes: found.files.1,
+            files_read: found.read.0,
+            bytes_read: found.read.1,
             tablespaces: found
                 .tablespaces
                 .into_iter()
@@ -111,7 +114,7 @@ impl DryRunReport {
             outside_configuration: found.outside_configuration,
             standalone: options.standalone,
             bytes_per_second_max: options.rate.map(std::num::NonZeroU64::get),
-            seconds_min: options.rate.map(|rate| (found.bytes as f64 / rate.get() as f64).round()),
+            seconds_min: options.rate.map(|rate| (found.read.1 as f64 / rate.get() as f64).round()),
             warnings: found.warnings,
         }
     }
@@ -120,13 +123,11 @@ impl DryRunReport {
 impl Report for DryRunReport {
     fn write_text(&self, out: &mut String, _style: &TextStyle) -> fmt::Result {
         let role = if self.standby { "a standby" } else { "a primary" };
-        writeln!(
-            out,
-            "would read {} files, {}, from \"{}\"",
-            self.files,
-            size(self.database_bytes),
-            self.data_directory
-        )?;
+        write!(out, "would read {} files, {}", self.files_read, size(self.bytes_read))?;
+        if self.files_read < self.files {
+            write!(out, " of {} files, {}", self.files, size(self.database_bytes))?;
+        }
+        writeln!(out, ", from \"{}\"", self.data_directory)?;
         writeln!(
             out,
             "{:<14}PostgreSQL {}, {role}, timeline {}",
@@ -134,7 +135,12 @@ impl Report for DryRunReport {
         )?;
         let first = if self.first_of_cluster { ", the first of this site" } else { "" };
         writeln!(out, "{:<14}{}{first}", "cluster", self.cluster)?;
-        writeln!(out, "{:<14}full: {}", "basebackup", self.reason)?;
+        match (&self.parent, &self.full_because) {
+            (Some(parent), _) => writeln!(out, "{:<14}incremental to {parent}", "basebackup")?,
+            (None, reason) => {
+                writeln!(out, "{:<14}full: {}", "basebackup", reason.as_deref().unwrap_or_default())?;
+            }
+        }
         for TablespaceRow { oid, name, bytes } in &self.tablespaces {
             writeln!(out, "{:<14}{name} ({oid}), {}", "tablespace", size(*bytes))?;
         }

@@ -9,7 +9,7 @@
 
 pub mod id;
 pub mod layout;
-mod wire;
+pub mod wire;
 
 mod header;
 mod identity;
@@ -29,6 +29,7 @@ mod file_table;
 pub mod manifest;
 mod map_writer;
 mod named_chunks;
+mod pack_presence;
 mod refs;
 
 pub mod documents;
@@ -68,12 +69,13 @@ mod tests;
 mod writing_tests;
 
 pub use basebackup::{BLOCKS_AHEAD, Basebackup, read_outcome, read_refs};
-pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
+pub use basebackup_writer::{BasebackupWriter, BeginOptions, Committed, Completion, ParentBasebackup};
 pub use chunk_runs::{
     ChunkRun, RUN_BYTES_MAX, RunLimits, StoredRun, plan_runs, plan_runs_within, runs_expected,
 };
 pub use error::{Error, ErrorKind};
 pub use file_reader::{FileReader, Piece, PieceTaker};
+pub use file_table::{content_tag, decode_content, encode_content};
 pub use flights::{Claim, Flights};
 pub use id::{BasebackupId, ClusterId, HeadId, PackId};
 pub use keyring::{Keyring, KeyringOptions};
@@ -81,6 +83,7 @@ pub use map_writer::{FileMap, MapWriter};
 pub use membership::Membership;
 pub use named_chunks::NamedChunks;
 pub use pack::{Pack, PackBuilder};
+pub use pack_presence::missing_packs;
 pub use raw_content::RawContent;
 pub use refs::{PackRecord, Refs};
 pub use repository::{Repository, RepositoryOptions};

@@ -71,6 +71,8 @@ async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Resul
         data_directory: None,
         label: None,
         wal_received: false,
+        full: false,
+        states: None,
         checkpoint: Checkpoint::Fast,
         compression: Compression::zstd(1),
         budget: Budget::new(128 << 20, 2, 4),
