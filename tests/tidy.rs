@@ -60,6 +60,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("serde_json", EVERYWHERE),
     ("snap", &["src/codec/"]),
     ("strsim", &["src/config/", "src/cli/"]),
+    ("tar", &["src/backup/stream/"]),
     ("tempfile", EVERYWHERE),
     ("thiserror", EVERYWHERE),
     ("tokio", EVERYWHERE),

@@ -97,7 +97,7 @@ pub struct Root {
 
 /// `pg_control` is read last; what a restore left would mislead the next one, its private area above all, which a crash
 /// may have left beside a server that was started; the others were renamed by a recovery and say nothing any more.
-const LEFT_OUT: [&[u8]; 6] = [
+pub(super) const LEFT_OUT: [&[u8]; 6] = [
     b"data/global/pg_control",
     b"data/.walden",
     b"data/walden.plan.json",

@@ -14,7 +14,9 @@ use crate::backup::known_parent::Prepared;
 use crate::backup::origin::{Chosen, Origin, choose_origin};
 use crate::backup::plan::{GroupSummary, PlanOptions, Step};
 use crate::backup::reading::plan_reading;
-use crate::backup::run::{BackupOptions, blocking, mapped_relations, postgres_of, walk_options};
+use crate::backup::run::{
+    BackupOptions, BackupSource, blocking, mapped_relations, postgres_of, walk_options,
+};
 use crate::backup::site_state::SiteState;
 use crate::pg::{Lsn, TimelineId};
 use crate::repo::{self, ClusterId, Membership, Repository};
@@ -57,6 +59,9 @@ pub struct DryRun {
 /// # Errors
 /// What would keep a basebackup from being begun.
 pub async fn dry_run(repository: Option<&Repository>, options: &BackupOptions) -> Result<DryRun, Error> {
+    if options.source == BackupSource::Replication {
+        return Err(Error::NeedsDirectory { what: "a dry run" });
+    }
     let needs_no_archiving = options.wal_received || options.standalone;
     let Chosen { origin, .. } =
         choose_origin(&options.nodes, options.data_directory.as_deref(), needs_no_archiving).await?;

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use crate::backup::source::SourceError;
 use crate::backup::state::{StateError, StateErrorKind};
+use crate::backup::stream::StreamError;
 use crate::codec;
 use crate::disk;
 use crate::pg::{ControlFileError, TimelineId, WalSegmentName};
@@ -33,6 +34,9 @@ pub enum Error {
     /// The server's side failed.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// What the server sent is no basebackup.
+    #[error("the server sent a basebackup that cannot be used: {0}")]
+    Received(#[from] StreamError),
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repo::Error),
@@ -60,6 +64,9 @@ pub enum Error {
     /// WAL that the basebackup needs did not come.
     #[error("WAL segment {segment} did not arrive in the archive within {} s", waited.as_secs())]
     WalMissing { segment: WalSegmentName, waited: Duration },
+    /// What was asked for takes the data directory.
+    #[error("{what} takes the data directory, and this site's basebackups come through the server")]
+    NeedsDirectory { what: &'static str },
     /// The server does not keep its WAL for a standalone basebackup.
     #[error("the server does not keep WAL for a standalone basebackup: {message}")]
     WalNotHeld { message: String },
@@ -101,10 +108,14 @@ impl Error {
             | Self::Clone { .. }
             | Self::NoNode
             | Self::WalNotHeld { .. }
+            | Self::NeedsDirectory { .. }
             | Self::BlockSize(_)
             | Self::NotArchiving { .. } => ErrorKind::Input,
             Self::Source(SourceError::Session(_) | SourceError::ServerChanged { .. }) => ErrorKind::Retry,
             Self::Source(_) => ErrorKind::Input,
+            Self::Received(error) if error.is_input() => ErrorKind::Input,
+            Self::Received(error) if error.is_passing() => ErrorKind::Retry,
+            Self::Received(_) => ErrorKind::Damaged,
             Self::Repository(error) => match error.kind() {
                 repo::ErrorKind::Absent | repo::ErrorKind::Retry => ErrorKind::Retry,
                 repo::ErrorKind::Input => ErrorKind::Input,
@@ -144,6 +155,9 @@ impl Error {
                 "pg_stat_archiver and the server's log say why archiving fails; on a standby the primary has to \
                  finish the segment (SELECT pg_switch_wal())."
             }
+            Self::NeedsDirectory { .. } => {
+                "Run it on the server's host, with backup_source = \"data-directory\" or without that line."
+            }
             Self::WalNotHeld { .. } => {
                 "It is kept by a temporary replication slot: the role needs the REPLICATION attribute, and the server a \
                  free slot (max_replication_slots)."
@@ -154,6 +168,7 @@ impl Error {
             }
             Self::HistoryMissing { .. } => "Archive it with \"walden wal push\" from a server that has it.",
             Self::Source(error) => return error.hint(),
+            Self::Received(error) => return error.hint().map(str::to_owned),
             Self::State(error) => return error.hint().map(str::to_owned),
             Self::Repository(error) => return error.hint().map(str::to_owned),
             _ => return None,

@@ -183,6 +183,17 @@ impl KnownParent {
         packs
     }
 
+    /// Returns the packs that hold all the files that `belong`.
+    pub fn packs_of_all(&self, mut belongs: impl FnMut(&KnownFile) -> bool) -> BTreeSet<PackId> {
+        let mut packs = BTreeSet::new();
+        for known in self.state.files().filter_map(|file| file.map_err(|error| self.complain(&error)).ok()) {
+            if belongs(&known) {
+                packs.extend(self.packs_of(&known));
+            }
+        }
+        packs
+    }
+
     fn is_written_again(&self, known: &KnownFile) -> bool {
         let again = |chunk: &ChunkRef| self.again.contains(&chunk.pack);
         if self.again.is_empty() {

@@ -3,6 +3,7 @@
 //! ```text
 //! source (server in backup mode) ─ data_directory (walk) ─ plan ─▶ pipeline ─▶ packer ─▶ repo
 //!                                  state of the last one ─ change ─┘    └ gather: what differs
+//!                                                   stream (BASE_BACKUP) ─▶┘
 //! ```
 //! `run` does it in order and decides what counts. Whatever fails, nothing does: the outcome is the last object that
 //! is created. An incremental basebackup names the pages of earlier ones that are as they were, and is as whole as a
@@ -53,6 +54,8 @@ mod server_manifest;
 mod server_record;
 mod wal_wait;
 
+mod stream;
+
 #[cfg(test)]
 mod incremental_tests;
 #[cfg(test)]
@@ -68,10 +71,11 @@ pub use origin::Node;
 pub use packer::WorkDone;
 pub use pipeline::Budget;
 pub use plan::{GroupSummary, Plan, PlanOptions, StartGroup, Step, plan_copy};
-pub use run::{BackupOptions, BackupOutcome, run};
+pub use run::{BackupOptions, BackupOutcome, BackupSource, run};
 pub use server_facts::{ArchiverStatus, Database, ServerFacts, Tablespace};
 pub use server_identity::{Difference, DirectoryIdentity, ServerIdentity, parent_process};
 pub use source::{
     BackupSession, Checkpoint, SourceError, StartOptions, Started, Stopped, check_directory, switch_wal,
 };
+pub use stream::StreamError;
 pub use wal_wait::{NeededWal, RepositoryArchive, WalArchive};

@@ -35,16 +35,17 @@ pub(super) struct Origin {
 }
 
 /// The server that was chosen, and how to reach the one it follows.
-pub(super) struct Chosen {
+pub(super) struct Chosen<O> {
+    pub(super) connection: ConnectOptions,
     pub(super) session: Session,
-    pub(super) origin: Origin,
+    pub(super) origin: O,
     /// Where the server is a standby and another node is its primary: the only one that can end a WAL segment.
     pub(super) primary: Option<Session>,
 }
 
-const PAGE_BYTES: u32 = 8192;
+pub(super) const PAGE_BYTES: u32 = 8192;
 
-/// Connects to the server that the basebackup is taken from, and refuses what cannot become one.
+/// Connects to the server whose data directory the basebackup is taken from, and refuses what cannot become one.
 ///
 /// # Errors
 /// Of several nodes, what spoke against the first in the order of preference.
@@ -52,31 +53,43 @@ pub(super) async fn choose_origin(
     nodes: &[Node],
     data_directory: Option<&Path>,
     wal_received: bool,
-) -> Result<Chosen, Error> {
+) -> Result<Chosen<Origin>, Error> {
+    choose(nodes, async |_: &Session, facts: ServerFacts| {
+        origin_of(facts, data_directory, wal_received).await
+    })
+    .await
+}
+
+/// Connects to the first server in which `look` finds nothing against it.
+pub(super) async fn choose<O>(
+    nodes: &[Node],
+    look: impl AsyncFn(&Session, ServerFacts) -> Result<O, Error>,
+) -> Result<Chosen<O>, Error> {
     let mut answered = Vec::new();
     let mut refused = None;
     for node in nodes {
         match ask(&node.connection).await {
-            Ok((session, facts)) => answered.push((node.preferred, session, facts)),
+            Ok((session, facts)) => answered.push((node, session, facts)),
             Err(error) => keep_first(&mut refused, error, nodes.len()),
         }
     }
     // Stable: the order of the configuration decides between equals.
-    answered.sort_by_key(|(preferred, _, facts)| role(facts) != *preferred);
+    answered.sort_by_key(|(node, _, facts)| role(facts) != node.preferred);
     if !answered.is_empty() {
         // One that answers says more about what is wrong than one that does not.
         refused = None;
     }
     for at in 0..answered.len() {
-        match origin_of(answered[at].2.clone(), data_directory, wal_received).await {
+        match look(&answered[at].1, answered[at].2.clone()).await {
             Ok(origin) => {
-                let (_, session, facts) = answered.swap_remove(at);
+                let (node, session, facts) = answered.swap_remove(at);
                 let follows = |other: &ServerFacts| {
                     let same = other.identity.system_identifier == facts.identity.system_identifier;
                     same && role(&facts) == ServerRole::Standby && role(other) == ServerRole::Primary
                 };
                 let primary = answered.into_iter().find(|(_, _, other)| follows(other));
-                return Ok(Chosen { session, origin, primary: primary.map(|(_, session, _)| session) });
+                let (connection, primary) = (node.connection.clone(), primary.map(|(_, session, _)| session));
+                return Ok(Chosen { connection, session, origin, primary });
             }
             Err(error) => keep_first(&mut refused, error, nodes.len()),
         }
@@ -130,7 +143,7 @@ async fn origin_of(
 }
 
 /// A primary without archiving would only be found out after hours of copying.
-fn check_archiving(facts: &ServerFacts) -> Result<(), Error> {
+pub(super) fn check_archiving(facts: &ServerFacts) -> Result<(), Error> {
     if facts.identity.in_recovery {
         return Ok(());
     }

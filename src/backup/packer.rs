@@ -47,6 +47,8 @@ pub struct Packer {
     /// Packs that are not named again.
     again: Arc<BTreeSet<PackId>>,
     in_start_set: bool,
+    /// The pack and the maps of whichever is not under way, the start-up set or the rest, where both come in turns.
+    aside: Option<(PackBuilder, MapWriter)>,
     packed: Packed,
 }
 
@@ -116,6 +118,7 @@ impl Packer {
             remembering: Remembering::default(),
             again: Arc::default(),
             in_start_set: true,
+            aside: None,
             packed: Packed::default(),
         }
     }
@@ -289,16 +292,34 @@ impl Packer {
         self.in_start_set = false;
     }
 
+    /// Turns to the start-up set or to the rest, for who cannot choose the order: each has packs and maps of its own.
+    pub fn turn_to(&mut self, start_set: bool) {
+        if self.in_start_set == start_set {
+            return;
+        }
+        let (pack, maps) =
+            self.aside.take().unwrap_or_else(|| (self.writer.create_pack(), MapWriter::default()));
+        self.aside = Some((std::mem::replace(&mut self.pack, pack), std::mem::replace(&mut self.maps, maps)));
+        self.in_start_set = start_set;
+    }
+
     /// Stores what is left and waits until the store has everything.
     pub async fn finish(mut self) -> Result<Stored, Error> {
-        self.write_maps().await?;
-        if !self.pack.is_empty() {
-            self.close_pack().await?;
+        self.close_maps_and_pack().await?;
+        let mut further = None;
+        if self.aside.is_some() {
+            self.turn_to(!self.in_start_set);
+            self.close_maps_and_pack().await?;
+            further = self.aside.take().map(|(_, maps)| maps.finish());
         }
         while let Some(outcome) = self.uploads.join_next().await {
             joined(outcome)?;
         }
-        let (contents, named) = self.maps.finish();
+        let (mut contents, mut named) = self.maps.finish();
+        if let Some((further, also_named)) = further {
+            contents.extend(further);
+            named.join(also_named);
+        }
         for (number, content) in contents {
             if let Node::File { content: place, .. } = &mut self.packed.entries[number as usize].node {
                 *place = content;
@@ -306,6 +327,14 @@ impl Packer {
         }
         let state = self.remembering.finish(&self.packed.entries, &self.packed.checksums);
         Ok(Stored { packed: self.packed, named, state })
+    }
+
+    async fn close_maps_and_pack(&mut self) -> Result<(), Error> {
+        self.write_maps().await?;
+        if !self.pack.is_empty() {
+            self.close_pack().await?;
+        }
+        Ok(())
     }
 
     async fn append_run(&mut self, open: &mut OpenEntry, run: PageRun) -> Result<(), Error> {

@@ -65,7 +65,7 @@ pub enum StartGroup {
 
 /// Where a file belongs: what is compressed together does not cross it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Compartment {
+pub(super) enum Compartment {
     Global,
     Slru,
     Configuration,
@@ -85,11 +85,11 @@ pub struct PlanOptions {
 /// At most this much raw is read ahead for a start; what does not fit is found like any other file.
 pub const START_SET_BYTES_MAX: u64 = 64 << 20;
 /// A cluster of many transactions has half a gigabyte of `pg_xact`; a start reads its newest end.
-const SLRU_BYTES_MAX: u64 = 16 << 20;
+pub(super) const SLRU_BYTES_MAX: u64 = 16 << 20;
 /// A file below this size shares a chunk, and a shared chunk holds no more than this.
 pub const SMALL_FILE_BYTES: u64 = 8 * 8192;
 /// A step opens no more files than this, however small they are.
-const FILES_TOGETHER_MAX: usize = 256;
+pub(super) const FILES_TOGETHER_MAX: usize = 256;
 /// Objects that initdb made have lower numbers.
 const FIRST_NORMAL_OID: u32 = 16_384;
 /// `pg_largeobject` has a catalog's number and holds user data.
@@ -255,7 +255,8 @@ fn push_steps(steps: &mut Vec<Step>, files: &[SourceFile], numbers: &[usize]) {
     }
 }
 
-fn compartment(path: &[u8]) -> Compartment {
+/// Returns where a file of the basebackup belongs.
+pub(super) fn compartment(path: &[u8]) -> Compartment {
     let parts: Vec<&[u8]> = path.split(|byte| *byte == b'/').collect();
     match parts[..] {
         [b"data", b"global", _, ..] => Compartment::Global,
@@ -271,7 +272,7 @@ fn compartment(path: &[u8]) -> Compartment {
 }
 
 /// Returns whether a file of a database belongs to its catalogs: by its number, by the map, or by having neither.
-fn is_catalog(name: &[u8], mapped: &BTreeSet<u32>) -> bool {
+pub(super) fn is_catalog(name: &[u8], mapped: &BTreeSet<u32>) -> bool {
     let digits = name.iter().take_while(|byte| byte.is_ascii_digit()).count();
     match parse_oid(&name[..digits]) {
         Some(number) if LARGE_OBJECTS.contains(&number) => false,

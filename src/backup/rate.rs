@@ -3,7 +3,8 @@
 //! [`Limited`] stands between the readers and any [`Source`]. A read is cut into pieces no larger than
 //! [`RateLimit::piece_max`], and each waits for its turn, so that within any time no more is read than the rate gives
 //! for that time and one piece: nothing is saved up while nobody reads, and a large read is no burst. The deciding is
-//! pure and told what time it is; the threads of the CPU pool wait, which have nothing else to do then.
+//! pure and told what time it is; the threads of the CPU pool wait, which have nothing else to do then. What a server
+//! sends is let through as it comes, message by message, which it cuts small.
 
 use std::io;
 use std::num::NonZeroU64;
@@ -65,6 +66,14 @@ impl RateLimit {
         let begins = free_at.map_or(now, |at| at.max(now));
         *free_at = Some(begins.checked_add(takes).unwrap_or(begins));
         begins.saturating_duration_since(now)
+    }
+
+    /// Waits until what a server has sent may be taken; it waits as well, once its buffers are full.
+    pub async fn take(&self, bytes: u64) {
+        let wait = self.reserve(bytes, self.clock.monotonic());
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
     }
 
     /// Waits until a piece may go through.

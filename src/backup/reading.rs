@@ -21,7 +21,7 @@ pub struct Reading {
 }
 
 /// The start-up set lies in no more packs than this.
-const START_PACKS_MAX: usize = 4;
+pub(super) const START_PACKS_MAX: usize = 4;
 
 /// Plans what is read of `files`; `hints`: what the WAL says of them.
 pub fn plan_reading(

@@ -34,6 +34,7 @@ use crate::backup::site_state::{Begun, SiteState};
 use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, switch_wal};
 use crate::backup::source_file::{DirectorySource, FileState};
 use crate::backup::state::StateWriter;
+use crate::backup::stream;
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
 use crate::clock::Clock;
 use crate::codec::{Compression, CpuPool};
@@ -45,9 +46,21 @@ use crate::repo::{
     entry::TreePath, manifest::ManifestContent,
 };
 
+/// Where the files of a basebackup come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum BackupSource {
+    /// The data directory, which is on this host.
+    #[default]
+    DataDirectory,
+    /// The server, which may be on any host, by BASE_BACKUP.
+    Replication,
+}
+
 /// How a basebackup is taken.
 #[derive(Debug, Clone)]
 pub struct BackupOptions {
+    /// Where the files come from.
+    pub source: BackupSource,
     /// The servers it may be taken from, in the user's order.
     pub nodes: Vec<Node>,
     /// The data directory; none: where the server says it is.
@@ -121,10 +134,27 @@ pub async fn run(
     archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
     monitor: &dyn Monitor,
 ) -> Result<BackupOutcome, Error> {
+    match options.source {
+        BackupSource::DataDirectory => read_directory(repository, options, pool, archive, monitor).await,
+        BackupSource::Replication if options.standalone => {
+            Err(Error::NeedsDirectory { what: "a standalone basebackup" })
+        }
+        BackupSource::Replication => stream::run(repository, options, pool, archive, monitor).await,
+    }
+}
+
+/// Takes a basebackup from the data directory.
+async fn read_directory(
+    repository: &Repository,
+    options: &BackupOptions,
+    pool: &CpuPool,
+    archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
+    monitor: &dyn Monitor,
+) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
     repository.check_store().await?;
     let needs_no_archiving = options.wal_received || options.standalone;
-    let Chosen { session, origin, primary } =
+    let Chosen { session, origin, primary, .. } =
         choose_origin(&options.nodes, options.data_directory.as_deref(), needs_no_archiving).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     repository.admit(cluster).await?;
@@ -165,7 +195,7 @@ pub async fn run(
     entries.extend(tree.entries.iter().cloned());
     if let Some(carried) = carried {
         record.wal = Some(carried.wal);
-        named.extend(carried.named);
+        named.join(carried.named);
         entries.extend(carried.entries);
     }
     let content = ManifestContent {
@@ -205,7 +235,7 @@ async fn archive_rest(
     wait_for_wal(archive, needed, repository.clock(), options.wal_patience).await
 }
 
-fn new_packer(
+pub(super) fn new_packer(
     writer: &Arc<BasebackupWriter>,
     options: &BackupOptions,
     begun: &Begun,

@@ -118,6 +118,15 @@ pub async fn archive_histories(
             }
         }
     }
+    check_history(repository, cluster, timeline).await
+}
+
+/// Checks that the archive has the history file of `timeline`, which the first has none of.
+pub(super) async fn check_history(
+    repository: &Repository,
+    cluster: ClusterId,
+    timeline: TimelineId,
+) -> Result<(), Error> {
     if timeline == TimelineId::FIRST {
         return Ok(());
     }

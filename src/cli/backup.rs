@@ -1,4 +1,5 @@
-//! `walden backup`: a basebackup of a running server from its data directory, incremental where that can be.
+//! `walden backup`: a basebackup of a running server, from its data directory or by BASE_BACKUP, incremental where that can
+//! be.
 //!
 //! Damaged pages do not fail it, because a backup of a damaged cluster is worth more than none; they are warned of,
 //! counted and recorded. An interrupt ends the session, and with it the backup on the server; what has been uploaded
@@ -53,7 +54,7 @@ pub struct Backup {
     #[arg(long, conflicts_with = "wal_timeout")]
     standalone: bool,
 
-    /// The most that is read of the server's files in a second, such as 50MiB; none for no limit
+    /// The most that is taken of the server's files in a second, such as 50MiB; none for no limit
     #[arg(long, value_name = "R", value_parser = parse_rate)]
     rate_limit: Option<Rate>,
 
@@ -99,6 +100,7 @@ impl Backup {
         let carries = if self.standalone { backup::CARRY_MEMORY } else { 0 };
         let memory_bytes = limits.memory_bytes.saturating_sub(carries);
         Ok(BackupOptions {
+            source: site.backup_source,
             nodes: nodes(context, site)?,
             data_directory: site.data_directory.clone(),
             label: self.label.clone(),

@@ -362,7 +362,7 @@ static LIMITS: Section = Section {
             Value::Size,
             r#""100MiB""#,
             "no limit",
-            "What a basebackup reads of the server's files in a second; `--rate-limit` says otherwise for one.",
+            "What a basebackup takes of the server's files in a second, read or received; `--rate-limit` says otherwise for one.",
         ),
     ],
 };
@@ -400,6 +400,15 @@ static SITE: Section = Section {
             "The server, in libpq's syntax or as a URL: the short form of one node.",
         ),
         key(
+            "backup_source",
+            Value::Choice(&["data-directory", "replication"]),
+            r#""replication""#,
+            "`\"data-directory\"`",
+            "Where basebackups come from: `data-directory` reads the server's on this host; `replication` has a server \
+             on any host send it (BASE_BACKUP), all of it each time though only what differs is stored, to a role with \
+             REPLICATION that pg_hba.conf lets in for `replication`.",
+        ),
+        key(
             "wal",
             Value::Choice(&["push", "receive"]),
             r#""receive""#,
@@ -411,7 +420,6 @@ static SITE: Section = Section {
         section("archive", Value::Table(&ARCHIVE)),
         section("storage", Value::Table(&SITE_STORAGE)),
         later("active"),
-        later("backup_source"),
         later("schedule"),
         later("retention"),
     ],

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::backup::BackupSource;
 use crate::replication::{ConnectOptions, ServerRole};
 use crate::storage::{ObjectKey, Secret};
 use crate::wal::receive::Acknowledge;
@@ -34,6 +35,8 @@ pub struct SiteConfig {
     pub fetch_wait: Duration,
     /// How much WAL may wait before some is left out of the archive; `None`: any amount.
     pub queue_max_bytes: Option<u64>,
+    /// Where the files of a basebackup come from.
+    pub backup_source: BackupSource,
     /// How WAL comes into the archive.
     pub wal: WalSource,
     /// When a server that is received from is told that WAL is durable.
@@ -83,6 +86,10 @@ impl SiteConfig {
             nodes: nodes(table)?,
             fetch_wait: archive.duration("fetch_wait")?.map_or(FETCH_WAIT_DEFAULT, |entry| entry.value),
             queue_max_bytes: archive.size("queue_max")?.map(|entry| entry.value),
+            backup_source: match table.text("backup_source").as_ref().map(|entry| entry.value.as_str()) {
+                Some("replication") => BackupSource::Replication,
+                _ => BackupSource::DataDirectory,
+            },
             wal: match table.text("wal").as_ref().map(|entry| entry.value.as_str()) {
                 Some("receive") => WalSource::Receive,
                 _ => WalSource::Push,

@@ -173,7 +173,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     (
         "sites.main.a.b = 1\n",
         "1: unknown key \"a\" in [sites.main]",
-        "Known keys in [sites.main]: prefix, data_directory, bin_directory, connection, wal, nodes, archive, storage.",
+        "Known keys in [sites.main]: prefix, data_directory, bin_directory, connection, backup_source, wal, nodes, archive, storage.",
     ),
     // keys of later releases
     (

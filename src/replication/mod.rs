@@ -5,13 +5,15 @@
 //!                                                                 │
 //!                            Session ◀── connection ◀── tls ◀── socket
 //!          WalStream ◀── wire ◀── login ◀──┘
+//!         BaseBackup ◀──┘
 //! ```
 //!
 //! `settings` decides what to connect to as libpq would and touches no network; `connection` tries it. A session is
 //! dedicated: no pooler, no server-side timeouts, and once lost it stays lost. The caller of this module never sees a
 //! type of the PostgreSQL crates. Deliberately absent: reading the environment (`config` passes PG* on), a pool of
-//! connections, and BASE_BACKUP.
+//! connections, and what is in the archives that BASE_BACKUP sends.
 
+pub mod base_backup;
 pub mod connection;
 pub mod error;
 pub mod row;
@@ -28,6 +30,7 @@ mod socket;
 mod tls;
 mod wire;
 
+pub use base_backup::{BaseBackup, BaseBackupEnd, BaseBackupOptions, BaseBackupPart, BaseBackupTablespace};
 pub use connection::ConnectOptions;
 pub use error::{Error, ErrorKind};
 pub use row::{Param, Row};

@@ -27,7 +27,7 @@ use crate::replication::{ConnectOptions, Error};
 
 /// A connection that takes replication commands.
 pub struct ReplicationConnection {
-    wire: Wire,
+    pub(super) wire: Wire,
     address: String,
     user: String,
     /// What came of the answer that is being read.
@@ -95,8 +95,8 @@ impl Debug for ReplicationConnection {
     }
 }
 
-type Row = Vec<Option<Bytes>>;
-type Values = Vec<Option<String>>;
+pub(super) type Row = Vec<Option<Bytes>>;
+pub(super) type Values = Vec<Option<String>>;
 
 impl ReplicationConnection {
     /// Connects to the first server of `options` that answers.
@@ -105,6 +105,17 @@ impl ReplicationConnection {
     pub async fn connect(options: &ConnectOptions) -> Result<Self, Error> {
         let options = options.with("dbname", "replication")?;
         let target = connection::resolve(&options)?;
+        let (connected, _) = connection::connect::<PhysicalReplication>(&target, &options, "", 0).await?;
+        let Connected { link: wire, address, user } = connected;
+        Ok(Self { wire, address, user, rows: Vec::new(), refused: None })
+    }
+
+    /// Connects to the one server of `options` that a session reached at `address`, under a name of its own by which
+    /// that session finds it among the server's processes.
+    pub async fn connect_beside(options: &ConnectOptions, address: &str, name: &str) -> Result<Self, Error> {
+        let options = options.with("dbname", "replication")?.with("application_name", name)?;
+        let mut target = connection::resolve(&options)?;
+        target.endpoints.retain(|endpoint| endpoint.address.to_string() == address);
         let (connected, _) = connection::connect::<PhysicalReplication>(&target, &options, "", 0).await?;
         let Connected { link: wire, address, user } = connected;
         Ok(Self { wire, address, user, rows: Vec::new(), refused: None })
@@ -205,7 +216,7 @@ impl ReplicationConnection {
         }
     }
 
-    async fn query(&mut self, command: &str) -> Result<(), Error> {
+    pub(super) async fn query(&mut self, command: &str) -> Result<(), Error> {
         let mut out = BytesMut::new();
         frontend::query(command, &mut out).map_err(|error| unexpected(error.to_string()))?;
         self.wire.send(&out).await
@@ -296,17 +307,17 @@ fn silent() -> Error {
     Error::Lost { detail: format!("the server did not answer within {} s", COMMAND_TIMEOUT.as_secs()) }
 }
 
-fn values(row: &DataRowBody) -> Result<Row, Error> {
+pub(super) fn values(row: &DataRowBody) -> Result<Row, Error> {
     let ranges: Vec<_> = row.ranges().collect().map_err(|error| unexpected(error.to_string()))?;
     let whole = row.buffer_bytes();
     Ok(ranges.into_iter().map(|range| range.map(|range| whole.slice(range))).collect())
 }
 
-fn text_of(row: Row) -> Values {
+pub(super) fn text_of(row: Row) -> Values {
     row.into_iter().map(|value| value.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())).collect()
 }
 
-fn parsed<T: std::str::FromStr>(row: &Values, column: usize, name: &str) -> Result<T, Error> {
+pub(super) fn parsed<T: std::str::FromStr>(row: &Values, column: usize, name: &str) -> Result<T, Error> {
     let text = row.get(column).cloned().flatten().unwrap_or_default();
     text.parse().map_err(|_| unexpected(format!("column \"{name}\" holds \"{text}\"")))
 }

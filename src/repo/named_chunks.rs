@@ -57,11 +57,16 @@ impl NamedChunks {
         }
     }
 
-    /// Adds what others named, in packs of their own.
-    pub fn extend(&mut self, others: Self) {
-        for (pack, named) in others.packs {
-            let known = self.packs.insert(pack, named);
-            debug_assert!(known.is_none(), "{pack} is named from two sides");
+    /// Adds what another one names; no chunk is in both, because what maps name by themselves is of one file each.
+    pub fn join(&mut self, other: Self) {
+        for (id, named) in other.packs {
+            let pack = self.packs.entry(id).or_default();
+            pack.bytes += named.bytes;
+            pack.positions.resize(pack.positions.len().max(named.positions.len()), 0);
+            for (word, further) in pack.positions.iter_mut().zip(named.positions) {
+                debug_assert_eq!(*word & further, 0, "a chunk of {id} is named by both");
+                *word |= further;
+            }
         }
     }
 

@@ -41,7 +41,8 @@ pub(super) async fn check_receiving(
 
 const KEEP_SIZE: &str = "max_slot_wal_keep_size";
 
-async fn check_replication(connection: &ConnectOptions) -> Item {
+/// Looks whether the role may replicate.
+pub(super) async fn check_replication(connection: &ConnectOptions) -> Item {
     let asked = async {
         let mut connection = ReplicationConnection::connect(connection).await?;
         connection.identify().await.map(|identity| (connection.user().to_owned(), identity.timeline))

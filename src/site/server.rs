@@ -5,14 +5,16 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::backup::{ArchiverStatus, ServerFacts, SourceError, Tablespace, check_directory, read_identity};
+use crate::backup::{
+    ArchiverStatus, BackupSource, ServerFacts, SourceError, Tablespace, check_directory, read_identity,
+};
 use crate::disk::CloneMarker;
 use crate::pg::MajorVersion;
 use crate::replication::{ConnectOptions, Error as SessionError, Session};
 use crate::repo::{ClusterId, Error as RepoError, Membership, Repository};
 use crate::site::data_files::{self, check_data_files};
 use crate::site::item::{Item, describe};
-use crate::site::receiving::check_receiving;
+use crate::site::receiving::{check_receiving, check_replication};
 use crate::site::settings::check_settings;
 
 /// A server and what the configuration says of it.
@@ -20,6 +22,8 @@ use crate::site::settings::check_settings;
 pub struct NodeOptions {
     /// How to reach it.
     pub connection: ConnectOptions,
+    /// Where the files of basebackups come from.
+    pub source: BackupSource,
     /// Its data directory; `None`: the one it names.
     pub data_directory: Option<PathBuf>,
     /// The name of the site, for its archive_command.
@@ -49,7 +53,7 @@ pub async fn check_server(options: &NodeOptions) -> CheckedServer {
         Err(error) => return CheckedServer { items: vec![refused(&error)], server: None },
     };
     let mut items = Vec::new();
-    let rights = check_rights(&session).await;
+    let rights = check_rights(&session, options.source).await;
     let facts = ServerFacts::gather(&session).await;
     let (user, address) = (session.user(), session.address());
     let facts = match facts {
@@ -68,7 +72,18 @@ pub async fn check_server(options: &NodeOptions) -> CheckedServer {
         format!("user \"{user}\" at {address}: PostgreSQL {}, {role}", facts.version_text),
     ));
     items.push(rights.unwrap_or_else(|| rights_of(&facts)));
-    items.extend(check_data_directory(options, &facts).await);
+    match options.source {
+        BackupSource::DataDirectory => items.extend(check_data_directory(options, &facts).await),
+        BackupSource::Replication => {
+            let path = facts.data_directory().display();
+            items
+                .push(Item::ok(DATA_DIRECTORY, format!("\"{path}\", which the server sends by BASE_BACKUP")));
+            // Where WAL is received, the right to replicate is looked at with the slot.
+            if options.slot.is_none() {
+                items.push(check_replication(&options.connection).await);
+            }
+        }
+    }
     items.extend(check_settings(&facts, &options.site, options.slot.is_some()));
     if let Some(slot) = &options.slot {
         items.extend(check_receiving(&options.connection, &session, &facts, slot).await);
@@ -110,12 +125,15 @@ fn grant_monitor() -> String {
 }
 
 /// Returns the item of a role that lacks a right, with the statements that grant it.
-async fn check_rights(session: &Session) -> Option<Item> {
-    let functions = match session.version() {
-        MajorVersion::V13 | MajorVersion::V14 => {
-            ["pg_start_backup(text, boolean, boolean)", "pg_stop_backup(boolean, boolean)", "pg_switch_wal()"]
-        }
-        _ => ["pg_backup_start(text, boolean)", "pg_backup_stop(boolean)", "pg_switch_wal()"],
+async fn check_rights(session: &Session, source: BackupSource) -> Option<Item> {
+    let functions: &[&str] = match (source, session.version()) {
+        (BackupSource::Replication, _) => &["pg_switch_wal()"],
+        (_, MajorVersion::V13 | MajorVersion::V14) => &[
+            "pg_start_backup(text, boolean, boolean)",
+            "pg_stop_backup(boolean, boolean)",
+            "pg_switch_wal()",
+        ],
+        _ => &["pg_backup_start(text, boolean)", "pg_backup_stop(boolean)", "pg_switch_wal()"],
     };
     let asked: Vec<String> = functions
         .iter()

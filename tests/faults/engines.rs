@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use walden::backup::{self, BackupOptions, Budget, Checkpoint, Node, RepositoryArchive, WalArchive};
+use walden::backup::{
+    self, BackupOptions, BackupSource, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
+};
 use walden::catalog::host::Host;
 use walden::catalog::{RecoveryTarget, TargetAction, basebackups};
 use walden::clock::SystemClock;
@@ -67,6 +69,7 @@ async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Resul
     let repository = open(store).await?;
     let node = Node { connection: ConnectOptions::new(site.connection()), preferred: ServerRole::Primary };
     let options = BackupOptions {
+        source: BackupSource::DataDirectory,
         nodes: vec![node],
         data_directory: None,
         label: None,

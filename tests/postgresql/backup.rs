@@ -41,7 +41,11 @@ impl Opened {
         Self { reader, runtime }
     }
 
-    fn file(&self, path: &str) -> Vec<u8> {
+    pub fn record(&self) -> walden::repo::documents::BackupRecord {
+        self.reader.basebackup().record().clone()
+    }
+
+    pub fn file(&self, path: &str) -> Vec<u8> {
         self.runtime.block_on(async {
             let path = TreePath::new(path).unwrap();
             let (_, entry) = self.reader.basebackup().entry(&path).await.unwrap().expect("the file is there");
@@ -49,7 +53,7 @@ impl Opened {
         })
     }
 
-    fn paths(&self) -> Vec<String> {
+    pub fn paths(&self) -> Vec<String> {
         self.runtime.block_on(async {
             let mut paths = Vec::new();
             for n in 0..self.reader.basebackup().block_count() {
@@ -401,7 +405,7 @@ fn pg_control_is_read_after_everything_else() {
 }
 
 /// Makes a file in the data directory that is all zero and stored nowhere, but takes a while to read.
-fn sparse_file(cluster: &Cluster, gib: u64) -> PathBuf {
+pub fn sparse_file(cluster: &Cluster, gib: u64) -> PathBuf {
     let sparse = cluster.data_directory().join("sparse");
     fs::File::create(&sparse).unwrap().set_len(gib << 30).unwrap();
     Account::of_postgresql().own(&sparse);

@@ -5,6 +5,7 @@
 mod support;
 
 mod backup;
+mod by_replication;
 mod incremental;
 mod isolation;
 mod replication;

@@ -109,6 +109,7 @@ pub(super) async fn check_all(
         let number = (site.nodes.len() > 1).then_some(n + 1);
         let options = NodeOptions {
             connection: node.connect_options(&context.environment)?,
+            source: site.backup_source,
             data_directory: site.data_directory.clone(),
             site: site.name.clone(),
             slot: (site.wal == WalSource::Receive).then(|| site.slot.clone()),

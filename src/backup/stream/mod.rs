@@ -1,0 +1,28 @@
+//! A basebackup through the server: BASE_BACKUP, for a host that need not have the data directory.
+//!
+//! ```text
+//! origin (ask, by SQL) ─ receive (archives ─▶ files ─▶ work) ─ copy (CPU pool) ─▶ packer ─▶ repo
+//!                             └ tar_reader     └ manifest (what the server has summed up) ◀──┘
+//! ```
+//! The order is the server's: tablespaces, then the data directory, `pg_control` last. What a start needs goes into
+//! packs of its own on the way. All of it comes each time, and what is as it was in the last basebackup is named where
+//! it stands. Deliberately absent: reading a page again, which the server does where its checksum is wrong, and having
+//! the server send only what has changed (UPLOAD_MANIFEST, 17).
+
+mod error;
+
+mod histories;
+mod origin;
+mod outside;
+
+mod manifest;
+mod receive;
+mod start_set;
+mod tar_reader;
+mod work;
+
+mod copy;
+mod run;
+
+pub use error::StreamError;
+pub(super) use run::run;

@@ -1,0 +1,270 @@
+//! What is done with the bytes of received files on the CPU pool: checked, compared with what is known, compressed.
+//!
+//! The bytes are at hand, so nothing here reads. The server verifies checksums while it reads and reads a page again
+//! that it caught half written; a page that is wrong here was wrong for it as well. What has not changed since the
+//! basebackup that is built upon is named where it stands, by the same rule as for a data directory (`gather`): the
+//! server sends all of it each time, and what is stored is what differs.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use bytes::Bytes;
+
+use crate::backup::data_directory::SourceFile;
+use crate::backup::error::Error;
+use crate::backup::gather::{Again, GatherOptions, KnownPages, PageGatherer, PageRun, compress};
+use crate::backup::known_parent::KnownParent;
+use crate::backup::plan::SMALL_FILE_BYTES;
+use crate::backup::read_small::{INLINE_BYTES, SmallFile, SmallFiles, SmallPlace};
+use crate::backup::source_file::FileState;
+use crate::backup::state::{HashKey, KnownBlock, KnownContent, KnownFile};
+use crate::backup::stream::error::StreamError;
+use crate::codec::Compression;
+use crate::pg::{Crc32c, Lsn, PageVerdict, RelationFile, RelationMap, page};
+use crate::repo::{
+    entry::BlobRef,
+    page_map::{MAP_BLOCK_BYTES, PAGE_SIZE},
+};
+
+/// Where what was worked on is to stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// With what a start needs.
+    StartSet,
+    /// With everything else.
+    Rest,
+}
+
+/// Some bytes to be worked on.
+#[derive(Debug)]
+pub enum Work {
+    /// Small files of one compartment.
+    Together { lane: Lane, files: Vec<ReceivedFile> },
+    /// The next bytes of a large file, within one block of its map.
+    Pages { file: Arc<LargeReceived>, range: Range<u64>, raw: Vec<u8>, last: bool },
+}
+
+/// A small file that came whole.
+#[derive(Debug)]
+pub struct ReceivedFile {
+    /// Where it stands, and what it is.
+    pub file: SourceFile,
+    /// Its bytes.
+    pub raw: Vec<u8>,
+}
+
+/// A large file, which several pieces of work are about.
+#[derive(Debug)]
+pub struct LargeReceived {
+    /// Its number among the large files.
+    pub number: usize,
+    /// Where it is to stand.
+    pub lane: Lane,
+    /// Where it stands, and what it is.
+    pub file: SourceFile,
+    known: OnceLock<Option<Arc<KnownFile>>>,
+    blocks: Mutex<Vec<(u64, Arc<KnownBlock>)>>,
+}
+
+/// What became of it.
+#[derive(Debug)]
+pub enum Done {
+    Together { lane: Lane, files: Vec<SourceFile>, together: SmallFiles },
+    Pages { file: Arc<LargeReceived>, run: PageRun, expected: u64, last: bool, known: Option<Arc<KnownFile>> },
+}
+
+/// What all work shares.
+#[derive(Debug)]
+pub struct WorkContext {
+    /// How chunks are compressed.
+    pub compression: Compression,
+    /// Judges pages; none where the cluster has no checksums.
+    pub page_judge: Option<PageJudge>,
+    /// What page hashes are keyed with; none where nothing will be remembered.
+    pub hash_key: Option<HashKey>,
+    /// The basebackup that is built upon; none for a full one.
+    pub parent: Option<Arc<KnownParent>>,
+    /// Whether the start-up set is stored again as a whole.
+    pub start_set_again: bool,
+}
+
+/// Judges pages of relations by their checksums.
+#[derive(Debug, Clone, Copy)]
+pub struct PageJudge {
+    /// Pages from here on were written since the backup began.
+    pub start_lsn: Lsn,
+    /// Pages of a relation's file.
+    pub segment_pages: u32,
+}
+
+const RELATION_MAP: &[u8] = b"pg_filenode.map";
+/// Blocks of what is known that a file keeps: its work is done side by side, in order.
+const BLOCKS_KEPT: usize = 2;
+
+impl Work {
+    /// Does it.
+    pub fn execute(self, context: &WorkContext) -> Result<Done, Error> {
+        match self {
+            Self::Together { lane, files } => {
+                let (files, together) = pack_together(files, lane, context)?;
+                Ok(Done::Together { lane, files, together })
+            }
+            Self::Pages { file, range, raw, last } => {
+                let block = file.known_block(range.start / MAP_BLOCK_BYTES, context);
+                let first = (range.start % MAP_BLOCK_BYTES / PAGE_SIZE) as u32;
+                let options = context.gathering(file.lane);
+                let mut gatherer = PageGatherer::new(&options);
+                gatherer.push(&raw, block.as_deref().map(|block| KnownPages { block, first }))?;
+                let mut run = gatherer.finish()?;
+                run.state = Some(state_of(&file.file));
+                run.damaged = context.damaged(&file.file, range.start, &raw);
+                let (expected, known) = (range.end - range.start, file.known(context));
+                Ok(Done::Pages { file, run, expected, last, known })
+            }
+        }
+    }
+}
+
+impl WorkContext {
+    fn damaged(&self, file: &SourceFile, offset: u64, raw: &[u8]) -> Vec<u32> {
+        match (&self.page_judge, file.relation()) {
+            (Some(judge), Some(relation)) => judge.damaged(&relation, offset, raw),
+            _ => Vec::new(),
+        }
+    }
+
+    fn gathering(&self, lane: Lane) -> GatherOptions {
+        let again = match &self.parent {
+            _ if self.start_set_again && lane == Lane::StartSet => Again::Everything,
+            Some(parent) => Again::Packs(parent.written_again()),
+            None => Again::Nothing,
+        };
+        GatherOptions { compression: self.compression, hash_key: self.hash_key.clone(), again }
+    }
+}
+
+impl LargeReceived {
+    /// Prepares a file; nothing is looked up yet.
+    pub fn new(number: usize, lane: Lane, file: SourceFile) -> Self {
+        Self { number, lane, file, known: OnceLock::new(), blocks: Mutex::default() }
+    }
+
+    /// Returns what is known of the file.
+    fn known(&self, context: &WorkContext) -> Option<Arc<KnownFile>> {
+        let look_up = || context.parent.as_ref()?.file(&self.file.path).map(Arc::new);
+        self.known.get_or_init(look_up).clone()
+    }
+
+    fn known_block(&self, n: u64, context: &WorkContext) -> Option<Arc<KnownBlock>> {
+        let (parent, known) = (context.parent.as_ref()?, self.known(context)?);
+        if n >= known.block_count() {
+            return None;
+        }
+        // Whoever comes second waits for the first to have read it.
+        let mut blocks = self.blocks.lock().expect("no holder of this lock panics");
+        if let Some((_, block)) = blocks.iter().find(|(number, _)| *number == n) {
+            return Some(block.clone());
+        }
+        let block = Arc::new(parent.block(&known, n)?);
+        if blocks.len() == BLOCKS_KEPT {
+            blocks.remove(0);
+        }
+        blocks.push((n, block.clone()));
+        Some(block)
+    }
+}
+
+impl PageJudge {
+    /// Returns the blocks that are damaged among the whole pages of `raw`, which stand at `offset` of their file.
+    fn damaged(&self, relation: &RelationFile, offset: u64, raw: &[u8]) -> Vec<u32> {
+        let Some(first) = relation.first_page(self.segment_pages) else {
+            return Vec::new();
+        };
+        let (pages, _) = raw.as_chunks::<{ PAGE_SIZE as usize }>();
+        let numbered = (offset / PAGE_SIZE..).zip(pages).map_while(|(number, page)| {
+            Some((u32::try_from(number).ok().and_then(|number| first.checked_add(number))?, page))
+        });
+        let is_wrong = |page: &[u8], block: u32| {
+            matches!(page::verify(page, block, self.start_lsn), PageVerdict::Mismatch { .. })
+        };
+        numbered.filter(|(block, page)| is_wrong(&page[..], *block)).map(|(block, _)| block).collect()
+    }
+}
+
+/// Returns what a file was when the server read it.
+pub fn state_of(file: &SourceFile) -> FileState {
+    FileState { size: file.size, mode: file.mode, modified: file.modified, identity: None }
+}
+
+/// Puts small files side by side into chunks, the tiniest into the file table; names those that are as they were.
+fn pack_together(
+    received: Vec<ReceivedFile>,
+    lane: Lane,
+    context: &WorkContext,
+) -> Result<(Vec<SourceFile>, SmallFiles), Error> {
+    let options = context.gathering(lane);
+    let mut together = SmallFiles::default();
+    let mut files = Vec::with_capacity(received.len());
+    let mut gathered: Vec<u8> = Vec::new();
+    for (number, ReceivedFile { file, raw }) in received.into_iter().enumerate() {
+        check_relation_map(&file, &raw)?;
+        let damaged = context.damaged(&file, 0, &raw);
+        let (len, crc) = (raw.len() as u32, Crc32c::of(&raw));
+        let hash = options.hash_key.as_ref().map(|key| key.hash(&raw));
+        let before = match context.parent.as_ref().and_then(|parent| parent.file(&file.path)) {
+            Some(KnownFile { content: KnownContent::Inline(bytes), .. }) if bytes == raw => Before::Inline,
+            Some(KnownFile { content: KnownContent::Part { blob, hash: known }, .. })
+                if Some(known) == hash && blob.len == len =>
+            {
+                Before::At(blob)
+            }
+            _ => Before::Different,
+        };
+        let pages = u64::from(len).div_ceil(PAGE_SIZE);
+        let place = match before {
+            Before::At(blob) if !options.again.includes(blob.chunk.pack) => SmallPlace::Known(blob),
+            Before::Inline if raw.len() <= INLINE_BYTES => SmallPlace::Inline(Bytes::from(raw)),
+            _ => {
+                match before {
+                    Before::Different => together.changed += pages,
+                    _ => together.stored_again += pages,
+                }
+                if raw.len() <= INLINE_BYTES {
+                    SmallPlace::Inline(Bytes::from(raw))
+                } else {
+                    if !gathered.is_empty() && (gathered.len() + raw.len()) as u64 > SMALL_FILE_BYTES {
+                        together.frames.push(compress(&gathered, context.compression)?);
+                        gathered.clear();
+                    }
+                    let at = gathered.len() as u32;
+                    gathered.extend_from_slice(&raw);
+                    SmallPlace::Chunk { frame: together.frames.len(), at }
+                }
+            }
+        };
+        together.files.push(SmallFile { number, state: state_of(&file), len, crc, hash, place, damaged });
+        files.push(file);
+    }
+    if !gathered.is_empty() {
+        together.frames.push(compress(&gathered, context.compression)?);
+    }
+    Ok((files, together))
+}
+
+/// Whether and where the bytes of a small file stood that are still the same.
+#[derive(Clone, Copy)]
+enum Before {
+    Different,
+    Inline,
+    At(BlobRef),
+}
+
+/// Nobody reads a map again that the server caught half written.
+fn check_relation_map(file: &SourceFile, raw: &[u8]) -> Result<(), StreamError> {
+    if file.path.split().1 != RELATION_MAP {
+        return Ok(());
+    }
+    RelationMap::parse(raw)
+        .map(drop)
+        .map_err(|error| StreamError::Torn { path: file.path.to_string(), detail: error.to_string() })
+}
