@@ -214,6 +214,17 @@ fn a_server_that_makes_no_slot_is_refused_before_anything_is_read() {
 }
 
 #[test]
+fn what_takes_the_data_directory_is_refused_where_basebackups_come_through_the_server() {
+    require!(Need::PostgreSQL(15));
+    let through = "backup_source = \"replication\"";
+    let source = Source::configured(15, forgetful(), |_, site| site.key(through));
+    for option in ["--standalone", "--dry-run"] {
+        let refused = source.walden.try_run(&["backup", option]).expect_code(2);
+        assert!(refused.stderr.contains("takes the data directory"), "{option}: {}", refused.stderr);
+    }
+}
+
+#[test]
 fn a_dry_run_says_what_would_be_read_and_writes_nothing() {
     require!(Need::PostgreSQL(15), Need::Folder);
     let source = Source::start(Options::default());
