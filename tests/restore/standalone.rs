@@ -49,7 +49,8 @@ fn take_while_wal_goes(source: &Source) -> Value {
     let segments = &report["wal"]["segments"][0];
     let (first, last) = (segments["first"].as_str().unwrap(), segments["last"].as_str().unwrap());
     assert!((first..=last).contains(&&*needed), "{needed} is not needed: {report}");
-    assert_eq!(source.sql("select count(*) from pg_replication_slots"), "0", "the slot stayed");
+    let left = "select count(*) from pg_replication_slots";
+    wait_for("the slot to go with its session", || (source.sql(left) == "0").then_some(()));
     report
 }
 
@@ -93,8 +94,8 @@ fn a_standalone_basebackup_is_restored_without_an_archive(major: u32) {
     let (walden, scratch) = (&source.walden, source.scratch());
     let server = recovered(major, walden, scratch, "immediate", &IMMEDIATE);
     expected.assert_same(&Checksums::of(&server));
-    let timeline = server.sql("select timeline_id from pg_control_checkpoint(), pg_switch_wal()");
-    assert_eq!(timeline, "2", "it was promoted");
+    let segment = server.sql("select pg_walfile_name(pg_current_wal_lsn())");
+    assert!(segment.starts_with("00000002"), "{segment}");
     drop(server);
     // Without a target recovery ends with the WAL there is.
     let server = recovered(major, walden, scratch, "end", &[]);
@@ -144,7 +145,7 @@ fn a_copy_of_a_mounted_standalone_basebackup_starts_without_walden() {
 #[test]
 fn a_standalone_basebackup_of_a_standby_ends_where_it_stopped() {
     require!(Need::PostgreSQL(15));
-    let source = Source::start(forgetful());
+    let source = Source::start(Options::default().setting("archive_mode", "off"));
     let data = source.place("standby");
     let base = source.bin_directory().join("pg_basebackup");
     let mut copy = Account::of_postgresql().command(base);
