@@ -169,7 +169,7 @@ impl Host {
         if saved {
             states.save(state, &begun, &today, &committed, PathBuf::from("/data")).await;
         }
-        let written_again = begun.parent.as_ref().map_or(0, |parent| parent.rewriting().packs.len())
+        let written_again = begun.parent.as_ref().map_or(0, |parent| parent.written_again().len())
             + usize::from(start_set_again);
         self.taken.push(Taken {
             record: committed.record,

@@ -307,9 +307,9 @@ impl Packer {
     }
 
     async fn append_run(&mut self, open: &mut OpenEntry, run: PageRun) -> Result<(), Error> {
+        open.unchanged &= run.is_unchanged();
         let PageRun { frames, pages, hashes, changed, stored_again, bytes, crc, .. } = run;
         let chunks = self.append_all(frames).await?;
-        open.unchanged &= changed == 0 && stored_again == 0;
         for (n, place) in pages.into_iter().enumerate() {
             match place {
                 PagePlace::Zero => open.map.push_zero(1),
