@@ -218,7 +218,8 @@ fn failure_17_a_backup_killed_at_any_moment_leaves_no_half_one_and_the_next_is_g
     let (mut listed, mut last_of_killed) = (site.listed(), None);
     while let Some(moment) = rounds.next() {
         let before = names_in(&basebackups);
-        let arguments = if rounds.drawn.is_multiple_of(2) { &["backup"][..] } else { &["backup", "--full"] };
+        let arguments =
+            if rounds.drawn.is_multiple_of(2) { &["backup"][..] } else { &["backup", "--full"][..] };
         let phase = rounds
             .kill(site.walden.command().args(arguments), moment, || backup_phase(&basebackups, &before));
         // What is listed has its outcome, and only an attempt that reached it is added.
