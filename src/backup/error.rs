@@ -64,6 +64,15 @@ pub enum Error {
     /// WAL that the basebackup needs did not come.
     #[error("WAL segment {segment} did not arrive in the archive within {} s", waited.as_secs())]
     WalMissing { segment: WalSegmentName, waited: Duration },
+    /// What was asked for takes the data directory.
+    #[error("{what} takes the data directory, and this site's basebackups come through the server")]
+    NeedsDirectory { what: &'static str },
+    /// The server does not keep its WAL for a standalone basebackup.
+    #[error("the server does not keep WAL for a standalone basebackup: {message}")]
+    WalNotHeld { message: String },
+    /// WAL that a standalone basebackup was to carry is gone.
+    #[error("WAL segment {segment} was removed or recycled before it could be copied")]
+    WalLost { segment: WalSegmentName },
     /// The history file without which recovery cannot follow the timeline is nowhere.
     #[error("the history file of timeline {timeline} is neither in pg_wal nor in the archive")]
     HistoryMissing { timeline: TimelineId },
@@ -88,13 +97,18 @@ impl Error {
         match self {
             Self::Read { source, .. } if source.kind() == io::ErrorKind::InvalidData => ErrorKind::Damaged,
             Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => ErrorKind::Input,
-            Self::Read { .. } | Self::WalMissing { .. } | Self::HistoryMissing { .. } => ErrorKind::Retry,
+            Self::Read { .. }
+            | Self::WalMissing { .. }
+            | Self::WalLost { .. }
+            | Self::HistoryMissing { .. } => ErrorKind::Retry,
             Self::ControlFile { source: ControlFileError::Checksum, .. } => ErrorKind::Damaged,
             Self::ControlFile { .. }
             | Self::Name(_)
             | Self::Tablespace { .. }
             | Self::Clone { .. }
             | Self::NoNode
+            | Self::WalNotHeld { .. }
+            | Self::NeedsDirectory { .. }
             | Self::BlockSize(_)
             | Self::NotArchiving { .. } => ErrorKind::Input,
             Self::Source(SourceError::Session(_) | SourceError::ServerChanged { .. }) => ErrorKind::Retry,
@@ -140,6 +154,17 @@ impl Error {
             Self::WalMissing { .. } => {
                 "pg_stat_archiver and the server's log say why archiving fails; on a standby the primary has to \
                  finish the segment (SELECT pg_switch_wal())."
+            }
+            Self::NeedsDirectory { .. } => {
+                "Run it on the server's host, with backup_source = \"data-directory\" or without that line."
+            }
+            Self::WalNotHeld { .. } => {
+                "It is kept by a temporary replication slot: the role needs the REPLICATION attribute, and the server a \
+                 free slot (max_replication_slots)."
+            }
+            Self::WalLost { .. } => {
+                "Take another basebackup; raise max_slot_wal_keep_size where the server writes more WAL than that while \
+                 one is taken."
             }
             Self::HistoryMissing { .. } => "Archive it with \"walden wal push\" from a server that has it.",
             Self::Source(error) => return error.hint(),

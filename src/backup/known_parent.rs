@@ -36,7 +36,6 @@ use crate::repo::{
 pub struct KnownParent {
     state: State,
     basebackup: Arc<ParentBasebackup>,
-    rewriting: Rewriting,
     again: Arc<BTreeSet<PackId>>,
     read_all: bool,
     complained: AtomicBool,
@@ -99,9 +98,9 @@ pub async fn prepare(
     let origins_max = origins_max(&parent.record.keys);
     let rewriting = plan_rewriting(&parent.refs, &live, &missing, origins_max, repository.clock().now());
     report(&missing, &rewriting);
-    let again = Arc::new(rewriting.packs.clone());
+    let again = Arc::new(rewriting.packs);
     let (read_all, complained) = (incremental.read_all, AtomicBool::new(false));
-    let parent = KnownParent { state, basebackup: Arc::new(parent), rewriting, again, read_all, complained };
+    let parent = KnownParent { state, basebackup: Arc::new(parent), again, read_all, complained };
     Ok(Prepared { decision: Decision::Incremental(incremental), parent: Some(Arc::new(parent)) })
 }
 
@@ -124,11 +123,6 @@ impl KnownParent {
     /// Returns which packs are not named again.
     pub fn written_again(&self) -> Arc<BTreeSet<PackId>> {
         self.again.clone()
-    }
-
-    /// Returns what is stored again, and why.
-    pub fn rewriting(&self) -> &Rewriting {
-        &self.rewriting
     }
 
     /// Returns whether files are read however unchanged they look.
@@ -323,10 +317,8 @@ fn chunks_of(map: &MapBlock) -> impl Iterator<Item = (&ChunkRef, u32)> {
 
 fn report(missing: &[PackId], rewriting: &Rewriting) {
     if let Some(first) = missing.first() {
-        tracing::warn!(
-            "{} packs are missing or cut, {first} first: what they hold is stored again",
-            missing.len()
-        );
+        let count = rewriting.missing;
+        tracing::warn!("{count} packs are missing or cut, {first} first: what they hold is stored again");
     }
     let Rewriting { sparse, old, crowded, bytes, .. } = rewriting;
     tracing::debug!(

@@ -36,12 +36,17 @@ mod source_file;
 mod open_entry;
 mod packer;
 mod pipeline;
+mod rate;
 mod remember;
 
 pub mod changed_blocks;
 pub mod state;
 pub mod wal_summaries;
 
+mod carried_files;
+mod carry;
+
+mod dry_run;
 mod live_directory;
 mod origin;
 mod run;
@@ -56,14 +61,16 @@ mod incremental_tests;
 #[cfg(test)]
 mod tests;
 
+pub use carried_files::CARRY_MEMORY;
 pub use change::{Decision, Incremental, Reason};
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
+pub use dry_run::{DryRun, dry_run};
 pub use error::{Error, ErrorKind};
 pub use live_directory::read_identity;
 pub use origin::Node;
 pub use packer::WorkDone;
 pub use pipeline::Budget;
-pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};
+pub use plan::{GroupSummary, Plan, PlanOptions, StartGroup, Step, plan_copy};
 pub use run::{BackupOptions, BackupOutcome, BackupSource, run};
 pub use server_facts::{ArchiverStatus, Database, ServerFacts, Tablespace};
 pub use server_identity::{Difference, DirectoryIdentity, ServerIdentity, parent_process};

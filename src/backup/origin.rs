@@ -54,7 +54,10 @@ pub(super) async fn choose_origin(
     data_directory: Option<&Path>,
     wal_received: bool,
 ) -> Result<Chosen<Origin>, Error> {
-    choose(nodes, async |_: &Session, facts: ServerFacts| origin_of(facts, data_directory, wal_received).await).await
+    choose(nodes, async |_: &Session, facts: ServerFacts| {
+        origin_of(facts, data_directory, wal_received).await
+    })
+    .await
 }
 
 /// Connects to the first server in which `look` finds nothing against it.

@@ -6,12 +6,14 @@
 //! sweep. Dropping the future at any point is the same as a failure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 
+use crate::backup::carry::{Carried, WalCarrier, carrying, hold_wal};
 use crate::backup::change::{Decision, Today};
 use crate::backup::data_directory::{SourceTree, WalkOptions};
 use crate::backup::error::Error;
@@ -22,6 +24,7 @@ use crate::backup::packer::{Packer, Stored, WorkDone};
 use crate::backup::page_check::PageCheck;
 use crate::backup::pipeline::{Budget, CopySource, copy};
 use crate::backup::plan::PlanOptions;
+use crate::backup::rate::{RateLimit, limited};
 use crate::backup::read_pages::JobContext;
 use crate::backup::reading::{Reading, plan_reading};
 use crate::backup::server_facts::ServerFacts;
@@ -78,6 +81,10 @@ pub struct BackupOptions {
     pub budget: Budget,
     /// How long the archive may take to have the WAL.
     pub wal_patience: Duration,
+    /// Whether the basebackup carries its WAL itself, so that the archive need not have it.
+    pub standalone: bool,
+    /// Bytes of the source that are read in a second, where that is limited.
+    pub rate: Option<NonZeroU64>,
     /// This host, for people.
     pub host: String,
 }
@@ -103,15 +110,22 @@ pub struct BackupOutcome {
     pub received_bytes: Option<u64>,
 }
 
+/// What decides how files are copied.
+struct How<'a> {
+    options: &'a BackupOptions,
+    begun: &'a Begun,
+    clock: Arc<dyn Clock>,
+}
+
 /// What was copied while the server was in backup mode.
 struct Copied {
     tree: Arc<SourceTree>,
     stored: Stored,
     stopped: Stopped,
     started: (Lsn, Timestamp),
+    carried: Option<Carried>,
 }
 
-/// The database whose catalogs a start reads first.
 const POSTGRES: &str = "postgres";
 
 /// Takes a basebackup; `archive` makes the archive of a cluster to be asked for its WAL.
@@ -122,13 +136,28 @@ pub async fn run(
     archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
     monitor: &dyn Monitor,
 ) -> Result<BackupOutcome, Error> {
-    if options.source == BackupSource::Replication {
-        return stream::run(repository, options, pool, archive, monitor).await;
+    match options.source {
+        BackupSource::DataDirectory => read_directory(repository, options, pool, archive, monitor).await,
+        BackupSource::Replication if options.standalone => {
+            Err(Error::NeedsDirectory { what: "a standalone basebackup" })
+        }
+        BackupSource::Replication => stream::run(repository, options, pool, archive, monitor).await,
     }
+}
+
+/// Takes a basebackup from the data directory.
+async fn read_directory(
+    repository: &Repository,
+    options: &BackupOptions,
+    pool: &CpuPool,
+    archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
+    monitor: &dyn Monitor,
+) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
     repository.check_store().await?;
+    let needs_no_archiving = options.wal_received || options.standalone;
     let Chosen { session, origin, primary, .. } =
-        choose_origin(&options.nodes, options.data_directory.as_deref(), options.wal_received).await?;
+        choose_origin(&options.nodes, options.data_directory.as_deref(), needs_no_archiving).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     repository.admit(cluster).await?;
     let timeline = origin.facts.identity.timeline;
@@ -148,18 +177,14 @@ pub async fn run(
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let packer = new_packer(&writer, options, &begun, states.writer(writer.id()).await);
-    let clock = repository.clock();
-    let copied =
-        copy_in_backup_mode(session, &origin, (options, &begun, clock), pool, packer, monitor).await?;
+    let how = How { options, begun: &begun, clock: repository.shared_clock() };
+    let copied = copy_in_backup_mode(session, &origin, &how, (pool, &writer), packer, monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
-    if let Some(primary) = primary {
-        // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
-        switch_wal(&primary).await?;
+    if copied.carried.is_none() {
+        archive_rest(repository, &*archive(cluster), primary, &needed_wal(cluster, &copied), options).await?;
     }
-    let needed = needed_wal(cluster, &copied);
-    wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
 
-    let Copied { tree, stored: Stored { packed, named, state }, stopped, started } = copied;
+    let Copied { tree, stored: Stored { packed, mut named, state }, stopped, started, carried } = copied;
     let mut work = packed.work;
     work.chunks_reused = named.chunks_not_of(writer.id());
     let mut record = empty_record(writer.id(), cluster, stopped.timeline, (started.0, stopped.lsn));
@@ -170,6 +195,11 @@ pub async fn run(
     record.size = packed.size;
     let mut entries = packed.entries;
     entries.extend(tree.entries.iter().cloned());
+    if let Some(carried) = carried {
+        record.wal = Some(carried.wal);
+        named.join(carried.named);
+        entries.extend(carried.entries);
+    }
     let content = ManifestContent {
         entries,
         tablespaces: tree.tablespaces.clone(),
@@ -193,6 +223,21 @@ pub async fn run(
     })
 }
 
+/// Waits until the archive has the WAL that is needed.
+async fn archive_rest(
+    repository: &Repository,
+    archive: &dyn WalArchive,
+    primary: Option<Session>,
+    needed: &NeededWal,
+    options: &BackupOptions,
+) -> Result<(), Error> {
+    if let Some(primary) = primary {
+        // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
+        switch_wal(&primary).await?;
+    }
+    wait_for_wal(archive, needed, repository.clock(), options.wal_patience).await
+}
+
 pub(super) fn new_packer(
     writer: &Arc<BasebackupWriter>,
     options: &BackupOptions,
@@ -213,26 +258,34 @@ pub(super) fn new_packer(
 async fn copy_in_backup_mode(
     session: Session,
     origin: &Origin,
-    (options, begun, clock): (&BackupOptions, &Begun, &dyn Clock),
-    pool: &CpuPool,
+    how: &How<'_>,
+    (pool, writer): (&CpuPool, &Arc<BasebackupWriter>),
     mut packer: Packer,
     monitor: &dyn Monitor,
 ) -> Result<Copied, Error> {
     let Origin { facts, data_directory, .. } = origin;
+    let How { options, begun, clock } = how;
     let label = options.label.clone().unwrap_or_else(|| format!("walden {}", packer.basebackup()));
     let start = StartOptions { checkpoint: options.checkpoint, label };
+    // Before the start, so that nothing from there on is removed.
+    let slot = if options.standalone { Some(hold_wal(&session, packer.basebackup()).await?) } else { None };
     let session = BackupSession::start_on(session, facts.clone(), start).await?;
     let started = (session.started().lsn, session.started().at);
+    let mut carrier = None;
+    if let Some(slot) = slot {
+        let (begun, compression) = (session.started(), options.compression);
+        carrier = Some(WalCarrier::new(slot, origin, begun, writer.clone(), compression).await?);
+    }
     let hints = match &begun.parent {
         Some(parent) => {
             let segment_pages = origin.control.relation_segment_pages;
-            Hints::gather(&session, parent, data_directory, segment_pages, clock).await?
+            Hints::gather(&session, parent, data_directory, segment_pages, &**clock).await?
         }
         None => None,
     };
-    let copying = copy_files(origin, started.0, (options, begun, hints), pool, &mut packer, monitor);
+    let copying = copy_files(origin, started.0, (how, hints), pool, &mut packer, monitor);
     let tree = tokio::select! {
-        tree = copying => tree?,
+        tree = carrying(carrier.as_mut(), session.session(), copying) => tree?,
         lost = session.lost() => return Err(lost.into()),
     };
     let directory = data_directory.clone();
@@ -240,7 +293,11 @@ async fn copy_in_backup_mode(
         blocking(move || Ok((read_control_file(&directory)?, read_identity(&directory)?))).await?;
     session.check_directory(&identity)?;
     packer.push_bytes(TreePath::new("data/global/pg_control")?, state, bytes).await?;
-    let stopped = session.stop().await?;
+    let (stopped, session) = session.end().await?;
+    let carried = match carrier {
+        Some(carrier) => Some(carrier.finish(&session, &stopped).await?),
+        None => None,
+    };
 
     let written =
         |size: usize| FileState { size: size as u64, mode: 0o600, modified: stopped.at, identity: None };
@@ -257,25 +314,25 @@ async fn copy_in_backup_mode(
         bytes::Bytes::from(server_manifest(&manifest, &packed.entries, &packed.checksums, &tree.entries));
     packer.push_bytes(TreePath::new("data/backup_manifest")?, written(text.len()), text).await?;
     let stored = packer.finish().await?;
-    Ok(Copied { tree, stored, stopped, started })
+    Ok(Copied { tree, stored, stopped, started, carried })
 }
 
 async fn copy_files(
     origin: &Origin,
     start_lsn: Lsn,
-    (options, begun, hints): (&BackupOptions, &Begun, Option<Hints>),
+    (how, hints): (&How<'_>, Option<Hints>),
     pool: &CpuPool,
     packer: &mut Packer,
     monitor: &dyn Monitor,
 ) -> Result<Arc<SourceTree>, Error> {
     let Origin { facts, data_directory, control, .. } = origin;
+    let How { options, begun, clock } = how;
     let walk = walk_options(data_directory, facts);
-    let (databases, parent) = (facts.databases.clone(), begun.parent.clone());
+    let (postgres, parent) = (postgres_of(facts), begun.parent.clone());
     let (tree, reading) = blocking(move || {
         let tree = SourceTree::walk(&walk)?;
         let mapped = mapped_relations(&tree);
-        let postgres = databases.iter().find(|database| database.name == POSTGRES);
-        let options = PlanOptions { postgres: postgres.map(|database| database.oid.0), mapped };
+        let options = PlanOptions { postgres, mapped };
         let reading = plan_reading(&tree.files, &options, parent.as_deref(), hints.as_ref());
         Ok((Arc::new(tree), reading))
     })
@@ -284,8 +341,9 @@ async fn copy_files(
     let Reading { plan, start_set_again } = &reading;
     tracing::debug!("{plan}");
     let has_checksums = control.data_checksum_version != 0;
+    let limit = options.rate.map(|rate| Arc::new(RateLimit::new(rate, clock.clone())));
     let context = Arc::new(JobContext {
-        source: Arc::new(DirectorySource::new(tree.clone())),
+        source: limited(Arc::new(DirectorySource::new(tree.clone())), limit),
         page_check: has_checksums.then(|| PageCheck::new(start_lsn, control.relation_segment_pages)),
         compression: options.compression,
         hash_key: begun.hash_key.clone(),
@@ -298,7 +356,12 @@ async fn copy_files(
     Ok(tree)
 }
 
-fn walk_options(data_directory: &Path, facts: &ServerFacts) -> WalkOptions {
+/// Returns the database whose catalogs a start reads first.
+pub(super) fn postgres_of(facts: &ServerFacts) -> Option<u32> {
+    facts.databases.iter().find(|database| database.name == POSTGRES).map(|database| database.oid.0)
+}
+
+pub(super) fn walk_options(data_directory: &Path, facts: &ServerFacts) -> WalkOptions {
     WalkOptions {
         data_directory: data_directory.to_owned(),
         version_directory: format!("PG_{}_{}", facts.version.number(), facts.catalog_version),
@@ -308,7 +371,7 @@ fn walk_options(data_directory: &Path, facts: &ServerFacts) -> WalkOptions {
 }
 
 /// Reads the maps of all databases; one that cannot be read now only costs its catalogs their place in the plan.
-fn mapped_relations(tree: &SourceTree) -> BTreeMap<u32, BTreeSet<u32>> {
+pub(super) fn mapped_relations(tree: &SourceTree) -> BTreeMap<u32, BTreeSet<u32>> {
     let mut mapped = BTreeMap::new();
     for file in tree.files.iter().filter(|file| file.path.split().1 == b"pg_filenode.map") {
         let parts: Vec<&[u8]> = file.path.as_bytes().split(|byte| *byte == b'/').collect();

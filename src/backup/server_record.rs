@@ -67,5 +67,6 @@ pub fn empty_record(
         manifest: ManifestPin { size: 0, digest: nothing, head_size: 0, head_digest: nothing, start_size: 0 },
         refs: ObjectPin { size: 0, digest: nothing },
         size: SizeRecord::default(),
+        wal: None,
     }
 }

@@ -178,6 +178,11 @@ impl BackupSession {
 
     /// Ends the basebackup on the server and returns what makes the files consistent.
     pub async fn stop(self) -> Result<Stopped, SourceError> {
+        Ok(self.end().await?.0)
+    }
+
+    /// As [`BackupSession::stop`], and returns the session, for what is held by it.
+    pub async fn end(self) -> Result<(Stopped, Session), SourceError> {
         let identity = ServerIdentity::ask(&self.session).await?;
         check_same(&self.facts.identity, &identity)?;
         let call = match self.session.version() {
@@ -200,7 +205,9 @@ impl BackupSession {
         let size = self.facts.wal_segment_size;
         let segment = WalSegmentName::new(identity.timeline, WalSegmentNumber::ending_at(lsn, size), size);
         let at = row.timestamp("at")?;
-        Ok(Stopped { lsn, timeline: identity.timeline, segment, at, backup_label, tablespace_map })
+        let timeline = identity.timeline;
+        let stopped = Stopped { lsn, timeline, segment, at, backup_label, tablespace_map };
+        Ok((stopped, self.session))
     }
 }
 

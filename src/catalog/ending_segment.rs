@@ -3,12 +3,13 @@
 //! Asked again each time: the whole segment if it has come, else of pieces and `.partial`s the one that holds the most
 //! WAL. Whatever is found, it is handed out up to the planned end, filled up with zeros to the size that PostgreSQL
 //! asks for, so that the answer does not change when more arrives. Nothing shorter than planned is ever handed out,
-//! and nothing padded is ever stored.
+//! and nothing padded is ever stored in the archive. What the archive does not have, a basebackup may carry.
 
 use bytes::Bytes;
 
 use crate::catalog::wal_records::WAL_PAGE_BYTES;
 use crate::pg::{Lsn, WalRecordStream, WalSegmentName, WalSegmentSize, WalStep};
+use crate::repo::carried_wal::read_carried;
 use crate::repo::layout::{ObjectName, WalObjectName};
 use crate::repo::wal_object::{read_pieces, read_wal};
 use crate::repo::{ClusterId, Error, ErrorKind, Repository};
@@ -19,7 +20,8 @@ const PARTIALS_MAX: usize = 100;
 /// Keys asked for at a time: pieces of the segment may stand before its partials.
 const PAGE: usize = 1000;
 
-/// Reads a segment that was archived: the object itself, or where there is none all of it in pieces.
+/// Reads a segment that was archived: the object itself, or where there is none all of it in pieces; or one that a
+/// basebackup carries.
 ///
 /// # Errors
 /// An absent object of the store where there is neither ([`Error::is_absent`]).
@@ -33,8 +35,29 @@ pub async fn read_segment(
         read => return read,
     };
     let pieces = read_pieces(repository, cluster, segment).await?;
-    let is_whole = pieces.len() as u64 == u64::from(cluster.segment_size.bytes());
-    if is_whole { Ok(pieces) } else { Err(absent) }
+    if pieces.len() as u64 == u64::from(cluster.segment_size.bytes()) {
+        return Ok(pieces);
+    }
+    // A beginning that is carried is no segment: the archive may have more of it, in pieces.
+    let carried = repository.carried_index().find(cluster, segment);
+    match carried.into_iter().find(|carried| carried.end.is_none()) {
+        Some(carried) => read_carried(repository, carried, segment, cluster.segment_size).await,
+        None => Err(absent),
+    }
+}
+
+/// Reads the beginning of a segment that a basebackup carries at least up to `end`.
+async fn read_carried_beginning(
+    repository: &Repository,
+    cluster: ClusterId,
+    segment: WalSegmentName,
+    end: Lsn,
+) -> Result<Option<Bytes>, Error> {
+    let carried = repository.carried_index().find(cluster, segment);
+    match carried.into_iter().find(|carried| carried.end.is_some_and(|carried| carried >= end)) {
+        Some(carried) => Ok(Some(read_carried(repository, carried, segment, cluster.segment_size).await?)),
+        None => Ok(None),
+    }
 }
 
 /// Reads a segment up to the position `end` in it, and fills it up with zeros.
@@ -65,6 +88,9 @@ pub async fn read_ending(
     };
     if pieces.len() >= length {
         return Ok(padded(&pieces, length, size));
+    }
+    if let Some(carried) = read_carried_beginning(repository, cluster, segment, end).await? {
+        return Ok(padded(&carried, length, size));
     }
     let partials = list_partials(repository, cluster, segment).await?;
     let mut best = (!partials.is_empty()).then(|| Measured::new(start, &pieces, length, size));

@@ -5,6 +5,7 @@
 //! Deliberately absent: carrying anything out; `wal`, `mount` and `restore` ask here and act.
 
 pub mod basebackups;
+pub mod carried;
 pub mod ending_segment;
 pub mod host;
 pub mod overview;

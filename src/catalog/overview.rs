@@ -10,6 +10,7 @@ use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 
 use crate::catalog::basebackups::{self, ListedBasebackup};
+use crate::catalog::carried::with_carried;
 use crate::catalog::recovery_window::{
     Recoverability, RecoveryStart, RecoveryWindow, recoverability, windows,
 };
@@ -139,7 +140,8 @@ async fn load_cluster(
     let (mut basebackups, mut found) = (Vec::new(), BTreeMap::new());
     for (listed, refs) in listed.into_iter().zip(refs) {
         let start = RecoveryStart::from(&listed.record);
-        let windows = windows(start, &tree, &coverage, cluster.segment_size);
+        let reachable = with_carried(repository, &coverage, &listed.record);
+        let windows = windows(start, &tree, &reachable, cluster.segment_size);
         let recoverability = recoverability(start, &tree, &windows);
         let begin = (listed.record.id, listed.record.stop_lsn, listed.record.stopped_at);
         if recoverability == Recoverability::Recoverable {

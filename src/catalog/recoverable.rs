@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures::{StreamExt, TryStreamExt};
 
 use crate::catalog::basebackups::ListedBasebackup;
+use crate::catalog::carried::with_carried;
 use crate::catalog::recovery_window::{
     Recoverability, RecoveryStart, RecoveryWindow, recoverability, windows,
 };
@@ -50,7 +51,8 @@ pub async fn recoverabilities(
             Entry::Vacant(place) => place.insert(WalCoverage::load(repository, record.cluster).await?),
         };
         let (start, tree) = (RecoveryStart::from(record), &trees[&record.cluster]);
-        let windows = windows(start, tree, coverage, record.cluster.segment_size);
+        let reachable = with_carried(repository, coverage, record);
+        let windows = windows(start, tree, &reachable, record.cluster.segment_size);
         *found = recoverability(start, tree, &windows);
     }
     Ok(found)
@@ -79,6 +81,7 @@ async fn by_own_timeline(
     let last = WalSegmentNumber::ending_at(record.stop_lsn, size);
     let held = WalCoverage::load_segments(repository, cluster, timeline, first..=last).await?;
     let coverage = WalCoverage { timelines: BTreeMap::from([(timeline, held)]) };
-    let window = RecoveryWindow::new(start, tree, &coverage, timeline, size);
+    let reachable = with_carried(repository, &coverage, record);
+    let window = RecoveryWindow::new(start, tree, &reachable, timeline, size);
     Ok(recoverability(start, tree, window.as_slice()))
 }

@@ -7,6 +7,7 @@
 use thiserror::Error;
 
 use crate::catalog::basebackups::{self, BasebackupList, ListedBasebackup, ResolveError};
+use crate::catalog::carried::with_carried;
 use crate::catalog::recovery_decision::{
     Decision, LeftBehind, PlanError, Reach, TargetPlace, left_behind, place_by_position, plan_recovery,
     window_for,
@@ -253,8 +254,8 @@ async fn plan_from(
     Ok(PlannedRecovery { record, plan, timeline, target, accepted_hole, window, left_behind, unproven })
 }
 
-/// Lists the WAL from a basebackup on that is on the way to a timeline; on the way to the newest that the basebackup
-/// leads to, where this one does not pass it.
+/// Lists the WAL from a basebackup on that is on the way to a timeline, with what the basebackup carries itself; on the
+/// way to the newest that the basebackup leads to, where this one does not pass it.
 async fn load_way(
     repository: &Repository,
     record: &BackupRecord,
@@ -268,7 +269,8 @@ async fn load_way(
     let way = tree.way_to(timeline).into_iter();
     let way = way.filter(|stretch| stretch.end.is_none_or(|end| end >= record.start_lsn));
     let way = way.map(|stretch| stretch.timeline);
-    WalCoverage::load_timelines(repository, record.cluster, way, from).await
+    let coverage = WalCoverage::load_timelines(repository, record.cluster, way, from).await?;
+    Ok(with_carried(repository, &coverage, record).into_owned())
 }
 
 /// Finds out how far recovery from a basebackup gets, for a refusal that no window was made for.

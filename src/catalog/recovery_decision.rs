@@ -350,5 +350,6 @@ fn plan_through(
         spans: spans.collect(),
         standby: false,
         forced: None,
+        carried: record.wal.clone(),
     }
 }

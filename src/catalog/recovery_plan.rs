@@ -11,6 +11,7 @@ use crate::catalog::timeline_tree::{Stretch, TimelineTree};
 use crate::catalog::wal_coverage::{TimelineCoverage, WalCoverage};
 use crate::catalog::window_ending::Ending;
 use crate::pg::{ArchiveFileName, Lsn, TimelineId, WalSegmentName, WalSegmentNumber, WalSegmentSize};
+use crate::repo::carried_wal::CarriedWal;
 use crate::repo::forced_index::ForcedListing;
 use crate::repo::{BasebackupId, ClusterId, Repository};
 
@@ -33,6 +34,9 @@ pub struct RecoveryPlan {
     /// The segments that had been superseded when the plan was made; nothing where nobody looked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forced: Option<Vec<WalSegmentName>>,
+    /// The WAL that the basebackup carries, and that the archive need not have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carried: Option<CarriedWal>,
 }
 
 /// The segments of one timeline that belong to a plan.
@@ -106,7 +110,8 @@ impl RecoveryPlan {
         let bare = tree.timelines().filter(|timeline| !coverage.timelines.contains_key(timeline));
         spans.extend(bare.filter_map(|timeline| bare_span(timeline, tree, coverage, size, standby)));
         spans.sort_by_key(|span| span.timeline);
-        Self { format: 1, cluster, basebackup: None, spans, standby, forced: None }.with_forced(coverage)
+        let (basebackup, forced, carried) = (None, None, None);
+        Self { format: 1, cluster, basebackup, spans, standby, forced, carried }.with_forced(coverage)
     }
 
     /// Notes which of its segments are superseded, by the listing that the plan was made from.
@@ -116,10 +121,14 @@ impl RecoveryPlan {
         self
     }
 
-    /// Tells the readers of a repository what the plan knows of superseded segments, so that they ask about none.
+    /// Tells the readers of a repository what the plan knows: which WAL its basebackup carries, and of superseded segments,
+    /// so that they ask about none.
     ///
     /// Not of a standby's: it follows what is archived, and superseded, from now on.
     pub fn tell(&self, repository: &Repository) {
+        if let (Some(basebackup), Some(wal)) = (self.basebackup, &self.carried) {
+            repository.carried_index().note(self.cluster, basebackup, wal);
+        }
         let Some(forced) = self.forced.as_ref().filter(|_| !self.standby) else { return };
         for span in &self.spans {
             let Some(last) = span.last else { continue };
@@ -335,6 +344,7 @@ mod tests {
             ],
             standby: false,
             forced: None,
+            carried: None,
         }
     }
 

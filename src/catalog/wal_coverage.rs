@@ -61,6 +61,20 @@ impl TimelineCoverage {
         }
     }
 
+    /// Adds neighbouring segments that stand anywhere among the others.
+    pub fn insert(&mut self, first: WalSegmentNumber, last: WalSegmentNumber) {
+        let mut runs = std::mem::take(&mut self.runs);
+        runs.push((first, last));
+        runs.sort_unstable();
+        for (from, to) in runs {
+            match self.runs.last_mut() {
+                Some((_, end)) if from <= end.next() => *end = to.max(*end),
+                _ => self.runs.push((from, to)),
+            }
+        }
+        self.pieces.retain(|number, _| !(first..=last).contains(number));
+    }
+
     /// Returns the runs, ascending.
     pub fn runs(&self) -> &[(WalSegmentNumber, WalSegmentNumber)] {
         &self.runs
@@ -252,6 +266,20 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn what_is_inserted_is_there_and_runs_stay_apart(
+            numbers in proptest::collection::btree_set(0u64..60, 0..30), from in 0u64..60, len in 0u64..20,
+        ) {
+            let mut coverage = TimelineCoverage::default();
+            numbers.iter().for_each(|number| coverage.push(WalSegmentNumber(*number)));
+            coverage.insert(WalSegmentNumber(from), WalSegmentNumber(from + len));
+            let mut model: BTreeSet<u64> = numbers;
+            model.extend(from..=from + len);
+            let found: Vec<u64> = coverage.runs().iter().flat_map(|(first, last)| first.0..=last.0).collect();
+            prop_assert_eq!(found, model.into_iter().collect::<Vec<_>>());
+            prop_assert!(coverage.runs().windows(2).all(|pair| pair[0].1.next() < pair[1].0));
+        }
+
         #[test]
         fn runs_answer_as_a_set_would(numbers in proptest::collection::btree_set(0u64..60, 0..40), from in 0u64..60, len in 0u64..20) {
             let mut coverage = TimelineCoverage::default();

@@ -6,6 +6,7 @@
 //! by then counts for nothing.
 
 use std::fmt::{self, Write};
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,10 +17,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::backup::{
     self, BackupOptions, BackupOutcome, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
 };
-use crate::config::{SiteConfig, WalSource};
+use crate::config::{SiteConfig, WalSource, parse_size};
 use crate::monitor::Usage;
 use crate::repo::ClusterId;
+use crate::repo::carried_wal::CarriedWal;
 
+use super::backup_dry_run;
 use super::context::Context;
 use super::error::CommandError;
 use super::exit::ExitKind;
@@ -46,7 +49,23 @@ pub struct Backup {
     /// How long the archive may take to have the WAL that the basebackup needs, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     wal_timeout: u32,
+
+    /// Carries the WAL that it needs itself, so that it is recovered without an archive
+    #[arg(long, conflicts_with = "wal_timeout")]
+    standalone: bool,
+
+    /// The most that is taken of the server's files in a second, such as 50MiB; none for no limit
+    #[arg(long, value_name = "R", value_parser = parse_rate)]
+    rate_limit: Option<Rate>,
+
+    /// Says what would be read, and writes nothing
+    #[arg(long)]
+    dry_run: bool,
 }
+
+/// A rate, or no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rate(Option<NonZeroU64>);
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum CheckpointArgument {
@@ -61,6 +80,9 @@ impl Backup {
         context.warn_of_missing_protection()?;
         priority::yield_to_others();
         let options = self.options(context, site)?;
+        if self.dry_run {
+            return backup_dry_run::run(context, site, &options);
+        }
         let outcome = context.block_on(async {
             tokio::select! {
                 outcome = take(context, site, &options) => outcome,
@@ -75,6 +97,8 @@ impl Backup {
     fn options(&self, context: &Context, site: &SiteConfig) -> Result<BackupOptions, CommandError> {
         let config = context.config()?;
         let limits = config.limits;
+        let carries = if self.standalone { backup::CARRY_MEMORY } else { 0 };
+        let memory_bytes = limits.memory_bytes.saturating_sub(carries);
         Ok(BackupOptions {
             source: site.backup_source,
             nodes: nodes(context, site)?,
@@ -88,8 +112,10 @@ impl Backup {
                 CheckpointArgument::Spread => Checkpoint::Spread,
             },
             compression: config.compression.basebackup,
-            budget: Budget::new(limits.memory_bytes, limits.threads, limits.transfers),
+            budget: Budget::new(memory_bytes, limits.threads, limits.transfers),
             wal_patience: Duration::from_secs(self.wal_timeout.into()),
+            standalone: self.standalone,
+            rate: self.rate_limit.map_or(limits.rate, |Rate(rate)| rate),
             host: host_name(),
         })
     }
@@ -145,6 +171,21 @@ fn check_label(label: Option<&str>) -> Result<(), CommandError> {
     }
 }
 
+/// Reads what stands for a rate.
+fn parse_rate(text: &str) -> Result<Rate, String> {
+    if text == "none" {
+        return Ok(Rate(None));
+    }
+    let bytes = parse_size(text).map_err(|error| match error.hint() {
+        Some(hint) => format!("{error}: {hint}"),
+        None => error.to_string(),
+    })?;
+    match NonZeroU64::new(bytes) {
+        Some(rate) => Ok(Rate(Some(rate))),
+        None => Err("nothing would ever be read".to_owned()),
+    }
+}
+
 /// Waits for SIGINT or SIGTERM.
 async fn interrupted() -> CommandError {
     let (Ok(mut interrupt), Ok(mut terminate)) =
@@ -196,8 +237,11 @@ struct BackupReport {
     ratio: f64,
     requests: u64,
     seconds: f64,
+    bytes_per_second: u64,
     cpu_seconds: f64,
     memory_bytes_peak: u64,
+    standalone: bool,
+    wal: Option<CarriedWal>,
     damaged_pages: u64,
     vanished_files: u64,
     shrunk_files: u64,
@@ -235,8 +279,11 @@ impl BackupReport {
             ratio: ratio(record.size.database_bytes, record.size.live_bytes),
             requests,
             seconds: in_seconds(took),
+            bytes_per_second: (record.size.database_bytes as f64 / took.as_secs_f64().max(0.001)) as u64,
             cpu_seconds: in_seconds(usage.cpu),
             memory_bytes_peak: usage.memory_bytes_peak,
+            standalone: record.wal.is_some(),
+            wal: record.wal,
             damaged_pages: record.size.damaged_pages,
             vanished_files: vanished,
             shrunk_files: shrunk,
@@ -280,14 +327,13 @@ impl Report for BackupReport {
         if let Some(parent) = &self.parent {
             writeln!(out, "incremental to {parent}")?;
         }
-        let rate = (self.database_bytes as f64 / self.seconds.max(0.001)) as u64;
         write!(
             out,
             "{} files, {} in {} ({}/s), {} stored",
             self.files,
             size(self.database_bytes),
             duration(Duration::from_secs_f64(self.seconds)),
-            size(rate),
+            size(self.bytes_per_second),
             size(self.stored_bytes),
         )?;
         if self.parent.is_some() {
@@ -307,6 +353,9 @@ impl Report for BackupReport {
             size(self.memory_bytes_peak)
         )?;
         writeln!(out, "timeline {}, {} to {}", self.timeline, self.start_lsn, self.stop_lsn)?;
+        if let Some(wal) = &self.wal {
+            writeln!(out, "standalone: it carries the WAL up to {}, and needs no archive", wal.end)?;
+        }
         if self.damaged_pages > 0 {
             writeln!(out, "WARNING: {} pages have a wrong checksum in the source", self.damaged_pages)?;
         }
@@ -317,6 +366,15 @@ impl Report for BackupReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_is_a_size_or_none() {
+        assert_eq!(parse_rate("50MiB"), Ok(Rate(NonZeroU64::new(50 << 20))));
+        assert_eq!(parse_rate("none"), Ok(Rate(None)));
+        for bad in ["0B", "50", "50MB", "-1MiB", ""] {
+            assert!(parse_rate(bad).is_err(), "{bad:?}");
+        }
+    }
 
     #[test]
     fn a_label_does_not_look_like_something_else() {

@@ -135,6 +135,7 @@ pub(super) struct BasebackupReport {
     pub database_bytes: u64,
     pub stored_bytes: u64,
     pub live_bytes: u64,
+    pub standalone: bool,
     pub recoverable: bool,
     pub reason: Option<String>,
 }
@@ -303,6 +304,7 @@ impl BasebackupReport {
             database_bytes: record.size.database_bytes,
             stored_bytes: record.size.stored_bytes,
             live_bytes: record.size.live_bytes,
+            standalone: record.wal.is_some(),
             recoverable: reason.is_none(),
             reason,
         }

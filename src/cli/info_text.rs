@@ -152,7 +152,11 @@ fn write_basebackups(out: &mut String, basebackups: &[BasebackupReport], style: 
             row.stop_lsn.clone(),
             size(row.stored_bytes),
             size(row.live_bytes),
-            row.reason.as_ref().map_or_else(|| "yes".to_owned(), |reason| format!("no: {reason}")),
+            match &row.reason {
+                Some(reason) => format!("no: {reason}"),
+                None if row.standalone => "yes, standalone".to_owned(),
+                None => "yes".to_owned(),
+            },
         ]);
     }
     out.push('\n');
@@ -224,6 +228,7 @@ mod tests {
             database_bytes: 64 << 20,
             stored_bytes: 20 << 20,
             live_bytes: 18 << 20,
+            standalone: false,
             recoverable: false,
             reason: Some("something is missing".to_owned()),
         };

@@ -77,6 +77,7 @@ pub(super) struct ListedRow {
     ratio: f64,
     damaged_pages: u64,
     signed: bool,
+    standalone: bool,
     recoverable: bool,
     unrecoverable_because: Option<String>,
 }
@@ -124,6 +125,7 @@ impl ListedRow {
             ratio: ratio(record.size.database_bytes, record.size.live_bytes),
             damaged_pages: record.size.damaged_pages,
             signed: matches!(listed.trust, Trust::Signed(_)),
+            standalone: record.wal.is_some(),
             recoverable: worth == Recoverability::Recoverable,
             unrecoverable_because: (worth != Recoverability::Recoverable).then(|| worth.to_string()),
         }
@@ -161,6 +163,9 @@ impl Report for ListReport {
             writeln!(out, "no basebackups")?;
         } else {
             table.write(out);
+        }
+        for row in self.basebackups.iter().filter(|row| row.standalone) {
+            writeln!(out, "{}: standalone, it carries the WAL that it needs", row.id)?;
         }
         for row in &self.basebackups {
             if let Some(reason) = &row.unrecoverable_because {
@@ -201,6 +206,10 @@ impl ListedRow {
             ),
             ("damage in the source", damaged),
             ("signed", if self.signed { "yes" } else { "no" }.to_owned()),
+            (
+                "standalone",
+                if self.standalone { "yes: it carries the WAL that it needs" } else { "no" }.to_owned(),
+            ),
             (
                 "recoverable",
                 self.unrecoverable_because

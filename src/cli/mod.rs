@@ -7,6 +7,7 @@
 
 mod arguments;
 mod backup;
+mod backup_dry_run;
 mod check;
 mod clone;
 mod context;

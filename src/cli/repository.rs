@@ -117,7 +117,7 @@ impl Context {
         Ok(CpuPool::new(threads, threads))
     }
 
-    fn repository_options(
+    pub(super) fn repository_options(
         &self,
         site: &SiteConfig,
         purpose: KeyPurpose,

@@ -3,6 +3,7 @@
 //! Defaults come from the machine: a thread for each processor the process may use, and memory that leaves
 //! three quarters of a small machine alone and is enough on a large one.
 
+use std::num::NonZeroU64;
 use std::thread;
 
 use super::error::Result;
@@ -17,6 +18,8 @@ pub struct Limits {
     pub transfers: usize,
     /// Memory for data on its way and for caches.
     pub memory_bytes: u64,
+    /// Bytes that a basebackup reads in a second, where that is limited.
+    pub rate: Option<NonZeroU64>,
 }
 
 const THREADS_MAX: i64 = 1024;
@@ -33,6 +36,7 @@ impl Limits {
             threads: thread::available_parallelism().map_or(1, usize::from),
             transfers: TRANSFERS_DEFAULT,
             memory_bytes: (machine_memory() / 4).clamp(MEMORY_BYTES_MIN, MEMORY_BYTES_DEFAULT_MAX),
+            rate: None,
         }
     }
 
@@ -43,10 +47,18 @@ impl Limits {
             Some(entry) if entry.value >= MEMORY_BYTES_MIN => entry.value,
             Some(entry) => return Err(entry.bad("less than 64MiB is not enough to work with", None)),
         };
+        let rate = match table.size("rate")? {
+            None => None,
+            Some(entry) => match NonZeroU64::new(entry.value) {
+                Some(rate) => Some(rate),
+                None => return Err(entry.bad("nothing would ever be read", None)),
+            },
+        };
         Ok(Self {
             threads: count(table, "threads", THREADS_MAX)?.unwrap_or(defaults.threads),
             transfers: count(table, "transfers", TRANSFERS_MAX)?.unwrap_or(defaults.transfers),
             memory_bytes,
+            rate,
         })
     }
 }

@@ -357,7 +357,13 @@ static LIMITS: Section = Section {
             "a quarter of the machine's, at most 256 MiB",
             "Memory for data on its way and for caches.",
         ),
-        later("rate"),
+        key(
+            "rate",
+            Value::Size,
+            r#""100MiB""#,
+            "no limit",
+            "What a basebackup takes of the server's files in a second, read or received; `--rate-limit` says otherwise for one.",
+        ),
     ],
 };
 

@@ -158,7 +158,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     (
         "[limits]\ncolour = 1\n",
         "2: unknown key \"colour\" in [limits]",
-        "Known keys in [limits]: threads, transfers, memory.",
+        "Known keys in [limits]: threads, transfers, memory, rate.",
     ),
     (
         "[[sites.main.nodes]]\nconnection = \"\"\nprefers = \"\"\n",
@@ -195,7 +195,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     (
         "[limits]\nx = 1\n[storage]\nurl = 1\n",
         "2: unknown key \"x\" in [limits]",
-        "Known keys in [limits]: threads, transfers, memory.",
+        "Known keys in [limits]: threads, transfers, memory, rate.",
     ),
     // wrong types
     (
@@ -245,6 +245,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "",
     ),
     ("[limits]\nthreads = 99999999999999999999\n", "2: \"threads\" in [limits]: the number is too large", ""),
+    ("[limits]\nrate = \"0B\"\n", "2: \"rate\" in [limits]: nothing would ever be read", ""),
     (
         "[limits]\nmemory = \"512MB\"\n",
         "2: \"memory\" in [limits]: unknown unit for a size",

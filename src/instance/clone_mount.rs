@@ -64,6 +64,7 @@ impl CloneMount {
         let wal =
             WalReader::new(repository.clone(), spec.cluster, repository.shared_clock(), WAL_CACHE_BYTES);
         let wal = Arc::new(wal);
+        plan.tell(repository);
         if !folder.upper().join("data").exists() {
             // The first start: recovery asks for these as soon as there is a mount.
             wal.read_ahead(plan.whole_segments().map(ArchiveFileName::Segment));

@@ -117,7 +117,7 @@ impl LazyBasebackup {
         places: &BTreeMap<u32, Vec<u8>>,
     ) -> Result<Arc<dyn Lower>, MountFailure> {
         let root = TreePath::new(path).map_err(|error| MountFailure::Internal(error.to_string()))?;
-        let lower = RepoLower::new(self.reader.clone(), root).with_tablespace_folder(folder);
+        let lower = RepoLower::new(self.reader.clone(), root).with_tablespace_folder(folder).without_wal();
         let lower = Arc::new(lower.with_tablespace_places(places.clone()));
         Ok(Arc::new(PatientLower::new(lower, self.switch.clone(), repository.shared_clock())))
     }

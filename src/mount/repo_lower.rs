@@ -3,7 +3,8 @@
 //! Nodes are numbered as in the file table, so that nothing is remembered between calls and a basebackup that was
 //! closed for want of memory is simply opened again. Two things are added to what is stored: the part's own root,
 //! and in `pg_tblspc` the links, which point to `tablespaces` beside `data` and never to where the source had them.
-//! `tablespace_map` is never shown: with it the server would make links to the source's directories.
+//! `tablespace_map` is never shown: with it the server would make links to the source's directories. Where a server
+//! writes, WAL that the basebackup carries is not shown either: its `pg_wal` is a directory of its own.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -32,6 +33,7 @@ pub struct RepoLower {
     root: TreePath,
     tablespace_folder: Vec<u8>,
     tablespace_places: BTreeMap<u32, Vec<u8>>,
+    shows_wal: bool,
 }
 
 /// A reader that is open already.
@@ -46,6 +48,7 @@ const LINK_LAST: u64 = NodeId::MAX.0 - 1;
 const LINKS_MAX: u64 = 1 << 20;
 const TABLESPACE_LINKS: &[u8] = b"data/pg_tblspc";
 const TABLESPACE_MAP: &[u8] = b"data/tablespace_map";
+const WAL_FOLDER: &[u8] = b"data/pg_wal";
 /// From `data/pg_tblspc` to the folder of tablespaces beside `data`.
 const TABLESPACE_FOLDER: &[u8] = b"../../tablespaces/";
 
@@ -58,7 +61,12 @@ impl RepoLower {
     /// Shows what is below `root` of a basebackup that `source` opens when it is needed.
     pub fn opened_by(source: Arc<dyn ReaderSource>, root: TreePath) -> Self {
         let tablespace_folder = TABLESPACE_FOLDER.to_vec();
-        Self { source, root, tablespace_folder, tablespace_places: BTreeMap::new() }
+        Self { source, root, tablespace_folder, tablespace_places: BTreeMap::new(), shows_wal: true }
+    }
+
+    /// Shows no file of `pg_wal`.
+    pub fn without_wal(self) -> Self {
+        Self { shows_wal: false, ..self }
     }
 
     /// Lets the links of `pg_tblspc` lead into another folder, whose path ends in a slash.
@@ -77,6 +85,13 @@ impl RepoLower {
             Some(place) => place.clone(),
             None => [&self.tablespace_folder, tablespace.oid.to_string().as_bytes()].concat(),
         }
+    }
+
+    /// Tells whether something that is stored is not shown.
+    fn is_hidden(&self, entry: &Entry) -> bool {
+        let is_wal =
+            || entry.path.strip(WAL_FOLDER).is_some() && matches!(entry.node, entry::Node::File { .. });
+        entry.path.as_bytes() == TABLESPACE_MAP || (!self.shows_wal && is_wal())
     }
 
     async fn reader(&self) -> Result<Arc<FileReader>, LowerError> {
@@ -142,16 +157,14 @@ impl Lower for RepoLower {
         let above = self.path_of(&reader, directory).await?;
         // A name that is no name of a path is not there.
         let Ok(path) = above.join(name) else { return Ok(None) };
-        if path.as_bytes() == TABLESPACE_MAP {
-            return Ok(None);
-        }
         if let Some((_, id, node)) =
             self.links(&reader, &above).into_iter().find(|(linked, ..)| linked == name)
         {
             return Ok(Some((id, node)));
         }
         let found = reader.basebackup().entry(&path).await.map_err(|error| lower_error(&error))?;
-        Ok(found.map(|(number, entry)| (NodeId(number), node_of(&entry))))
+        let shown = found.filter(|(_, entry)| !self.is_hidden(entry));
+        Ok(shown.map(|(number, entry)| (NodeId(number), node_of(&entry))))
     }
 
     async fn list(&self, directory: NodeId) -> Result<Vec<Child>, LowerError> {
@@ -161,7 +174,7 @@ impl Lower for RepoLower {
         let mut children = self.links(&reader, &above);
         // Only a link of ours can stand where something is stored; among the many that are stored no two have one name.
         let links = children.len();
-        for (number, entry) in stored.iter().filter(|(_, entry)| entry.path.as_bytes() != TABLESPACE_MAP) {
+        for (number, entry) in stored.iter().filter(|(_, entry)| !self.is_hidden(entry)) {
             let name = entry.path.split().1;
             if children[..links].iter().all(|(linked, ..)| linked != name) {
                 children.push((name.to_vec(), NodeId(*number), node_of(entry)));

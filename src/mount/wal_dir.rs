@@ -689,8 +689,8 @@ mod tests {
             history: false,
             end: None,
         };
-        let (basebackup, spans, forced) = (None, vec![span], Some(Vec::new()));
-        RecoveryPlan { format: 1, cluster: cluster(), basebackup, spans, standby: false, forced }
+        let (basebackup, spans, forced, carried) = (None, vec![span], Some(Vec::new()), None);
+        RecoveryPlan { format: 1, cluster: cluster(), basebackup, spans, standby: false, forced, carried }
     }
 
     #[tokio::test]

@@ -286,5 +286,6 @@ fn empty_record(options: &BuilderOptions, id: crate::repo::BasebackupId, size: S
         manifest: ManifestPin { size: 0, digest: nothing, head_size: 0, head_digest: nothing, start_size: 0 },
         refs: ObjectPin { size: 0, digest: nothing },
         size,
+        wal: None,
     }
 }

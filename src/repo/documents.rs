@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::codec::Digest;
 use crate::pg::{Lsn, TimelineId};
+use crate::repo::carried_wal::CarriedWal;
 use crate::repo::id::{BasebackupId, ClusterId};
 use crate::repo::keyring::KeyEnvelope;
 
@@ -77,6 +78,9 @@ pub struct BackupRecord {
     pub refs: ObjectPin,
     /// How large it is.
     pub size: SizeRecord,
+    /// The WAL that it carries itself, where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal: Option<CarriedWal>,
 }
 
 /// What a restore has to know of the server before it opens anything.
@@ -153,9 +157,9 @@ pub struct ManifestPin {
 /// How large a basebackup is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct SizeRecord {
-    /// Files, without directories and links.
+    /// Files, without directories and links, and without WAL that is carried.
     pub files: u64,
-    /// Bytes of all files.
+    /// Bytes of these files.
     pub database_bytes: u64,
     /// Bytes that this basebackup added to the store.
     pub stored_bytes: u64,

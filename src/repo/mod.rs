@@ -49,6 +49,7 @@ mod transfers;
 pub mod wal_object;
 
 mod archive_head;
+pub mod carried_wal;
 pub mod forced_index;
 mod wal_forced;
 mod wal_parts;

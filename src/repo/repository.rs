@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::clock::Clock;
 use crate::codec::{CpuPool, Random, RandomExt};
 use crate::pg::TimelineId;
+use crate::repo::carried_wal::CarriedIndex;
 use crate::repo::documents::SiteRecord;
 use crate::repo::error::Error;
 use crate::repo::forced_index::ForcedIndex;
@@ -35,6 +36,7 @@ struct Shared {
     keyring: Keyring,
     clock: Arc<dyn Clock>,
     forced: ForcedIndex,
+    carried: CarriedIndex,
     buffers: Arc<RawBuffers>,
 }
 
@@ -162,6 +164,11 @@ impl Repository {
         &self.shared.forced
     }
 
+    /// Returns what is known of basebackups that carry WAL.
+    pub fn carried_index(&self) -> &CarriedIndex {
+        &self.shared.carried
+    }
+
     /// Returns memory for the content of WAL files, kept from one to the next.
     pub(crate) fn buffers(&self) -> &Arc<RawBuffers> {
         &self.shared.buffers
@@ -184,8 +191,9 @@ impl Repository {
 
     fn assemble(options: RepositoryOptions, layout: Layout, record: SiteRecord) -> Self {
         let RepositoryOptions { store, keyring, clock, .. } = options;
-        let (site, forced, buffers) = (record.site, ForcedIndex::default(), Arc::default());
-        let shared = Arc::new(Shared { store, layout, site, keyring, clock, forced, buffers });
+        let (site, forced, carried) = (record.site, ForcedIndex::default(), CarriedIndex::default());
+        let buffers = Arc::default();
+        let shared = Arc::new(Shared { store, layout, site, keyring, clock, forced, carried, buffers });
         Self { shared, pool: None }
     }
 }

@@ -197,6 +197,7 @@ fn planned(record: BackupRecord) -> PlannedRecovery {
         spans: Vec::new(),
         standby: false,
         forced: None,
+        carried: None,
     };
     let window = RecoveryWindow {
         timeline: record.timeline,

@@ -115,6 +115,9 @@ where
         return Ok(None);
     }
     let mut fetch = Fetch { options, control, archive, patience, plan: known };
+    if fetch.has_carried_copy() {
+        return Ok(None);
+    }
     let mut pauses = Pauses::new();
     let mut damaged_reads = 0;
     loop {
@@ -236,6 +239,17 @@ impl<O: AsyncFn() -> Result<Repository, repo::Error>> Fetch<'_, O> {
             ahead.follow(segment, Some(plan));
         }
         Ok(found)
+    }
+
+    /// Tells whether the segment came with the basebackup and holds all that recovery is to have of it: then the server's
+    /// own copy is as good as the archive's, which need not have one.
+    fn has_carried_copy(&self) -> bool {
+        let (Some(plan), ArchiveFileName::Segment(segment)) = (&self.plan, self.options.name) else {
+            return false;
+        };
+        let is_carried = plan.carried.as_ref().is_some_and(|wal| wal.contains(segment));
+        let is_superseded = plan.forced.as_ref().is_none_or(|forced| forced.contains(&segment));
+        is_carried && !is_superseded && !plan.standby && self.has_all_that_is_planned(plan)
     }
 
     /// Tells whether the server has the segment itself, with as much WAL in it as the plan goes by.

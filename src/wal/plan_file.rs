@@ -22,8 +22,8 @@ const PLAN_BYTES_MAX: u64 = 4 << 20;
 
 /// Returns the plan of a standby of this cluster, which pins nothing.
 pub fn standby_plan(cluster: ClusterId) -> RecoveryPlan {
-    let (basebackup, spans, forced) = (None, Vec::new(), None);
-    RecoveryPlan { format: FORMAT, cluster, basebackup, spans, standby: true, forced }
+    let (basebackup, spans, forced, carried) = (None, Vec::new(), None, None);
+    RecoveryPlan { format: FORMAT, cluster, basebackup, spans, standby: true, forced, carried }
 }
 
 /// Reads the plan of a data directory, or returns nothing where there is none that belongs to this recovery.

@@ -20,6 +20,7 @@ mod pieces;
 mod rounds;
 mod shown;
 mod silent_store;
+mod standalone;
 mod store_away;
 mod tablespaces;
 mod targets;

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use walden::backup::{self, BackupOptions, BackupSource, Budget, Checkpoint, Node, RepositoryArchive, WalArchive};
+use walden::backup::{
+    self, BackupOptions, BackupSource, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
+};
 use walden::catalog::host::Host;
 use walden::catalog::{RecoveryTarget, TargetAction, basebackups};
 use walden::clock::SystemClock;
@@ -77,6 +79,8 @@ async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Resul
         checkpoint: Checkpoint::Fast,
         compression: Compression::zstd(1),
         budget: Budget::new(128 << 20, 2, 4),
+        standalone: false,
+        rate: None,
         wal_patience: Duration::from_secs(60),
         host: "here".to_owned(),
     };

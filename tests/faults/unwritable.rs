@@ -198,7 +198,7 @@ fn a_repository_that_cannot_be_written_takes_no_basebackup_and_can_be_restored_f
     assert_eq!(site.listed().len(), before.len() + 1);
 }
 
-/// Backup, restore and clones remember nothing between runs; a mount begins a log there, and does without its lines.
+/// A basebackup is full and nothing of it is remembered, restore and clones never remember anything; a mount begins a log there, and does without its lines.
 #[test]
 fn a_state_folder_that_cannot_be_written_stops_only_what_needs_it() {
     require!(Need::PostgreSQL(15), Need::Root, Need::Fuse, Need::Program("fusermount3"));

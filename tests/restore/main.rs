@@ -27,4 +27,5 @@ mod instant_tablespaces;
 mod instant_targets;
 mod instant_terminated;
 mod places;
+mod standalone;
 mod targets;

@@ -15,6 +15,7 @@ use crate::backup::error::Error;
 use crate::backup::known_parent::KnownParent;
 use crate::backup::packer::Packer;
 use crate::backup::pipeline::Budget;
+use crate::backup::rate::RateLimit;
 use crate::backup::source::SourceError;
 use crate::backup::stream::error::StreamError;
 use crate::backup::stream::receive::{Received, Receiver};
@@ -28,6 +29,7 @@ use crate::repo;
 pub struct Incoming {
     base: BaseBackup,
     receiver: Receiver,
+    limit: Option<RateLimit>,
     end: Option<BaseBackupEnd>,
 }
 
@@ -45,8 +47,8 @@ pub struct Finished {
 
 impl Incoming {
     /// Prepares to take a backup apart.
-    pub fn new(base: BaseBackup, receiver: Receiver) -> Self {
-        Self { base, receiver, end: None }
+    pub fn new(base: BaseBackup, receiver: Receiver, limit: Option<RateLimit>) -> Self {
+        Self { base, receiver, limit, end: None }
     }
 
     /// Returns what came beside the files, how the backup ended, and the connection.
@@ -67,7 +69,11 @@ impl Incoming {
             if self.end.is_some() {
                 return Ok(None);
             }
-            match self.base.next().await.map_err(SourceError::from)? {
+            let part = self.base.next().await.map_err(SourceError::from)?;
+            if let (Some(limit), BaseBackupPart::Content(bytes)) = (&self.limit, &part) {
+                limit.take(bytes.len() as u64).await;
+            }
+            match part {
                 BaseBackupPart::End(end) => self.end = Some(end),
                 part => self.receiver.take(part)?,
             }

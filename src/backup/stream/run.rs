@@ -17,6 +17,7 @@ use crate::backup::known_parent::KnownParent;
 use crate::backup::origin::{Chosen, choose};
 use crate::backup::packer::{Packer, Stored};
 use crate::backup::pipeline::Budget;
+use crate::backup::rate::RateLimit;
 use crate::backup::read_pages::JOB_BYTES;
 use crate::backup::reading::START_PACKS_MAX;
 use crate::backup::rewriting::Rewriting;
@@ -290,7 +291,8 @@ async fn receive(
     });
     let estimate: u64 = facts.databases.iter().filter_map(|database| database.size_bytes).sum();
     let progress = monitor.start(Task::bytes("backup", (estimate > 0).then_some(estimate)));
-    let mut incoming = Incoming::new(base, receiver);
+    let limit = options.rate.map(|rate| RateLimit::new(rate, repository.shared_clock()));
+    let mut incoming = Incoming::new(base, receiver, limit);
     copy(&mut incoming, context, pool, options.budget, &mut packer, &progress).await?;
     let Finished { received, end, received_bytes, connection } = incoming.finish()?;
 

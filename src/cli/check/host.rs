@@ -23,10 +23,11 @@ pub(super) fn check_host(config: &Config) -> Vec<Item> {
         Item::ok(
             "limits",
             format!(
-                "threads = {}, transfers = {}, memory = {}",
+                "threads = {}, transfers = {}, memory = {}, rate = {}",
                 limits.threads,
                 limits.transfers,
-                size(limits.memory_bytes)
+                size(limits.memory_bytes),
+                limits.rate.map_or_else(|| "none".to_owned(), |rate| format!("{}/s", size(rate.get())))
             ),
         ),
         check_folder("state folder", config.paths.open_state()),

@@ -14,7 +14,8 @@ mod written;
 
 use std::collections::BTreeMap;
 
-use crate::catalog::{RecoveryStart, TimelineTree, WalCoverage, basebackups};
+use crate::catalog::recoverable::recoverability_of;
+use crate::catalog::{Recoverability, RecoveryStart, TimelineTree, WalCoverage, basebackups};
 use crate::pg::TimelineId;
 use crate::repo::{BasebackupId, ClusterId, Error, Repository};
 
@@ -71,16 +72,29 @@ impl ClusterFindings {
 pub async fn check(repository: &Repository, depth: Depth) -> Result<Findings, Error> {
     let list = basebackups::list(repository).await?;
     let mut starts: BTreeMap<ClusterId, Vec<(BasebackupId, RecoveryStart)>> = BTreeMap::new();
+    let mut unrecoverable = Vec::new();
     for listed in &list.complete {
-        let start = (listed.record.id, RecoveryStart::from(&listed.record));
-        starts.entry(listed.record.cluster).or_default().push(start);
+        let of_cluster = starts.entry(listed.record.cluster).or_default();
+        if listed.record.wal.is_none() {
+            of_cluster.push((listed.record.id, RecoveryStart::from(&listed.record)));
+            continue;
+        }
+        // It carries its WAL: of the archive it needs a history at most, and what is not there behind it is no hole.
+        match recoverability_of(repository, listed).await? {
+            Recoverability::Recoverable => {}
+            reason => unrecoverable.push((listed.record.cluster, listed.record.id, reason)),
+        }
     }
     for cluster in repository.clusters().await? {
         starts.entry(cluster).or_default();
     }
     let mut clusters = Vec::new();
     for (cluster, basebackups) in starts {
-        clusters.push(check_cluster(repository, cluster, &basebackups, depth).await?);
+        let mut findings = check_cluster(repository, cluster, &basebackups, depth).await?;
+        let own =
+            unrecoverable.iter().filter(|(of, ..)| *of == cluster).map(|(_, id, reason)| (*id, *reason));
+        findings.continuity.unrecoverable.extend(own);
+        clusters.push(findings);
     }
     let unreadable = list.unreadable.into_iter().map(|(id, error)| (id, error.to_string()));
     Ok(Findings { clusters, unreadable: unreadable.collect() })
