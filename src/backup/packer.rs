@@ -295,8 +295,9 @@ impl Packer {
         if self.in_start_set == start_set {
             return;
         }
-        let (pack, maps) =
+        let (pack, mut maps) =
             self.aside.take().unwrap_or_else(|| (self.writer.create_pack(), MapWriter::default()));
+        maps.count_for(&mut self.maps);
         self.aside = Some((std::mem::replace(&mut self.pack, pack), std::mem::replace(&mut self.maps, maps)));
         self.in_start_set = start_set;
     }
