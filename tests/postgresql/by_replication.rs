@@ -303,6 +303,7 @@ fn a_backup_that_loses_either_connection_or_is_ended_leaves_no_basebackup() {
     let terminate =
         |what: &str| format!("select count(pg_terminate_backend(pid)) from pg_stat_activity where {what}");
     let ended_by = |cluster: &Cluster, signal: &str| -> Option<i32> {
+        wait_for("the server to be left alone", || (cluster.sql(LEFT) == "0").then_some(()));
         let mut child = start_backup(&walden);
         wait_for("the server to send files", || sends_files(cluster).then_some(()));
         match signal {
