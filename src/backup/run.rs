@@ -130,6 +130,10 @@ pub async fn run(
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let packer = new_packer(&writer, options, &begun, states.writer(writer.id()).await);
+    let packer = match states.journal(writer.id(), &begun, &today) {
+        Some(journal) => packer.journaling(journal),
+        None => packer,
+    };
     let clock = repository.clock();
     let copied =
         copy_in_backup_mode(session, &origin, (options, &begun, clock), pool, packer, monitor).await?;

@@ -65,6 +65,7 @@ pub(super) enum Part {
     Directory = 5,
     Facts = 6,
     Footer = 7,
+    Journal = 8,
 }
 
 impl Part {
@@ -78,6 +79,7 @@ impl Part {
             Self::Directory => "directory of the index",
             Self::Facts => "record of the basebackup",
             Self::Footer => "end",
+            Self::Journal => "journal",
         }
     }
 }
