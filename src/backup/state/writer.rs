@@ -39,7 +39,8 @@ pub struct StateWriter {
     out: Output,
     files: FileSorter,
     file_count: u64,
-    named: bool,
+    /// Whether the file stays when this is dropped.
+    stays: bool,
     /// What there was when an attempt that died was taken up.
     held: u64,
 }
@@ -60,7 +61,7 @@ pub(super) enum FinishStep {
 impl StateWriter {
     pub(super) fn create(folder: StateFolder, id: BasebackupId, create: Create) -> Result<Self, StateError> {
         let out = Output::create(folder.unfinished(id), id, create)?;
-        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, named: false, held: 0 })
+        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, stays: false, held: 0 })
     }
 
     /// Opens what a killed attempt has left, to be given the index it lacks.
@@ -71,7 +72,7 @@ impl StateWriter {
         let written = file.metadata().map_err(disk::Error::at("stat", &path))?.len();
         let out = Output { file, path, id, buffer: Vec::new(), written, failed: false };
         // It stays where it is, whatever comes of it.
-        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, named: true, held: written })
+        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, stays: true, held: written })
     }
 
     /// Returns whether the blocks of a file are among what had been written when this was opened.
@@ -91,7 +92,7 @@ impl StateWriter {
 
     /// Has what was noted so far on the disk, where it stays though the basebackup may fail.
     pub fn keep(&mut self) -> Result<(), StateError> {
-        self.named = true;
+        self.stays = true;
         self.out.flush()?;
         Ok(self.out.file.sync_data().map_err(disk::Error::at("fsync the state", &self.out.path))?)
     }
@@ -147,7 +148,7 @@ impl StateWriter {
         self.out.sync()?;
         taken(FinishStep::Synced);
         durable::rename(&self.out.path, &self.folder.finished(self.id))?;
-        self.named = true;
+        self.stays = true;
         taken(FinishStep::Named);
         if let Err(error) = self.folder.remove_others(self.id) {
             tracing::warn!("cannot remove an older state: {error}");
@@ -196,7 +197,7 @@ impl StateWriter {
 
 impl Drop for StateWriter {
     fn drop(&mut self) {
-        if !self.named {
+        if !self.stays {
             // What stays is removed by the next attempt.
             let _ = fs::remove_file(&self.out.path);
         }
