@@ -114,7 +114,7 @@ async fn begin(repository: &Repository, parent: &Basebackup) -> Result<Basebacku
         wal_floor: record.wal_floor,
         parent: Some(Arc::new(ParentBasebackup {
             record: record.clone(),
-            digest: parent.digest(),
+            digest: Some(parent.digest()),
             refs: parent.refs().clone(),
         })),
         host: "bench-terabyte".to_owned(),
@@ -252,7 +252,7 @@ impl MadeUp {
             outcome??;
         }
         let writer = self.writer.clone();
-        self.uploads.spawn(async move { writer.upload(pack).await });
+        self.uploads.spawn(async move { writer.upload(pack).await.map(drop) });
         Ok(())
     }
 }

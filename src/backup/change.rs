@@ -32,6 +32,8 @@ pub struct Incremental {
     pub parent: BasebackupId,
     /// Whether every file is read, however unchanged it looks.
     pub read_all: bool,
+    /// Whether it goes on with a full one that was killed.
+    pub resumes: bool,
 }
 
 /// Why a basebackup is full.
@@ -142,7 +144,7 @@ pub fn judge(
     if facts.chunk_pages != today.chunk_pages {
         return Err(Reason::OtherChunkSize { was: facts.chunk_pages, is: today.chunk_pages });
     }
-    Ok(Incremental { parent, read_all: facts.since_read_all >= PASSING_OVER_MAX })
+    Ok(Incremental { parent, read_all: facts.since_read_all >= PASSING_OVER_MAX, resumes: false })
 }
 
 /// Returns whether `file` is as it was when it became `known`, in a basebackup that began at `last_start`.
@@ -178,12 +180,13 @@ impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Full(reason) => write!(f, "full: {reason}"),
-            Self::Incremental(Incremental { parent, read_all: false }) => {
-                write!(f, "incremental to {parent}")
+            Self::Incremental(Incremental { parent, resumes: true, .. }) => {
+                write!(f, "full, going on with {parent}, which was killed")
             }
-            Self::Incremental(Incremental { parent, read_all: true }) => {
+            Self::Incremental(Incremental { parent, read_all: true, .. }) => {
                 write!(f, "incremental to {parent}, reading every file")
             }
+            Self::Incremental(Incremental { parent, .. }) => write!(f, "incremental to {parent}"),
         }
     }
 }
@@ -260,7 +263,11 @@ mod tests {
         for (since_read_all, read_all) in [(0, false), (5, false), (6, true), (7, true)] {
             let facts = StateFacts { since_read_all, ..facts() };
             let judged = judge(&facts, &today(), false, &complete);
-            assert_eq!(judged, Ok(Incremental { parent: facts.basebackup, read_all }), "{since_read_all}");
+            assert_eq!(
+                judged,
+                Ok(Incremental { parent: facts.basebackup, read_all, resumes: false }),
+                "{since_read_all}"
+            );
         }
     }
 

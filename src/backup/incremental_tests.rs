@@ -11,7 +11,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use proptest::prelude::*;
 
-use crate::backup::change::{Decision, Reason, Today};
+use crate::backup::change::{Decision, Incremental, Reason, Today};
 use crate::backup::data_directory::FileIdentity;
 use crate::backup::error::Error;
 use crate::backup::packer::{Packer, Stored, WorkDone};
@@ -21,7 +21,7 @@ use crate::backup::read_pages::JobContext;
 use crate::backup::read_small::INLINE_BYTES;
 use crate::backup::reading::{Reading, plan_reading};
 use crate::backup::server_record::empty_record;
-use crate::backup::site_state::SiteState;
+use crate::backup::site_state::{Begun, SiteState};
 use crate::backup::tests::{MemorySource, bytes};
 use crate::clock::{Clock, ManualClock};
 use crate::codec::{
@@ -69,6 +69,17 @@ struct Taken {
     written_again: usize,
 }
 
+/// A basebackup whose files have been read.
+struct Copied {
+    states: SiteState,
+    begun: Begun,
+    today: Today,
+    writer: Arc<BasebackupWriter>,
+    packer: Packer,
+    at: Timestamp,
+    start_set_again: bool,
+}
+
 impl Host {
     async fn new() -> Self {
         let (store, clock) = (Arc::new(MemoryStore::new()), testing::clock());
@@ -111,8 +122,8 @@ impl Host {
         self.try_back_up(false, true).await.unwrap()
     }
 
-    /// Takes a basebackup; `saved`: its state is kept.
-    async fn try_back_up(&mut self, full: bool, saved: bool) -> Result<&Taken, Error> {
+    /// Begins a basebackup and copies the files.
+    async fn copied(&mut self, full: bool) -> Result<Copied, Error> {
         self.clock.advance(HOUR);
         let at = self.clock.now();
         let states = SiteState::take(&self.repository, Some(self.states.path())).await?;
@@ -135,6 +146,9 @@ impl Host {
         if let Some(parent) = &begun.parent {
             packer = packer.writing_again(parent.written_again());
         }
+        if let Some(journal) = states.journal(writer.id(), &begun, &today) {
+            packer = packer.journaling(journal);
+        }
         let source = MemorySource::of(self.files.clone(), self.identities.clone());
         let files = source.walk();
         let options = PlanOptions { postgres: Some(5), ..PlanOptions::default() };
@@ -149,7 +163,23 @@ impl Host {
         let progress = RecordingMonitor::default().start(Task::bytes("backup", plan.bytes));
         let source = CopySource { plan: &plan, files: &files, context: &context, start_set_again };
         copy(source, &CpuPool::new(2, 2), BUDGET, &mut packer, &progress).await?;
-        drop(context);
+        Ok(Copied { states, begun, today, writer, packer, at, start_set_again })
+    }
+
+    /// Takes a basebackup that is killed before its last packs are up.
+    async fn kill(&mut self) -> BasebackupId {
+        let Copied { states, packer, writer, .. } = self.copied(false).await.unwrap();
+        let id = writer.id();
+        // Nothing of it ends in order; the lock goes with the process.
+        std::mem::forget((packer, writer));
+        drop(states);
+        id
+    }
+
+    /// Takes a basebackup; `saved`: its state is kept.
+    async fn try_back_up(&mut self, full: bool, saved: bool) -> Result<&Taken, Error> {
+        let Copied { states, begun, today, writer, packer, at, start_set_again } = self.copied(full).await?;
+        let compression = Compression::zstd(1);
         let Stored { packed, named, state } = packer.finish().await?;
         for (entry, crc) in packed.entries.iter().zip(&packed.checksums) {
             assert_eq!(*crc, Some(Crc32c::of(&self.files[&entry.path.to_string()])), "{}", entry.path);
@@ -638,4 +668,71 @@ async fn a_parent_that_expires_before_it_is_announced_makes_a_full_one() {
         states.begin(&host.repository, begin, prepared).await.unwrap();
     assert_eq!(begun.decision, Decision::Full(Reason::ParentExpired(first)));
     assert!(begun.parent.is_none() && writer.id() > first);
+}
+
+/// Files of which several packs are full before the last one is read.
+fn a_host_of_several_packs(host: &mut Host) {
+    for n in 0..6 {
+        host.write(&format!("data/base/16384/{}", 17_000 + n), bytes(n, 20_000_000));
+    }
+    host.write("data/PG_VERSION", b"15\n".to_vec());
+}
+
+#[tokio::test]
+async fn a_full_one_that_was_killed_is_gone_on_with() {
+    let mut host = Host::new().await;
+    a_host_of_several_packs(&mut host);
+    let killed = host.kill().await;
+    host.change("data/base/16384/17000", |raw| raw[100 * PAGE] ^= 1);
+    let taken = host.back_up().await;
+    let expected = Incremental { parent: killed, read_all: true, resumes: true };
+    assert_eq!(taken.decision, Decision::Incremental(expected));
+    // Everything is read, and what the store has is not stored again.
+    assert_eq!(taken.work.bytes_read, 120_000_003);
+    assert!(taken.work.chunks_reused > 300, "{:?}", taken.work);
+    assert!(taken.work.pages_stored_again > 0, "{:?}", taken.work);
+    let id = taken.record.id;
+    host.assert_all_restore().await;
+    assert_eq!(host.back_up().await.decision.parent(), Some(id));
+    host.assert_restores(host.taken.last().unwrap()).await;
+}
+
+#[tokio::test]
+async fn what_a_killed_one_left_is_left_out_where_it_does_not_fit() {
+    let mut host = Host::new().await;
+    a_host_of_several_packs(&mut host);
+    let killed = host.kill().await;
+    host.store.create(&host.repository.layout().outcome(killed), "{}\n".into()).await.unwrap();
+    assert_eq!(reason(host.try_back_up(false, false).await.unwrap()), &Reason::NoState);
+    let killed = host.kill().await;
+    host.today = Box::new(|today| Today { has_checksums: false, ..today });
+    assert_eq!(reason(host.try_back_up(false, false).await.unwrap()), &Reason::NoState);
+    host.today = Box::new(|today| today);
+    // It is gone with the next attempt, whether that went on with it or not.
+    assert_eq!(reason(host.try_back_up(false, false).await.unwrap()), &Reason::NoState);
+    assert!(host.taken.iter().all(|taken| taken.record.parent.is_none() && taken.record.id != killed));
+}
+
+#[tokio::test]
+async fn a_damaged_journal_or_state_of_a_killed_one_never_gives_a_wrong_page() {
+    let mut host = Host::new().await;
+    a_host_of_several_packs(&mut host);
+    for (n, (name, share)) in
+        [("journal", 0.2), ("journal", 0.9), ("unfinished", 0.1), ("unfinished", 0.5), ("unfinished", 0.9)]
+            .into_iter()
+            .enumerate()
+    {
+        host.kill().await;
+        let folder = host.states.path().join(host.repository.site().to_string());
+        let files = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+        let file = files.into_iter().find(|path| path.to_string_lossy().ends_with(name)).unwrap();
+        let mut raw = std::fs::read(&file).unwrap();
+        let at = (raw.len() as f64 * share) as usize;
+        raw[at] ^= 1;
+        std::fs::write(&file, &raw).unwrap();
+        host.change("data/base/16384/17001", |raw| raw[n * PAGE] ^= 1);
+        host.try_back_up(false, false).await.unwrap();
+        host.assert_restores(host.taken.last().unwrap()).await;
+        host.taken.clear();
+    }
 }

@@ -17,18 +17,19 @@ use crate::backup::hints::Hints;
 use crate::backup::live_directory::read_histories;
 use crate::backup::rewriting::{Rewriting, origins_max, plan_rewriting};
 use crate::backup::run::blocking;
+use crate::backup::server_record::empty_record;
 use crate::backup::state::{
-    HashKey, KnownBlock, KnownContent, KnownFile, State, StateError, StateFacts, StateFolder,
+    Attempt, HashKey, KnownBlock, KnownContent, KnownFile, State, StateError, StateFacts, StateFolder,
 };
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::repo::{
-    self, PackId, ParentBasebackup, Repository,
+    self, PackId, ParentBasebackup, Refs, Repository,
     chunk::ChunkRef,
     documents::Outcome,
     entry::{BlobRef, Content, TreePath},
     missing_packs,
     page_map::{MapBlock, PAGE_SIZE, PageSource},
-    read_outcome, read_refs,
+    read_begin, read_outcome, read_refs,
 };
 
 /// A basebackup whose pages are known and may be named.
@@ -37,6 +38,7 @@ pub struct KnownParent {
     state: State,
     basebackup: Arc<ParentBasebackup>,
     again: Arc<BTreeSet<PackId>>,
+    takes_bytes: bool,
     read_all: bool,
     complained: AtomicBool,
 }
@@ -81,28 +83,109 @@ pub async fn prepare(
         (Err(reason), _) => return Ok(Prepared::full(reason)),
         (Ok(_), None) => return Ok(Prepared::full(Reason::ParentAbsent(id))),
     };
-    let (state, survey) = blocking(move || {
-        let survey = survey(&state);
-        Ok((state, survey))
-    })
-    .await?;
-    let live = match survey {
-        Ok(live) => live,
+    let (state, live) = match survey_of(state).await? {
+        Ok(surveyed) => surveyed,
         Err(error) => return Ok(Prepared::full(Reason::StateUnusable(error.to_string()))),
     };
     if let Some(stranger) = live.keys().find(|pack| parent.refs.find(**pack).is_none()) {
         let detail = format!("{stranger} is none of the packs of basebackup {id}");
         return Ok(Prepared::full(Reason::StateUnusable(detail)));
     }
+    build(repository, incremental, parent, (state, live)).await
+}
+
+/// Takes up what a full basebackup has left that was killed on this host; none where nothing was left, or it does not
+/// fit, which is said.
+///
+/// Its pages are named only where the page that is read now is the same, and stand in packs that the store has.
+///
+/// # Errors
+/// Where the store cannot tell.
+pub async fn take_up(
+    repository: &Repository,
+    left: Attempt,
+    today: &Today,
+) -> Result<Option<Prepared>, Error> {
+    let facts = left.state.facts().clone();
+    let id = facts.basebackup;
+    match attempt(repository, &left, &facts, today).await? {
+        Err(why) => {
+            tracing::warn!("nothing is gone on with of basebackup {id}, which was killed: {why}");
+            Ok(None)
+        }
+        Ok((incremental, parent)) => match survey_of(left.state).await? {
+            Ok(surveyed) => Ok(Some(build(repository, incremental, parent, surveyed).await?)),
+            Err(error) => {
+                tracing::warn!("nothing is gone on with of basebackup {id}, which was killed: {error}");
+                Ok(None)
+            }
+        },
+    }
+}
+
+/// Holds what an attempt left against the repository; says why it does not fit.
+async fn attempt(
+    repository: &Repository,
+    left: &Attempt,
+    facts: &StateFacts,
+    today: &Today,
+) -> Result<Result<(Incremental, ParentBasebackup), String>, Error> {
+    let id = facts.basebackup;
+    if repository.is_expired(id).await? {
+        return Ok(Err("it has expired".to_owned()));
+    }
+    match read_outcome(repository, id).await {
+        Err(repo::Error::Incomplete(_)) => {}
+        Ok(_) => return Ok(Err("it has an outcome".to_owned())),
+        Err(error) if error.is_unusable() => return Ok(Err(error.to_string())),
+        Err(error) => return Err(error.into()),
+    }
+    let begin = match read_begin(repository, id).await {
+        Ok(begin) if begin.id == id && begin.cluster == facts.cluster => begin,
+        Ok(_) => return Ok(Err("its begin is that of another one".to_owned())),
+        Err(error) if error.is_unusable() || error.is_absent() => return Ok(Err(error.to_string())),
+        Err(error) => return Err(error.into()),
+    };
+    let same_timeline = begin.timeline == today.timeline;
+    let incremental = match judge(facts, today, same_timeline, &Standing::Complete(facts.backup_json)) {
+        Ok(incremental) => Incremental { read_all: true, resumes: true, ..incremental },
+        Err(reason) => return Ok(Err(reason.to_string())),
+    };
+    if begin.parent.is_some() || left.packs.iter().any(|pack| pack.id.origin != id) {
+        return Ok(Err("it built upon another one".to_owned()));
+    }
+    let mut record = empty_record(id, begin.cluster, begin.timeline, (begin.wal_floor, begin.wal_floor));
+    record.keys = vec![begin.key];
+    let refs = Refs::new(left.packs.clone());
+    Ok(Ok((incremental, ParentBasebackup { record, digest: None, refs })))
+}
+
+async fn survey_of(state: State) -> Result<Result<(State, Live), StateError>, Error> {
+    blocking(move || Ok(survey(&state).map(|live| (state, live)))).await
+}
+
+/// Looks for the packs and decides which are written again: those that the parent does not name among them.
+async fn build(
+    repository: &Repository,
+    incremental: Incremental,
+    parent: ParentBasebackup,
+    (state, live): (State, Live),
+) -> Result<Prepared, Error> {
     let missing = missing_packs(repository, parent.refs.records().iter()).await?;
     let origins_max = origins_max(&parent.record.keys);
     let rewriting = plan_rewriting(&parent.refs, &live, &missing, origins_max, repository.clock().now());
     report(&missing, &rewriting);
-    let again = Arc::new(rewriting.packs);
+    let takes_bytes = rewriting.missing > 0 || rewriting.crowded > 0;
+    let mut again = rewriting.packs;
+    again.extend(live.keys().filter(|pack| parent.refs.find(**pack).is_none()));
     let (read_all, complained) = (incremental.read_all, AtomicBool::new(false));
-    let parent = KnownParent { state, basebackup: Arc::new(parent), again, read_all, complained };
+    let (basebackup, again) = (Arc::new(parent), Arc::new(again));
+    let parent = KnownParent { state, basebackup, again, takes_bytes, read_all, complained };
     Ok(Prepared { decision: Decision::Incremental(incremental), parent: Some(Arc::new(parent)) })
 }
+
+/// Stored bytes of each pack that are in use, each page counted by itself.
+type Live = BTreeMap<PackId, u64>;
 
 impl KnownParent {
     /// Returns what is known of it as a whole.
@@ -128,6 +211,12 @@ impl KnownParent {
     /// Returns whether files are read however unchanged they look.
     pub fn reads_all(&self) -> bool {
         self.read_all
+    }
+
+    /// Returns whether some pages have to be at hand though they have not changed: packs are gone, or there are too many
+    /// basebackups to be named.
+    pub fn takes_bytes(&self) -> bool {
+        self.takes_bytes
     }
 
     /// Returns what is known of a file; nothing where there was none, or where the state cannot tell.
@@ -246,7 +335,9 @@ async fn look_up(
         Err(error) => return Err(error.into()),
     };
     match read_refs(repository, &record).await {
-        Ok(refs) => Ok((Standing::Complete(digest), Some(ParentBasebackup { record, digest, refs }))),
+        Ok(refs) => {
+            Ok((Standing::Complete(digest), Some(ParentBasebackup { record, digest: Some(digest), refs })))
+        }
         Err(error) if error.is_unusable() => Ok((Standing::Unreadable(error.to_string()), None)),
         Err(error) => Err(error.into()),
     }
@@ -275,8 +366,8 @@ async fn descends(
 }
 
 /// Reads all of a state; returns the stored bytes of each pack that are in use, each page counted by itself.
-fn survey(state: &State) -> Result<BTreeMap<PackId, u64>, StateError> {
-    let mut live = BTreeMap::new();
+fn survey(state: &State) -> Result<Live, StateError> {
+    let mut live = Live::new();
     for file in state.files() {
         let file = file?;
         match &file.content {

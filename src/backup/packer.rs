@@ -20,12 +20,12 @@ use crate::backup::read_pages::JOB_BYTES;
 use crate::backup::read_small::{INLINE_BYTES, SmallFiles, SmallPlace};
 use crate::backup::remember::{RememberedFile, Remembering};
 use crate::backup::source_file::FileState;
-use crate::backup::state::{KnownContent, KnownFile, StateWriter};
+use crate::backup::state::{Journal, KnownContent, KnownFile, StateWriter};
 use crate::codec::{Compression, Compressor};
 use crate::pg::Crc32c;
 use crate::repo::{
     self, BasebackupId, BasebackupWriter, CompressedFrame, FrameKind, MapWriter, NamedChunks, PackBuilder,
-    PackId,
+    PackId, PackRecord,
     chunk::ChunkRef,
     documents::SizeRecord,
     entry::{BlobRef, Content, Entry, INLINE_BYTES_MAX, Node, TreePath},
@@ -40,7 +40,7 @@ pub struct Packer {
     compressor: Compressor,
     compression: Compression,
     maps: MapWriter,
-    uploads: JoinSet<Result<(), repo::Error>>,
+    uploads: JoinSet<Result<PackRecord, repo::Error>>,
     uploads_max: usize,
     open: Option<OpenEntry>,
     remembering: Remembering,
@@ -126,6 +126,12 @@ impl Packer {
     /// Has what is packed remembered for the next basebackup.
     pub fn remembering(mut self, writer: StateWriter) -> Self {
         self.remembering = Remembering::new(writer);
+        self
+    }
+
+    /// Has what a kill must not cost noted on the way.
+    pub fn journaling(mut self, journal: Journal) -> Self {
+        self.remembering.journal(journal);
         self
     }
 
@@ -403,7 +409,9 @@ impl Packer {
         let FileState { mode, modified, .. } = state;
         self.packed.entries.push(Entry { path, mode, modified, node: Node::File { size, content } });
         self.packed.checksums.push(crc);
-        self.remembering.push_file(remembered);
+        if let Some(entry) = self.packed.entries.last() {
+            self.remembering.push_file(entry, crc, remembered);
+        }
     }
 
     fn note_damage(&mut self, file: &SourceFile, blocks: &[u32]) {
@@ -467,13 +475,13 @@ impl Packer {
         let pack = std::mem::replace(&mut self.pack, self.writer.create_pack()).finish();
         while self.uploads.len() >= self.uploads_max {
             match self.uploads.join_next().await {
-                Some(outcome) => joined(outcome)?,
+                Some(outcome) => self.remembering.push_pack(&joined(outcome)?),
                 None => break,
             }
         }
         // An upload that failed meanwhile ends the backup now, not at its end.
         while let Some(outcome) = self.uploads.try_join_next() {
-            joined(outcome)?;
+            self.remembering.push_pack(&joined(outcome)?);
         }
         let writer = self.writer.clone();
         self.uploads.spawn(async move { writer.upload(pack).await });
@@ -481,7 +489,9 @@ impl Packer {
     }
 }
 
-fn joined(outcome: Result<Result<(), repo::Error>, tokio::task::JoinError>) -> Result<(), Error> {
+fn joined(
+    outcome: Result<Result<PackRecord, repo::Error>, tokio::task::JoinError>,
+) -> Result<PackRecord, Error> {
     match outcome {
         Ok(result) => Ok(result?),
         Err(error) => Err(repo::Error::Internal(format!("an upload ended: {error}")).into()),

@@ -2,21 +2,25 @@
 //!
 //! A state that cannot be written (a full disk, above all) costs only what the next basebackup could have spared, so
 //! it never fails this one: it is given up, once, with a warning. The old state then stays, and stays valid for its
-//! own basebackup. Deliberately absent: what stands in the file (`state`), and when it counts (`run`).
+//! own basebackup. Of a full one a journal says what the store has already, for the case that it is killed. Deliberately absent: what stands in the file (`state`), and when it counts (`run`).
 
 use jiff::Timestamp;
 
 use crate::backup::data_directory::FileIdentity;
 use crate::backup::state::{
-    KnownBlock, KnownContent, KnownFile, PageHash, RecordAt, StateError, StateWriter,
+    Journal, KnownBlock, KnownContent, KnownFile, PageHash, RecordAt, StateError, StateWriter,
 };
 use crate::pg::Crc32c;
-use crate::repo::entry::{Content, Entry, Node};
+use crate::repo::{
+    PackRecord,
+    entry::{Content, Entry, Node},
+};
 
 /// Collects what is remembered.
 #[derive(Debug, Default)]
 pub struct Remembering {
     writer: Option<StateWriter>,
+    journal: Option<Journal>,
     /// One for each entry that was packed; none for those that no next basebackup will compare with.
     files: Vec<Option<RememberedFile>>,
 }
@@ -37,7 +41,12 @@ pub struct RememberedFile {
 impl Remembering {
     /// Starts to remember.
     pub fn new(writer: StateWriter) -> Self {
-        Self { writer: Some(writer), files: Vec::new() }
+        Self { writer: Some(writer), ..Self::default() }
+    }
+
+    /// Notes in `journal` from now on what is done.
+    pub fn journal(&mut self, journal: Journal) {
+        self.journal = Some(journal);
     }
 
     /// Returns whether anything is remembered.
@@ -52,8 +61,30 @@ impl Remembering {
     }
 
     /// Remembers a file, the next entry that is packed.
-    pub fn push_file(&mut self, file: Option<RememberedFile>) {
+    pub fn push_file(&mut self, entry: &Entry, crc: Option<Crc32c>, file: Option<RememberedFile>) {
+        if let (Some(journal), Some(file)) = (&mut self.journal, &file) {
+            let noted =
+                known_file(entry, crc, file.clone()).map_or(Ok(()), |known| journal.push_file(&known));
+            self.drop_journal_if(noted);
+        }
         self.files.push(file);
+    }
+
+    /// Notes a pack that the store has.
+    ///
+    /// Syncs two files, once for each 32 MiB that went up.
+    pub fn push_pack(&mut self, pack: &PackRecord) {
+        if let (Some(writer), Some(journal)) = (&mut self.writer, &mut self.journal) {
+            let noted = writer.keep().and_then(|()| journal.push_pack(pack));
+            self.drop_journal_if(noted);
+        }
+    }
+
+    fn drop_journal_if(&mut self, noted: Result<(), StateError>) {
+        if let Err(error) = noted {
+            tracing::warn!("if this basebackup is killed, the next one begins anew: {error}");
+            self.journal = None;
+        }
     }
 
     /// Writes down the files: `entries` in the order in which they were packed, with their contents filled in.

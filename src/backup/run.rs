@@ -177,6 +177,10 @@ async fn read_directory(
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let packer = new_packer(&writer, options, &begun, states.writer(writer.id()).await);
+    let packer = match states.journal(writer.id(), &begun, &today) {
+        Some(journal) => packer.journaling(journal),
+        None => packer,
+    };
     let how = How { options, begun: &begun, clock: repository.shared_clock() };
     let copied = copy_in_backup_mode(session, &origin, &how, (pool, &writer), packer, monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;

@@ -11,9 +11,11 @@ use jiff::Timestamp;
 use crate::backup::change::{Decision, Reason, Today};
 use crate::backup::error::Error;
 use crate::backup::gather::CHUNK_PAGES;
-use crate::backup::known_parent::{KnownParent, Prepared, prepare};
+use crate::backup::known_parent::{KnownParent, Prepared, prepare, take_up};
 use crate::backup::run::blocking;
-use crate::backup::state::{BackupLock, HashKey, StateError, StateFacts, StateFolder, StateWriter};
+use crate::backup::state::{BackupLock, HashKey, Journal, StateError, StateFacts, StateFolder, StateWriter};
+use crate::codec::Digest;
+use crate::pg::{Lsn, TimelineId};
 use crate::repo::{
     self, BasebackupId, BasebackupWriter, BeginOptions, Committed, Repository, keyring::Audience,
 };
@@ -70,7 +72,20 @@ impl SiteState {
         match &self.held {
             _ if is_full_wanted => Ok(Prepared::full(Reason::Asked)),
             None => Ok(Prepared::full(Reason::NoState)),
-            Some((folder, _)) => prepare(repository, folder, today, data_directory).await,
+            Some((folder, lock)) => {
+                let left = folder.take_up(lock).unwrap_or_else(|error| {
+                    tracing::warn!("nothing is gone on with of a basebackup that was killed: {error}");
+                    None
+                });
+                let taken_up = match left {
+                    Some(left) => take_up(repository, left, today).await?,
+                    None => None,
+                };
+                match taken_up {
+                    Some(prepared) => Ok(prepared),
+                    None => prepare(repository, folder, today, data_directory).await,
+                }
+            }
         }
     }
 
@@ -106,6 +121,37 @@ impl SiteState {
             .begin(lock, id)
             .map_err(|error| {
                 tracing::warn!("nothing of this basebackup is remembered, the next one stores more than it would: {error}");
+            })
+            .ok()
+    }
+
+    /// Starts the journal of a full basebackup, which says what a kill leaves; none for others, or where that fails.
+    pub fn journal(&self, id: BasebackupId, begun: &Begun, today: &Today) -> Option<Journal> {
+        let ((folder, lock), hash_key) = (self.held.as_ref()?, begun.hash_key.clone()?);
+        if begun.parent.is_some() {
+            return None;
+        }
+        let facts = StateFacts {
+            site: today.site,
+            basebackup: id,
+            // What only its end knows: nobody builds upon it without having read every page.
+            backup_json: Digest([0; 32]),
+            start_lsn: Lsn::ZERO,
+            stop_lsn: Lsn::ZERO,
+            data_directory: PathBuf::new(),
+            cluster: today.cluster,
+            timeline: today.timeline,
+            started_at: begun.at,
+            has_checksums: today.has_checksums,
+            sealing: today.sealing,
+            chunk_pages: today.chunk_pages,
+            hash_key,
+            since_read_all: 0,
+        };
+        let begun = folder.begin_journal(lock, &facts);
+        begun
+            .map_err(|error| {
+                tracing::warn!("if this basebackup is killed, the next one begins anew: {error}")
             })
             .ok()
     }
@@ -172,7 +218,7 @@ impl Today {
     pub fn of(
         repository: &Repository,
         cluster: repo::ClusterId,
-        timeline: crate::pg::TimelineId,
+        timeline: TimelineId,
         has_checksums: bool,
     ) -> Self {
         Self {

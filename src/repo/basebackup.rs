@@ -13,7 +13,7 @@ use bytes::Bytes;
 use lru::LruCache;
 
 use crate::codec::{Digest, FrameKey};
-use crate::repo::documents::{BackupRecord, Outcome};
+use crate::repo::documents::{BackupRecord, Begin, Outcome};
 use crate::repo::entry::{Entry, TreePath};
 use crate::repo::error::Error;
 use crate::repo::file_table::decode_block;
@@ -72,6 +72,16 @@ pub async fn read_outcome(
     let object = format!("backup.json of basebackup {id}");
     let (outcome, trust) = open_document(repository.keyring(), &identity, &bytes, &object)?;
     Ok((outcome, Digest::of(&bytes), trust))
+}
+
+/// Reads `begin` of `id`.
+///
+/// # Errors
+/// An absent one is an absent object of the store ([`Error::is_absent`]).
+pub async fn read_begin(repository: &Repository, id: BasebackupId) -> Result<Begin, Error> {
+    let bytes = repository.store().get(&repository.layout().begin(id), DOCUMENT_BYTES_MAX).await?;
+    let identity = repository.basebackup_identity(ObjectKind::Begin, id);
+    Ok(open_document(repository.keyring(), &identity, &bytes, &format!("begin of basebackup {id}"))?.0)
 }
 
 impl Basebackup {

@@ -51,8 +51,8 @@ pub struct BeginOptions {
 pub struct ParentBasebackup {
     /// Its record.
     pub record: BackupRecord,
-    /// BLAKE3 of its `backup.json`.
-    pub digest: Digest,
+    /// BLAKE3 of its `backup.json`; none for an attempt that was killed, which has none.
+    pub digest: Option<Digest>,
     /// Its packs, the only ones that may be named.
     pub refs: Refs,
 }
@@ -127,7 +127,7 @@ impl BasebackupWriter {
                 Err(error) => return Err(error.into()),
             }
         }
-        if let Some(parent) = parent_id {
+        if let Some(parent) = &options.parent {
             fence(repository, parent).await?;
         }
         Ok(Self {
@@ -156,8 +156,8 @@ impl BasebackupWriter {
         PackBuilder::new(&identity, id, salt, &self.key, &self.begin.key)
     }
 
-    /// Stores a pack; returns when it is durable.
-    pub async fn upload(&self, pack: Pack) -> Result<(), Error> {
+    /// Stores a pack; returns what is known of it when it is durable.
+    pub async fn upload(&self, pack: Pack) -> Result<PackRecord, Error> {
         let key = self.repository.layout().pack(pack.id, &pack.salt);
         let record = PackRecord {
             id: pack.id,
@@ -169,7 +169,7 @@ impl BasebackupWriter {
         };
         self.repository.store().create(&key, pack.bytes).await?;
         self.uploaded.lock().expect("no holder of this lock panics").push(record);
-        Ok(())
+        Ok(record)
     }
 
     /// Stores manifest and refs and commits the basebackup.
@@ -202,7 +202,7 @@ impl BasebackupWriter {
         let head_size = manifest.head_len;
         record.id = self.begin.id;
         record.parent = self.begin.parent;
-        record.parent_digest = self.parent.as_ref().map(|parent| parent.digest);
+        record.parent_digest = self.parent.as_ref().and_then(|parent| parent.digest);
         record.keys = keys;
         record.manifest = ManifestPin {
             size: manifest.bytes.len() as u64,
@@ -300,19 +300,23 @@ async fn newest_before(repository: &Repository) -> Result<Option<BasebackupId>, 
     Ok(ids.filter(|id| id.time() < bound).max())
 }
 
-/// Reads the parent after `begin` exists, so that no sweeper can take it unseen.
-async fn fence(repository: &Repository, parent: BasebackupId) -> Result<(), Error> {
-    if repository.is_expired(parent).await? {
-        return Err(Error::Expired(parent));
+/// Reads the parent after `begin` exists, so that no sweeper can take it unseen. An attempt that was killed has no
+/// outcome; where somebody gave it one meanwhile, what it stored may go.
+async fn fence(repository: &Repository, parent: &ParentBasebackup) -> Result<(), Error> {
+    let id = parent.record.id;
+    if repository.is_expired(id).await? {
+        return Err(Error::Expired(id));
     }
-    let key = repository.layout().outcome(parent);
+    let key = repository.layout().outcome(id);
     let bytes = match repository.store().get(&key, DOCUMENT_BYTES_MAX).await {
-        Err(error) if error.is_absent() => return Err(Error::Incomplete(parent)),
+        Err(error) if error.is_absent() && parent.digest.is_none() => return Ok(()),
+        Err(error) if error.is_absent() => return Err(Error::Incomplete(id)),
         other => other?,
     };
-    let identity = repository.basebackup_identity(ObjectKind::Outcome, parent);
+    let identity = repository.basebackup_identity(ObjectKind::Outcome, id);
     match open_document(repository.keyring(), &identity, &bytes, key.as_str())?.0 {
-        Outcome::Complete(_) => Ok(()),
+        Outcome::Complete(_) if parent.digest.is_some() => Ok(()),
+        Outcome::Complete(_) => Err(Error::Abandoned(id)),
         Outcome::Abandoned { id } => Err(Error::Abandoned(id)),
     }
 }

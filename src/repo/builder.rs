@@ -73,7 +73,7 @@ impl BasebackupBuilder {
             parent: parent.as_ref().map(|parent| {
                 Arc::new(ParentBasebackup {
                     record: parent.record().clone(),
-                    digest: parent.digest(),
+                    digest: Some(parent.digest()),
                     refs: parent.refs().clone(),
                 })
             }),
@@ -250,7 +250,7 @@ impl BasebackupBuilder {
 
     async fn close_pack(&mut self) -> Result<(), Error> {
         let pack = std::mem::replace(&mut self.pack, self.writer.create_pack());
-        self.writer.upload(pack.finish()).await
+        self.writer.upload(pack.finish()).await.map(drop)
     }
 }
 

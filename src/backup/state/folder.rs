@@ -30,6 +30,7 @@ pub struct BackupLock {
 
 const FINISHED: &str = ".pages";
 const UNFINISHED: &str = ".pages.unfinished";
+const JOURNAL: &str = ".pages.journal";
 const LOCK: &str = "lock";
 /// How often the state may be replaced by another process between its name being read and being opened.
 const OPEN_ATTEMPTS: u32 = 10;
@@ -39,6 +40,7 @@ const OPEN_ATTEMPTS: u32 = 10;
 enum Named {
     Finished(BasebackupId),
     Unfinished,
+    Journal(BasebackupId),
 }
 
 impl StateFolder {
@@ -84,9 +86,23 @@ impl StateFolder {
 
     /// Begins the state of a basebackup, and removes what attempts that died have left.
     pub fn begin(&self, held: &BackupLock, id: BasebackupId) -> Result<StateWriter, StateError> {
-        self.remove_those(held, |named| named == Named::Unfinished)?;
-        let create = Create { owner: self.heir()?, ..Create::PRIVATE_FILE };
-        StateWriter::create(self.clone(), id, create)
+        self.remove_those(held, |named| !matches!(named, Named::Finished(_)))?;
+        StateWriter::create(self.clone(), id, self.private_file()?)
+    }
+
+    /// Returns how files are made here.
+    pub(super) fn private_file(&self) -> Result<Create, StateError> {
+        Ok(Create { owner: self.heir()?, ..Create::PRIVATE_FILE })
+    }
+
+    /// Returns the newest basebackup that has left a journal, where it is newer than the state that counts.
+    pub(super) fn killed(&self) -> Result<Option<BasebackupId>, StateError> {
+        let newest = self.newest()?;
+        let journals = self.list()?.into_iter().filter_map(|(_, named)| match named {
+            Named::Journal(id) => Some(id),
+            Named::Finished(_) | Named::Unfinished => None,
+        });
+        Ok(journals.max().filter(|id| newest.is_none_or(|newest| *id > newest)))
     }
 
     /// Removes every state: the next basebackup is a full one.
@@ -102,6 +118,11 @@ impl StateFolder {
     /// Returns where the state of a basebackup is being written.
     pub(super) fn unfinished(&self, id: BasebackupId) -> PathBuf {
         self.path.join(format!("{id}{UNFINISHED}"))
+    }
+
+    /// Returns where the journal of a basebackup is.
+    pub(super) fn journal(&self, id: BasebackupId) -> PathBuf {
+        self.path.join(format!("{id}{JOURNAL}"))
     }
 
     /// Removes every state but that of `id`, whose writer has the lock.
@@ -123,7 +144,7 @@ impl StateFolder {
     fn newest(&self) -> Result<Option<BasebackupId>, StateError> {
         let ids = self.list()?.into_iter().filter_map(|(_, named)| match named {
             Named::Finished(id) => Some(id),
-            Named::Unfinished => None,
+            Named::Unfinished | Named::Journal(_) => None,
         });
         Ok(ids.max())
     }
@@ -159,6 +180,9 @@ fn named(path: &Path) -> Option<Named> {
     let is_id = |text: &str| text.parse::<BasebackupId>().ok();
     if let Some(id) = name.strip_suffix(UNFINISHED) {
         return is_id(id).map(|_| Named::Unfinished);
+    }
+    if let Some(id) = name.strip_suffix(JOURNAL) {
+        return is_id(id).map(Named::Journal);
     }
     is_id(name.strip_suffix(FINISHED)?).map(Named::Finished)
 }

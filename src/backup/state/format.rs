@@ -67,6 +67,7 @@ pub(super) enum Part {
     Directory = 6,
     Facts = 7,
     Footer = 8,
+    Journal = 9,
 }
 
 impl Part {
@@ -81,6 +82,7 @@ impl Part {
             Self::Directory => "directory of the index",
             Self::Facts => "record of the basebackup",
             Self::Footer => "end",
+            Self::Journal => "journal",
         }
     }
 }

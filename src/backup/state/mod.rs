@@ -4,6 +4,7 @@
 //! <state>/basebackups/<site>/lock
 //!                           /<basebackup id>.pages              what the next basebackup compares with
 //!                           /<basebackup id>.pages.unfinished   being written
+//!                           /<basebackup id>.pages.journal      what a killed full basebackup can go on with
 //! ```
 //! A writer appends blocks of page hashes while a basebackup runs and renames its file after the commit; a crash
 //! leaves the old state or the new one. A reader streams files in order, looks one up by its path, and reads what is
@@ -15,6 +16,7 @@ mod error;
 mod format;
 
 mod folder;
+mod journal;
 mod reader;
 mod sorter;
 mod writer;
@@ -41,6 +43,7 @@ use crate::repo::{
 
 pub use error::{StateError, StateErrorKind};
 pub use folder::{BackupLock, StateFolder};
+pub use journal::{Attempt, Journal};
 pub use reader::State;
 pub use writer::StateWriter;
 

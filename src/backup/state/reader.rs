@@ -328,7 +328,7 @@ impl PartSource<'_> {
         let len_max = match part {
             Part::Header => HEADER_LEN as u32,
             Part::Hashes | Part::Map => BLOCK_BYTES_MAX,
-            Part::Run | Part::Index => INDEX_FRAME_BYTES_MAX,
+            Part::Run | Part::Index | Part::Journal => INDEX_FRAME_BYTES_MAX,
             Part::Directory => DIRECTORY_BYTES_MAX,
             Part::Facts => FACTS_BYTES_MAX,
             Part::Footer => FOOTER_LEN as u32,

@@ -3,7 +3,7 @@
 //! blocks, in the order in which they come → index → directory, facts, end → fsync → name → older states removed.
 //! Until it has its name nobody reads it, so a crash at any point leaves the state before or this one. An error leaves
 //! the file in parts, so the writer takes nothing more after one; dropped without `finish`, it removes the file.
-//! Deliberately absent: taking up the state of an attempt that died.
+//! What a killed attempt has left gets its end from its journal (`journal`), and no name.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::Write;
@@ -19,7 +19,9 @@ use crate::backup::state::format::{
 };
 use crate::backup::state::reader::PartSource;
 use crate::backup::state::sorter::FileSorter;
-use crate::backup::state::{KnownBlock, KnownFile, RecordAt, State, StateError, StateFacts, StateFolder};
+use crate::backup::state::{
+    KnownBlock, KnownContent, KnownFile, RecordAt, State, StateError, StateFacts, StateFolder,
+};
 use crate::disk::{
     self,
     durable::{self, Create},
@@ -37,7 +39,10 @@ pub struct StateWriter {
     out: Output,
     files: FileSorter,
     file_count: u64,
-    named: bool,
+    /// Whether the file stays when this is dropped.
+    stays: bool,
+    /// What there was when an attempt that died was taken up.
+    held: u64,
 }
 
 /// What has been done of a finish.
@@ -56,7 +61,40 @@ pub(super) enum FinishStep {
 impl StateWriter {
     pub(super) fn create(folder: StateFolder, id: BasebackupId, create: Create) -> Result<Self, StateError> {
         let out = Output::create(folder.unfinished(id), id, create)?;
-        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, named: false })
+        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, stays: false, held: 0 })
+    }
+
+    /// Opens what a killed attempt has left, to be given the index it lacks.
+    pub(super) fn reopen(folder: StateFolder, id: BasebackupId) -> Result<Self, StateError> {
+        let path = folder.unfinished(id);
+        let opened = OpenOptions::new().read(true).append(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+        let file = opened.map_err(disk::Error::at("open the state", &path))?;
+        let written = file.metadata().map_err(disk::Error::at("stat", &path))?.len();
+        let out = Output { file, path, id, buffer: Vec::new(), written, failed: false };
+        // It stays where it is, whatever comes of it.
+        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, stays: true, held: written })
+    }
+
+    /// Returns whether the blocks of a file are among what had been written when this was opened.
+    pub(super) fn holds(&self, file: &KnownFile) -> bool {
+        let KnownContent::Pages { records, .. } = &file.content else {
+            return true;
+        };
+        let end = |at: &RecordAt| at.offset.checked_add(u64::from(at.len));
+        records.iter().all(|at| end(at).is_some_and(|end| end <= self.held))
+    }
+
+    /// Gives what was reopened its end, without a name.
+    pub(super) fn finish_unnamed(mut self, facts: &StateFacts) -> Result<(), StateError> {
+        self.write_end(facts)?;
+        self.out.flush()
+    }
+
+    /// Has what was noted so far on the disk, where it stays though the basebackup may fail.
+    pub fn keep(&mut self) -> Result<(), StateError> {
+        self.stays = true;
+        self.out.flush()?;
+        Ok(self.out.file.sync_data().map_err(disk::Error::at("fsync the state", &self.out.path))?)
     }
 
     /// Notes what is known of up to 16384 pages; what is returned belongs into the file's `records`.
@@ -116,7 +154,7 @@ impl StateWriter {
         self.out.sync()?;
         taken(FinishStep::Synced);
         durable::rename(&self.out.path, &self.folder.finished(self.id))?;
-        self.named = true;
+        self.stays = true;
         taken(FinishStep::Named);
         if let Err(error) = self.folder.remove_others(self.id) {
             tracing::warn!("cannot remove an older state: {error}");
@@ -165,7 +203,7 @@ impl StateWriter {
 
 impl Drop for StateWriter {
     fn drop(&mut self) {
-        if !self.named {
+        if !self.stays {
             // What stays is removed by the next attempt.
             let _ = fs::remove_file(&self.out.path);
         }

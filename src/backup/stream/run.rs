@@ -20,7 +20,6 @@ use crate::backup::pipeline::Budget;
 use crate::backup::rate::RateLimit;
 use crate::backup::read_pages::JOB_BYTES;
 use crate::backup::reading::START_PACKS_MAX;
-use crate::backup::rewriting::Rewriting;
 use crate::backup::run::{BackupOptions, BackupOutcome, blocking, new_packer};
 use crate::backup::server_facts::{Database, ServerFacts};
 use crate::backup::server_identity::{Difference, ServerIdentity};
@@ -124,6 +123,10 @@ async fn attempt(
     let address = session.address();
     tracing::info!("basebackup {} of cluster {cluster} begins, by BASE_BACKUP from {address}", writer.id());
     let packer = new_packer(&writer, &at_most(options), &begun, states.writer(writer.id()).await);
+    let packer = match states.journal(writer.id(), &begun, &today) {
+        Some(journal) => packer.journaling(journal),
+        None => packer,
+    };
     let asked = Asked { options, begun: &begun, changes };
     let copying = receive(repository, &server, replication, asked, pool, packer, monitor);
     let mut copied = tokio::select! {
@@ -220,8 +223,7 @@ impl Server {
 /// were, to be stored again or to be looked at once in a while.
 fn changes_of(asked: Asked<'_>, facts: &ServerFacts, start_set_again: bool) -> Option<Arc<KnownParent>> {
     let parent = asked.begun.parent.as_ref().filter(|_| asked.changes && !start_set_again)?;
-    let Rewriting { missing, crowded, .. } = parent.rewriting();
-    let are_needed = parent.reads_all() || *missing > 0 || *crowded > 0;
+    let are_needed = parent.reads_all() || parent.takes_bytes();
     let summarizes = facts.version >= MajorVersion::V17 && facts.setting("summarize_wal") == Some("on");
     (summarizes && !are_needed).then(|| parent.clone())
 }
