@@ -161,7 +161,8 @@ impl CarriedFiles {
 
     async fn store_pack(&mut self) -> Result<(), Error> {
         let pack = std::mem::replace(&mut self.pack, self.writer.create_pack()).finish();
-        Ok(self.writer.upload(pack).await?)
+        self.writer.upload(pack).await?;
+        Ok(())
     }
 }
 

@@ -178,6 +178,28 @@ fn a_basebackup_of_a_standby_starts_after_replay_and_has_the_history_archived() 
     assert!(history.exists(), "the archiver is done with it, so the backup has put it back");
 }
 
+#[test]
+fn a_standby_that_is_promoted_meanwhile_is_another_server() {
+    require!(Need::PostgreSQL(15));
+    let cluster = Cluster::start(15);
+    let walden = archiving(&cluster);
+    let standby = standby_of(&cluster);
+    let sparse = standby.data_directory().join("sparse");
+    fs::File::create(&sparse).unwrap().set_len(6 << 30).unwrap();
+    Account::of_postgresql().own(&sparse);
+    let scratch = Scratch::new();
+    let from_standby = Walden::configure(&scratch, &site(&standby).storage(&walden.storage()));
+    let taking = from_standby.command().arg("backup").stderr(Stdio::piped()).spawn().unwrap();
+    wait_for("the server to send files", || sends_files(&standby).then_some(()));
+    standby.sql("select pg_promote()");
+    let output = taking.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(told.contains("server changed during the basebackup"), "{told}");
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    let listed = walden.json(&["list"]);
+    assert_eq!(listed["basebackups"].as_array().unwrap().len(), 0, "{listed}");
+}
+
 /// Makes a standby and starts it.
 fn standby_of(cluster: &Cluster) -> Server {
     let data = cluster.scratch().path().join("standby");

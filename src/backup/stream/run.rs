@@ -295,7 +295,12 @@ async fn receive(
     let progress = monitor.start(Task::bytes("backup", (estimate > 0).then_some(estimate)));
     let limit = options.rate.map(|rate| RateLimit::new(rate, repository.shared_clock()));
     let mut incoming = Incoming::new(base, receiver, limit);
-    copy(&mut incoming, context, pool, options.budget, &mut packer, &progress).await?;
+    let copied = copy(&mut incoming, context, pool, options.budget, &mut packer, &progress).await;
+    if let Err(Error::Source(SourceError::Session(SessionError::Sql { .. }))) = &copied {
+        // A standby that is promoted ends it with an error; that it is another server now says more.
+        check_same(session, facts).await?;
+    }
+    copied?;
     let Finished { received, end, received_bytes, connection } = incoming.finish()?;
 
     check_timeline(timeline, end.timeline)?;

@@ -12,7 +12,9 @@ use bytes::Bytes;
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
-use crate::backup::gather::{Again, GatherOptions, KnownPages, PageGatherer, PageRun, compress};
+use crate::backup::gather::{
+    Again, GatherOptions, KnownPages, PageGatherer, PageRun, compress, gather_pages,
+};
 use crate::backup::known_parent::KnownParent;
 use crate::backup::plan::SMALL_FILE_BYTES;
 use crate::backup::read_small::{INLINE_BYTES, SmallFile, SmallFiles, SmallPlace, begins_at};
@@ -126,9 +128,8 @@ impl Work {
                 let block = file.known_block(range.start / MAP_BLOCK_BYTES, context);
                 let first = (range.start % MAP_BLOCK_BYTES / PAGE_SIZE) as u32;
                 let options = context.gathering(file.lane);
-                let mut gatherer = PageGatherer::new(&options);
-                gatherer.push(&raw, block.as_deref().map(|block| KnownPages { block, first }))?;
-                let mut run = gatherer.finish()?;
+                let known = block.as_deref().map(|block| KnownPages { block, first });
+                let mut run = gather_pages(&raw, known, &options)?;
                 run.state = Some(state_of(&file.file));
                 run.damaged = context.damaged(&file.file, range.start, &raw);
                 let (expected, known) = (range.end - range.start, file.known(context));
