@@ -185,7 +185,7 @@ fn a_standby_that_is_promoted_meanwhile_is_another_server() {
     let walden = archiving(&cluster);
     let standby = standby_of(&cluster);
     let sparse = standby.data_directory().join("sparse");
-    fs::File::create(&sparse).unwrap().set_len(6 << 30).unwrap();
+    fs::File::create(&sparse).unwrap().set_len(2 << 30).unwrap();
     Account::of_postgresql().own(&sparse);
     let scratch = Scratch::new();
     let from_standby = Walden::configure(&scratch, &site(&standby).storage(&walden.storage()));
