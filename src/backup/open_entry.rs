@@ -61,6 +61,13 @@ impl OpenEntry {
         }
     }
 
+    /// Returns how many damaged pages the file had, where not all of it was read: those are as they were, but for some
+    /// that may have been written since.
+    pub fn damage_unread(&self) -> u32 {
+        let known = self.known.as_ref().filter(|_| self.crc.is_none());
+        known.map_or(0, |known| known.damaged_pages)
+    }
+
     /// Returns whether the block under way has all its pages.
     pub fn block_is_full(&self) -> bool {
         self.map.page_count() == (self.blocks_done as u64 + 1) * MAP_BLOCK_PAGES

@@ -203,7 +203,7 @@ impl Packer {
 
     /// Ends the file whose pages were packed last.
     pub fn end_file(&mut self, file: &SourceFile) {
-        let Some(open) = self.open.take() else {
+        let Some(mut open) = self.open.take() else {
             return;
         };
         let Some(state) = open.state else {
@@ -211,6 +211,9 @@ impl Packer {
             return;
         };
         self.packed.shrunk += u64::from(open.bytes < file.size);
+        let before = open.damage_unread();
+        open.damaged += before;
+        self.packed.size.damaged_pages += u64::from(before);
         self.push_mapped(file.path.clone(), state, open, true);
     }
 
