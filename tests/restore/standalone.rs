@@ -130,8 +130,9 @@ fn a_copy_of_a_mounted_standalone_basebackup_starts_without_walden() {
     let shown = mounted.path().join("basebackups/latest/data");
     Run::of(Account::of_postgresql().command("cp").arg("-rL").args([&shown, &copy]), "").expect_success();
     let segment = report["wal"]["segments"][0]["first"].as_str().unwrap();
-    let in_archive = fs::read(mounted.path().join("wal").join(segment)).unwrap();
-    assert!(in_archive == fs::read(copy.join("pg_wal").join(segment)).unwrap(), "{segment}");
+    let (in_archive, fetched) = (mounted.path().join("wal").join(segment), source.place("fetched"));
+    Run::of(Account::of_postgresql().command("cp").args([&in_archive, &fetched]), "").expect_success();
+    assert!(fs::read(&fetched).unwrap() == fs::read(copy.join("pg_wal").join(segment)).unwrap(), "{segment}");
     drop(mounted);
     Run::of(Command::new("chmod").args(["-R", "u+w"]).arg(&copy), "").expect_success();
     Run::of(Command::new("chmod").arg("700").arg(&copy), "").expect_success();
