@@ -306,7 +306,7 @@ mod tests {
             inode: identity.inode,
             device: identity.device,
             changed: identity.changed,
-            crc: Crc32c::default(),
+            crc: Some(Crc32c::default()),
             damaged_pages: 0,
             content: KnownContent::Inline(bytes::Bytes::new()),
         };

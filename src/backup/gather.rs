@@ -57,8 +57,10 @@ pub struct PageRun {
     pub state: Option<FileState>,
     /// Bytes that were read; fewer than asked for where the file ends.
     pub bytes: u64,
-    /// CRC of them.
-    pub crc: Crc32c,
+    /// CRC of them; none where not all of them were read.
+    pub crc: Option<Crc32c>,
+    /// Bytes of pages that were not read.
+    pub unread: u64,
     /// The pages in order: where each stands.
     pub pages: Vec<PagePlace>,
     /// The hash of each page; empty without a key.
@@ -126,12 +128,13 @@ impl Again {
 impl<'a> PageGatherer<'a> {
     /// Starts a run.
     pub fn new(options: &'a GatherOptions) -> Self {
-        Self { options, gathered: Vec::new(), run: PageRun::default() }
+        let run = PageRun { crc: Some(Crc32c::default()), ..PageRun::default() };
+        Self { options, gathered: Vec::new(), run }
     }
 
     /// Takes the next pages of the run; only the very last one may be short.
     pub fn push(&mut self, raw: &[u8], known: Option<KnownPages<'_>>) -> Result<(), Error> {
-        self.run.crc = self.run.crc.then(Crc32c::of(raw), raw.len() as u64);
+        self.run.crc = self.run.crc.map(|crc| crc.then(Crc32c::of(raw), raw.len() as u64));
         self.run.bytes += raw.len() as u64;
         for (n, page) in (0u32..).zip(raw.chunks(PAGE)) {
             let before = known.and_then(|known| known.page(n));
@@ -145,6 +148,26 @@ impl<'a> PageGatherer<'a> {
             self.run.pages.push(place);
         }
         Ok(())
+    }
+
+    /// Takes a page that was not read, because it is what is known of it; with nothing known it is all zero.
+    pub fn push_unread(&mut self, known: Option<(PageHash, PageSource)>) {
+        const ZERO: [u8; PAGE] = [0; PAGE];
+        let (hash, place) = match known {
+            None => {
+                self.run.changed += 1;
+                (self.options.hash_key.as_ref().map(|key| key.hash(&ZERO)), PagePlace::Zero)
+            }
+            Some((hash, PageSource::Zero)) => (Some(hash), PagePlace::Zero),
+            Some((hash, PageSource::Chunk { chunk, slot })) => (Some(hash), PagePlace::Known { chunk, slot }),
+        };
+        if self.options.hash_key.is_some() {
+            self.run.hashes.extend(hash);
+        }
+        self.run.pages.push(place);
+        self.run.bytes += PAGE_SIZE;
+        self.run.unread += PAGE_SIZE;
+        self.run.crc = None;
     }
 
     /// Compresses what is left and returns the run.
@@ -195,7 +218,7 @@ impl<'a> PageGatherer<'a> {
 
 impl KnownPages<'_> {
     /// Returns the hash of page `n` of the run and where it stands; nothing behind the end of what is known.
-    fn page(&self, n: u32) -> Option<(PageHash, PageSource)> {
+    pub fn page(&self, n: u32) -> Option<(PageHash, PageSource)> {
         let page = self.first.checked_add(n)?;
         let hash = *self.block.hashes.get(page as usize)?;
         let [extent, ..] = self.block.map.overlapping(page, page.checked_add(1)?) else {
@@ -301,7 +324,7 @@ mod tests {
         assert_eq!(run.pages[20], PagePlace::Chunk { frame: 1, slot: 1 });
         assert_eq!(run.frames[1].body.len(), PAGE + 100);
         assert_eq!(run.frames[1].body[PAGE + 50], 21);
-        assert_eq!((run.bytes, run.crc), (raw.len() as u64, Crc32c::of(&raw)));
+        assert_eq!((run.bytes, run.crc), (raw.len() as u64, Some(Crc32c::of(&raw))));
     }
 
     #[test]
@@ -327,6 +350,27 @@ mod tests {
         assert_eq!(run.pages[20], PagePlace::Chunk { frame: 0, slot: 1 });
         assert_eq!(run.pages[31], PagePlace::Chunk { frame: 0, slot: 3 });
         assert!(matches!(run.pages[29], PagePlace::Known { .. }));
+    }
+
+    #[test]
+    fn a_page_that_was_not_read_stands_where_it_stood_or_is_zero() {
+        let options = options(Again::Everything);
+        let before = pages(3, &[1]);
+        let known = known(&before, &options);
+        let mut gatherer = PageGatherer::new(&options);
+        let page = |n| KnownPages { block: &known, first: 0 }.page(n);
+        gatherer.push_unread(page(0));
+        gatherer.push_unread(page(1));
+        gatherer.push(&before[2 * PAGE..], None).unwrap();
+        assert!(page(3).is_none());
+        gatherer.push_unread(None);
+        let run = gatherer.finish().unwrap();
+        let stood = PagePlace::Known { chunk: chunk(0), slot: 0 };
+        let sent = PagePlace::Chunk { frame: 0, slot: 0 };
+        assert_eq!(run.pages, [stood, PagePlace::Zero, sent, PagePlace::Zero]);
+        assert_eq!((run.bytes, run.unread, run.crc), (4 * PAGE_SIZE, 3 * PAGE_SIZE, None));
+        // What became zero unseen is a change, and its hash is that of zeros.
+        assert_eq!((run.changed, run.hashes.len(), run.hashes[3]), (2, 4, run.hashes[1]));
     }
 
     #[test]

@@ -122,7 +122,7 @@ mod tests {
             inode: 0,
             device: 0,
             changed: jiff::Timestamp::UNIX_EPOCH,
-            crc: Crc32c::default(),
+            crc: Some(Crc32c::default()),
             damaged_pages: 0,
             content: KnownContent::Inline(bytes::Bytes::new()),
         };

@@ -177,10 +177,15 @@ impl KnownParent {
         packs
     }
 
+    /// Streams what is known of files, in order.
+    pub fn files(&self) -> impl Iterator<Item = Result<KnownFile, StateError>> + '_ {
+        self.state.files()
+    }
+
     /// Returns the packs that hold all the files that `belong`.
     pub fn packs_of_all(&self, mut belongs: impl FnMut(&KnownFile) -> bool) -> BTreeSet<PackId> {
         let mut packs = BTreeSet::new();
-        for known in self.state.files().filter_map(|file| file.map_err(|error| self.complain(&error)).ok()) {
+        for known in self.files().filter_map(|file| file.map_err(|error| self.complain(&error)).ok()) {
             if belongs(&known) {
                 packs.extend(self.packs_of(&known));
             }

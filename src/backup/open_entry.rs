@@ -25,8 +25,8 @@ pub struct OpenEntry {
     pub map: FileMap,
     /// Bytes packed so far.
     pub bytes: u64,
-    /// CRC of them.
-    pub crc: Crc32c,
+    /// CRC of them; none where not all of them were read.
+    pub crc: Option<Crc32c>,
     /// Whether its end has been met; what comes later does not belong to it.
     pub ended: bool,
     /// Pages whose checksum is wrong.
@@ -50,7 +50,7 @@ impl OpenEntry {
             state,
             map: FileMap::default(),
             bytes: 0,
-            crc: Crc32c::default(),
+            crc: Some(Crc32c::default()),
             ended: false,
             damaged: 0,
             unchanged: true,

@@ -57,8 +57,8 @@ pub struct Packer {
 pub struct Packed {
     /// Files, their contents filled in at the end.
     pub entries: Vec<Entry>,
-    /// CRC of each of `entries`, which have the same order.
-    pub checksums: Vec<Crc32c>,
+    /// CRC of each of `entries`, which have the same order; none where not all of the file was read.
+    pub checksums: Vec<Option<Crc32c>>,
     /// Where the start-up set lies.
     pub start_set: Vec<PackRange>,
     /// Files and their bytes, damaged pages.
@@ -167,7 +167,7 @@ impl Packer {
                 records: Vec::new(),
             };
             let size = u64::from(small.len);
-            self.push_file(file.path.clone(), small.state, size, small.crc, content, Some(remembered));
+            self.push_file(file.path.clone(), small.state, size, Some(small.crc), content, Some(remembered));
         }
         self.packed.vanished += together.vanished;
         Ok(())
@@ -251,7 +251,7 @@ impl Packer {
 
     /// Adds a file that is in memory.
     pub async fn push_bytes(&mut self, path: TreePath, state: FileState, raw: Bytes) -> Result<(), Error> {
-        let (len, crc) = (raw.len() as u64, Crc32c::of(&raw));
+        let (len, crc) = (raw.len() as u64, Some(Crc32c::of(&raw)));
         let is_control_file = path.as_bytes() == b"data/global/pg_control";
         if raw.len() <= INLINE_BYTES || (is_control_file && raw.len() <= INLINE_BYTES_MAX) {
             self.push_file(path, state, len, crc, Content::Inline(raw), None);
@@ -295,8 +295,9 @@ impl Packer {
         if self.in_start_set == start_set {
             return;
         }
-        let (pack, maps) =
+        let (pack, mut maps) =
             self.aside.take().unwrap_or_else(|| (self.writer.create_pack(), MapWriter::default()));
+        maps.count_for(&mut self.maps);
         self.aside = Some((std::mem::replace(&mut self.pack, pack), std::mem::replace(&mut self.maps, maps)));
         self.in_start_set = start_set;
     }
@@ -337,7 +338,7 @@ impl Packer {
 
     async fn append_run(&mut self, open: &mut OpenEntry, run: PageRun) -> Result<(), Error> {
         open.unchanged &= run.is_unchanged();
-        let PageRun { frames, pages, hashes, changed, stored_again, bytes, crc, .. } = run;
+        let PageRun { frames, pages, hashes, changed, stored_again, bytes, unread, crc, .. } = run;
         let chunks = self.append_all(frames).await?;
         for (n, place) in pages.into_iter().enumerate() {
             match place {
@@ -353,10 +354,10 @@ impl Packer {
                 self.close_block(open);
             }
         }
-        open.crc = open.crc.then(crc, bytes);
+        open.crc = open.crc.zip(crc).map(|(before, next)| before.then(next, bytes));
         open.bytes += bytes;
         let work = &mut self.packed.work;
-        work.bytes_read += bytes;
+        work.bytes_read += bytes - unread;
         work.pages_changed += changed;
         work.pages_stored_again += stored_again;
         Ok(())
@@ -393,7 +394,7 @@ impl Packer {
         path: TreePath,
         state: FileState,
         size: u64,
-        crc: Crc32c,
+        crc: Option<Crc32c>,
         content: Content,
         remembered: Option<RememberedFile>,
     ) {

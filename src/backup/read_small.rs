@@ -105,13 +105,15 @@ pub fn read_small(
             SmallPlace::Known(blob)
         } else {
             *if before.is_some() { &mut together.stored_again } else { &mut together.changed } += pages;
-            if !gathered.is_empty() && (gathered.len() + raw.len()) as u64 > SMALL_FILE_BYTES {
+            let mut at = begins_at(gathered.len(), file);
+            if at > 0 && (at + raw.len()) as u64 > SMALL_FILE_BYTES {
                 together.frames.push(compress(&gathered, context.compression)?);
                 gathered.clear();
+                at = 0;
             }
-            let at = gathered.len() as u32;
+            gathered.resize(at, 0);
             gathered.extend_from_slice(&raw);
-            SmallPlace::Chunk { frame: together.frames.len(), at }
+            SmallPlace::Chunk { frame: together.frames.len(), at: at as u32 }
         };
         together.files.push(SmallFile { number: *number, state, len, crc, hash, place, damaged });
     }
@@ -119,6 +121,12 @@ pub fn read_small(
         together.frames.push(compress(&gathered, context.compression)?);
     }
     Ok(together)
+}
+
+/// Returns where a file begins in a chunk that has so many bytes: a relation at a page, so that each of its pages can be
+/// named by itself.
+pub fn begins_at(gathered: usize, file: &SourceFile) -> usize {
+    if file.relation().is_some() { gathered.next_multiple_of(PAGE_SIZE as usize) } else { gathered }
 }
 
 /// Where the bytes of a small file stood that are still the same.

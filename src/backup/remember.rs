@@ -57,7 +57,7 @@ impl Remembering {
     }
 
     /// Writes down the files: `entries` in the order in which they were packed, with their contents filled in.
-    pub fn finish(mut self, entries: &[Entry], checksums: &[Crc32c]) -> Option<StateWriter> {
+    pub fn finish(mut self, entries: &[Entry], checksums: &[Option<Crc32c>]) -> Option<StateWriter> {
         let files = std::mem::take(&mut self.files);
         for ((entry, crc), file) in entries.iter().zip(checksums).zip(files) {
             let Some(known) = file.and_then(|file| known_file(entry, *crc, file)) else {
@@ -78,7 +78,7 @@ impl Remembering {
     }
 }
 
-fn known_file(entry: &Entry, crc: Crc32c, file: RememberedFile) -> Option<KnownFile> {
+fn known_file(entry: &Entry, crc: Option<Crc32c>, file: RememberedFile) -> Option<KnownFile> {
     let Node::File { size, content } = &entry.node else {
         return None;
     };

@@ -106,6 +106,8 @@ pub struct BackupOutcome {
     pub work: WorkDone,
     /// Bytes of all packs it names, whether they are in use or not.
     pub packs_bytes: u64,
+    /// Bytes that came from the server; none where its data directory was read.
+    pub received_bytes: Option<u64>,
 }
 
 /// What decides how files are copied.
@@ -217,6 +219,7 @@ async fn read_directory(
         decision: begun.decision,
         work,
         packs_bytes: committed.packs_bytes,
+        received_bytes: None,
     })
 }
 

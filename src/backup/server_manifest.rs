@@ -1,6 +1,6 @@
 //! PostgreSQL's own `backup_manifest` of what was packed, so that `pg_verifybackup -n` passes on a mount.
 //!
-//! The CRCs were taken from the buffers that were sealed. `pg_verifybackup` follows links, so a file that is also
+//! The CRCs were taken from the buffers that were sealed; a file of which the server sent only what has changed has none. `pg_verifybackup` follows links, so a file that is also
 //! reached through a link is listed under both names. Configuration outside PGDATA is no part of it.
 
 use std::collections::BTreeMap;
@@ -41,7 +41,7 @@ impl ManifestDigest for Sha256 {
 pub fn server_manifest(
     facts: &ManifestFacts,
     files: &[Entry],
-    checksums: &[Crc32c],
+    checksums: &[Option<Crc32c>],
     links: &[Entry],
 ) -> Vec<u8> {
     let mut manifest = BackupManifest::new(facts.version, facts.system_identifier, Sha256::new());
@@ -66,10 +66,12 @@ pub fn server_manifest(
     manifest.finish()
 }
 
-fn push(manifest: &mut BackupManifest<Sha256>, path: &TreePath, entry: &Entry, crc: Crc32c) {
+fn push(manifest: &mut BackupManifest<Sha256>, path: &TreePath, entry: &Entry, crc: Option<Crc32c>) {
     let path = server_path(path).and_then(|path| DataPath::new(path).ok());
     if let Some(path) = path {
-        manifest.file(&path, entry.size(), entry.modified, ManifestChecksum::Crc32c(&crc.manifest_hex()));
+        let digits = crc.map(Crc32c::manifest_hex);
+        let checksum = digits.as_deref().map_or(ManifestChecksum::None, ManifestChecksum::Crc32c);
+        manifest.file(&path, entry.size(), entry.modified, checksum);
     }
 }
 
@@ -138,7 +140,7 @@ mod tests {
             timeline: TimelineId::FIRST,
             wal: (Lsn(0x0200_0028), Lsn(0x0200_0100)),
         };
-        let text = server_manifest(&facts, &files, &[Crc32c::of(b"abc"); 4], &links);
+        let text = server_manifest(&facts, &files, &[Some(Crc32c::of(b"abc")); 4], &links);
         let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
         let paths: Vec<&str> =
             json["Files"].as_array().unwrap().iter().map(|file| file["Path"].as_str().unwrap()).collect();

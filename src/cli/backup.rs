@@ -224,6 +224,8 @@ struct BackupReport {
     stopped_at: String,
     files: u64,
     database_bytes: u64,
+    /// Bytes that came from the server; none where its data directory was read.
+    received_bytes: Option<u64>,
     read_bytes: u64,
     unread_files: u64,
     changed_pages: u64,
@@ -248,7 +250,8 @@ struct BackupReport {
 impl BackupReport {
     /// Creates the report of a basebackup that took so many requests to the store.
     fn of(outcome: BackupOutcome, requests: u64) -> Self {
-        let BackupOutcome { record, took, vanished, shrunk, decision, work, packs_bytes } = outcome;
+        let BackupOutcome { record, took, vanished, shrunk, decision, work, packs_bytes, received_bytes } =
+            outcome;
         let in_seconds = |time: Duration| (time.as_secs_f64() * 1000.0).round() / 1000.0;
         let usage = Usage::now();
         Self {
@@ -264,6 +267,7 @@ impl BackupReport {
             stopped_at: record.stopped_at.to_string(),
             files: record.size.files,
             database_bytes: record.size.database_bytes,
+            received_bytes,
             read_bytes: work.bytes_read,
             unread_files: work.files_kept,
             changed_pages: work.pages_changed,
@@ -338,6 +342,9 @@ impl Report for BackupReport {
         writeln!(out, " ({}:1)", self.ratio)?;
         if self.parent.is_some() {
             self.write_incremental(out)?;
+        }
+        if let Some(received) = self.received_bytes {
+            writeln!(out, "{} received from the server", size(received))?;
         }
         writeln!(
             out,

@@ -405,8 +405,9 @@ static SITE: Section = Section {
             r#""replication""#,
             "`\"data-directory\"`",
             "Where basebackups come from: `data-directory` reads the server's on this host; `replication` has a server \
-             on any host send it (BASE_BACKUP), all of it each time though only what differs is stored, to a role with \
-             REPLICATION that pg_hba.conf lets in for `replication`.",
+             on any host send it (BASE_BACKUP), all of it each time though only what differs is stored, or from 17 on \
+             with `summarize_wal` only what has changed, to a role with REPLICATION that pg_hba.conf lets in for \
+             `replication`.",
         ),
         key(
             "wal",

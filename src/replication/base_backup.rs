@@ -29,6 +29,8 @@ pub struct BaseBackupOptions {
     pub fast: bool,
     /// Have locations of tablespaces in a file of their own: links in an archive have at most 99 bytes.
     pub tablespace_map: bool,
+    /// Of relations only what has changed since the backup whose manifest was uploaded (17 and later).
+    pub incremental: bool,
 }
 
 /// A tablespace whose files come in an archive of their own.
@@ -73,6 +75,7 @@ pub struct BaseBackup {
     lsn: Lsn,
     timeline: TimelineId,
     tablespaces: Vec<BaseBackupTablespace>,
+    received: u64,
 }
 
 /// No cluster has more tablespaces; the list is the server's word.
@@ -96,8 +99,9 @@ impl BaseBackupOptions {
         }
         let checkpoint = if self.fast { "fast" } else { "spread" };
         let map = if self.tablespace_map { ", TABLESPACE_MAP" } else { "" };
+        let incremental = if self.incremental { ", INCREMENTAL" } else { "" };
         format!(
-            "BASE_BACKUP (LABEL '{label}', CHECKPOINT '{checkpoint}', WAIT 0{map}, MANIFEST 'yes', \
+            "BASE_BACKUP (LABEL '{label}', CHECKPOINT '{checkpoint}', WAIT 0{map}{incremental}, MANIFEST 'yes', \
              MANIFEST_CHECKSUMS 'CRC32C', TARGET 'client')"
         )
     }
@@ -121,7 +125,7 @@ impl BaseBackup {
         }
         let (lsn, timeline) = reader.position.take().ok_or_else(no_position)?;
         let tablespaces = std::mem::take(&mut reader.tablespaces);
-        Ok(Self { connection, reader, lsn, timeline, tablespaces })
+        Ok(Self { connection, reader, lsn, timeline, tablespaces, received: 0 })
     }
 
     /// Returns where the backup starts.
@@ -141,10 +145,18 @@ impl BaseBackup {
     pub async fn next(&mut self) -> Result<BaseBackupPart, Error> {
         loop {
             let message = self.connection.wire.next().await?;
+            if let Incoming::CopyData(body) = &message {
+                self.received += body.len() as u64;
+            }
             if let Some(part) = self.reader.take(message)? {
                 return Ok(part);
             }
         }
+    }
+
+    /// Returns how many bytes have been received.
+    pub fn received(&self) -> u64 {
+        self.received
     }
 
     /// Returns the connection, for questions behind the end.
@@ -469,7 +481,8 @@ mod tests {
 
     #[test]
     fn each_version_is_asked_in_its_own_grammar() {
-        let options = BaseBackupOptions { label: "it's".into(), fast: true, tablespace_map: false };
+        let options =
+            BaseBackupOptions { label: "it's".into(), fast: true, tablespace_map: false, incremental: false };
         assert_eq!(
             options.command(MajorVersion::V14),
             "BASE_BACKUP LABEL 'it''s' FAST NOWAIT MANIFEST 'yes' MANIFEST_CHECKSUMS 'CRC32C'"
@@ -479,6 +492,8 @@ mod tests {
             "BASE_BACKUP (LABEL 'it''s', CHECKPOINT 'fast', WAIT 0, MANIFEST 'yes', \
              MANIFEST_CHECKSUMS 'CRC32C', TARGET 'client')"
         );
+        let changes = BaseBackupOptions { incremental: true, ..options.clone() };
+        assert!(changes.command(MajorVersion::V17).contains("WAIT 0, INCREMENTAL, MANIFEST"));
         let mapped = BaseBackupOptions { fast: false, tablespace_map: true, ..options };
         assert!(mapped.command(MajorVersion::V13).contains("'it''s' NOWAIT TABLESPACE_MAP MANIFEST"));
         assert!(mapped.command(MajorVersion::V18).contains("'spread', WAIT 0, TABLESPACE_MAP, MANIFEST"));

@@ -16,6 +16,7 @@
 pub mod base_backup;
 pub mod connection;
 pub mod error;
+pub mod manifest_upload;
 pub mod row;
 pub mod session;
 pub mod wal_message;
@@ -33,6 +34,7 @@ mod wire;
 pub use base_backup::{BaseBackup, BaseBackupEnd, BaseBackupOptions, BaseBackupPart, BaseBackupTablespace};
 pub use connection::ConnectOptions;
 pub use error::{Error, ErrorKind};
+pub use manifest_upload::ManifestUpload;
 pub use row::{Param, Row};
 pub use session::{ServerRole, Session};
 pub use wal_message::{StandbyStatus, WalMessage};

@@ -158,6 +158,11 @@ impl MapWriter {
         self.named.name_block(block);
     }
 
+    /// Takes over what `other` has named so far: of two writers for one basebackup, the one at work counts for both.
+    pub fn count_for(&mut self, other: &mut Self) {
+        std::mem::swap(&mut self.named, &mut other.named);
+    }
+
     /// Returns the contents by file number, and the chunks that maps in map chunks name.
     pub fn finish(mut self) -> (BTreeMap<u64, Content>, NamedChunks) {
         debug_assert!(self.is_empty(), "maps are left that no pack holds");

@@ -90,8 +90,8 @@ pub struct KnownFile {
     pub device: u64,
     /// Its ctime when it was opened.
     pub changed: Timestamp,
-    /// CRC of all its bytes, for `backup_manifest`.
-    pub crc: Crc32c,
+    /// CRC of all its bytes, for `backup_manifest`; none where not all of them were seen at once.
+    pub crc: Option<Crc32c>,
     /// Pages of it whose checksum was wrong.
     pub damaged_pages: u32,
     /// What it holds, and where that stands.

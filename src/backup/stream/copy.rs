@@ -12,10 +12,12 @@ use std::sync::Arc;
 use futures::{StreamExt, stream};
 
 use crate::backup::error::Error;
+use crate::backup::known_parent::KnownParent;
 use crate::backup::packer::Packer;
 use crate::backup::pipeline::Budget;
 use crate::backup::rate::RateLimit;
 use crate::backup::source::SourceError;
+use crate::backup::stream::error::StreamError;
 use crate::backup::stream::receive::{Received, Receiver};
 use crate::backup::stream::work::{Done, Lane, Work, WorkContext};
 use crate::codec::CpuPool;
@@ -31,6 +33,18 @@ pub struct Incoming {
     end: Option<BaseBackupEnd>,
 }
 
+/// A backup that has come.
+pub struct Finished {
+    /// What came beside the files.
+    pub received: Received,
+    /// How it ended.
+    pub end: BaseBackupEnd,
+    /// Bytes that came.
+    pub received_bytes: u64,
+    /// The connection, for questions behind the end.
+    pub connection: ReplicationConnection,
+}
+
 impl Incoming {
     /// Prepares to take a backup apart.
     pub fn new(base: BaseBackup, receiver: Receiver, limit: Option<RateLimit>) -> Self {
@@ -38,11 +52,13 @@ impl Incoming {
     }
 
     /// Returns what came beside the files, how the backup ended, and the connection.
-    pub fn finish(self) -> Result<(Received, BaseBackupEnd, ReplicationConnection), Error> {
+    pub fn finish(self) -> Result<Finished, Error> {
         let end = self
             .end
             .ok_or_else(|| repo::Error::Internal("a base backup was finished before its end".to_owned()))?;
-        Ok((self.receiver.finish()?, end, self.base.into_connection()))
+        let received_bytes = self.base.received();
+        let (received, connection) = (self.receiver.finish()?, self.base.into_connection());
+        Ok(Finished { received, end, received_bytes, connection })
     }
 
     async fn next_work(&mut self) -> Result<Option<Work>, Error> {
@@ -66,13 +82,19 @@ impl Incoming {
 }
 
 /// Packs what was worked on; returns how many bytes that were.
-async fn pack(packer: &mut Packer, done: Done) -> Result<u64, Error> {
+async fn pack(packer: &mut Packer, done: Done, parent: Option<&KnownParent>) -> Result<u64, Error> {
     match done {
         Done::Together { lane, files, together } => {
             let bytes = together.files.iter().map(|file| u64::from(file.len)).sum();
             packer.turn_to(lane == Lane::StartSet);
             packer.push_small(together, &files).await?;
             Ok(bytes)
+        }
+        Done::Keep(file) => {
+            packer.turn_to(file.lane == Lane::StartSet);
+            let is_kept = parent.is_some_and(|parent| packer.keep_file(&file.file, parent));
+            let path = || file.file.path.to_string();
+            if is_kept { Ok(file.file.size) } else { Err(StreamError::NotKnown { path: path() }.into()) }
         }
         Done::Pages { file, run, expected, last, known } => {
             packer.turn_to(file.lane == Lane::StartSet);
@@ -97,6 +119,7 @@ pub async fn copy(
     packer: &mut Packer,
     progress: &Progress,
 ) -> Result<(), Error> {
+    let parent = context.parent.clone();
     let work = stream::try_unfold(incoming, |incoming| async move {
         let work = incoming.next_work().await?;
         Ok::<_, Error>(work.map(|work| (work, incoming)))
@@ -112,7 +135,7 @@ pub async fn copy(
         .buffered(budget.jobs);
     let mut done = pin!(done);
     while let Some(result) = done.next().await {
-        progress.advance(pack(packer, result?).await?);
+        progress.advance(pack(packer, result?, parent.as_deref()).await?);
     }
     Ok(())
 }

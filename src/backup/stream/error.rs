@@ -32,6 +32,12 @@ pub enum StreamError {
     /// The manifest cannot be read.
     #[error("its manifest, line {line}: {detail}")]
     Manifest { line: u64, detail: String },
+    /// Of a file only changes came, and what they change is not known here.
+    #[error("of \"{path}\" only what has changed came, and what was there before is not known")]
+    NotKnown { path: String },
+    /// A file of which only changes came cannot be read.
+    #[error("\"{path}\" {detail}")]
+    Partial { path: String, detail: &'static str },
     /// What came is not what the server has summed up.
     #[error("\"{path}\" {detail}")]
     Different { path: String, detail: String },
@@ -50,7 +56,7 @@ impl StreamError {
     /// Returns whether the next attempt may do better.
     pub(in crate::backup) fn is_passing(&self) -> bool {
         match self {
-            Self::Torn { .. } | Self::Tablespace { .. } => true,
+            Self::Torn { .. } | Self::Tablespace { .. } | Self::NotKnown { .. } => true,
             Self::ControlFile(error) => *error == ControlFileError::Checksum,
             _ => false,
         }

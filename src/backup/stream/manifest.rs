@@ -29,11 +29,15 @@ pub struct ServerManifest {
     wal: Vec<(TimelineId, Lsn, Lsn)>,
 }
 
+/// A file as the server sent it.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct ManifestFile {
-    path: Vec<u8>,
-    size: u64,
-    crc: Option<u32>,
+pub struct ManifestFile {
+    /// What the server calls it.
+    pub path: Vec<u8>,
+    /// Its bytes.
+    pub size: u64,
+    /// CRC of them.
+    pub crc: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +76,14 @@ struct WalLine {
 
 /// A path of 4 KiB, each byte of it escaped with six.
 const LINE_BYTES_MAX: usize = 64 << 10;
+
+impl ManifestFile {
+    /// Returns a file as it came; nothing for one that is no part of the data directory.
+    pub fn of(entry: &Entry, crc: Option<Crc32c>) -> Option<Self> {
+        let path = server_path(&entry.path).filter(|path| !path.is_empty())?;
+        Some(Self { path, size: entry.size(), crc: crc.map(|crc| crc.0) })
+    }
+}
 
 impl Default for ManifestReader {
     fn default() -> Self {
@@ -183,17 +195,13 @@ impl ManifestReader {
 }
 
 impl ServerManifest {
-    /// Checks that each file that `came`, with its CRC, is what the server has sent, and that nothing else was to come
-    /// but what was `left_out`; those paths are the server's.
-    pub fn check_files<'a>(
+    /// Checks that each file that `came` is what the server has sent, and that nothing else was to come but what was
+    /// `left_out`.
+    pub fn check_files(
         mut self,
-        came: impl Iterator<Item = (&'a Entry, Crc32c)>,
+        mut came: Vec<ManifestFile>,
         mut left_out: Vec<Vec<u8>>,
     ) -> Result<(), StreamError> {
-        let came = came.filter_map(|(entry, crc)| {
-            Some(ManifestFile { path: server_path(&entry.path)?, size: entry.size(), crc: Some(crc.0) })
-        });
-        let mut came: Vec<ManifestFile> = came.filter(|file| !file.path.is_empty()).collect();
         came.sort_unstable();
         self.files.sort_unstable();
         left_out.sort_unstable();
@@ -273,7 +281,7 @@ mod tests {
             timeline: TimelineId::FIRST,
             wal: (START, STOP),
         };
-        server_manifest(&facts, entries, &vec![Crc32c::of(b"abc"); entries.len()], &[])
+        server_manifest(&facts, entries, &vec![Some(Crc32c::of(b"abc")); entries.len()], &[])
     }
 
     fn read(text: &[u8], cut: usize) -> Result<ServerManifest, StreamError> {
@@ -284,7 +292,9 @@ mod tests {
 
     fn check(text: &[u8], entries: &[Entry], left_out: &[&[u8]]) -> Result<(), StreamError> {
         let left_out = left_out.iter().map(|path| path.to_vec()).collect();
-        read(text, 1000)?.check_files(entries.iter().map(|entry| (entry, Crc32c::of(b"abc"))), left_out)
+        let crc = Some(Crc32c::of(b"abc"));
+        let came = entries.iter().filter_map(|entry| ManifestFile::of(entry, crc)).collect();
+        read(text, 1000)?.check_files(came, left_out)
     }
 
     #[test]
@@ -315,7 +325,9 @@ mod tests {
             assert!(told(&entries).contains("another size"));
             let mut checksums = vec![Crc32c::of(b"abc"); whole.len()];
             checksums[n] = Crc32c::of(b"abd");
-            let came = whole.iter().zip(checksums);
+            let came =
+                whole.iter().zip(checksums).filter_map(|(entry, crc)| ManifestFile::of(entry, Some(crc)));
+            let came = came.collect();
             let checked = read(&text, 99).unwrap().check_files(came, Vec::new());
             assert!(checked.unwrap_err().to_string().contains("another checksum"));
         }

@@ -6,8 +6,8 @@
 //! ```
 //! The order is the server's: tablespaces, then the data directory, `pg_control` last. What a start needs goes into
 //! packs of its own on the way. All of it comes each time, and what is as it was in the last basebackup is named where
-//! it stands. Deliberately absent: reading a page again, which the server does where its checksum is wrong, and having
-//! the server send only what has changed (UPLOAD_MANIFEST, 17).
+//! it stands; from 17 on the server sends only what has changed, where it has the summaries of its WAL (`partial`).
+//! Deliberately absent: reading a page again, which the server does where its checksum is wrong.
 
 mod error;
 
@@ -16,6 +16,8 @@ mod origin;
 mod outside;
 
 mod manifest;
+mod parent_manifest;
+mod partial;
 mod receive;
 mod start_set;
 mod tar_reader;

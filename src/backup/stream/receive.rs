@@ -4,27 +4,33 @@
 //! Walden never keeps is passed over by the rules of the walk, and noted for the comparison with the manifest. What has
 //! to be whole in the end is kept: `pg_control` and `backup_label`.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::backup::data_directory::{LEFT_OUT, SourceFile};
+use crate::backup::data_directory::{LEFT_OUT, SourceFile, server_path};
 use crate::backup::error::Error;
 use crate::backup::plan::{Compartment, FILES_TOGETHER_MAX, SMALL_FILE_BYTES, compartment};
 use crate::backup::source_file::FileState;
+use crate::backup::state::KnownFile;
 use crate::backup::stream::error::StreamError;
-use crate::backup::stream::manifest::{ManifestReader, ServerManifest};
+use crate::backup::stream::manifest::{ManifestFile, ManifestReader, ServerManifest};
+use crate::backup::stream::partial::{HeaderReader, PREFIX, PartialFile, PartialHeader, whole_label};
 use crate::backup::stream::start_set::StartSet;
 use crate::backup::stream::tar_reader::{TarEntry, TarError, TarKind, TarPart, TarReader};
 use crate::backup::stream::work::{Lane, LargeReceived, ReceivedFile, Work, state_of};
-use crate::pg::{BackupRule, BackupRules, CONTROL_FILE_SIZE, DataPath, InitForks, Oid};
+use crate::pg::{
+    BackupRule, BackupRules, CONTROL_FILE_SIZE, Crc32c, Crc32cDigest, DataPath, InitForks, Oid, RelationFile,
+};
 use crate::replication::{BaseBackupPart, BaseBackupTablespace};
 use crate::repo::{
     entry::{Entry, Node, TreePath},
     manifest::Tablespace,
+    page_map::PAGE_SIZE,
 };
 
 /// What has to be known of the server before its archives come.
@@ -46,6 +52,22 @@ pub struct ReceiveOptions {
     pub start_set: StartSet,
     /// Bytes of a large file that are worked on at once; divides a block of a map.
     pub piece_bytes: u64,
+    /// Where the server was asked for changes alone: what they are changes of.
+    pub changes: Option<Changes>,
+}
+
+/// What changes are changes of.
+pub struct Changes {
+    /// Looks up what is known of a file.
+    pub known: Box<dyn Fn(&TreePath) -> Option<KnownFile> + Send + Sync>,
+    /// Pages of a relation's file.
+    pub segment_pages: u32,
+}
+
+impl fmt::Debug for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Changes").field("segment_pages", &self.segment_pages).finish_non_exhaustive()
+    }
 }
 
 /// Takes parts and gives work.
@@ -65,6 +87,8 @@ pub struct Receiver {
     control: Option<(FileState, Bytes)>,
     label: Option<(FileState, Bytes)>,
     left_out: Vec<Vec<u8>>,
+    changed: Vec<ManifestFile>,
+    put_together: HashSet<Vec<u8>>,
     warnings: Vec<String>,
 }
 
@@ -81,6 +105,10 @@ pub struct Received {
     pub label: (FileState, Bytes),
     /// Files that came and are not kept, under the server's names.
     pub left_out: Vec<Vec<u8>>,
+    /// Files as they came that were put together into others, for the comparison with the manifest.
+    pub changed: Vec<ManifestFile>,
+    /// Those others, under the server's names: the manifest does not have them.
+    pub put_together: HashSet<Vec<u8>>,
     /// What the server sent that is no part of a basebackup, for people.
     pub warnings: Vec<String>,
     /// What the server says it sent.
@@ -100,8 +128,20 @@ struct Top {
 enum OpenFile {
     Small { file: SourceFile, lane: Lane, raw: Vec<u8> },
     Large { file: Arc<LargeReceived>, offset: u64, raw: Vec<u8> },
+    Partial(Box<OpenPartial>),
     Kept { what: Kept, state: FileState, raw: Vec<u8> },
     PassedOver,
+}
+
+/// A file of which only changes come.
+#[derive(Debug)]
+struct OpenPartial {
+    file: SourceFile,
+    /// What the server calls it now, and its size there.
+    sent_as: (Vec<u8>, u64),
+    crc: Crc32cDigest,
+    header: HeaderReader,
+    pages: Option<PartialFile>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +186,8 @@ impl Receiver {
             control: None,
             label: None,
             left_out: Vec::new(),
+            changed: Vec::new(),
+            put_together: HashSet::new(),
             warnings: Vec::new(),
         }
     }
@@ -166,7 +208,7 @@ impl Receiver {
                 while let Some(part) = self.tar.next(&mut bytes).map_err(|error| self.unreadable(error))? {
                     match part {
                         TarPart::Entry(entry) => self.entry(entry)?,
-                        TarPart::Content(bytes) => self.content(&bytes),
+                        TarPart::Content(bytes) => self.content(&bytes)?,
                         TarPart::EndOfFile => self.end_file()?,
                     }
                 }
@@ -198,6 +240,8 @@ impl Receiver {
             control: self.control.ok_or(StreamError::Missing("global/pg_control"))?,
             label: self.label.ok_or(StreamError::Missing("backup_label"))?,
             left_out: self.left_out,
+            changed: self.changed,
+            put_together: self.put_together,
             warnings: self.warnings,
             manifest,
         })
@@ -291,6 +335,17 @@ impl Receiver {
             self.open = Some(OpenFile::PassedOver);
             return Ok(());
         }
+        if let Some(whole) = self.whole_path(&file.path) {
+            let header = match &self.options.changes {
+                Some(changes) => HeaderReader::new(file.size, changes.segment_pages),
+                None => return Ok(()),
+            };
+            let sent_as = (server.as_bytes().to_vec(), file.size);
+            let (file, crc) = (SourceFile { path: whole, ..file }, Crc32cDigest::new());
+            self.open =
+                Some(OpenFile::Partial(Box::new(OpenPartial { file, sent_as, crc, header, pages: None })));
+            return Ok(());
+        }
         let in_start_set = self.options.start_set.takes(&file.path, file.size, file.modified);
         let lane = if in_start_set { Lane::StartSet } else { Lane::Rest };
         self.open = Some(if file.size < SMALL_FILE_BYTES {
@@ -305,7 +360,16 @@ impl Receiver {
         Ok(())
     }
 
-    fn content(&mut self, mut bytes: &[u8]) {
+    /// Returns where the whole file stands where `path` is that of its changes.
+    fn whole_path(&self, path: &TreePath) -> Option<TreePath> {
+        self.options.changes.as_ref()?;
+        let (folder, name) = path.split();
+        let whole = TreePath::new([folder, b"/", name.strip_prefix(PREFIX)?].concat()).ok()?;
+        let relation = RelationFile::classify(&DataPath::new(server_path(&whole)?).ok()?);
+        relation.is_some().then_some(whole)
+    }
+
+    fn content(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
         match &mut self.open {
             Some(OpenFile::Small { raw, .. } | OpenFile::Kept { raw, .. }) => raw.extend_from_slice(bytes),
             Some(OpenFile::Large { file, offset, raw }) => {
@@ -325,17 +389,39 @@ impl Receiver {
                     self.ready.push_back(Work::Pages { file: file.clone(), range, raw, last });
                 }
             }
+            Some(OpenFile::Partial(partial)) => {
+                partial.crc.update(bytes);
+                if partial.pages.is_none()
+                    && let Some(header) =
+                        partial.header.take(&mut bytes).map_err(|it| partial.objection(it))?
+                {
+                    self.large_files += 1;
+                    partial.begin(header, self.large_files, &mut self.options, &mut self.ready)?;
+                }
+                if let Some(pages) = &mut partial.pages {
+                    pages.take(bytes, self.options.piece_bytes, &mut self.ready);
+                }
+            }
             Some(OpenFile::PassedOver) | None => {}
         }
+        Ok(())
     }
 
     fn end_file(&mut self) -> Result<(), Error> {
         match self.open.take() {
             Some(OpenFile::Small { file, lane, raw }) => self.gather(lane, ReceivedFile { file, raw }),
             Some(OpenFile::Kept { what: Kept::Control, state, raw }) => {
-                self.control = Some((state, raw.into()))
+                self.control = Some((state, raw.into()));
             }
-            Some(OpenFile::Kept { what: Kept::Label, state, raw }) => self.label = Some((state, raw.into())),
+            Some(OpenFile::Kept { what: Kept::Label, state, raw }) => self.keep_label(state, raw)?,
+            Some(OpenFile::Partial(partial)) => {
+                let OpenPartial { file, sent_as: (path, size), crc, pages, .. } = *partial;
+                self.changed.push(ManifestFile { path, size, crc: Some(crc.finish().0) });
+                self.put_together.extend(server_path(&file.path));
+                if let Some(pages) = pages {
+                    pages.finish(&mut self.ready);
+                }
+            }
             Some(OpenFile::Kept { what: Kept::CloneMarker, raw, .. }) => {
                 let text = String::from_utf8_lossy(&raw);
                 let name = text.lines().find_map(|line| line.strip_prefix("name = ")).unwrap_or_default();
@@ -344,6 +430,20 @@ impl Receiver {
             }
             Some(OpenFile::Large { .. } | OpenFile::PassedOver) | None => {}
         }
+        Ok(())
+    }
+
+    /// Keeps the label; one of changes becomes that of a whole basebackup.
+    fn keep_label(&mut self, mut state: FileState, raw: Vec<u8>) -> Result<(), Error> {
+        let whole = if self.options.changes.is_some() { whole_label(&raw)? } else { raw.clone() };
+        if whole != raw {
+            let path = b"backup_label".to_vec();
+            let (size, crc) = (raw.len() as u64, Some(Crc32c::of(&raw).0));
+            self.changed.push(ManifestFile { path: path.clone(), size, crc });
+            self.put_together.insert(path);
+        }
+        state.size = whole.len() as u64;
+        self.label = Some((state, whole.into()));
         Ok(())
     }
 
@@ -370,6 +470,37 @@ impl Receiver {
     }
 }
 
+impl OpenPartial {
+    fn objection(&self, detail: &'static str) -> StreamError {
+        StreamError::Partial { path: self.file.path.to_string(), detail }
+    }
+
+    /// Begins the pages behind the header, or keeps the file where it is as it was.
+    fn begin(
+        &mut self,
+        header: PartialHeader,
+        number: usize,
+        options: &mut ReceiveOptions,
+        ready: &mut VecDeque<Work>,
+    ) -> Result<(), StreamError> {
+        let known = options.changes.as_ref().and_then(|changes| (changes.known)(&self.file.path));
+        let size = u64::from(header.pages()) * PAGE_SIZE;
+        let Some(known) = known.filter(|_| size > 0) else {
+            return Err(StreamError::NotKnown { path: self.file.path.to_string() });
+        };
+        let file = SourceFile { size, ..self.file.clone() };
+        let in_start_set = options.start_set.takes(&file.path, file.size, file.modified);
+        let lane = if in_start_set { Lane::StartSet } else { Lane::Rest };
+        let file = Arc::new(LargeReceived::new(number, lane, file));
+        if header.sent.is_empty() && known.size == size {
+            ready.push_back(Work::Keep(file));
+        } else {
+            self.pages = Some(PartialFile::new(file, header));
+        }
+        Ok(())
+    }
+}
+
 /// Returns the tablespaces of a server that neither have an archive nor are in that of the data directory.
 pub fn tablespaces_left_out(
     known: impl IntoIterator<Item = (Oid, bool)>,
@@ -389,11 +520,9 @@ mod tests {
     use proptest::prelude::*;
     use tar::{EntryType, Header};
 
-    use crate::codec::Compression;
-    use crate::pg::Crc32c;
-
     use super::super::work::{Done, WorkContext};
     use super::*;
+    use crate::codec::Compression;
 
     const PIECE: u64 = 512 << 10;
 
@@ -431,6 +560,7 @@ mod tests {
             started: "2023-11-15T00:00:00Z".parse().unwrap(),
             start_set: StartSet::new(&[], "2023-11-15T00:00:00Z".parse().unwrap()),
             piece_bytes: PIECE,
+            changes: None,
         })
     }
 
@@ -465,6 +595,7 @@ mod tests {
                     all.extend(raw);
                     assert_eq!(last, all.len() as u64 == file.size);
                 }
+                other => panic!("{other:?}"),
             }
         }
         found
@@ -575,6 +706,92 @@ mod tests {
         assert!(matches!(&error, Error::Received(StreamError::Archive { .. })), "{error}");
         let error = receiver().finish().unwrap_err();
         assert!(matches!(&error, Error::Received(StreamError::Manifest { .. })), "{error}");
+    }
+
+    /// A relation's changes, as the server writes them.
+    fn changes(sent: &[(u32, u8)], kept_below: u32) -> Vec<u8> {
+        let mut bytes = 0xd3ae_1f0d_u32.to_le_bytes().to_vec();
+        bytes.extend((sent.len() as u32).to_le_bytes());
+        bytes.extend(kept_below.to_le_bytes());
+        sent.iter().for_each(|(page, _)| bytes.extend(page.to_le_bytes()));
+        if !sent.is_empty() {
+            bytes.resize(bytes.len().next_multiple_of(8192), 0);
+        }
+        sent.iter().for_each(|(_, fill)| bytes.extend([*fill; 8192]));
+        bytes
+    }
+
+    fn known(pages: u64) -> Changes {
+        let known = move |path: &TreePath| {
+            let known = KnownFile {
+                path: path.clone(),
+                size: pages * 8192,
+                inode: 0,
+                device: 0,
+                changed: Timestamp::UNIX_EPOCH,
+                crc: None,
+                damaged_pages: 0,
+                content: KnownContent::Inline(Bytes::new()),
+            };
+            path.as_bytes().starts_with(b"data/base/5/1").then_some(known)
+        };
+        Changes { known: Box::new(known), segment_pages: 131_072 }
+    }
+
+    #[test]
+    fn changes_are_told_from_files_and_put_under_the_names_of_those() {
+        let mut receiver = receiver();
+        receiver.options.changes = Some(known(7));
+        let label = b"START WAL LOCATION: 0/2000028\nINCREMENTAL FROM LSN: 0/1\n";
+        let base = [
+            file("backup_label", label),
+            file("base/5/INCREMENTAL.16384", &changes(&[(2, 5), (9, 6)], 7)),
+            file("base/5/INCREMENTAL.16385_vm.1", &changes(&[], 7)),
+            // Of a user, and not of a relation.
+            file("INCREMENTAL.16384", b"mine"),
+            file("base/5/INCREMENTAL.notes", b"mine"),
+        ];
+        feed(&mut receiver, None, &base.concat(), 5000).unwrap();
+        receiver.take(BaseBackupPart::Manifest).unwrap();
+        let (mut changed, mut kept, mut small) = (Vec::new(), Vec::new(), 0);
+        while let Some(work) = receiver.next_work() {
+            match work {
+                Work::Changed { file, pages, sent, raw, kept_below, last } => {
+                    assert_eq!((pages, raw.len(), kept_below, last), (0..10, 2 * 8192, 7, true));
+                    changed.push((file.file.path.to_string(), file.file.size, sent));
+                }
+                Work::Keep(file) => kept.push((file.file.path.to_string(), file.file.size)),
+                Work::Together { files, .. } => small += files.len(),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(changed, [("data/base/5/16384".to_owned(), 10 * 8192, vec![2, 9])]);
+        assert_eq!((kept, small), (vec![("data/base/5/16385_vm.1".to_owned(), 7 * 8192)], 2));
+        let names: Vec<&[u8]> = receiver.changed.iter().map(|file| &file.path[..]).collect();
+        let sent: [&[u8]; 3] =
+            [b"backup_label", b"base/5/INCREMENTAL.16384", b"base/5/INCREMENTAL.16385_vm.1"];
+        assert_eq!(names, sent);
+        let sent = changes(&[(2, 5), (9, 6)], 7);
+        assert_eq!(
+            (receiver.changed[1].size, receiver.changed[1].crc),
+            (sent.len() as u64, Some(Crc32c::of(&sent).0))
+        );
+        assert!(receiver.put_together.contains(&b"base/5/16384"[..]));
+        assert_eq!(&receiver.label.as_ref().unwrap().1[..], b"START WAL LOCATION: 0/2000028\n");
+    }
+
+    #[test]
+    fn changes_of_what_is_not_known_are_refused() {
+        for (path, content, expected) in [
+            ("base/7/INCREMENTAL.16384", changes(&[(2, 5)], 7), "is not known"),
+            ("base/5/INCREMENTAL.16384", changes(&[], 0), "is not known"),
+            ("base/5/INCREMENTAL.16384", vec![1; 8192], "does not begin as one"),
+        ] {
+            let mut receiver = receiver();
+            receiver.options.changes = Some(known(7));
+            let error = feed(&mut receiver, None, &file(path, &content), 700).unwrap_err();
+            assert!(error.to_string().contains(expected), "{path}: {error}");
+        }
     }
 
     #[test]

@@ -13,12 +13,14 @@ use jiff::Timestamp;
 
 use crate::backup::change::Today;
 use crate::backup::error::Error;
+use crate::backup::known_parent::KnownParent;
 use crate::backup::origin::{Chosen, choose};
 use crate::backup::packer::{Packer, Stored};
 use crate::backup::pipeline::Budget;
 use crate::backup::rate::RateLimit;
 use crate::backup::read_pages::JOB_BYTES;
 use crate::backup::reading::START_PACKS_MAX;
+use crate::backup::rewriting::Rewriting;
 use crate::backup::run::{BackupOptions, BackupOutcome, blocking, new_packer};
 use crate::backup::server_facts::{Database, ServerFacts};
 use crate::backup::server_identity::{Difference, ServerIdentity};
@@ -27,18 +29,20 @@ use crate::backup::server_record::{empty_record, server_record};
 use crate::backup::site_state::{Begun, SiteState};
 use crate::backup::source::{Checkpoint, SourceError, switch_wal};
 use crate::backup::source_file::FileState;
-use crate::backup::stream::copy::{Incoming, copy};
+use crate::backup::stream::copy::{Finished, Incoming, copy};
 use crate::backup::stream::error::StreamError;
 use crate::backup::stream::histories::archive_histories;
+use crate::backup::stream::manifest::ManifestFile;
 use crate::backup::stream::origin::{RemoteOrigin, connect};
 use crate::backup::stream::outside::{OutsideFiles, read_outside};
-use crate::backup::stream::receive::{ReceiveOptions, Received, Receiver, tablespaces_left_out};
+use crate::backup::stream::parent_manifest::upload;
+use crate::backup::stream::receive::{Changes, ReceiveOptions, Received, Receiver, tablespaces_left_out};
 use crate::backup::stream::start_set::StartSet;
 use crate::backup::stream::work::{PageJudge, WorkContext};
 use crate::backup::wal_wait::{NeededWal, WalArchive, wait_for_wal};
 use crate::codec::CpuPool;
 use crate::monitor::{Monitor, Task};
-use crate::pg::{ControlFile, Lsn, TimelineId, WalSegmentNumber};
+use crate::pg::{ControlFile, Lsn, MajorVersion, TimelineId, WalSegmentNumber};
 use crate::replication::{BaseBackup, BaseBackupEnd, BaseBackupOptions, ReplicationConnection, Session};
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository,
@@ -56,6 +60,7 @@ struct Copied {
     timeline: TimelineId,
     wal: (Lsn, Lsn),
     times: (Timestamp, Timestamp),
+    received_bytes: u64,
     connection: ReplicationConnection,
 }
 
@@ -67,13 +72,31 @@ const LINK_BYTES_MAX: usize = 99;
 /// The server's clock.
 const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS at";
 
-/// Takes a full basebackup through the server; `archive` makes the archive of a cluster to be asked for its WAL.
+/// Takes a basebackup through the server; `archive` makes the archive of a cluster to be asked for its WAL.
 pub async fn run(
     repository: &Repository,
     options: &BackupOptions,
     pool: &CpuPool,
     archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
     monitor: &dyn Monitor,
+) -> Result<BackupOutcome, Error> {
+    match attempt(repository, options, pool, &archive, monitor, true).await {
+        Err(Error::Received(error @ StreamError::NotKnown { .. })) => {
+            tracing::warn!("the server is asked for everything: {error}");
+            attempt(repository, options, pool, &archive, monitor, false).await
+        }
+        outcome => outcome,
+    }
+}
+
+/// Takes one; with `changes` the server may be asked for what has changed, and nothing else.
+async fn attempt(
+    repository: &Repository,
+    options: &BackupOptions,
+    pool: &CpuPool,
+    archive: &impl Fn(ClusterId) -> Box<dyn WalArchive>,
+    monitor: &dyn Monitor,
+    changes: bool,
 ) -> Result<BackupOutcome, Error> {
     let began = repository.clock().monotonic();
     repository.check_store().await?;
@@ -82,10 +105,9 @@ pub async fn run(
     let Chosen { connection, session, origin, primary } = choose(&options.nodes, look).await?;
     let cluster = origin.cluster;
     repository.admit(cluster).await?;
-    let mut once = [0; 8];
-    repository.keyring().random().fill(&mut once);
-    let name = format!("walden {}", hex::encode(once));
-    let replication = connect(&connection, &session, &origin.facts, &name).await?;
+    let server = Server { connection, session, origin };
+    let Server { session, origin, .. } = &server;
+    let replication = server.connect(repository).await?;
     let begin = BeginOptions {
         cluster,
         timeline: origin.facts.identity.timeline,
@@ -102,8 +124,8 @@ pub async fn run(
     let address = session.address();
     tracing::info!("basebackup {} of cluster {cluster} begins, by BASE_BACKUP from {address}", writer.id());
     let packer = new_packer(&writer, &at_most(options), &begun, states.writer(writer.id()).await);
-    let limit = options.rate.map(|rate| RateLimit::new(rate, repository.shared_clock()));
-    let copying = receive(&session, replication, &origin, options, pool, (packer, &begun, limit), monitor);
+    let asked = Asked { options, begun: &begun, changes };
+    let copying = receive(repository, &server, replication, asked, pool, packer, monitor);
     let mut copied = tokio::select! {
         copied = copying => copied?,
         lost = session.lost() => return Err(SourceError::from(lost).into()),
@@ -118,7 +140,8 @@ pub async fn run(
     let mut work = copied.stored.packed.work;
     work.chunks_reused = copied.stored.named.chunks_not_of(writer.id());
     let state = copied.stored.state.take();
-    let completion = completion(&writer, options, &origin, copied);
+    let received_bytes = Some(copied.received_bytes);
+    let completion = completion(&writer, options, origin, copied);
     let writer = Arc::into_inner(writer)
         .ok_or_else(|| repo::Error::Internal("an upload outlived the copy".to_owned()))?;
     let committed = writer.finish_pinned(completion).await?;
@@ -132,7 +155,75 @@ pub async fn run(
         decision: begun.decision,
         work,
         packs_bytes: committed.packs_bytes,
+        received_bytes,
     })
+}
+
+/// The server, by SQL.
+struct Server {
+    connection: ConnectOptions,
+    session: Session,
+    origin: RemoteOrigin,
+}
+
+/// What it is asked for.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    options: &'a BackupOptions,
+    begun: &'a Begun,
+    changes: bool,
+}
+
+impl Server {
+    /// Makes a replication connection to it.
+    async fn connect(&self, repository: &Repository) -> Result<ReplicationConnection, Error> {
+        let mut once = [0; 8];
+        repository.keyring().random().fill(&mut once);
+        let name = format!("walden {}", hex::encode(once));
+        connect(&self.connection, &self.session, &self.origin.facts, &name).await
+    }
+
+    /// Has it begin, with changes alone if that `parent` is given; where it cannot tell them, with everything.
+    async fn begin(
+        &self,
+        repository: &Repository,
+        replication: ReplicationConnection,
+        asked: &BaseBackupOptions,
+        parent: Option<Arc<KnownParent>>,
+    ) -> Result<(BaseBackup, bool), Error> {
+        let facts = &self.origin.facts;
+        let Some(parent) = parent else {
+            let base =
+                BaseBackup::start(replication, facts.version, asked).await.map_err(SourceError::from)?;
+            return Ok((base, false));
+        };
+        let with_changes = async {
+            let replication = upload(replication, parent, facts).await?;
+            let asked = BaseBackupOptions { incremental: true, ..asked.clone() };
+            let base = BaseBackup::start(replication, facts.version, &asked).await;
+            Ok::<_, Error>(base.map_err(SourceError::from)?)
+        };
+        match with_changes.await {
+            Ok(base) => Ok((base, true)),
+            Err(Error::Source(SourceError::Session(error @ SessionError::Sql { .. }))) => {
+                tracing::info!("the server cannot say what has changed, and sends everything: {error}");
+                let replication = self.connect(repository).await?;
+                let base = BaseBackup::start(replication, facts.version, asked).await;
+                Ok((base.map_err(SourceError::from)?, false))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Returns the basebackup of which the server may be asked for changes: not where pages have to come that are as they
+/// were, to be stored again or to be looked at once in a while.
+fn changes_of(asked: Asked<'_>, facts: &ServerFacts, start_set_again: bool) -> Option<Arc<KnownParent>> {
+    let parent = asked.begun.parent.as_ref().filter(|_| asked.changes && !start_set_again)?;
+    let Rewriting { missing, crowded, .. } = parent.rewriting();
+    let are_needed = parent.reads_all() || *missing > 0 || *crowded > 0;
+    let summarizes = facts.version >= MajorVersion::V17 && facts.setting("summarize_wal") == Some("on");
+    (summarizes && !are_needed).then(|| parent.clone())
 }
 
 /// Returns the options with an upload less, where there are several: two packs are under construction side by side.
@@ -164,21 +255,24 @@ fn completion(
 
 /// Has the server send everything, and packs it.
 async fn receive(
-    session: &Session,
+    repository: &Repository,
+    server: &Server,
     replication: ReplicationConnection,
-    origin: &RemoteOrigin,
-    options: &BackupOptions,
+    asked: Asked<'_>,
     pool: &CpuPool,
-    (mut packer, begun, limit): (Packer, &Begun, Option<RateLimit>),
+    mut packer: Packer,
     monitor: &dyn Monitor,
 ) -> Result<Copied, Error> {
+    let (Server { session, origin, .. }, Asked { options, begun, .. }) = (server, asked);
     let facts = &origin.facts;
     let outside = read_outside(session, facts).await?;
     let label = options.label.clone().unwrap_or_else(|| format!("walden {}", packer.basebackup()));
     let fast = options.checkpoint == Checkpoint::Fast;
     let tablespace_map = needs_map(facts);
-    let asked = BaseBackupOptions { label, fast, tablespace_map };
-    let base = BaseBackup::start(replication, facts.version, &asked).await.map_err(SourceError::from)?;
+    let start_set_again = is_scattered(begun, &facts.databases).await?;
+    let parent = changes_of(asked, facts, start_set_again);
+    let base = BaseBackupOptions { label, fast, tablespace_map, incremental: false };
+    let (base, changes) = server.begin(repository, replication, &base, parent).await?;
     let (start, timeline) = base.started();
     check_timeline(facts.identity.timeline, timeline)?;
     let known = facts.tablespaces.iter().map(|tablespace| (tablespace.oid, tablespace.in_place));
@@ -186,20 +280,21 @@ async fn receive(
         return Err(StreamError::Tablespace { oid }.into());
     }
     let started = now(session).await?;
-    let receiver = Receiver::new(receive_options(origin, &base, started, begun));
+    let receiver = Receiver::new(receive_options(origin, &base, started, begun, changes));
     let judge = PageJudge { start_lsn: start, segment_pages: origin.segment_pages };
     let context = Arc::new(WorkContext {
         compression: options.compression,
         page_judge: facts.data_checksums.then_some(judge),
         hash_key: begun.hash_key.clone(),
         parent: begun.parent.clone(),
-        start_set_again: is_scattered(begun, &facts.databases, started).await?,
+        start_set_again,
     });
     let estimate: u64 = facts.databases.iter().filter_map(|database| database.size_bytes).sum();
     let progress = monitor.start(Task::bytes("backup", (estimate > 0).then_some(estimate)));
+    let limit = options.rate.map(|rate| RateLimit::new(rate, repository.shared_clock()));
     let mut incoming = Incoming::new(base, receiver, limit);
     copy(&mut incoming, context, pool, options.budget, &mut packer, &progress).await?;
-    let (received, end, connection) = incoming.finish()?;
+    let Finished { received, end, received_bytes, connection } = incoming.finish()?;
 
     check_timeline(timeline, end.timeline)?;
     check_same(session, facts).await?;
@@ -215,7 +310,18 @@ async fn receive(
     entries.extend(outside.entries);
     let stored = packer.finish().await?;
     let outside = outside.names;
-    Ok(Copied { entries, tablespaces, outside, stored, control, timeline, wal, times, connection })
+    Ok(Copied {
+        entries,
+        tablespaces,
+        outside,
+        stored,
+        control,
+        timeline,
+        wal,
+        times,
+        received_bytes,
+        connection,
+    })
 }
 
 /// Packs what was kept until everything had come, checks all of it against the server's manifest, and adds ours.
@@ -230,14 +336,17 @@ async fn pack_rest(
 ) -> Result<(Vec<Entry>, Vec<Tablespace>), Error> {
     let written =
         |size: usize, modified| FileState { size: size as u64, mode: 0o600, modified, identity: None };
-    let Received { control, label, manifest, left_out, entries, tablespaces, .. } = received;
+    let Received { control, label, manifest, left_out, entries, tablespaces, changed, put_together, .. } =
+        received;
     packer.turn_to(false);
     packer.push_bytes(TreePath::new("data/global/pg_control")?, control.0, control.1).await?;
     packer.push_bytes(TreePath::new("data/backup_label")?, label.0, label.1).await?;
     manifest.check_wal(end.timeline, wal.0, wal.1)?;
     let packed = packer.packed();
-    let files = packed.entries.iter().zip(packed.checksums.iter().copied());
-    manifest.check_files(files, left_out)?;
+    let files = packed.entries.iter().zip(&packed.checksums);
+    let came = files.filter_map(|(entry, crc)| ManifestFile::of(entry, *crc));
+    let came = came.filter(|file| !put_together.contains(&file.path)).chain(changed).collect();
+    manifest.check_files(came, left_out)?;
     for (path, modified, bytes) in &outside.files {
         packer.push_bytes(path.clone(), written(bytes.len(), *modified), bytes.clone()).await?;
     }
@@ -258,8 +367,13 @@ fn receive_options(
     base: &BaseBackup,
     started: Timestamp,
     begun: &Begun,
+    changes: bool,
 ) -> ReceiveOptions {
     let facts = &origin.facts;
+    let changes = begun.parent.clone().filter(|_| changes).map(|parent| Changes {
+        known: Box::new(move |path| parent.file(path)),
+        segment_pages: origin.segment_pages,
+    });
     ReceiveOptions {
         data_directory: facts.data_directory().to_owned(),
         directory_mode: origin.directory_mode,
@@ -269,19 +383,21 @@ fn receive_options(
         started,
         start_set: StartSet::new(&facts.databases, started),
         piece_bytes: if begun.parent.is_some() { WIDE_BYTES } else { JOB_BYTES },
+        changes,
     }
 }
 
 /// Tells whether the start-up set would lie in too many packs if only what has changed were stored: then it is stored
 /// again as a whole.
-async fn is_scattered(begun: &Begun, databases: &[Database], started: Timestamp) -> Result<bool, Error> {
+async fn is_scattered(begun: &Begun, databases: &[Database]) -> Result<bool, Error> {
     let Some(parent) = begun.parent.clone() else {
         return Ok(false);
     };
-    let mut start_set = StartSet::new(databases, started);
+    // Times are not remembered: of states any may be recent.
+    let now = begun.at;
+    let mut start_set = StartSet::new(databases, now);
     blocking(move || {
-        // Times are not remembered: of states any may be recent.
-        let packs = parent.packs_of_all(|known| start_set.takes(&known.path, known.size, started));
+        let packs = parent.packs_of_all(|known| start_set.takes(&known.path, known.size, now));
         Ok(packs.len() + 1 > START_PACKS_MAX)
     })
     .await

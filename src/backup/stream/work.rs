@@ -15,15 +15,15 @@ use crate::backup::error::Error;
 use crate::backup::gather::{Again, GatherOptions, KnownPages, PageGatherer, PageRun, compress};
 use crate::backup::known_parent::KnownParent;
 use crate::backup::plan::SMALL_FILE_BYTES;
-use crate::backup::read_small::{INLINE_BYTES, SmallFile, SmallFiles, SmallPlace};
+use crate::backup::read_small::{INLINE_BYTES, SmallFile, SmallFiles, SmallPlace, begins_at};
 use crate::backup::source_file::FileState;
-use crate::backup::state::{HashKey, KnownBlock, KnownContent, KnownFile};
+use crate::backup::state::{HashKey, KnownBlock, KnownContent, KnownFile, PageHash};
 use crate::backup::stream::error::StreamError;
 use crate::codec::Compression;
 use crate::pg::{Crc32c, Lsn, PageVerdict, RelationFile, RelationMap, page};
 use crate::repo::{
     entry::BlobRef,
-    page_map::{MAP_BLOCK_BYTES, PAGE_SIZE},
+    page_map::{MAP_BLOCK_BYTES, MAP_BLOCK_PAGES, PAGE_SIZE, PageSource},
 };
 
 /// Where what was worked on is to stand.
@@ -42,6 +42,18 @@ pub enum Work {
     Together { lane: Lane, files: Vec<ReceivedFile> },
     /// The next bytes of a large file, within one block of its map.
     Pages { file: Arc<LargeReceived>, range: Range<u64>, raw: Vec<u8>, last: bool },
+    /// The next pages of a file of which only those in `sent` came, whose bytes are `raw`; the others are as they were
+    /// below `kept_below`, and zero from there on. All are within one block of its map.
+    Changed {
+        file: Arc<LargeReceived>,
+        pages: Range<u32>,
+        sent: Vec<u32>,
+        raw: Vec<u8>,
+        kept_below: u32,
+        last: bool,
+    },
+    /// A file that is as it was.
+    Keep(Arc<LargeReceived>),
 }
 
 /// A small file that came whole.
@@ -71,6 +83,7 @@ pub struct LargeReceived {
 pub enum Done {
     Together { lane: Lane, files: Vec<SourceFile>, together: SmallFiles },
     Pages { file: Arc<LargeReceived>, run: PageRun, expected: u64, last: bool, known: Option<Arc<KnownFile>> },
+    Keep(Arc<LargeReceived>),
 }
 
 /// What all work shares.
@@ -121,8 +134,51 @@ impl Work {
                 let (expected, known) = (range.end - range.start, file.known(context));
                 Ok(Done::Pages { file, run, expected, last, known })
             }
+            Self::Changed { file, pages, sent, raw, kept_below, last } => {
+                let sent = sent.into_iter().zip(raw.chunks_exact(PAGE_SIZE as usize));
+                let run = put_together(&file, pages, sent, kept_below, context)?;
+                let (expected, known) = (run.bytes, file.known(context));
+                Ok(Done::Pages { file, run, expected, last, known })
+            }
+            Self::Keep(file) => Ok(Done::Keep(file)),
         }
     }
+}
+
+/// Puts a run of pages together of those that were sent and those that are as they were.
+fn put_together<'a>(
+    file: &LargeReceived,
+    pages: Range<u32>,
+    sent: impl Iterator<Item = (u32, &'a [u8])>,
+    kept_below: u32,
+    context: &WorkContext,
+) -> Result<PageRun, Error> {
+    let options = context.gathering(file.lane);
+    let mut gatherer = PageGatherer::new(&options);
+    let block = file.known_block(u64::from(pages.start) / MAP_BLOCK_PAGES, context);
+    let (mut sent, mut damaged) = (sent.peekable(), Vec::new());
+    for page in pages {
+        let first = (u64::from(page) % MAP_BLOCK_PAGES) as u32;
+        let known = block.as_deref().map(|block| KnownPages { block, first });
+        match sent.next_if(|(number, _)| *number == page) {
+            Some((_, raw)) => {
+                gatherer.push(raw, known)?;
+                damaged.extend(context.damaged(&file.file, u64::from(page) * PAGE_SIZE, raw));
+            }
+            None if page < kept_below => {
+                let kept =
+                    known.and_then(|known| known.page(0)).or_else(|| file.page_in_chunk(page, context));
+                if kept.is_none() && file.had_page(page, context) {
+                    return Err(StreamError::NotKnown { path: file.file.path.to_string() }.into());
+                }
+                gatherer.push_unread(kept);
+            }
+            None => gatherer.push_unread(None),
+        }
+    }
+    let mut run = gatherer.finish()?;
+    (run.state, run.damaged) = (Some(state_of(&file.file)), damaged);
+    Ok(run)
 }
 
 impl WorkContext {
@@ -153,6 +209,24 @@ impl LargeReceived {
     fn known(&self, context: &WorkContext) -> Option<Arc<KnownFile>> {
         let look_up = || context.parent.as_ref()?.file(&self.file.path).map(Arc::new);
         self.known.get_or_init(look_up).clone()
+    }
+
+    /// Tells whether the file had this page.
+    fn had_page(&self, page: u32, context: &WorkContext) -> bool {
+        self.known(context).is_some_and(|known| u64::from(page) < known.size.div_ceil(PAGE_SIZE))
+    }
+
+    /// Returns where a page stands of a file that shares a chunk with others, if it stands where one can be named. Its
+    /// hash is not known: the next basebackup finds it changed.
+    fn page_in_chunk(&self, page: u32, context: &WorkContext) -> Option<(PageHash, PageSource)> {
+        let known = self.known(context)?;
+        let KnownContent::Part { blob, .. } = &known.content else {
+            return None;
+        };
+        let is_there = (u64::from(page) + 1) * PAGE_SIZE <= u64::from(blob.len);
+        let slot = blob.at / PAGE_SIZE as u32 + page;
+        let source = PageSource::Chunk { chunk: blob.chunk, slot };
+        (is_there && u64::from(blob.at).is_multiple_of(PAGE_SIZE)).then_some((PageHash([0; 8]), source))
     }
 
     fn known_block(&self, n: u64, context: &WorkContext) -> Option<Arc<KnownBlock>> {
@@ -232,13 +306,15 @@ fn pack_together(
                 if raw.len() <= INLINE_BYTES {
                     SmallPlace::Inline(Bytes::from(raw))
                 } else {
-                    if !gathered.is_empty() && (gathered.len() + raw.len()) as u64 > SMALL_FILE_BYTES {
+                    let mut at = begins_at(gathered.len(), &file);
+                    if at > 0 && (at + raw.len()) as u64 > SMALL_FILE_BYTES {
                         together.frames.push(compress(&gathered, context.compression)?);
                         gathered.clear();
+                        at = 0;
                     }
-                    let at = gathered.len() as u32;
+                    gathered.resize(at, 0);
                     gathered.extend_from_slice(&raw);
-                    SmallPlace::Chunk { frame: together.frames.len(), at }
+                    SmallPlace::Chunk { frame: together.frames.len(), at: at as u32 }
                 }
             }
         };

@@ -1,0 +1,68 @@
+//! The manifest of the basebackup that is built upon, sent to the server so that it sends only what has changed since.
+//!
+//! Written from what this host remembers: paths and sizes are all that a server of 17 or later looks at, and the WAL of
+//! that basebackup, from whose start on its summaries are read. It goes up as it is written, a piece at a time.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::backup::data_directory::server_path;
+use crate::backup::error::Error;
+use crate::backup::known_parent::KnownParent;
+use crate::backup::run::blocking;
+use crate::backup::server_facts::ServerFacts;
+use crate::backup::source::SourceError;
+use crate::codec::Sha256;
+use crate::pg::{BackupManifest, DataPath, ManifestChecksum};
+use crate::replication::{ManifestUpload, ReplicationConnection};
+
+/// Bytes of a piece, about.
+const PIECE_BYTES: usize = 64 << 10;
+/// Pieces that are written before the server has taken the first.
+const PIECES_AHEAD: usize = 4;
+
+/// Sends the manifest of `parent`; returns the connection, for the backup.
+///
+/// # Errors
+/// `Session` with the server's words where it takes it for none.
+pub async fn upload(
+    connection: ReplicationConnection,
+    parent: Arc<KnownParent>,
+    facts: &ServerFacts,
+) -> Result<ReplicationConnection, Error> {
+    let mut upload = ManifestUpload::start(connection).await.map_err(SourceError::from)?;
+    let (pieces, mut written) = mpsc::channel::<Vec<u8>>(PIECES_AHEAD);
+    let (version, system_identifier) = (facts.version, facts.identity.system_identifier);
+    let writing = blocking(move || {
+        let mut manifest = BackupManifest::new(version, system_identifier, Sha256::new());
+        let mut gathered = 0;
+        for known in parent.files() {
+            let known = known?;
+            let Some(path) = server_path(&known.path).and_then(|path| DataPath::new(path).ok()) else {
+                continue;
+            };
+            gathered += path.as_bytes().len() + 100;
+            manifest.file(&path, known.size, parent.facts().started_at, ManifestChecksum::None);
+            if gathered >= PIECE_BYTES {
+                gathered = 0;
+                // Whoever was to send it has failed, and says why.
+                if pieces.blocking_send(manifest.take()).is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        let of = parent.facts();
+        manifest.wal_range(of.timeline, of.start_lsn, of.stop_lsn);
+        let _ = pieces.blocking_send(manifest.finish());
+        Ok(())
+    });
+    let sending = async {
+        while let Some(piece) = written.recv().await {
+            upload.push(&piece).await.map_err(SourceError::from)?;
+        }
+        Ok::<_, Error>(())
+    };
+    tokio::try_join!(writing, sending)?;
+    Ok(upload.finish().await.map_err(SourceError::from)?)
+}
