@@ -46,6 +46,12 @@ impl Inventory {
             return Ok(known.listed);
         }
         let listed = find(&self.repository, id).await?.map(Arc::new);
+        if let Some(record) = listed.as_ref().map(|listed| &listed.record)
+            && let Some(wal) = &record.wal
+        {
+            // A server that was copied from the mount asks for it there, and later WAL would make a hole of it.
+            self.repository.carried_index().note(record.cluster, record.id, wal);
+        }
         let known = Known { listed: listed.clone(), checked_at: self.clock.monotonic() };
         let mut all = self.lock();
         // One that is still running is asked for again at once.

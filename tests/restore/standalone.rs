@@ -123,12 +123,16 @@ fn a_standalone_basebackup_of_18_is_restored_without_an_archive() {
 fn a_copy_of_a_mounted_standalone_basebackup_starts_without_walden() {
     require!(Need::PostgreSQL(15), Need::Fuse);
     let source = Source::start(forgetful());
-    take_while_wal_goes(&source);
+    let report = take_while_wal_goes(&source);
     let expected = Checksums::of(&source);
     let mounted = source.walden.mount(&source.scratch().folder("mnt"));
     let copy = source.place("copy");
     let shown = mounted.path().join("basebackups/latest/data");
     Run::of(Account::of_postgresql().command("cp").arg("-rL").args([&shown, &copy]), "").expect_success();
+    let segment = report["wal"]["segments"][0]["first"].as_str().unwrap();
+    let (in_archive, fetched) = (mounted.path().join("wal").join(segment), source.place("fetched"));
+    Run::of(Account::of_postgresql().command("cp").args([&in_archive, &fetched]), "").expect_success();
+    assert!(fs::read(&fetched).unwrap() == fs::read(copy.join("pg_wal").join(segment)).unwrap(), "{segment}");
     drop(mounted);
     Run::of(Command::new("chmod").args(["-R", "u+w"]).arg(&copy), "").expect_success();
     Run::of(Command::new("chmod").arg("700").arg(&copy), "").expect_success();
