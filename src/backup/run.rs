@@ -33,7 +33,7 @@ use crate::backup::server_record::{empty_record, server_record};
 use crate::backup::site_state::{Begun, SiteState};
 use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, switch_wal};
 use crate::backup::source_file::{DirectorySource, FileState};
-use crate::backup::state::StateWriter;
+use crate::backup::state::{Journal, StateWriter};
 use crate::backup::stream;
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
 use crate::clock::Clock;
@@ -176,11 +176,7 @@ async fn read_directory(
     let writer = Arc::new(writer);
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
-    let packer = new_packer(&writer, options, &begun, states.writer(writer.id()).await);
-    let packer = match states.journal(writer.id(), &begun, &today) {
-        Some(journal) => packer.journaling(journal),
-        None => packer,
-    };
+    let packer = new_packer(&writer, options, &begun, states.remembered(writer.id(), &begun, &today).await);
     let how = How { options, begun: &begun, clock: repository.shared_clock() };
     let copied = copy_in_backup_mode(session, &origin, &how, (pool, &writer), packer, monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
@@ -246,15 +242,19 @@ pub(super) fn new_packer(
     writer: &Arc<BasebackupWriter>,
     options: &BackupOptions,
     begun: &Begun,
-    state: Option<StateWriter>,
+    (state, journal): (Option<StateWriter>, Option<Journal>),
 ) -> Packer {
     let packer = Packer::new(writer.clone(), options.compression, options.budget.uploads);
     let packer = match &begun.parent {
         Some(parent) => packer.writing_again(parent.written_again()),
         None => packer,
     };
-    match state {
+    let packer = match state {
         Some(state) => packer.remembering(state),
+        None => packer,
+    };
+    match journal {
+        Some(journal) => packer.journaling(journal),
         None => packer,
     }
 }

@@ -113,6 +113,18 @@ impl SiteState {
         Ok((writer, self.begun(repository, decision, parent, at)))
     }
 
+    /// Starts what is written beside a basebackup: its state, and the journal of a full one.
+    pub async fn remembered(
+        &self,
+        id: BasebackupId,
+        begun: &Begun,
+        today: &Today,
+    ) -> (Option<StateWriter>, Option<Journal>) {
+        let state = self.writer(id).await;
+        let journal = state.as_ref().and_then(|_| self.journal(id, begun, today));
+        (state, journal)
+    }
+
     /// Starts to write the state of a basebackup; none where that fails, which is said.
     pub async fn writer(&self, id: BasebackupId) -> Option<StateWriter> {
         let (folder, lock) = self.held.as_ref()?;

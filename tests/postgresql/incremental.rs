@@ -292,3 +292,39 @@ fn wal_summaries_spare_reading_files_whose_ctime_is_new() {
     drop(copy);
     cluster.stop(Stop::Fast);
 }
+
+#[test]
+fn a_full_basebackup_that_was_killed_while_it_copied_is_gone_on_with() {
+    require!(Need::PostgreSQL(15));
+    let mut cluster = Cluster::start(15);
+    // Bytes that do not compress, so that a pack is full soon: 400 MB.
+    cluster.sql("create table large (n int, text bytea); alter table large alter text set storage external");
+    cluster.sql(
+        "insert into large select n, (select string_agg(sha512((n * 1000 + k)::text::bytea), '')
+            from generate_series(1, 64) k) from generate_series(1, 100000) n; checkpoint",
+    );
+    let walden = archiving(&cluster);
+    let basebackups = walden.repository().join("main/basebackups");
+    let mut child = walden.command().arg("backup").spawn().unwrap();
+    // When the fourth pack is there, the store has acknowledged the first.
+    wait_for("packs", || (basebackups.exists() && packs_below(&basebackups).len() > 3).then_some(()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let unfinished = walden.json(&["list"])["unfinished"].clone();
+    let [killed] = &unfinished.as_array().unwrap()[..] else { panic!("{unfinished}") };
+    cluster.sql("update large set n = -n where n % 1000 = 0; checkpoint");
+    let outcome = walden.json(&["backup"]);
+    assert_eq!(&outcome["parent"], killed, "{outcome}");
+    assert!(number(&outcome, "reused_chunks") > 300, "{outcome}");
+    assert!(number(&outcome, "stored_bytes") < number(&outcome, "live_bytes"), "{outcome}");
+    let data = Opened::open(&walden.repository(), id_of(&outcome)).restore(cluster.scratch(), "copy");
+    verify_backup(&cluster, &data);
+    cluster.archive_wal();
+    let copy = recover(&walden, 15, &data, &cluster.scratch().folder("run-copy"));
+    Checksums::of(&cluster).assert_same(&Checksums::of(&copy));
+    drop(copy);
+    // And it is a parent like any other.
+    let next = walden.json(&["backup"]);
+    assert_eq!(next["parent"], outcome["id"], "{next}");
+    cluster.stop(Stop::Fast);
+}

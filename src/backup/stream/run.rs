@@ -122,11 +122,8 @@ async fn attempt(
     let writer = Arc::new(writer);
     let address = session.address();
     tracing::info!("basebackup {} of cluster {cluster} begins, by BASE_BACKUP from {address}", writer.id());
-    let packer = new_packer(&writer, &at_most(options), &begun, states.writer(writer.id()).await);
-    let packer = match states.journal(writer.id(), &begun, &today) {
-        Some(journal) => packer.journaling(journal),
-        None => packer,
-    };
+    let state = states.remembered(writer.id(), &begun, &today).await;
+    let packer = new_packer(&writer, &at_most(options), &begun, state);
     let asked = Asked { options, begun: &begun, changes };
     let copying = receive(repository, &server, replication, asked, pool, packer, monitor);
     let mut copied = tokio::select! {
