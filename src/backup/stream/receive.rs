@@ -522,6 +522,7 @@ mod tests {
 
     use super::super::work::{Done, WorkContext};
     use super::*;
+    use crate::backup::state::KnownContent;
     use crate::codec::Compression;
 
     const PIECE: u64 = 512 << 10;

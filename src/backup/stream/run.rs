@@ -42,7 +42,10 @@ use crate::backup::wal_wait::{NeededWal, WalArchive, wait_for_wal};
 use crate::codec::CpuPool;
 use crate::monitor::{Monitor, Task};
 use crate::pg::{ControlFile, Lsn, MajorVersion, TimelineId, WalSegmentNumber};
-use crate::replication::{BaseBackup, BaseBackupEnd, BaseBackupOptions, ReplicationConnection, Session};
+use crate::replication::{
+    BaseBackup, BaseBackupEnd, BaseBackupOptions, ConnectOptions, Error as SessionError,
+    ReplicationConnection, Session,
+};
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository,
     entry::{Entry, TreePath},
