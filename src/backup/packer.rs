@@ -228,12 +228,14 @@ impl Packer {
             }
             KnownContent::Pages { stands, .. } => {
                 for n in 0..known.block_count() {
-                    let Some(block) = parent.block(&known, n) else {
+                    let (Some(map), Some(record)) =
+                        (parent.map(&known, n), self.remembering.copy_block(parent, &known, n))
+                    else {
                         return false;
                     };
-                    self.maps.name_block(&block.map);
-                    remembered.records.extend(self.remembering.push_block(&block));
-                    block.map.extents().iter().for_each(|extent| self.note_source(&extent.source));
+                    remembered.records.extend(record);
+                    self.maps.name_block(&map);
+                    map.extents().iter().for_each(|extent| self.note_source(&extent.source));
                 }
                 if let Content::Blocks(blobs) = stands {
                     blobs.iter().for_each(|blob| self.note_known(&blob.chunk));
