@@ -26,6 +26,7 @@ use crate::codec::Compression;
 use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentNumber};
 use crate::replication::{Error as SessionError, Param, Session};
 use crate::repo::carried_wal::{CarriedSegments, CarriedWal};
+use crate::repo::documents::BackupRecord;
 use crate::repo::entry::{Entry, TreePath};
 use crate::repo::{BasebackupId, BasebackupWriter, ClusterId, NamedChunks};
 
@@ -56,11 +57,11 @@ struct Ancestry {
 /// What a basebackup carries.
 pub(super) struct Carried {
     /// Files of `data/pg_wal`.
-    pub(super) entries: Vec<Entry>,
+    entries: Vec<Entry>,
     /// The chunks they stand in.
-    pub(super) named: NamedChunks,
+    named: NamedChunks,
     /// What the record says of them.
-    pub(super) wal: CarriedWal,
+    wal: CarriedWal,
 }
 
 /// Between two looks at how far the server has come. Nothing is lost in between: the slot holds it.
@@ -224,6 +225,15 @@ impl WalCarrier {
         let Some((history, bytes)) = self.ancestry.history.take() else { return Ok(()) };
         let path = TreePath::new(format!("{FOLDER}/{}.history", history.timeline.hex8()))?;
         self.files.push_bytes(path, bytes, self.at).await
+    }
+}
+
+impl Carried {
+    /// Adds it to what a basebackup consists of.
+    pub(super) fn add_to(self, record: &mut BackupRecord, named: &mut NamedChunks, entries: &mut Vec<Entry>) {
+        record.wal = Some(self.wal);
+        named.join(self.named);
+        entries.extend(self.entries);
     }
 }
 

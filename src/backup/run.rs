@@ -196,9 +196,7 @@ async fn read_directory(
     let mut entries = packed.entries;
     entries.extend(tree.entries.iter().cloned());
     if let Some(carried) = carried {
-        record.wal = Some(carried.wal);
-        named.join(carried.named);
-        entries.extend(carried.entries);
+        carried.add_to(&mut record, &mut named, &mut entries);
     }
     let content = ManifestContent {
         entries,
