@@ -54,6 +54,8 @@ struct Host {
     files: BTreeMap<String, Vec<u8>>,
     identities: BTreeMap<String, FileIdentity>,
     next_inode: u64,
+    /// Whether files were changed without a trace: what is remembered of them is wrong until all are read.
+    forged: bool,
     today: Box<dyn Fn(Today) -> Today>,
     taken: Vec<Taken>,
 }
@@ -92,6 +94,7 @@ impl Host {
             files: BTreeMap::new(),
             identities: BTreeMap::new(),
             next_inode: 100,
+            forged: false,
             today: Box::new(|today| today),
             taken: Vec::new(),
         }
@@ -181,7 +184,7 @@ impl Host {
         let Copied { states, begun, today, writer, packer, at, start_set_again } = self.copied(full).await?;
         let compression = Compression::zstd(1);
         let Stored { packed, named, state } = packer.finish().await?;
-        for (entry, crc) in packed.entries.iter().zip(&packed.checksums) {
+        for (entry, crc) in packed.entries.iter().zip(&packed.checksums).filter(|_| !self.forged) {
             assert_eq!(*crc, Crc32c::of(&self.files[&entry.path.to_string()]), "{}", entry.path);
         }
         let mut work = packed.work;
@@ -436,6 +439,7 @@ async fn a_forged_ctime_is_caught_by_the_seventh_basebackup() {
     host.back_up().await;
     // As if the clock had been set back while it was written: inode, size and ctime are those of before.
     host.files.get_mut("data/base/16384/16386").unwrap()[100] ^= 1;
+    host.forged = true;
     for n in 1..=7 {
         let taken = host.back_up().await;
         let caught = taken.work.pages_changed;
@@ -599,7 +603,9 @@ async fn a_map_block_without_a_change_is_named_where_it_stands() {
     let block = MAP_BLOCK_BYTES as usize;
     // Mostly zero, so that it costs neither chunks nor time; a page in each block is not.
     let mut raw = vec![0; block + 40 * PAGE];
-    (raw[77], raw[block + 3 * PAGE]) = (1, 1);
+    // So much that the pack is more than its header and its maps, which would have it written again.
+    raw[..40 * PAGE].copy_from_slice(&bytes(7, 40 * PAGE));
+    raw[block + 3 * PAGE] = 1;
     host.write("data/base/16384/16385", raw);
     let first = host.back_up().await.record.id;
     host.change("data/base/16384/16385", |raw| raw[block + 9 * PAGE] = 5);

@@ -29,7 +29,7 @@ use crate::repo::{
     self, BasebackupId, ClusterId,
     chunk::{ChunkTableBuilder, decode_chunk_table},
     entry::{Content, TreePath},
-    page_map::{MAP_BLOCK_BYTES, MAP_BLOCK_PAGES, MapBlock, PAGE_SIZE},
+    page_map::{MAP_BLOCK_BYTES, MAP_BLOCK_PAGES, PAGE_SIZE},
     wire::{WireError, WireReader, WireWriter},
 };
 
