@@ -394,10 +394,13 @@ first_by_walden() {
 
 # Writes so many MiB of WAL by pgbench into the source and has them archived.
 write_wal() {
-    local from
+    local from is_enough
     start_source -c fsync=off -c logging_collector=off
     from=$(sql "select pg_current_wal_lsn()")
-    until [ "$(sql "select pg_current_wal_lsn() - '$from' > $1 * 1024 * 1024")" = t ]; do
+    while :; do
+        # From 2048 on the bytes are more than an integer holds.
+        is_enough=$(sql "select pg_current_wal_lsn() - '$from' > $1::bigint * 1024 * 1024")
+        [ "$is_enough" = f ] || break
         as_postgres "$bin/pgbench" -h "$folder/run" -n -N -c 4 -t 5000 bench >/dev/null 2>&1
     done
     archive_wal

@@ -23,7 +23,7 @@ use crate::instance::isolation::{config_files, socket_path};
 use crate::instance::preload::{Preload, is_in, plan_preload};
 use crate::repo::documents::ServerRecord;
 use crate::repo::manifest::Tablespace;
-use crate::repo::{self, Basebackup, Repository};
+use crate::repo::{self, Repository, read_manifest_start};
 
 /// What the user asked for.
 #[derive(Debug, Clone)]
@@ -140,7 +140,7 @@ pub async fn create(
     host::check_architecture(&record.server, &options.host)?;
     let bin_directory =
         crate::instance::programs::find(record.server.major, options.bin_directory.as_deref())?;
-    let basebackup = Basebackup::open(repository, record.id).await?;
+    let tablespaces = read_manifest_start(repository, &record).await?.tablespaces;
     // Held until all is written: what somebody makes is not what a kill has left.
     let _lock = make_folder(repository, folder, &options.site, options.owner).await?;
     warnings.extend(warnings_of(&record.server, options));
@@ -181,7 +181,7 @@ pub async fn create(
         owner: (options.owner.uid, options.owner.gid),
         pin,
         limits: scan.limits,
-        stand_ins: stand_ins(folder, &basebackup, &scan),
+        stand_ins: stand_ins(folder, &tablespaces, &scan),
         warnings,
         hydrate: options.hydrate,
         created_at: repository.clock().now(),
@@ -223,15 +223,13 @@ fn preload(source: &str, vouched_for: &[String], bin_directory: &Path) -> Preloa
     plan_preload(source, vouched_for, |name| folders.iter().any(|folder| is_in(folder, name)))
 }
 
-/// Tablespaces that are not directories of `pg_tblspc` itself.
-fn outside_tablespaces(basebackup: &Basebackup) -> impl Iterator<Item = &Tablespace> {
-    basebackup.start().tablespaces.iter().filter(|tablespace| !tablespace.location.is_empty())
-}
-
 /// Places of the source that replay may write to, whatever is there on this host: where its tablespaces were when the
 /// basebackup was taken, and where it made others later.
-fn stand_ins(folder: &CloneFolder, basebackup: &Basebackup, scan: &WalScan) -> Vec<(PathBuf, PathBuf)> {
-    let mut stand_ins: Vec<(PathBuf, PathBuf)> = outside_tablespaces(basebackup)
+fn stand_ins(folder: &CloneFolder, tablespaces: &[Tablespace], scan: &WalScan) -> Vec<(PathBuf, PathBuf)> {
+    // A tablespace without a location is a directory of `pg_tblspc` itself.
+    let mut stand_ins: Vec<(PathBuf, PathBuf)> = tablespaces
+        .iter()
+        .filter(|tablespace| !tablespace.location.is_empty())
         .map(|tablespace| {
             let location = PathBuf::from(OsString::from_vec(tablespace.location.clone()));
             (location, folder.tablespace(tablespace.oid))

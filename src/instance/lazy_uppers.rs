@@ -98,7 +98,14 @@ impl LazyBasebackup {
         }
         let reader = FileReader::new(basebackup, CHUNK_CACHE_BYTES).sharing(Transfers::per_core());
         let reader = Arc::new(reader);
-        reader.prefetch_start_set(START_SET_BYTES).await?;
+        // A server that starts lists every directory, several times. What cannot be had of the table now is asked for
+        // again by whoever lists what stands in it, and they are told.
+        let (start_set, table) =
+            futures::join!(reader.prefetch_start_set(START_SET_BYTES), reader.basebackup().load_file_table());
+        start_set?;
+        if let Err(error) = table {
+            tracing::debug!("the file table was not fetched ahead: {error}");
+        }
         Ok(Self { reader, switch: PatienceSwitch::new(RUNNING_PATIENCE) })
     }
 

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use lru::LruCache;
@@ -39,15 +39,24 @@ pub struct Basebackup {
     head: SealedHead,
     start: ManifestStart,
     refs: Refs,
-    blocks: Mutex<LruCache<usize, Arc<Vec<Entry>>>>,
+    blocks: Mutex<BlockCache>,
     keys: Mutex<HashMap<PackId, Arc<FrameKey>>>,
 }
 
-/// A block holds about a thousand entries of some hundred bytes; 256 of them stay below 64 MiB. A starting server lists every
+/// Blocks of the file table: what was fetched, opened, and of a few of them the entries, which take five times as much.
+#[derive(Debug)]
+struct BlockCache {
+    fetched: LruCache<usize, Bytes>,
+    entries: LruCache<usize, Arc<Vec<Entry>>>,
+}
+
+/// A block has 64 KiB, so that 512 of them are 32 MiB and stand for half a million files. A starting server lists every
 /// directory several times: where not all blocks of a basebackup find room, each time fetches all of them again.
-const BLOCKS_CACHED_MAX: NonZeroUsize = NonZeroUsize::new(256).expect("256 is not zero");
-/// Whoever goes through all blocks fetches a quarter of what is cached ahead.
-pub const BLOCKS_AHEAD: usize = BLOCKS_CACHED_MAX.get() / 4;
+const BLOCKS_CACHED_MAX: NonZeroUsize = NonZeroUsize::new(512).expect("512 is not zero");
+/// A thousand entries of some hundred bytes each: 32 blocks stay below 12 MiB, and are what a look-up comes back to.
+const BLOCKS_OF_ENTRIES_MAX: NonZeroUsize = NonZeroUsize::new(32).expect("32 is not zero");
+/// Whoever goes through all blocks fetches so many of them ahead.
+pub const BLOCKS_AHEAD: usize = 64;
 /// Blocks that lie side by side are fetched by one request up to this size.
 const BLOCK_RUN_BYTES_MAX: u64 = 4 << 20;
 /// A manifest up to this size is fetched whole at once.
@@ -96,12 +105,10 @@ impl Basebackup {
             (Outcome::Abandoned { id }, ..) => return Err(Error::Abandoned(id)),
         };
         let (manifest, refs) =
-            futures::try_join!(read_manifest_start(repository, &record), read_refs(repository, &record))?;
+            futures::try_join!(read_manifest(repository, &record), read_refs(repository, &record))?;
         let (head, start, blocks) = manifest;
-        let mut cache = LruCache::new(BLOCKS_CACHED_MAX);
-        blocks.into_iter().for_each(|(n, block)| {
-            cache.put(n, block);
-        });
+        let mut cache = BlockCache::new();
+        blocks.into_iter().for_each(|(n, block)| cache.put(n, block));
         Ok(Self {
             repository: repository.clone(),
             record,
@@ -207,11 +214,26 @@ impl Basebackup {
 
     /// Returns the entries of one block, in order.
     pub async fn block(&self, n: usize) -> Result<Arc<Vec<Entry>>, Error> {
-        if let Some(block) = self.cached_block(n) {
-            return Ok(block);
+        if let Some(entries) = self.lock_blocks().entries.get(&n) {
+            return Ok(entries.clone());
         }
-        let mut blocks = self.fetch_blocks(n..n + 1).await?;
-        blocks.pop().ok_or_else(|| Error::Internal(format!("block {n} of the file table was not returned")))
+        let raw = match self.cached_block(n) {
+            Some(raw) => raw,
+            None => {
+                let mut blocks = self.fetch_blocks(n..n + 1).await?;
+                let returned = blocks.pop();
+                returned
+                    .ok_or_else(|| Error::Internal(format!("block {n} of the file table was not returned")))?
+            }
+        };
+        let entries = Arc::new(self.decode_block(n, &raw)?);
+        self.lock_blocks().entries.put(n, entries.clone());
+        Ok(entries)
+    }
+
+    /// Fetches the file table from its beginning, as far as what is fetched stays: for whoever is about to list every directory.
+    pub async fn load_file_table(&self) -> Result<(), Error> {
+        self.load_blocks(0..self.block_count().min(BLOCKS_CACHED_MAX.get())).await
     }
 
     /// Fetches what is not cached of neighbouring blocks with few requests; no more than the cache holds.
@@ -236,12 +258,29 @@ impl Basebackup {
         Ok(())
     }
 
-    fn cached_block(&self, n: usize) -> Option<Arc<Vec<Entry>>> {
-        self.blocks.lock().expect("no holder of this lock panics").get(&n).cloned()
+    fn lock_blocks(&self) -> MutexGuard<'_, BlockCache> {
+        self.blocks.lock().expect("no holder of this lock panics")
     }
 
-    async fn fetch_blocks(&self, range: Range<usize>) -> Result<Vec<Arc<Vec<Entry>>>, Error> {
-        let object = format!("the manifest of basebackup {}", self.record.id);
+    fn cached_block(&self, n: usize) -> Option<Bytes> {
+        self.lock_blocks().fetched.get(&n).cloned()
+    }
+
+    fn manifest_name(&self) -> String {
+        format!("the manifest of basebackup {}", self.record.id)
+    }
+
+    fn decode_block(&self, n: usize, raw: &[u8]) -> Result<Vec<Entry>, Error> {
+        let damaged = |detail: String| Error::damaged(self.manifest_name(), detail);
+        let entries = decode_block(raw).map_err(|error| damaged(format!("block {n} {error}")))?;
+        if entries.len() as u32 != self.start.blocks[n].entries {
+            return Err(damaged(format!("block {n} has another number of entries than it should")));
+        }
+        Ok(entries)
+    }
+
+    async fn fetch_blocks(&self, range: Range<usize>) -> Result<Vec<Bytes>, Error> {
+        let object = self.manifest_name();
         let bytes_range = self
             .head
             .range(range.start + 1..range.end + 1)
@@ -251,8 +290,8 @@ impl Basebackup {
         let bytes = bytes.map_err(|error| missing_is_damage(error, &object))?;
         let mut blocks = Vec::with_capacity(range.len());
         for n in range {
-            let block = open_block(&self.head, &self.start, n, bytes_range.start, &bytes, &object)?;
-            self.blocks.lock().expect("no holder of this lock panics").put(n, block.clone());
+            let block = Bytes::from(self.head.open_frame(n + 1, bytes_range.start, &bytes)?);
+            self.lock_blocks().put(n, block.clone());
             blocks.push(block);
         }
         Ok(blocks)
@@ -288,17 +327,53 @@ impl Basebackup {
     }
 }
 
-type Blocks = Vec<(usize, Arc<Vec<Entry>>)>;
+impl BlockCache {
+    fn new() -> Self {
+        Self { fetched: LruCache::new(BLOCKS_CACHED_MAX), entries: LruCache::new(BLOCKS_OF_ENTRIES_MAX) }
+    }
+
+    fn put(&mut self, n: usize, raw: Bytes) {
+        self.fetched.put(n, raw);
+    }
+}
+
+type Blocks = Vec<(usize, Bytes)>;
+
+/// Reads what a manifest says beside its files: tablespaces, links, where the start-up set lies.
+pub async fn read_manifest_start(
+    repository: &Repository,
+    record: &BackupRecord,
+) -> Result<ManifestStart, Error> {
+    let (_, start, _) = read_beginning(repository, record, record.manifest.start_size).await?;
+    Ok(start)
+}
 
 /// Reads as much of the manifest as every reader needs; all of it where it is small.
-async fn read_manifest_start(
+async fn read_manifest(
     repository: &Repository,
     record: &BackupRecord,
 ) -> Result<(SealedHead, ManifestStart, Blocks), Error> {
+    let pin = record.manifest;
+    let wanted = if pin.size <= WHOLE_MANIFEST_BYTES_MAX { pin.size } else { pin.start_size };
+    let (head, start, bytes) = read_beginning(repository, record, wanted).await?;
+    let mut blocks = Vec::new();
+    if wanted == pin.size {
+        for n in 0..start.blocks.len().min(BLOCKS_CACHED_MAX.get()) {
+            blocks.push((n, Bytes::from(head.open_frame(n + 1, 0, &bytes)?)));
+        }
+    }
+    Ok((head, start, blocks))
+}
+
+/// Reads the first `wanted` bytes of the manifest, at least its head and its start frame.
+async fn read_beginning(
+    repository: &Repository,
+    record: &BackupRecord,
+    wanted: u64,
+) -> Result<(SealedHead, ManifestStart, Bytes), Error> {
     let (id, pin) = (record.id, record.manifest);
     let object = format!("the manifest of basebackup {id}");
     let damaged = |detail: &str| Error::damaged(&object, detail);
-    let wanted = if pin.size <= WHOLE_MANIFEST_BYTES_MAX { pin.size } else { pin.start_size };
     if wanted > MANIFEST_START_BYTES_MAX || pin.head_size > pin.start_size || pin.start_size > pin.size {
         return Err(damaged("backup.json names impossible sizes"));
     }
@@ -314,32 +389,7 @@ async fn read_manifest_start(
     let raw = head.open_frame(0, 0, &bytes)?;
     let start =
         ManifestStart::decode(&raw).map_err(|error| Error::damaged(&object, format!("its start {error}")))?;
-    let mut blocks = Vec::new();
-    if wanted == pin.size {
-        for n in 0..start.blocks.len().min(BLOCKS_CACHED_MAX.get()) {
-            blocks.push((n, open_block(&head, &start, n, 0, &bytes, &object)?));
-        }
-    }
-    Ok((head, start, blocks))
-}
-
-fn open_block(
-    head: &SealedHead,
-    start: &ManifestStart,
-    n: usize,
-    base: u64,
-    bytes: &[u8],
-    object: &str,
-) -> Result<Arc<Vec<Entry>>, Error> {
-    let raw = head.open_frame(n + 1, base, bytes)?;
-    let entries = decode_block(&raw).map_err(|error| Error::damaged(object, format!("block {n} {error}")))?;
-    if entries.len() as u32 != start.blocks[n].entries {
-        return Err(Error::damaged(
-            object,
-            format!("block {n} has another number of entries than it should"),
-        ));
-    }
-    Ok(Arc::new(entries))
+    Ok((head, start, bytes))
 }
 
 /// Reads which packs a basebackup names, without any key.

@@ -176,8 +176,8 @@ async fn what_is_gone_is_not_brought_back_and_what_is_cut_comes_as_far_as_it_is_
 #[tokio::test]
 async fn few_requests_are_under_way_while_somebody_s_read_waits() {
     let scratch = tempfile::tempdir().unwrap();
-    let world = World::new(scratch.path()).await;
-    let file = world.open_file(RELATION).await.unwrap();
+    let world = of_relations(scratch.path()).await;
+    let file = world.open_file("base/1/00").await.unwrap();
     let away = world.lower.gate.clone().write_owned().await;
     let reader = tokio::spawn(async move { file.read(&caller(), 0, 100).await });
     until(|| world.lower.fetches() == 1).await;
@@ -191,15 +191,20 @@ async fn few_requests_are_under_way_while_somebody_s_read_waits() {
     assert_eq!(hydrating.end().await.state, HydrationState::Done);
 }
 
-/// Both of these somebody has begun to read, and of such files the names decide; the heat decides before them.
-#[tokio::test]
-async fn what_was_waited_for_most_is_brought_first() {
-    let scratch = tempfile::tempdir().unwrap();
+/// Twelve files, each of which is a request of its own.
+async fn of_relations(directory: &Path) -> World {
     let names: Vec<String> = (0..12).map(|n| format!("base/1/{n:02}")).collect();
     let mut tree: Vec<(&str, u64)> = names.iter().map(|name| (&**name, 5 * 65_536)).collect();
     tree.push(("PG_VERSION", 3));
     let lower = Arc::new(MemoryLower::build(&tree));
-    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    World { upper: open(&lower, directory).await.unwrap(), lower }
+}
+
+/// Both of these somebody has begun to read, and of such files the names decide; the heat decides before them.
+#[tokio::test]
+async fn what_was_waited_for_most_is_brought_first() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = of_relations(scratch.path()).await;
     for (name, offset) in [("base/1/10", 131_072), ("base/1/10", 0), ("base/1/05", 0)] {
         world.read(name, offset, 100).await.unwrap();
     }
