@@ -1,0 +1,195 @@
+//! Incremental basebackups of what is damaged: packs of earlier ones that are missing or not as large as they were, and a
+//! state of which any byte is another. The basebackup heals the one and does without the other; it is never wrong.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use crate::damage::{At, Damage};
+use crate::source::files_below;
+use crate::support::{Need, Resting, Run, Taken, require};
+
+/// Every pack of the repository, with its size.
+fn packs(site: &Resting) -> Vec<(PathBuf, u64)> {
+    let basebackups = site.walden.repository().join("main/basebackups");
+    let objects = files_below(&basebackups).into_iter();
+    let packs = objects.filter(|object| object.parent().is_some_and(|folder| folder.ends_with("packs")));
+    packs.map(|pack| (pack.clone(), fs::metadata(&pack).unwrap().len())).collect()
+}
+
+/// What a listing of a store shows of a pack: that it is gone, or has another size.
+const VISIBLE: [Damage; 4] = [Damage::Remove, Damage::Truncate, Damage::Empty, Damage::Extend];
+
+#[test]
+fn packs_that_are_missing_or_of_another_size_are_written_again_from_the_data_directory() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let full = site.back_up();
+    assert_eq!(full.parent, None);
+    let mut last = full.clone();
+    for damage in VISIBLE {
+        for _ in 0..2 {
+            site.change();
+            last = site.back_up();
+        }
+        // The largest is most of the cluster, the smallest what one round has changed: both are named.
+        let mut by_size = packs(&site);
+        by_size.sort_by_key(|(_, size)| *size);
+        for n in [by_size.len() - 1, 0] {
+            let (pack, size) = &by_size[n];
+            damage.inflict(pack);
+            site.change();
+            let healed = site.back_up();
+            assert_eq!(healed.parent.as_ref(), Some(&last.id), "{damage:?} of {}", pack.display());
+            if n == 0 {
+                let most = full.stored_bytes / 2;
+                assert!(healed.stored_bytes < most, "{damage:?}: {} stored for {size}", healed.stored_bytes);
+            }
+            site.assert_exact(&healed);
+            last = healed;
+        }
+    }
+    // With nothing changed and nothing missing nothing is written again.
+    let idle = site.back_up();
+    assert!(idle.stored_bytes < full.stored_bytes / 10, "{} of {}", idle.stored_bytes, full.stored_bytes);
+    site.assert_exact(&idle);
+}
+
+#[test]
+fn all_packs_gone_are_written_again() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    site.back_up();
+    site.change();
+    site.back_up();
+    for (pack, _) in packs(&site) {
+        Damage::Remove.inflict(&pack);
+    }
+    site.assert_exact(&site.back_up());
+}
+
+/// The state of the site's last basebackup on this host.
+fn state_of(site: &Resting, taken: &Taken) -> PathBuf {
+    let folder = site.scratch().path().join("walden/state/basebackups");
+    let name = format!("{}.pages", taken.id);
+    let found = files_below(&folder).into_iter().find(|file| file.ends_with(&name));
+    found.unwrap_or_else(|| panic!("{name} is not below {}", folder.display()))
+}
+
+/// Overwrites a byte in place, which the owner keeps.
+fn flip(file: &Path, at: usize) {
+    let mut bytes = fs::read(file).unwrap();
+    bytes[at] ^= 0x10;
+    fs::write(file, bytes).unwrap();
+}
+
+/// Takes a basebackup upon a state that is not what it was: it is a full one, says why, and is right.
+#[track_caller]
+fn assert_full_and_said(site: &Resting, what: &str) -> Taken {
+    let run = Run::of(site.walden.command().args(["--output", "json", "backup"]), "").expect_success();
+    let report: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    let taken = site.taken(report["id"].as_str().unwrap());
+    assert_eq!(taken.parent, None, "{what}: {}", run.stderr);
+    assert!(run.stderr.contains("state"), "{what}: {}", run.stderr);
+    site.assert_exact(&taken);
+    taken
+}
+
+/// How many places of a state are tried, from its first byte to its last.
+const PLACES: usize = 16;
+
+#[test]
+fn a_state_with_any_byte_flipped_costs_a_full_basebackup_and_is_never_believed() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let mut last = site.back_up();
+    for n in 0..PLACES {
+        site.change();
+        let state = state_of(&site, &last);
+        let len = fs::metadata(&state).unwrap().len() as usize;
+        let at = n * (len - 1) / (PLACES - 1);
+        flip(&state, at);
+        last = assert_full_and_said(&site, &format!("byte {at} of {len}"));
+    }
+    site.change();
+    let good = site.back_up();
+    assert_eq!(good.parent, Some(last.id), "a good state is believed again");
+    site.assert_exact(&good);
+}
+
+#[test]
+fn a_state_that_is_cut_empty_older_or_no_file_costs_a_full_basebackup() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let mut last = site.back_up();
+    for damage in [Damage::Flip(At::Middle), Damage::Truncate, Damage::Empty, Damage::Extend] {
+        site.change();
+        damage.inflict(&state_of(&site, &last));
+        last = assert_full_and_said(&site, &format!("{damage:?}"));
+    }
+    // That of an earlier basebackup under the name of the last.
+    let older = fs::read(state_of(&site, &last)).unwrap();
+    site.change();
+    last = site.back_up();
+    assert!(last.parent.is_some());
+    fs::write(state_of(&site, &last), &older).unwrap();
+    site.change();
+    last = assert_full_and_said(&site, "an older one");
+    // A folder and a link stand where it stood.
+    let state = state_of(&site, &last);
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap();
+    last = assert_full_and_said(&site, "a folder");
+    let state = state_of(&site, &last);
+    let away = site.scratch().path().join("away");
+    fs::rename(&state, &away).unwrap();
+    symlink("/dev/zero", &state).unwrap();
+    last = assert_full_and_said(&site, "a link to what never ends");
+    site.change();
+    let good = site.back_up();
+    assert_eq!(good.parent, Some(last.id), "a good state is believed again");
+}
+
+/// Retention, or a hand, took what the state builds on: every way in which that shows.
+#[test]
+fn a_parent_that_is_expired_gone_or_another_costs_a_full_basebackup() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let basebackups = site.walden.repository().join("main/basebackups");
+    let mut last = site.back_up();
+    let object = |taken: &Taken, name: &str| basebackups.join(&taken.id).join(name);
+    type Done<'a> = &'a dyn Fn(&Taken);
+    let expired: Done<'_> = &|last| {
+        let mark = object(last, "expired");
+        fs::copy(object(last, "begin"), &mark).unwrap();
+        site.scratch().account().own(&mark);
+    };
+    let no_outcome: Done<'_> = &|last| fs::remove_file(object(last, "backup.json")).unwrap();
+    let gone: Done<'_> = &|last| fs::remove_dir_all(basebackups.join(&last.id)).unwrap();
+    let no_refs: Done<'_> = &|last| Damage::Remove.inflict(&object(last, "refs"));
+    let bad_refs: Done<'_> = &|last| Damage::Flip(At::Middle).inflict(&object(last, "refs"));
+    let bad_outcome: Done<'_> = &|last| Damage::Flip(At::Middle).inflict(&object(last, "backup.json"));
+    let cases = [
+        ("expired", expired),
+        ("no outcome", no_outcome),
+        ("no refs", no_refs),
+        ("damaged refs", bad_refs),
+        ("gone", gone),
+        ("a damaged outcome", bad_outcome),
+    ];
+    for (what, doing) in cases {
+        site.change();
+        doing(&last);
+        let run = Run::of(site.walden.command().args(["--output", "json", "backup"]), "").expect_success();
+        let report: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+        let id = report["id"].as_str().unwrap();
+        // A damaged record makes "walden list" fail, and rightly so.
+        if what != "a damaged outcome" {
+            let taken = site.taken(id);
+            assert_eq!(taken.parent, None, "{what}: {}", run.stderr);
+            assert!(run.stderr.contains(&last.id), "{what}: {}", run.stderr);
+            site.assert_exact(&taken);
+            last = taken;
+        }
+    }
+}
