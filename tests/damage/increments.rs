@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::damage::{At, Damage};
 use crate::source::files_below;
-use crate::support::{Need, Resting, Run, Taken, require};
+use crate::support::{Need, Resting, Taken, require};
 
 /// Every pack of the repository, with its size.
 fn packs(site: &Resting) -> Vec<(PathBuf, u64)> {
@@ -86,11 +86,10 @@ fn flip(file: &Path, at: usize) {
 /// Takes a basebackup upon a state that is not what it was: it is a full one, says why, and is right.
 #[track_caller]
 fn assert_full_and_said(site: &Resting, what: &str) -> Taken {
-    let run = Run::of(site.walden.command().args(["--output", "json", "backup"]), "").expect_success();
-    let report: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
-    let taken = site.taken(report["id"].as_str().unwrap());
-    assert_eq!(taken.parent, None, "{what}: {}", run.stderr);
-    assert!(run.stderr.contains("state"), "{what}: {}", run.stderr);
+    let taken = site.back_up();
+    assert_eq!(taken.parent, None, "{what}");
+    let because = "what this host remembers cannot be used";
+    assert!(taken.full_because.contains(because), "{what}: {}", taken.full_because);
     site.assert_exact(&taken);
     taken
 }
@@ -180,16 +179,16 @@ fn a_parent_that_is_expired_gone_or_another_costs_a_full_basebackup() {
     for (what, doing) in cases {
         site.change();
         doing(&last);
-        let run = Run::of(site.walden.command().args(["--output", "json", "backup"]), "").expect_success();
-        let report: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
-        let id = report["id"].as_str().unwrap();
-        // A damaged record makes "walden list" fail, and rightly so.
-        if what != "a damaged outcome" {
-            let taken = site.taken(id);
-            assert_eq!(taken.parent, None, "{what}: {}", run.stderr);
-            assert!(run.stderr.contains(&last.id), "{what}: {}", run.stderr);
-            site.assert_exact(&taken);
-            last = taken;
+        if what == "a damaged outcome" {
+            // "walden list" fails from now on, and rightly so.
+            let report = site.walden.json(&["backup"]);
+            assert!(report["full_because"].as_str().unwrap().contains(&last.id), "{what}: {report}");
+            break;
         }
+        let taken = site.back_up();
+        assert_eq!(taken.parent, None, "{what}");
+        assert!(taken.full_because.contains(&last.id), "{what}: {}", taken.full_because);
+        site.assert_exact(&taken);
+        last = taken;
     }
 }

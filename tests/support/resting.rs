@@ -25,6 +25,8 @@ pub struct Taken {
     pub id: String,
     /// The basebackup whose chunks it names; none for a full one.
     pub parent: Option<String>,
+    /// Why it is full, as it said itself; nothing where it is not, or where nobody heard it.
+    pub full_because: String,
     pub stored_bytes: u64,
     pub files: Files,
 }
@@ -85,7 +87,11 @@ impl Resting {
     #[track_caller]
     pub fn back_up(&self) -> Taken {
         let report = self.walden.json(&["backup"]);
-        self.taken(report["id"].as_str().unwrap())
+        let full_because = report["full_because"].as_str().unwrap_or_default().to_owned();
+        let taken = Taken { full_because, ..self.taken(report["id"].as_str().unwrap()) };
+        assert_eq!(taken.parent.is_none(), !taken.full_because.is_empty(), "{report}");
+        assert_eq!(taken.parent.as_deref(), report["parent"].as_str(), "{report}");
+        taken
     }
 
     /// Returns a basebackup that is listed and of which nothing has changed in the cluster since.
@@ -97,6 +103,7 @@ impl Resting {
         Taken {
             id: id.to_owned(),
             parent: row["parent"].as_str().map(str::to_owned),
+            full_because: String::new(),
             stored_bytes: row["stored_bytes"].as_u64().unwrap(),
             files: files_of(self.data_directory()),
         }

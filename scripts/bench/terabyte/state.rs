@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use jiff::Timestamp;
 use walden::backup::state::{
-    HashKey, KnownBlock, KnownContent, KnownFile, PageHash, RecordAt, State, StateFolder, StateWriter,
+    BackupLock, KnownBlock, KnownContent, KnownFile, PageHash, RecordAt, State, StateFolder, StateWriter,
 };
 use walden::config::Config;
 use walden::pg::{Crc32c, Crc32cDigest};
@@ -31,6 +31,8 @@ const CTIME_MARGIN: Duration = Duration::from_secs(3);
 /// A state that is being made up.
 pub struct MadeUpState {
     folder: PathBuf,
+    /// No basebackup of the site is taken meanwhile.
+    _lock: BackupLock,
     parent: State,
     writer: StateWriter,
     data_directory: PathBuf,
@@ -56,7 +58,8 @@ impl MadeUpState {
         if known.facts().backup_json != parent.digest() {
             bail!("the state in {} is not that of the newest basebackup", path.display());
         }
-        let mut writer = folder.begin(id)?;
+        let lock = folder.take_lock()?;
+        let mut writer = folder.begin(&lock, id)?;
         for file in known.files() {
             let mut file = file?;
             let blocks = file.block_count();
@@ -65,12 +68,12 @@ impl MadeUpState {
             if let KnownContent::Pages { records, .. } = &mut file.content {
                 *records = copied?;
             }
-            writer.push_file(file)?;
+            writer.push_file(&file)?;
         }
-        let key: &HashKey = &known.facts().hash_key;
-        let hash = key.hash(&page());
+        let hash = known.facts().hash_key.hash(&page());
         Ok(Self {
             folder: path,
+            _lock: lock,
             parent: known,
             writer,
             data_directory: data_directory.to_owned(),
@@ -115,7 +118,7 @@ impl MadeUpState {
             let metadata = std::fs::metadata(self.place_of(&path)?)?;
             let changed = Timestamp::new(metadata.ctime(), metadata.ctime_nsec() as i32)?;
             let crc = self.crc_of(size);
-            self.writer.push_file(KnownFile {
+            self.writer.push_file(&KnownFile {
                 path,
                 size,
                 inode: metadata.ino(),
@@ -136,7 +139,7 @@ impl MadeUpState {
         let mut facts = self.parent.facts().clone();
         (facts.basebackup, facts.backup_json) = (record.id, digest);
         facts.started_at = repository.clock().now();
-        self.writer.finish(facts)?;
+        self.writer.finish(&facts)?;
         let file = self.folder.join(format!("{}.pages", record.id));
         Ok(std::fs::metadata(file)?.len())
     }
