@@ -70,6 +70,20 @@ pub struct SourceFile {
     pub mode: u32,
     /// Time of last modification.
     pub modified: Timestamp,
+    /// What tells whether it is still the one it was; none where the source has no inodes.
+    pub identity: Option<FileIdentity>,
+}
+
+/// What tells whether a file is still the one it was, and was not written since: every write gives it another ctime,
+/// which, unlike the time of last modification, nobody can set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileIdentity {
+    /// The file system it is on.
+    pub device: u64,
+    /// Its inode there.
+    pub inode: u64,
+    /// Its ctime.
+    pub changed: Timestamp,
 }
 
 /// A directory or file of the source whose place in the tree is not given by its parent.
@@ -368,7 +382,8 @@ impl Walker<'_> {
 
     fn push_file(&mut self, path: TreePath, root: u32, metadata: &Metadata) -> Result<(), Error> {
         let (mode, modified) = mode_and_time(metadata);
-        self.tree.files.push(SourceFile { path, root, size: metadata.len(), mode, modified });
+        let identity = FileIdentity::of(metadata);
+        self.tree.files.push(SourceFile { path, root, size: metadata.len(), mode, modified, identity });
         Ok(())
     }
 
@@ -384,6 +399,15 @@ impl Walker<'_> {
         let modified = self.tree.entries.first().map_or(Timestamp::UNIX_EPOCH, |data| data.modified);
         self.tree.entries.push(Entry { path, mode: 0o700, modified, node: Node::Directory });
         Ok(())
+    }
+}
+
+impl FileIdentity {
+    /// Returns that of a file; none where its ctime is no time.
+    pub fn of(metadata: &Metadata) -> Option<Self> {
+        let nanoseconds = i32::try_from(metadata.ctime_nsec()).ok()?;
+        let changed = Timestamp::new(metadata.ctime(), nanoseconds).ok()?;
+        Some(Self { device: metadata.dev(), inode: metadata.ino(), changed })
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::backup::source::SourceError;
+use crate::backup::state::{StateError, StateErrorKind};
 use crate::codec;
 use crate::disk;
 use crate::pg::{ControlFileError, TimelineId, WalSegmentName};
@@ -35,6 +36,9 @@ pub enum Error {
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repo::Error),
+    /// Another basebackup of the site is being taken on this host.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// A local file of Walden's failed.
     #[error(transparent)]
     Disk(#[from] disk::Error),
@@ -102,6 +106,12 @@ impl Error {
                 disk::ErrorKind::Input => ErrorKind::Input,
                 disk::ErrorKind::Damaged => ErrorKind::Damaged,
             },
+            Self::State(error) => match error.kind() {
+                StateErrorKind::Retry => ErrorKind::Retry,
+                StateErrorKind::Input | StateErrorKind::Unsupported => ErrorKind::Input,
+                StateErrorKind::Damaged => ErrorKind::Damaged,
+                StateErrorKind::Bug => ErrorKind::Bug,
+            },
             Self::Codec(_) => ErrorKind::Bug,
         }
     }
@@ -126,6 +136,7 @@ impl Error {
             }
             Self::HistoryMissing { .. } => "Archive it with \"walden wal push\" from a server that has it.",
             Self::Source(error) => return error.hint(),
+            Self::State(error) => return error.hint().map(str::to_owned),
             Self::Repository(error) => return error.hint().map(str::to_owned),
             _ => return None,
         };

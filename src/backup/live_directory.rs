@@ -37,7 +37,7 @@ pub fn read_control_file(data_directory: &Path) -> Result<(Bytes, FileState, Con
         let (mode, modified) = mode_and_time(&fs::metadata(&path).map_err(Error::reading("look up", &path))?);
         match (ControlFile::parse(&bytes), waits.next()) {
             (Ok(control), _) => {
-                let state = FileState { size: bytes.len() as u64, mode, modified };
+                let state = FileState { size: bytes.len() as u64, mode, modified, identity: None };
                 return Ok((bytes.into(), state, control));
             }
             (Err(ControlFileError::Checksum), Some(wait)) => thread::sleep(*wait),

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! source (server in backup mode) ─ data_directory (walk) ─ plan ─▶ pipeline ─▶ packer ─▶ repo
+//!                                  state of the last one ─ change ─┘    └ gather: what differs
 //! ```
 //! `run` does it in order and decides what counts. Whatever fails, nothing does: the outcome is the last object that
-//! is created. Deliberately absent: incremental basebackups, and reading through `BASE_BACKUP`.
+//! is created. An incremental basebackup names the pages of earlier ones that are as they were, and is as whole as a
+//! full one.
 
 mod error;
 
@@ -16,14 +18,23 @@ mod data_directory;
 mod links;
 mod plan;
 
+mod change;
+mod known_parent;
+mod reading;
+mod rewriting;
+mod site_state;
+
+mod gather;
 mod page_cache;
 mod page_check;
 mod read_pages;
 mod read_small;
 mod source_file;
 
+mod open_entry;
 mod packer;
 mod pipeline;
+mod remember;
 
 mod live_directory;
 mod origin;
@@ -35,10 +46,12 @@ mod wal_wait;
 #[cfg(test)]
 mod tests;
 
+pub use change::{Decision, Incremental, Reason};
 pub use data_directory::{Root, SourceFile, SourceTree, WalkOptions};
 pub use error::{Error, ErrorKind};
 pub use live_directory::read_identity;
 pub use origin::Node;
+pub use packer::WorkDone;
 pub use pipeline::Budget;
 pub use plan::{Plan, PlanOptions, StartGroup, Step, plan_copy};
 pub use run::{BackupOptions, BackupOutcome, run};

@@ -2,8 +2,10 @@
 //!
 //! One task owns the pack under construction, because a chunk's position in it is its nonce. Memory is bounded by
 //! the number of uploads: a full pack waits for a free one, and nothing is read meanwhile. The start-up set's chunks
-//! and the maps of its files stand in the first packs, and their ranges are noted.
+//! and the maps of its files stand in the first packs, and their ranges are noted, wherever they lie. A map block that
+//! is as it was is named where it stands; what the next basebackup compares with is remembered on the way.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -11,18 +13,23 @@ use tokio::task::JoinSet;
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
-use crate::backup::read_pages::{JOB_BYTES, PagePlace, PageRun, compress_pages};
+use crate::backup::gather::{Again, GatherOptions, PageGatherer, PagePlace, PageRun};
+use crate::backup::known_parent::KnownParent;
+use crate::backup::open_entry::OpenEntry;
+use crate::backup::read_pages::JOB_BYTES;
 use crate::backup::read_small::{INLINE_BYTES, SmallFiles, SmallPlace};
+use crate::backup::remember::{RememberedFile, Remembering};
 use crate::backup::source_file::FileState;
+use crate::backup::state::{KnownContent, KnownFile, StateWriter};
 use crate::codec::{Compression, Compressor};
 use crate::pg::Crc32c;
 use crate::repo::{
-    self, BasebackupWriter, CompressedFrame, FileMap, FrameKind, MapWriter, NamedChunks, PackBuilder,
+    self, BasebackupId, BasebackupWriter, CompressedFrame, FrameKind, MapWriter, NamedChunks, PackBuilder, PackId,
     chunk::ChunkRef,
     documents::SizeRecord,
     entry::{BlobRef, Content, Entry, INLINE_BYTES_MAX, Node, TreePath},
     manifest::PackRange,
-    page_map::PAGE_SIZE,
+    page_map::{PAGE_SIZE, PageSource},
 };
 
 /// Puts what was read into packs, in order.
@@ -35,6 +42,9 @@ pub struct Packer {
     uploads: JoinSet<Result<(), repo::Error>>,
     uploads_max: usize,
     open: Option<OpenEntry>,
+    remembering: Remembering,
+    /// Packs that are not named again.
+    again: Arc<BTreeSet<PackId>>,
     in_start_set: bool,
     packed: Packed,
 }
@@ -54,18 +64,40 @@ pub struct Packed {
     pub vanished: u64,
     /// Files that were shorter than the walk had seen them.
     pub shrunk: u64,
+    /// What was read, and what of it had to be stored.
+    pub work: WorkDone,
 }
 
-/// A file of which some pages have been packed.
-#[derive(Debug)]
-struct OpenEntry {
-    number: usize,
-    state: Option<FileState>,
-    map: FileMap,
-    bytes: u64,
-    crc: Crc32c,
-    ended: bool,
+/// What was read, and what of it had to be stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WorkDone {
+    /// Files that were taken over without being read.
+    pub files_kept: u64,
+    /// Bytes that were read.
+    pub bytes_read: u64,
+    /// Pages that are not as they were; all of them in a full basebackup.
+    pub pages_changed: u64,
+    /// Pages that are as they were and were stored again all the same.
+    pub pages_stored_again: u64,
+    /// Chunks of earlier basebackups that are named.
+    pub chunks_reused: u64,
 }
+
+/// Everything that was packed, durable in the store.
+#[derive(Debug)]
+pub struct Stored {
+    /// Files and where they stand.
+    pub packed: Packed,
+    /// The chunks that maps in map chunks name.
+    pub named: NamedChunks,
+    /// What the next basebackup compares with, to be finished after the commit; none where nothing is remembered.
+    pub state: Option<StateWriter>,
+}
+
+/// Ranges of the start-up set this near to each other are fetched by one request, and what lies between with them.
+const RANGE_GAP_MAX: u32 = 64 << 10;
+/// More ranges would not be fetched ahead anyway.
+const RANGES_MAX: usize = 64;
 
 impl Packer {
     /// Creates a packer that uploads at most `uploads_max` packs at a time.
@@ -80,48 +112,76 @@ impl Packer {
             uploads: JoinSet::new(),
             uploads_max: uploads_max.max(1),
             open: None,
+            remembering: Remembering::default(),
+            again: Arc::default(),
             in_start_set: true,
             packed: Packed::default(),
         }
     }
 
+    /// Has what is packed remembered for the next basebackup.
+    pub fn remembering(mut self, writer: StateWriter) -> Self {
+        self.remembering = Remembering::new(writer);
+        self
+    }
+
+    /// Has what is in some of the parent's packs written again.
+    pub fn writing_again(mut self, packs: Arc<BTreeSet<PackId>>) -> Self {
+        self.again = packs;
+        self
+    }
+
+    /// Returns which basebackup is packed.
+    pub fn basebackup(&self) -> BasebackupId {
+        self.writer.id()
+    }
+
     /// Packs small files.
     pub async fn push_small(&mut self, together: SmallFiles, files: &[SourceFile]) -> Result<(), Error> {
         let chunks = self.append_all(together.frames).await?;
+        self.packed.work.pages_changed += together.changed;
+        self.packed.work.pages_stored_again += together.stored_again;
         for small in together.files {
             let file = &files[small.number];
             self.packed.shrunk += u64::from(u64::from(small.len) < file.size);
             self.note_damage(file, &small.damaged);
+            self.packed.work.bytes_read += u64::from(small.len);
             let content = match small.place {
                 SmallPlace::Inline(bytes) => Content::Inline(bytes),
                 SmallPlace::Chunk { frame, at } => {
                     Content::Part(BlobRef { chunk: chunks[frame], at, len: small.len })
                 }
+                SmallPlace::Known(blob) => {
+                    self.note_known(&blob.chunk);
+                    Content::Part(blob)
+                }
             };
-            self.push_file(file.path.clone(), small.state, u64::from(small.len), small.crc, content);
+            let remembered = RememberedFile {
+                identity: small.state.identity,
+                damaged_pages: small.damaged.len() as u32,
+                hash: small.hash,
+                records: Vec::new(),
+            };
+            let size = u64::from(small.len);
+            self.push_file(file.path.clone(), small.state, size, small.crc, content, Some(remembered));
         }
         self.packed.vanished += together.vanished;
         Ok(())
     }
 
-    /// Packs the next run of pages of a file, `expected` bytes unless the file has become shorter.
+    /// Packs the next run of pages of a file, `expected` bytes unless the file has become shorter; `known` is what was
+    /// known of the file.
     pub async fn push_pages(
         &mut self,
-        number: usize,
-        file: &SourceFile,
+        (number, file): (usize, &SourceFile),
         run: PageRun,
         expected: u64,
+        known: Option<Arc<KnownFile>>,
     ) -> Result<(), Error> {
         self.note_damage(file, &run.damaged);
-        let mut open = self.open.take().unwrap_or_else(|| OpenEntry {
-            number,
-            state: run.state,
-            map: FileMap::default(),
-            bytes: 0,
-            crc: Crc32c::default(),
-            ended: false,
-        });
+        let mut open = self.open.take().unwrap_or_else(|| OpenEntry::new(number, run.state, known));
         debug_assert_eq!(open.number, number, "the pages of two files are interleaved");
+        open.damaged += run.damaged.len() as u32;
         // A file that was truncated and has grown again since: what came behind the gap is in the WAL.
         if !open.ended {
             open.ended = run.bytes < expected;
@@ -141,7 +201,48 @@ impl Packer {
             return;
         };
         self.packed.shrunk += u64::from(open.bytes < file.size);
-        self.push_mapped(file.path.clone(), state, open);
+        self.push_mapped(file.path.clone(), state, open, true);
+    }
+
+    /// Takes a file over as the parent has it, without reading it; returns false where what is known of it cannot be
+    /// read, and then it has to be.
+    pub fn keep_file(&mut self, file: &SourceFile, parent: &KnownParent) -> bool {
+        let Some(known) = parent.file(&file.path) else {
+            return false;
+        };
+        let mut remembered = RememberedFile {
+            identity: file.identity,
+            damaged_pages: known.damaged_pages,
+            ..RememberedFile::default()
+        };
+        let content = match &known.content {
+            KnownContent::Inline(bytes) => Content::Inline(bytes.clone()),
+            KnownContent::Part { blob, hash } => {
+                self.note_known(&blob.chunk);
+                remembered.hash = Some(*hash);
+                Content::Part(*blob)
+            }
+            KnownContent::Pages { stands, .. } => {
+                for n in 0..known.block_count() {
+                    let Some(block) = parent.block(&known, n) else {
+                        return false;
+                    };
+                    self.maps.name_block(&block.map);
+                    remembered.records.extend(self.remembering.push_block(&block));
+                    block.map.extents().iter().for_each(|extent| self.note_source(&extent.source));
+                }
+                if let Content::Blocks(blobs) = stands {
+                    blobs.iter().for_each(|blob| self.note_known(&blob.chunk));
+                }
+                stands.clone()
+            }
+        };
+        let (size, mode, modified, identity) = (known.size, file.mode, file.modified, file.identity);
+        let state = FileState { size, mode, modified, identity };
+        self.packed.work.files_kept += 1;
+        self.packed.size.damaged_pages += u64::from(known.damaged_pages);
+        self.push_file(file.path.clone(), state, size, known.crc, content, Some(remembered));
+        true
     }
 
     /// Adds a file that is in memory.
@@ -149,15 +250,18 @@ impl Packer {
         let (len, crc) = (raw.len() as u64, Crc32c::of(&raw));
         let is_control_file = path.as_bytes() == b"data/global/pg_control";
         if raw.len() <= INLINE_BYTES || (is_control_file && raw.len() <= INLINE_BYTES_MAX) {
-            self.push_file(path, state, len, crc, Content::Inline(raw));
+            self.push_file(path, state, len, crc, Content::Inline(raw), None);
             return Ok(());
         }
-        let (map, ended) = (FileMap::default(), false);
-        let mut open = OpenEntry { number: 0, state: None, map, bytes: 0, crc: Crc32c::default(), ended };
+        // Nothing of it will be compared.
+        let options = GatherOptions { compression: self.compression, hash_key: None, again: Again::Nothing };
+        let mut open = OpenEntry::new(0, None, None);
         for part in raw.chunks(JOB_BYTES as usize) {
-            self.append_run(&mut open, compress_pages(part, self.compression)?).await?;
+            let mut gatherer = PageGatherer::new(&options);
+            gatherer.push(part, None)?;
+            self.append_run(&mut open, gatherer.finish()?).await?;
         }
-        self.push_mapped(path, state, open);
+        self.push_mapped(path, state, open, false);
         Ok(())
     }
 
@@ -169,7 +273,7 @@ impl Packer {
             }
             let from = self.pack.len() as u32;
             self.maps.write(&mut self.pack, &mut self.compressor)?;
-            self.note_start_range(from);
+            self.note_range(self.pack.id(), from, self.pack.len() as u32);
         }
         Ok(())
     }
@@ -185,7 +289,7 @@ impl Packer {
     }
 
     /// Stores what is left and waits until the store has everything.
-    pub async fn finish(mut self) -> Result<(Packed, NamedChunks), Error> {
+    pub async fn finish(mut self) -> Result<Stored, Error> {
         self.write_maps().await?;
         if !self.pack.is_empty() {
             self.close_pack().await?;
@@ -199,35 +303,78 @@ impl Packer {
                 *place = content;
             }
         }
-        Ok((self.packed, named))
+        let state = self.remembering.finish(&self.packed.entries, &self.packed.checksums);
+        Ok(Stored { packed: self.packed, named, state })
     }
 
     async fn append_run(&mut self, open: &mut OpenEntry, run: PageRun) -> Result<(), Error> {
-        let chunks = self.append_all(run.frames).await?;
-        for place in run.pages {
+        let PageRun { frames, pages, hashes, changed, stored_again, bytes, crc, .. } = run;
+        let chunks = self.append_all(frames).await?;
+        open.unchanged &= changed == 0 && stored_again == 0;
+        for (n, place) in pages.into_iter().enumerate() {
             match place {
                 PagePlace::Zero => open.map.push_zero(1),
                 PagePlace::Chunk { frame, slot } => open.map.push(chunks[frame], slot, 1),
+                PagePlace::Known { chunk, slot } => {
+                    self.note_known(&chunk);
+                    open.map.push(chunk, slot, 1);
+                }
+            }
+            open.hashes.extend(hashes.get(n));
+            if open.block_is_full() {
+                self.close_block(open);
             }
         }
-        open.crc = open.crc.then(run.crc, run.bytes);
-        open.bytes += run.bytes;
+        open.crc = open.crc.then(crc, bytes);
+        open.bytes += bytes;
+        let work = &mut self.packed.work;
+        work.bytes_read += bytes;
+        work.pages_changed += changed;
+        work.pages_stored_again += stored_again;
         Ok(())
     }
 
-    fn push_mapped(&mut self, path: TreePath, state: FileState, open: OpenEntry) {
-        let number = self.packed.entries.len() as u64;
-        debug_assert_eq!(open.map.page_count(), open.bytes.div_ceil(PAGE_SIZE));
-        self.maps.finish_file(number, open.map);
-        self.push_file(path, state, open.bytes, open.crc, Content::Map(Box::default()));
+    /// Ends a block of a file's map: it is named where it stands if it is as it was, and remembered.
+    fn close_block(&mut self, open: &mut OpenEntry) {
+        if let Some(blob) = open.standing_block().filter(|blob| !self.again.contains(&blob.chunk.pack)) {
+            self.note_known(&blob.chunk);
+            open.map.stands_at(open.blocks_done, blob);
+        }
+        let block = open.take_block(self.remembering.is_on());
+        open.records.extend(block.and_then(|block| self.remembering.push_block(&block)));
     }
 
-    fn push_file(&mut self, path: TreePath, state: FileState, size: u64, crc: Crc32c, content: Content) {
+    fn push_mapped(&mut self, path: TreePath, state: FileState, mut open: OpenEntry, is_remembered: bool) {
+        let number = self.packed.entries.len() as u64;
+        debug_assert_eq!(open.map.page_count(), open.bytes.div_ceil(PAGE_SIZE));
+        if open.has_open_block() {
+            self.close_block(&mut open);
+        }
+        let remembered = is_remembered.then(|| RememberedFile {
+            identity: state.identity,
+            damaged_pages: open.damaged,
+            hash: None,
+            records: std::mem::take(&mut open.records),
+        });
+        self.maps.finish_file(number, open.map);
+        self.push_file(path, state, open.bytes, open.crc, Content::Map(Box::default()), remembered);
+    }
+
+    fn push_file(
+        &mut self,
+        path: TreePath,
+        state: FileState,
+        size: u64,
+        crc: Crc32c,
+        content: Content,
+        remembered: Option<RememberedFile>,
+    ) {
         self.packed.size.files += 1;
         self.packed.size.database_bytes += size;
         let FileState { mode, modified, .. } = state;
         self.packed.entries.push(Entry { path, mode, modified, node: Node::File { size, content } });
         self.packed.checksums.push(crc);
+        self.remembering.push_file(remembered);
     }
 
     fn note_damage(&mut self, file: &SourceFile, blocks: &[u32]) {
@@ -252,20 +399,37 @@ impl Packer {
             }
             let from = self.pack.len() as u32;
             chunks.push(self.pack.append(FrameKind::Data, frame));
-            self.note_start_range(from);
+            self.note_range(self.pack.id(), from, self.pack.len() as u32);
         }
         Ok(chunks)
     }
 
-    /// Notes what was appended to the pack since it had `from` bytes.
-    fn note_start_range(&mut self, from: u32) {
-        let (pack, to) = (self.pack.id(), self.pack.len() as u32);
+    fn note_source(&mut self, source: &PageSource) {
+        if let PageSource::Chunk { chunk, .. } = source {
+            self.note_known(chunk);
+        }
+    }
+
+    /// Notes where a chunk of an earlier basebackup lies that a start reads.
+    fn note_known(&mut self, chunk: &ChunkRef) {
+        self.note_range(chunk.pack, chunk.offset, chunk.offset + chunk.stored_len);
+    }
+
+    /// Notes a range of a pack that a start reads; ranges stand in the order in which they were first met.
+    fn note_range(&mut self, pack: PackId, from: u32, to: u32) {
         if !self.in_start_set || from == to {
             return;
         }
-        match self.packed.start_set.last_mut() {
-            Some(range) if range.pack == pack && range.to == from => range.to = to,
-            _ => self.packed.start_set.push(PackRange { pack, from, to }),
+        let ranges = &mut self.packed.start_set;
+        let near = |range: &&mut PackRange| {
+            range.pack == pack
+                && from <= range.to.saturating_add(RANGE_GAP_MAX)
+                && range.from <= to.saturating_add(RANGE_GAP_MAX)
+        };
+        match ranges.iter_mut().find(near) {
+            Some(range) => (range.from, range.to) = (range.from.min(from), range.to.max(to)),
+            None if ranges.len() < RANGES_MAX => ranges.push(PackRange { pack, from, to }),
+            None => {}
         }
     }
 

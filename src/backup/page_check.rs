@@ -111,7 +111,7 @@ mod tests {
 
     impl OpenFile for Changing {
         fn state(&self) -> io::Result<FileState> {
-            Ok(FileState { size: PAGE_SIZE, mode: 0o600, modified: Timestamp::UNIX_EPOCH })
+            Ok(FileState { size: PAGE_SIZE, mode: 0o600, modified: Timestamp::UNIX_EPOCH, identity: None })
         }
 
         fn read_at(&self, _: u64, buffer: &mut [u8]) -> io::Result<usize> {

@@ -1,7 +1,7 @@
 //! The copy: read → check → compress on the CPU pool, several at a time; seal → pack → upload in planned order.
 //!
 //! ```text
-//! plan ─ jobs ─▶ CPU pool (read, verify, compress) ─ in order ─▶ Packer (seal) ─▶ uploads
+//! plan ─ jobs ─▶ CPU pool (read, verify, compare, compress) ─ in order ─▶ Packer (seal) ─▶ uploads
 //! ```
 //! Memory, at most: [`Budget`] jobs in flight, each with its raw and its compressed bytes, and packs: one for each
 //! upload, and one that is under construction or waits for an upload to end. Everything stops where something fails; nothing that was
@@ -14,12 +14,14 @@ use futures::{StreamExt, stream};
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
+use crate::backup::gather::PageRun;
 use crate::backup::packer::Packer;
-use crate::backup::plan::{Plan, Step};
-use crate::backup::read_pages::{JOB_BYTES, JobContext, LargeFile, PageRun};
+use crate::backup::plan::{Plan, SMALL_FILE_BYTES, Step};
+use crate::backup::read_pages::{JOB_BYTES, JobContext, LargeFile, WIDE_JOB_BYTES};
 use crate::backup::read_small::{SmallFiles, read_small};
+use crate::backup::state::KnownFile;
 use crate::codec::CpuPool;
-use crate::monitor::Progress;
+use crate::monitor::{Progress, Task};
 
 /// How much of the machine a copy takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +34,8 @@ pub struct Budget {
 
 /// A pack in memory, with what growing its buffer may take.
 const PACK_MEMORY: u64 = 34 << 20;
-/// Raw bytes and compressed bytes of a job.
-const JOB_MEMORY: u64 = 2 * JOB_BYTES;
+/// Raw bytes of a job, and compressed bytes where all of a wide one has changed.
+const JOB_MEMORY: u64 = JOB_BYTES + WIDE_JOB_BYTES;
 /// More jobs in flight than this give nothing, however many threads there are to come.
 const JOBS_MAX: usize = 128;
 /// Jobs for each thread: one at work, others waiting for the slowest.
@@ -53,38 +55,53 @@ impl Budget {
     }
 }
 
-/// What a job on the pool does.
+/// What a job does.
 enum Job {
-    Together(Vec<(usize, SourceFile)>),
+    Together { files: Vec<(usize, SourceFile)>, again: bool },
     Pages { file: Arc<LargeFile>, range: Range<u64>, last: bool },
+    Keep(usize),
     WriteMaps { last_of_start_set: bool },
 }
 
 enum Done {
     Together(SmallFiles),
-    Pages { number: usize, run: PageRun, expected: u64, last: bool },
+    Pages { number: usize, run: PageRun, expected: u64, last: bool, known: Option<Arc<KnownFile>> },
+    Keep(usize),
     WriteMaps { last_of_start_set: bool },
 }
 
-/// Copies the files of `plan` into the packs of `packer`.
+/// What a copy works on.
+#[derive(Debug, Clone, Copy)]
+pub struct CopySource<'a> {
+    /// The order.
+    pub plan: &'a Plan,
+    /// The files of the walk.
+    pub files: &'a [SourceFile],
+    /// What all jobs share.
+    pub context: &'a Arc<JobContext>,
+    /// Whether the start-up set is stored again as a whole.
+    pub start_set_again: bool,
+}
+
+/// Copies the files of the plan into the packs of `packer`.
 ///
 /// # Errors
 /// The first one, naming the file where it is the source's; jobs that have begun then end unheard.
 pub async fn copy(
-    plan: &Plan,
-    files: &[SourceFile],
-    context: Arc<JobContext>,
+    source: CopySource<'_>,
     pool: &CpuPool,
     budget: Budget,
     packer: &mut Packer,
     progress: &Progress,
 ) -> Result<(), Error> {
+    let CopySource { plan, files, context, start_set_again } = source;
     if plan.start_steps == 0 {
         packer.end_start_set();
     }
     let jobs = plan.steps.iter().enumerate().flat_map(|(at, step)| {
         let last_of_start_set = at + 1 == plan.start_steps;
-        jobs_of(step, files, last_of_start_set)
+        let again = start_set_again && at < plan.start_steps;
+        jobs_of(step, files, context, JobFlags { last_of_start_set, again })
     });
     let mut done = stream::iter(jobs)
         .map(|job| {
@@ -92,6 +109,7 @@ pub async fn copy(
             async move {
                 match job {
                     Job::WriteMaps { last_of_start_set } => Ok(Done::WriteMaps { last_of_start_set }),
+                    Job::Keep(number) => Ok(Done::Keep(number)),
                     job => pool.run(move || execute(job, &context)).await?,
                 }
             }
@@ -99,59 +117,109 @@ pub async fn copy(
         .buffered(budget.jobs);
     while let Some(result) = done.next().await {
         match result? {
-            Done::Together(together) => {
-                progress.advance(together.files.iter().map(|file| u64::from(file.len)).sum());
-                packer.push_small(together, files).await?;
-            }
-            Done::Pages { number, run, expected, last } => {
-                progress.advance(expected);
-                packer.push_pages(number, &files[number], run, expected).await?;
-                if last {
-                    packer.end_file(&files[number]);
-                }
-            }
+            Done::Keep(number) => keep(number, source, pool, packer).await?,
             Done::WriteMaps { last_of_start_set } => {
                 packer.write_maps().await?;
                 if last_of_start_set {
                     packer.end_start_set();
                 }
             }
+            done => pack(done, files, packer, progress).await?,
         }
     }
     Ok(())
 }
 
+/// Packs what was read.
+async fn pack(
+    done: Done,
+    files: &[SourceFile],
+    packer: &mut Packer,
+    progress: &Progress,
+) -> Result<(), Error> {
+    match done {
+        Done::Together(together) => {
+            progress.advance(together.files.iter().map(|file| u64::from(file.len)).sum());
+            packer.push_small(together, files).await?;
+        }
+        Done::Pages { number, run, expected, last, known } => {
+            progress.advance(expected);
+            packer.push_pages((number, &files[number]), run, expected, known).await?;
+            if last {
+                packer.end_file(&files[number]);
+            }
+        }
+        Done::Keep(_) | Done::WriteMaps { .. } => {}
+    }
+    Ok(())
+}
+
+/// Takes a file over unread, or reads it here and now where what is known of it has become unreadable.
+async fn keep(
+    number: usize,
+    source: CopySource<'_>,
+    pool: &CpuPool,
+    packer: &mut Packer,
+) -> Result<(), Error> {
+    let CopySource { files, context, .. } = source;
+    if context.parent.as_ref().is_some_and(|parent| packer.keep_file(&files[number], parent)) {
+        return Ok(());
+    }
+    let is_small = files[number].size < SMALL_FILE_BYTES;
+    let step = if is_small { Step::Together(vec![number]) } else { Step::Alone(number) };
+    let flags = JobFlags { last_of_start_set: false, again: false };
+    for job in jobs_of(&step, files, context, flags) {
+        let context = context.clone();
+        let done = pool.run(move || execute(job, &context)).await??;
+        // What was to be kept is not part of what the progress counts.
+        pack(done, files, packer, &Progress::new(Task::bytes("reading again", None))).await?;
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct JobFlags {
+    last_of_start_set: bool,
+    again: bool,
+}
+
 fn jobs_of(
     step: &Step,
     files: &[SourceFile],
-    last_of_start_set: bool,
+    context: &Arc<JobContext>,
+    flags: JobFlags,
 ) -> Box<dyn Iterator<Item = Job> + Send> {
+    let JobFlags { last_of_start_set, again } = flags;
     match step {
         Step::Together(numbers) => {
-            let together = numbers.iter().map(|number| (*number, files[*number].clone())).collect();
-            Box::new(std::iter::once(Job::Together(together)))
+            let files = numbers.iter().map(|number| (*number, files[*number].clone())).collect();
+            Box::new(std::iter::once(Job::Together { files, again }))
         }
         Step::Alone(number) => {
             let size = files[*number].size;
-            let file = Arc::new(LargeFile::new(*number, files[*number].clone()));
-            Box::new((0..size.div_ceil(JOB_BYTES)).map(move |n| {
-                let range = n * JOB_BYTES..((n + 1) * JOB_BYTES).min(size);
+            let file = Arc::new(LargeFile::new(*number, files[*number].clone(), again));
+            let job_bytes = if file.known(context).is_some() && !again { WIDE_JOB_BYTES } else { JOB_BYTES };
+            Box::new((0..size.div_ceil(job_bytes)).map(move |n| {
+                let range = n * job_bytes..((n + 1) * job_bytes).min(size);
                 let last = range.end == size;
                 Job::Pages { file: file.clone(), range, last }
             }))
         }
+        Step::Keep(number) => Box::new(std::iter::once(Job::Keep(*number))),
         Step::WriteMaps => Box::new(std::iter::once(Job::WriteMaps { last_of_start_set })),
     }
 }
 
 fn execute(job: Job, context: &JobContext) -> Result<Done, Error> {
     match job {
-        Job::Together(files) => Ok(Done::Together(read_small(&files, context)?)),
+        Job::Together { files, again } => Ok(Done::Together(read_small(&files, again, context)?)),
         Job::Pages { file, range, last } => {
             let expected = range.end - range.start;
             let run = file.read(range, context)?;
-            Ok(Done::Pages { number: file.number, run, expected, last })
+            let known = file.known(context);
+            Ok(Done::Pages { number: file.number, run, expected, last, known })
         }
+        Job::Keep(number) => Ok(Done::Keep(number)),
         Job::WriteMaps { last_of_start_set } => Ok(Done::WriteMaps { last_of_start_set }),
     }
 }

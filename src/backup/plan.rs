@@ -31,6 +31,8 @@ pub enum Step {
     Together(Vec<usize>),
     /// A file by itself, page by page.
     Alone(usize),
+    /// A file that is taken over from an earlier basebackup without being read.
+    Keep(usize),
     /// A group of the start-up set ends: the page maps of its files are written here, behind them.
     WriteMaps,
 }
@@ -121,6 +123,47 @@ pub fn plan_copy(files: &[SourceFile], options: &PlanOptions) -> Plan {
         push_steps(&mut plan.steps, files, &rest);
     }
     plan
+}
+
+impl Plan {
+    /// Takes out of the plan what need not be read; the small files that remain are put together anew.
+    pub fn keep(&mut self, files: &[SourceFile], is_unread: impl Fn(usize) -> bool) {
+        let place = |number: usize| compartment(files[number].path.as_bytes());
+        let (mut steps, mut start_steps, mut unread_bytes) = (Vec::new(), None, 0);
+        let mut group: Vec<usize> = Vec::new();
+        let mut flush = |steps: &mut Vec<Step>, group: &mut Vec<usize>| {
+            let (unread, read): (Vec<usize>, Vec<usize>) = group.drain(..).partition(|n| is_unread(*n));
+            unread_bytes += unread.iter().map(|number| files[*number].size).sum::<u64>();
+            steps.extend(unread.into_iter().map(Step::Keep));
+            push_steps(steps, files, &read);
+        };
+        for (at, step) in std::mem::take(&mut self.steps).into_iter().enumerate() {
+            let numbers = match &step {
+                Step::Together(numbers) => &numbers[..],
+                Step::Alone(number) | Step::Keep(number) => std::slice::from_ref(number),
+                Step::WriteMaps => &[],
+            };
+            let joins = match (group.first(), numbers.first()) {
+                (Some(first), Some(next)) => place(*first) == place(*next),
+                (None, Some(_)) => true,
+                (_, None) => false,
+            };
+            if at == self.start_steps || !joins {
+                flush(&mut steps, &mut group);
+            }
+            if at == self.start_steps {
+                start_steps = Some(steps.len());
+            }
+            group.extend(numbers);
+            if step == Step::WriteMaps {
+                steps.push(step);
+            }
+        }
+        flush(&mut steps, &mut group);
+        self.start_steps = start_steps.unwrap_or(steps.len());
+        self.bytes -= unread_bytes;
+        self.steps = steps;
+    }
 }
 
 fn start_groups(
@@ -288,6 +331,7 @@ mod tests {
             size,
             mode: 0o600,
             modified: Timestamp::UNIX_EPOCH,
+            identity: None,
         }
     }
 
@@ -298,6 +342,7 @@ mod tests {
             .map(|step| match step {
                 Step::Together(numbers) => numbers.iter().map(name).collect(),
                 Step::Alone(number) => vec![name(number), "alone"],
+                Step::Keep(number) => vec![name(number), "kept"],
                 Step::WriteMaps => vec!["maps"],
             })
             .collect()
@@ -393,7 +438,7 @@ mod tests {
                 let numbers = match step {
                     Step::Together(numbers) => numbers.clone(),
                     Step::Alone(number) => vec![*number],
-                    Step::WriteMaps => Vec::new(),
+                    Step::Keep(_) | Step::WriteMaps => Vec::new(),
                 };
                 let places: BTreeSet<Compartment> =
                     numbers.iter().map(|n| compartment(files[*n].path.as_bytes())).collect();
@@ -405,6 +450,46 @@ mod tests {
             }
             prop_assert!(seen.iter().all(|count| *count == 1));
             prop_assert!(start_bytes <= START_SET_BYTES_MAX);
+        }
+
+        #[test]
+        fn what_is_kept_is_not_read_and_everything_else_still_is(
+            sizes in proptest::collection::vec((0usize..5, 0u64..200_000, any::<bool>()), 0..200),
+        ) {
+            let folders = ["data/base/5", "data/base/16384", "data/global", "data/pg_xact", "data"];
+            let files: Vec<SourceFile> = sizes.iter().enumerate()
+                .map(|(n, (folder, size, _))| file(&format!("{}/{}", folders[*folder], 16_000 + n), *size))
+                .collect();
+            let mut plan = plan_copy(&files, &PlanOptions { postgres: Some(5), ..PlanOptions::default() });
+            let numbers = |steps: &[Step]| -> BTreeSet<usize> {
+                steps.iter().flat_map(|step| match step {
+                    Step::Together(numbers) => numbers.clone(),
+                    Step::Alone(number) | Step::Keep(number) => vec![*number],
+                    Step::WriteMaps => Vec::new(),
+                }).collect()
+            };
+            let maps = |steps: &[Step]| steps.iter().filter(|step| **step == Step::WriteMaps).count();
+            let before = (numbers(&plan.steps[..plan.start_steps]), maps(&plan.steps));
+            plan.keep(&files, |number| sizes[number].2);
+            prop_assert_eq!((numbers(&plan.steps[..plan.start_steps]), maps(&plan.steps)), before);
+            prop_assert_eq!(numbers(&plan.steps).len(), files.len());
+            let mut read_bytes = 0;
+            for step in &plan.steps {
+                let read = match step {
+                    Step::Keep(number) => {
+                        prop_assert!(sizes[*number].2);
+                        continue;
+                    }
+                    Step::Together(numbers) => numbers.clone(),
+                    Step::Alone(number) => vec![*number],
+                    Step::WriteMaps => Vec::new(),
+                };
+                let places: BTreeSet<Compartment> =
+                    read.iter().map(|n| compartment(files[*n].path.as_bytes())).collect();
+                prop_assert!(places.len() <= 1 && read.iter().all(|number| !sizes[*number].2));
+                read_bytes += read.iter().map(|number| files[*number].size).sum::<u64>();
+            }
+            prop_assert_eq!(plan.bytes, read_bytes);
         }
     }
 }

@@ -1,26 +1,31 @@
-//! A run of pages of one file: read, checked, and compressed into chunks of eight.
+//! A run of pages of one file: read, checked, compared with what is known of them.
 //!
-//! The work of one job on the CPU pool. A page that is all zero takes no chunk; the others are gathered in order.
-//! Checksum, CRC and compression see the same buffer, so a page that is torn while it is read is stored exactly as
-//! it was summed up, and replay mends it. The file is opened by the first of its jobs and closed by the last.
+//! The work of one job on the CPU pool. What is read piece by piece goes through the checksums and then, in the same
+//! buffer, into the gatherer (`gather`). The file is opened by the first of its jobs and closed by the last; what is
+//! known of its pages is looked up by the first that needs it, and kept for its neighbours.
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
+use crate::backup::gather::{Again, GatherOptions, KnownPages, PageGatherer, PageRun};
+use crate::backup::known_parent::KnownParent;
 use crate::backup::page_check::PageCheck;
 use crate::backup::source_file::{FileState, OpenFile, Source};
-use crate::codec::{Compression, Compressor};
-use crate::pg::{Crc32c, RelationFile};
-use crate::repo::{self, CompressedFrame, page_map::PAGE_SIZE};
+use crate::backup::state::{HashKey, KnownBlock, KnownFile};
+use crate::codec::Compression;
+use crate::pg::RelationFile;
+use crate::repo::page_map::{MAP_BLOCK_BYTES, PAGE_SIZE};
 
-/// Bytes that one job reads: enough to make a job worth its hand-over, few enough for many of them in flight.
+/// Bytes that are read at once, and that one job reads where everything is stored: enough to make a job worth its
+/// hand-over, few enough for many of them in flight.
 pub const JOB_BYTES: u64 = 512 << 10;
-/// Pages gathered in one chunk.
-const CHUNK_PAGES: usize = 8;
-const PAGE: usize = PAGE_SIZE as usize;
+/// Bytes that one job reads where most pages are as they were, so that the changed ones fill chunks.
+pub const WIDE_JOB_BYTES: u64 = 4 << 20;
+/// Blocks of what is known that a file keeps: its jobs run side by side, in order.
+const BLOCKS_KEPT: usize = 2;
 
 /// What all jobs of a copy share.
 #[derive(Debug)]
@@ -31,6 +36,10 @@ pub struct JobContext {
     pub page_check: Option<PageCheck>,
     /// How chunks are compressed.
     pub compression: Compression,
+    /// What page hashes are keyed with; none where nothing will be remembered.
+    pub hash_key: Option<HashKey>,
+    /// The basebackup that is built upon; none for a full one.
+    pub parent: Option<Arc<KnownParent>>,
 }
 
 /// A file that is read by several jobs.
@@ -40,7 +49,11 @@ pub struct LargeFile {
     pub number: usize,
     file: SourceFile,
     relation: Option<RelationFile>,
+    /// Whether it is stored again as a whole.
+    again: bool,
     opened: OnceLock<Opened>,
+    known: OnceLock<Option<Arc<KnownFile>>>,
+    blocks: Mutex<Vec<(u64, Arc<KnownBlock>)>>,
 }
 
 #[derive(Debug)]
@@ -50,69 +63,86 @@ enum Opened {
     Failed(io::ErrorKind, String),
 }
 
-/// What became of a run of pages.
-#[derive(Debug)]
-pub struct PageRun {
-    /// What the file was when it was opened; none where it had vanished.
-    pub state: Option<FileState>,
-    /// Bytes that were read; fewer than asked for where the file ends.
-    pub bytes: u64,
-    /// CRC of them.
-    pub crc: Crc32c,
-    /// The pages in order: where each stands.
-    pub pages: Vec<PagePlace>,
-    /// The chunks they stand in.
-    pub frames: Vec<CompressedFrame>,
-    /// Blocks whose checksum is wrong.
-    pub damaged: Vec<u32>,
-}
-
-/// Where a page of a run stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PagePlace {
-    /// Nowhere: it is all zero.
-    Zero,
-    /// In this chunk of the run, at this slot.
-    Chunk { frame: usize, slot: u32 },
+impl JobContext {
+    /// Returns how pages are gathered; `again` where all of them are stored, changed or not.
+    pub fn gathering(&self, again: bool) -> GatherOptions {
+        let again = match &self.parent {
+            _ if again => Again::Everything,
+            Some(parent) => Again::Packs(parent.written_again()),
+            None => Again::Nothing,
+        };
+        GatherOptions { compression: self.compression, hash_key: self.hash_key.clone(), again }
+    }
 }
 
 impl LargeFile {
-    /// Prepares a file; nothing is opened yet.
-    pub fn new(number: usize, file: SourceFile) -> Self {
+    /// Prepares a file; nothing is opened yet. `again`: it is stored as a whole, whatever is known of it.
+    pub fn new(number: usize, file: SourceFile, again: bool) -> Self {
         let relation = file.relation();
-        Self { number, file, relation, opened: OnceLock::new() }
+        let (opened, known, blocks) = (OnceLock::new(), OnceLock::new(), Mutex::default());
+        Self { number, file, relation, again, opened, known, blocks }
     }
 
-    /// Reads the bytes of `range`, which begins at a page.
+    /// Reads the bytes of `range`, which begins at a page and lies within one map block.
     pub fn read(&self, range: Range<u64>, context: &JobContext) -> Result<PageRun, Error> {
         let path = || context.source.path(&self.file);
         let (open, state) = match self.opened.get_or_init(|| open(&*context.source, &self.file)) {
             Opened::Open(open, state) => (&**open, *state),
-            Opened::Vanished => return Ok(PageRun::nothing(None)),
+            Opened::Vanished => return Ok(PageRun::default()),
             Opened::Failed(kind, text) => {
                 return Err(Error::reading("open", &path())(io::Error::new(*kind, text.clone())));
             }
         };
-        let mut buffer = vec![0; (range.end - range.start) as usize];
-        let count = open.read_at(range.start, &mut buffer).map_err(Error::reading("read", &path()))?;
-        buffer.truncate(count);
+        let known = self.known_block(range.start / MAP_BLOCK_BYTES, context);
+        let options = context.gathering(self.again);
+        let mut gatherer = PageGatherer::new(&options);
         let mut damaged = Vec::new();
-        if let (Some(relation), Some(check)) = (&self.relation, &context.page_check) {
-            damaged = check
-                .check(relation, open, range.start, &mut buffer)
-                .map_err(Error::reading("read", &path()))?;
+        let mut buffer = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let wanted = (range.end - at).min(JOB_BYTES);
+            buffer.resize(wanted as usize, 0);
+            let count = open.read_at(at, &mut buffer).map_err(Error::reading("read", &path()))?;
+            buffer.truncate(count);
+            if let (Some(relation), Some(check)) = (&self.relation, &context.page_check) {
+                let found = check.check(relation, open, at, &mut buffer);
+                damaged.extend(found.map_err(Error::reading("read", &path()))?);
+            }
+            open.done_with(at..at + wanted);
+            let first = (at % MAP_BLOCK_BYTES / PAGE_SIZE) as u32;
+            gatherer.push(&buffer, known.as_deref().map(|block| KnownPages { block, first }))?;
+            if (count as u64) < wanted {
+                break;
+            }
+            at += wanted;
         }
-        open.done_with(range);
-        let mut run = compress_pages(&buffer, context.compression)?;
+        let mut run = gatherer.finish()?;
         (run.state, run.damaged) = (Some(state), damaged);
         Ok(run)
     }
-}
 
-impl PageRun {
-    fn nothing(state: Option<FileState>) -> Self {
-        let (pages, frames, damaged) = (Vec::new(), Vec::new(), Vec::new());
-        Self { state, bytes: 0, crc: Crc32c::default(), pages, frames, damaged }
+    /// Returns what is known of the file where it was stored as pages.
+    pub fn known(&self, context: &JobContext) -> Option<Arc<KnownFile>> {
+        let look_up = || context.parent.as_ref()?.file(&self.file.path).map(Arc::new);
+        self.known.get_or_init(look_up).clone()
+    }
+
+    fn known_block(&self, n: u64, context: &JobContext) -> Option<Arc<KnownBlock>> {
+        let (parent, known) = (context.parent.as_ref()?, self.known(context)?);
+        if n >= known.block_count() {
+            return None;
+        }
+        // Whoever comes second waits for the first to have read it.
+        let mut blocks = self.blocks.lock().expect("no holder of this lock panics");
+        if let Some((_, block)) = blocks.iter().find(|(number, _)| *number == n) {
+            return Some(block.clone());
+        }
+        let block = Arc::new(parent.block(&known, n)?);
+        if blocks.len() == BLOCKS_KEPT {
+            blocks.remove(0);
+        }
+        blocks.push((n, block.clone()));
+        Some(block)
     }
 }
 
@@ -125,62 +155,5 @@ fn open(source: &dyn Source, file: &SourceFile) -> Opened {
         Ok((open, state)) => Opened::Open(open, state),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Opened::Vanished,
         Err(error) => Opened::Failed(error.kind(), error.to_string()),
-    }
-}
-
-/// Gathers the pages of `raw` that are not all zero into chunks; only the last page may be short.
-pub fn compress_pages(raw: &[u8], compression: Compression) -> Result<PageRun, Error> {
-    let mut run = PageRun { bytes: raw.len() as u64, crc: Crc32c::of(raw), ..PageRun::nothing(None) };
-    let mut gathered: Vec<u8> = Vec::with_capacity(CHUNK_PAGES * PAGE);
-    for page in raw.chunks(PAGE) {
-        if is_zero(page) {
-            run.pages.push(PagePlace::Zero);
-            continue;
-        }
-        let slot = (gathered.len() / PAGE) as u32;
-        run.pages.push(PagePlace::Chunk { frame: run.frames.len(), slot });
-        gathered.extend_from_slice(page);
-        if gathered.len() == CHUNK_PAGES * PAGE {
-            run.frames.push(compress(&gathered, compression)?);
-            gathered.clear();
-        }
-    }
-    if !gathered.is_empty() {
-        run.frames.push(compress(&gathered, compression)?);
-    }
-    Ok(run)
-}
-
-/// Compresses a chunk with this thread's compressor.
-pub fn compress(raw: &[u8], compression: Compression) -> Result<CompressedFrame, repo::Error> {
-    Compressor::on_this_thread(compression, |compressor| CompressedFrame::compress(compressor, raw))
-}
-
-/// Tells whether all bytes are zero, a word at a time.
-fn is_zero(page: &[u8]) -> bool {
-    let (words, rest) = page.as_chunks::<16>();
-    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn zero_pages_take_no_chunk_and_the_others_are_gathered_in_order() {
-        let mut raw = vec![0; 20 * PAGE + 100];
-        for page in [0, 1, 2, 5, 6, 7, 9, 11, 12, 20] {
-            raw[page * PAGE + 50] = page as u8 + 1;
-        }
-        let run = compress_pages(&raw, Compression::NONE).unwrap();
-        assert_eq!(run.frames.len(), 2);
-        assert_eq!(run.pages.len(), 21);
-        assert_eq!(run.pages[3], PagePlace::Zero);
-        assert_eq!(run.pages[5], PagePlace::Chunk { frame: 0, slot: 3 });
-        assert_eq!(run.pages[12], PagePlace::Chunk { frame: 1, slot: 0 });
-        assert_eq!(run.pages[20], PagePlace::Chunk { frame: 1, slot: 1 });
-        assert_eq!(run.frames[1].body.len(), PAGE + 100);
-        assert_eq!(run.frames[1].body[PAGE + 50], 21);
-        assert_eq!((run.bytes, run.crc), (raw.len() as u64, Crc32c::of(&raw)));
     }
 }

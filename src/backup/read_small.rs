@@ -1,7 +1,7 @@
 //! Several small files of one compartment, read and compressed together.
 //!
-//! The work of one job on the CPU pool. The tiniest files go into the file table itself. A file may have grown since
-//! the walk: a relation is read as far as it went then, because what came later is in the WAL; any other file is read
+//! The work of one job on the CPU pool. The tiniest files go into the file table itself; one that is as it was is named
+//! where it stands. A file may have grown since the walk: a relation is read as far as it went then, because what came later is in the WAL; any other file is read
 //! as it is, for it may have been replaced, up to [`GROWN_BYTES_MAX`].
 
 use std::io;
@@ -12,11 +12,13 @@ use bytes::Bytes;
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
+use crate::backup::gather::compress;
 use crate::backup::plan::SMALL_FILE_BYTES;
-use crate::backup::read_pages::{JobContext, compress};
+use crate::backup::read_pages::JobContext;
 use crate::backup::source_file::{FileState, OpenFile};
+use crate::backup::state::{KnownContent, PageHash};
 use crate::pg::{Crc32c, RelationMap};
-use crate::repo::CompressedFrame;
+use crate::repo::{CompressedFrame, entry::BlobRef, page_map::PAGE_SIZE};
 
 /// Files that were read together.
 #[derive(Debug, Default)]
@@ -27,6 +29,10 @@ pub struct SmallFiles {
     pub frames: Vec<CompressedFrame>,
     /// How many had vanished.
     pub vanished: u64,
+    /// Pages of those that are not as they were.
+    pub changed: u64,
+    /// Pages of those that are, and are stored again all the same.
+    pub stored_again: u64,
 }
 
 /// A small file.
@@ -40,6 +46,8 @@ pub struct SmallFile {
     pub len: u32,
     /// CRC of them.
     pub crc: Crc32c,
+    /// Their hash; none without a key.
+    pub hash: Option<PageHash>,
     /// Where they stand.
     pub place: SmallPlace,
     /// Blocks whose checksum is wrong.
@@ -51,8 +59,10 @@ pub struct SmallFile {
 pub enum SmallPlace {
     /// In the file table.
     Inline(Bytes),
-    /// In this chunk, from this byte on.
+    /// In this new chunk, from this byte on.
     Chunk { frame: usize, at: u32 },
+    /// Where an earlier basebackup stored them.
+    Known(BlobRef),
 }
 
 /// A file up to this size costs less in the file table than a reference to it.
@@ -68,8 +78,13 @@ const MAP_WAITS: [Duration; 4] = [
     Duration::from_millis(500),
 ];
 
-/// Reads `files`, given with their numbers.
-pub fn read_small(files: &[(usize, SourceFile)], context: &JobContext) -> Result<SmallFiles, Error> {
+/// Reads `files`, given with their numbers; `again`: they are stored, whatever is known of them.
+pub fn read_small(
+    files: &[(usize, SourceFile)],
+    again: bool,
+    context: &JobContext,
+) -> Result<SmallFiles, Error> {
+    let options = context.gathering(again);
     let mut together = SmallFiles::default();
     let mut gathered: Vec<u8> = Vec::new();
     for (number, file) in files {
@@ -78,9 +93,18 @@ pub fn read_small(files: &[(usize, SourceFile)], context: &JobContext) -> Result
             continue;
         };
         let (len, crc) = (raw.len() as u32, Crc32c::of(&raw));
+        let hash = options.hash_key.as_ref().map(|key| key.hash(&raw));
+        let before = known_place(file, &raw, hash, context);
+        let pages = u64::from(len).div_ceil(PAGE_SIZE);
         let place = if raw.len() <= INLINE_BYTES {
+            together.changed += if before.is_none() { pages } else { 0 };
             SmallPlace::Inline(raw.into())
+        } else if let Some(Before::At(blob)) = before
+            && !options.again.includes(blob.chunk.pack)
+        {
+            SmallPlace::Known(blob)
         } else {
+            *if before.is_some() { &mut together.stored_again } else { &mut together.changed } += pages;
             if !gathered.is_empty() && (gathered.len() + raw.len()) as u64 > SMALL_FILE_BYTES {
                 together.frames.push(compress(&gathered, context.compression)?);
                 gathered.clear();
@@ -89,12 +113,29 @@ pub fn read_small(files: &[(usize, SourceFile)], context: &JobContext) -> Result
             gathered.extend_from_slice(&raw);
             SmallPlace::Chunk { frame: together.frames.len(), at }
         };
-        together.files.push(SmallFile { number: *number, state, len, crc, place, damaged });
+        together.files.push(SmallFile { number: *number, state, len, crc, hash, place, damaged });
     }
     if !gathered.is_empty() {
         together.frames.push(compress(&gathered, context.compression)?);
     }
     Ok(together)
+}
+
+/// Where the bytes of a small file stood that are still the same.
+enum Before {
+    Inline,
+    At(BlobRef),
+}
+
+/// Looks up whether a file held the same bytes in the basebackup that is built upon.
+fn known_place(file: &SourceFile, raw: &[u8], hash: Option<PageHash>, context: &JobContext) -> Option<Before> {
+    match context.parent.as_ref()?.file(&file.path)?.content {
+        KnownContent::Inline(bytes) => (bytes == raw).then_some(Before::Inline),
+        KnownContent::Part { blob, hash: known } => {
+            (Some(known) == hash && blob.len as usize == raw.len()).then_some(Before::At(blob))
+        }
+        KnownContent::Pages { .. } => None,
+    }
 }
 
 /// Returns how much of a small file is read, given its size at the walk and now.

@@ -1,7 +1,7 @@
 //! A basebackup from the first question to the commit.
 //!
-//! check → `begin` → start the backup on the server → walk, plan, copy → `pg_control` → stop → `backup_label`,
-//! `backup_manifest` → WAL in the archive → commit. The session is watched all the time: with it the backup ends.
+//! check → full or incremental → `begin` → start the backup on the server → walk, plan, copy → `pg_control` → stop →
+//! `backup_label`, `backup_manifest` → WAL in the archive → commit → what is remembered is saved. The session is watched all the time: with it the backup ends.
 //! Nothing is undone on failure, because nothing counts before the last step; what was uploaded is left for the
 //! sweep. Dropping the future at any point is the same as a failure.
 
@@ -12,27 +12,31 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use crate::backup::change::{Decision, Today};
 use crate::backup::data_directory::{SourceTree, WalkOptions};
 use crate::backup::error::Error;
 use crate::backup::live_directory::{read_control_file, read_identity};
 use crate::backup::origin::{Chosen, Node, Origin, choose_origin};
-use crate::backup::packer::{Packed, Packer};
+use crate::backup::packer::{Packer, Stored, WorkDone};
 use crate::backup::page_check::PageCheck;
-use crate::backup::pipeline::{Budget, copy};
-use crate::backup::plan::{PlanOptions, plan_copy};
+use crate::backup::pipeline::{Budget, CopySource, copy};
+use crate::backup::plan::PlanOptions;
 use crate::backup::read_pages::JobContext;
+use crate::backup::reading::{Reading, plan_reading};
 use crate::backup::server_facts::ServerFacts;
 use crate::backup::server_manifest::{ManifestFacts, server_manifest};
 use crate::backup::server_record::{empty_record, server_record};
+use crate::backup::site_state::{Begun, SiteState};
 use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, switch_wal};
 use crate::backup::source_file::{DirectorySource, FileState};
+use crate::backup::state::StateWriter;
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
 use crate::codec::{Compression, CpuPool};
 use crate::monitor::{Monitor, Task};
 use crate::pg::{Lsn, RelationMap, WalSegmentNumber};
 use crate::replication::Session;
 use crate::repo::{
-    self, BasebackupWriter, BeginOptions, ClusterId, Completion, NamedChunks, Repository,
+    self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository,
     documents::BackupRecord, entry::TreePath, manifest::ManifestContent,
 };
 
@@ -47,6 +51,10 @@ pub struct BackupOptions {
     pub label: Option<String>,
     /// Whether its WAL comes by streaming, so that the server needs not archive it.
     pub wal_received: bool,
+    /// Whether nothing of earlier basebackups is reused.
+    pub full: bool,
+    /// Where this host remembers basebackups, a folder for each site; none: nothing is remembered.
+    pub states: Option<PathBuf>,
     /// How the server begins.
     pub checkpoint: Checkpoint,
     /// How chunks are compressed.
@@ -70,13 +78,18 @@ pub struct BackupOutcome {
     pub vanished: u64,
     /// Files that became shorter while they were read.
     pub shrunk: u64,
+    /// Whether it is a full one, and why.
+    pub decision: Decision,
+    /// What was read, and what of it had to be stored.
+    pub work: WorkDone,
+    /// Bytes of all packs it names, whether they are in use or not.
+    pub packs_bytes: u64,
 }
 
 /// What was copied while the server was in backup mode.
 struct Copied {
     tree: Arc<SourceTree>,
-    packed: Packed,
-    named: NamedChunks,
+    stored: Stored,
     stopped: Stopped,
     started: (Lsn, Timestamp),
 }
@@ -84,7 +97,7 @@ struct Copied {
 /// The database whose catalogs a start reads first.
 const POSTGRES: &str = "postgres";
 
-/// Takes a full basebackup; `archive` makes the archive of a cluster to be asked for its WAL.
+/// Takes a basebackup; `archive` makes the archive of a cluster to be asked for its WAL.
 pub async fn run(
     repository: &Repository,
     options: &BackupOptions,
@@ -98,18 +111,24 @@ pub async fn run(
         choose_origin(&options.nodes, options.data_directory.as_deref(), options.wal_received).await?;
     let (cluster, wal_floor) = (origin.cluster, origin.control.redo);
     repository.admit(cluster).await?;
+    let timeline = origin.facts.identity.timeline;
+    let today = Today::of(repository, cluster, timeline, origin.control.data_checksum_version != 0);
+    let states = SiteState::take(repository, options.states.as_deref()).await?;
+    let prepared = states.prepare(repository, &today, options.full, Some(&origin.data_directory)).await?;
     let begin = BeginOptions {
         cluster,
-        timeline: origin.facts.identity.timeline,
+        timeline,
         wal_floor,
         parent: None,
         host: options.host.clone(),
         pid: std::process::id(),
     };
-    let writer = Arc::new(BasebackupWriter::begin(repository, begin).await?);
+    let (writer, begun) = states.begin(repository, begin, prepared).await?;
+    let writer = Arc::new(writer);
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
-    let copied = copy_in_backup_mode(session, &origin, options, pool, writer.clone(), monitor).await?;
+    let packer = new_packer(&writer, options, &begun, states.writer(writer.id()).await);
+    let copied = copy_in_backup_mode(session, &origin, options, pool, (packer, &begun), monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
     if let Some(primary) = primary {
         // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
@@ -118,7 +137,9 @@ pub async fn run(
     let needed = needed_wal(cluster, &copied);
     wait_for_wal(&*archive(cluster), &needed, repository.clock(), options.wal_patience).await?;
 
-    let Copied { tree, packed, named, stopped, started } = copied;
+    let Copied { tree, stored: Stored { packed, named, state }, stopped, started } = copied;
+    let mut work = packed.work;
+    work.chunks_reused = named.chunks_not_of(writer.id());
     let mut record = empty_record(writer.id(), cluster, stopped.timeline, (started.0, stopped.lsn));
     record.label = options.label.clone();
     (record.started_at, record.stopped_at, record.wal_floor) = (started.1, stopped.at, wal_floor);
@@ -136,13 +157,34 @@ pub async fn run(
     let writer = Arc::into_inner(writer)
         .ok_or_else(|| repo::Error::Internal("an upload outlived the copy".to_owned()))?;
     let completion = Completion { record, content, named, compression: options.compression };
-    let record = writer.finish(completion).await?;
+    let committed = writer.finish_pinned(completion).await?;
+    states.save(state, &begun, &today, &committed, origin.data_directory.clone()).await;
     Ok(BackupOutcome {
-        record,
+        record: committed.record,
         took: repository.clock().monotonic().duration_since(began),
         vanished: tree.vanished + packed.vanished,
         shrunk: packed.shrunk,
+        decision: begun.decision,
+        work,
+        packs_bytes: committed.packs_bytes,
     })
+}
+
+fn new_packer(
+    writer: &Arc<BasebackupWriter>,
+    options: &BackupOptions,
+    begun: &Begun,
+    state: Option<StateWriter>,
+) -> Packer {
+    let packer = Packer::new(writer.clone(), options.compression, options.budget.uploads);
+    let packer = match &begun.parent {
+        Some(parent) => packer.writing_again(parent.written_again()),
+        None => packer,
+    };
+    match state {
+        Some(state) => packer.remembering(state),
+        None => packer,
+    }
 }
 
 async fn copy_in_backup_mode(
@@ -150,16 +192,15 @@ async fn copy_in_backup_mode(
     origin: &Origin,
     options: &BackupOptions,
     pool: &CpuPool,
-    writer: Arc<BasebackupWriter>,
+    (mut packer, begun): (Packer, &Begun),
     monitor: &dyn Monitor,
 ) -> Result<Copied, Error> {
     let Origin { facts, data_directory, .. } = origin;
-    let label = options.label.clone().unwrap_or_else(|| format!("walden {}", writer.id()));
+    let label = options.label.clone().unwrap_or_else(|| format!("walden {}", packer.basebackup()));
     let start = StartOptions { checkpoint: options.checkpoint, label };
     let session = BackupSession::start_on(session, facts.clone(), start).await?;
     let started = (session.started().lsn, session.started().at);
-    let mut packer = Packer::new(writer, options.compression, options.budget.uploads);
-    let copying = copy_files(origin, started.0, options, pool, &mut packer, monitor);
+    let copying = copy_files(origin, started.0, (options, begun), pool, &mut packer, monitor);
     let tree = tokio::select! {
         tree = copying => tree?,
         lost = session.lost() => return Err(lost.into()),
@@ -171,7 +212,9 @@ async fn copy_in_backup_mode(
     packer.push_bytes(TreePath::new("data/global/pg_control")?, state, bytes).await?;
     let stopped = session.stop().await?;
 
-    let written = |size: usize| FileState { size: size as u64, mode: 0o600, modified: stopped.at };
+    let written = |size: usize| {
+        FileState { size: size as u64, mode: 0o600, modified: stopped.at, identity: None }
+    };
     let backup_label = bytes::Bytes::from(stopped.backup_label.clone());
     packer.push_bytes(TreePath::new("data/backup_label")?, written(backup_label.len()), backup_label).await?;
     let manifest = ManifestFacts {
@@ -184,39 +227,45 @@ async fn copy_in_backup_mode(
     let text =
         bytes::Bytes::from(server_manifest(&manifest, &packed.entries, &packed.checksums, &tree.entries));
     packer.push_bytes(TreePath::new("data/backup_manifest")?, written(text.len()), text).await?;
-    let (packed, named) = packer.finish().await?;
-    Ok(Copied { tree, packed, named, stopped, started })
+    let stored = packer.finish().await?;
+    Ok(Copied { tree, stored, stopped, started })
 }
 
 async fn copy_files(
     origin: &Origin,
     start_lsn: Lsn,
-    options: &BackupOptions,
+    (options, begun): (&BackupOptions, &Begun),
     pool: &CpuPool,
     packer: &mut Packer,
     monitor: &dyn Monitor,
 ) -> Result<Arc<SourceTree>, Error> {
     let Origin { facts, data_directory, control, .. } = origin;
     let walk = walk_options(data_directory, facts);
-    let (tree, mapped) = blocking(move || {
+    let (databases, parent) = (facts.databases.clone(), begun.parent.clone());
+    let (tree, reading) = blocking(move || {
         let tree = SourceTree::walk(&walk)?;
         let mapped = mapped_relations(&tree);
-        Ok((Arc::new(tree), mapped))
+        let postgres = databases.iter().find(|database| database.name == POSTGRES);
+        let options = PlanOptions { postgres: postgres.map(|database| database.oid.0), mapped };
+        let reading = plan_reading(&tree.files, &options, parent.as_deref());
+        Ok((Arc::new(tree), reading))
     })
     .await?;
     tree.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    let postgres =
-        facts.databases.iter().find(|database| database.name == POSTGRES).map(|database| database.oid.0);
-    let plan = plan_copy(&tree.files, &PlanOptions { postgres, mapped });
+    let Reading { plan, start_set_again } = &reading;
     tracing::debug!("{plan}");
     let has_checksums = control.data_checksum_version != 0;
-    let context = JobContext {
+    let context = Arc::new(JobContext {
         source: Arc::new(DirectorySource::new(tree.clone())),
         page_check: has_checksums.then(|| PageCheck::new(start_lsn, control.relation_segment_pages)),
         compression: options.compression,
-    };
+        hash_key: begun.hash_key.clone(),
+        parent: begun.parent.clone(),
+    });
     let progress = monitor.start(Task::bytes("backup", plan.bytes));
-    copy(&plan, &tree.files, Arc::new(context), pool, options.budget, packer, &progress).await?;
+    let start_set_again = *start_set_again;
+    let source = CopySource { plan, files: &tree.files, context: &context, start_set_again };
+    copy(source, pool, options.budget, packer, &progress).await?;
     Ok(tree)
 }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::backup::data_directory::{SourceFile, SourceTree, mode_and_time};
+use crate::backup::data_directory::{FileIdentity, SourceFile, SourceTree, mode_and_time};
 use crate::backup::page_cache::{self, Residency};
 
 /// Opens the files of a walk.
@@ -47,6 +47,8 @@ pub struct FileState {
     pub mode: u32,
     /// Time of last modification.
     pub modified: Timestamp,
+    /// What tells whether it is still this one later; none where the source has no inodes.
+    pub identity: Option<FileIdentity>,
 }
 
 /// The files of a data directory.
@@ -91,7 +93,7 @@ impl OpenFile for DirectoryFile {
     fn state(&self) -> io::Result<FileState> {
         let metadata = self.file.metadata()?;
         let (mode, modified) = mode_and_time(&metadata);
-        Ok(FileState { size: metadata.len(), mode, modified })
+        Ok(FileState { size: metadata.len(), mode, modified, identity: FileIdentity::of(&metadata) })
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {

@@ -14,8 +14,8 @@ use proptest::prelude::*;
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::{Error, ErrorKind};
-use crate::backup::packer::{Packed, Packer};
-use crate::backup::pipeline::{Budget, copy};
+use crate::backup::packer::{Packed, Packer, Stored};
+use crate::backup::pipeline::{Budget, CopySource, copy};
 use crate::backup::plan::{PlanOptions, SMALL_FILE_BYTES, plan_copy};
 use crate::backup::read_pages::{JOB_BYTES, JobContext};
 use crate::backup::read_small::INLINE_BYTES;
@@ -74,6 +74,7 @@ impl MemorySource {
             size: bytes.len() as u64,
             mode: 0o640,
             modified: time(),
+            identity: None,
         };
         self.files.iter().map(entry).collect()
     }
@@ -108,7 +109,7 @@ impl Source for MemorySource {
 
 impl OpenFile for MemoryFile {
     fn state(&self) -> io::Result<FileState> {
-        Ok(FileState { size: self.bytes.len() as u64, mode: 0o640, modified: time() })
+        Ok(FileState { size: self.bytes.len() as u64, mode: 0o640, modified: time(), identity: None })
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
@@ -162,13 +163,20 @@ async fn back_up(
     let mut packer = Packer::new(writer.clone(), compression, budget.uploads);
     let files = source.walk();
     let plan = plan_copy(&files, &PlanOptions { postgres: Some(5), ..PlanOptions::default() });
-    let context = JobContext { source: Arc::new(source), page_check: None, compression };
+    let context = Arc::new(JobContext {
+        source: Arc::new(source),
+        page_check: None,
+        compression,
+        hash_key: None,
+        parent: None,
+    });
     let pool = CpuPool::new(2, 2);
     let progress = RecordingMonitor::default().start(Task::bytes("backup", plan.bytes));
-    copy(&plan, &files, Arc::new(context), &pool, budget, &mut packer, &progress).await?;
-    let control = FileState { size: 8192, mode: 0o600, modified: time() };
+    let source = CopySource { plan: &plan, files: &files, context: &context, start_set_again: false };
+    copy(source, &pool, budget, &mut packer, &progress).await?;
+    let control = FileState { size: 8192, mode: 0o600, modified: time(), identity: None };
     packer.push_bytes(TreePath::new("data/global/pg_control")?, control, vec![7; 8192].into()).await?;
-    let (packed, named) = packer.finish().await?;
+    let Stored { packed, named, .. } = packer.finish().await?;
     let mut record = empty_record(writer.id(), cluster, TimelineId::FIRST, lsns);
     record.size = packed.size;
     let content = ManifestContent {

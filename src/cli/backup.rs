@@ -1,10 +1,11 @@
-//! `walden backup`: a full basebackup of a running server from its data directory.
+//! `walden backup`: a basebackup of a running server from its data directory, incremental where that can be.
 //!
 //! Damaged pages do not fail it, because a backup of a damaged cluster is worth more than none; they are warned of,
 //! counted and recorded. An interrupt ends the session, and with it the backup on the server; what has been uploaded
 //! by then counts for nothing.
 
 use std::fmt::{self, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -15,6 +16,7 @@ use crate::backup::{
     self, BackupOptions, BackupOutcome, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
 };
 use crate::config::{SiteConfig, WalSource};
+use crate::monitor::Usage;
 use crate::repo::ClusterId;
 
 use super::context::Context;
@@ -28,7 +30,7 @@ use super::wal_queue::forget_left_out;
 /// Takes a basebackup of a running server
 #[derive(Debug, Args)]
 pub struct Backup {
-    /// Takes a full basebackup; every one is, as yet
+    /// Takes a full basebackup: everything is read and stored, nothing of earlier ones is reused
     #[arg(long)]
     full: bool,
 
@@ -77,6 +79,8 @@ impl Backup {
             data_directory: site.data_directory.clone(),
             label: self.label.clone(),
             wal_received: site.wal == WalSource::Receive,
+            full: self.full,
+            states: states(context)?,
             checkpoint: match self.checkpoint {
                 CheckpointArgument::Fast => Checkpoint::Fast,
                 CheckpointArgument::Spread => Checkpoint::Spread,
@@ -101,6 +105,17 @@ async fn take(
     };
     let monitor = context.monitor();
     Ok(backup::run(&repository, options, &pool, archive, &*monitor).await?)
+}
+
+/// Returns where this host remembers basebackups; nowhere where its state folder cannot be used, which is said.
+fn states(context: &Context) -> Result<Option<PathBuf>, CommandError> {
+    match context.config()?.paths.open_state() {
+        Ok(state) => Ok(Some(state.path.join("basebackups"))),
+        Err(error) => {
+            tracing::warn!("the basebackup is full, and so will the next one be: {error}");
+            Ok(None)
+        }
+    }
 }
 
 /// Returns the servers that a basebackup may be taken from.
@@ -154,6 +169,10 @@ fn host_name() -> String {
 struct BackupReport {
     id: String,
     label: Option<String>,
+    /// The basebackup whose chunks it names; none for a full one.
+    parent: Option<String>,
+    /// Why it is full; none for an incremental one.
+    full_because: Option<String>,
     cluster: String,
     timeline: u32,
     start_lsn: String,
@@ -162,10 +181,19 @@ struct BackupReport {
     stopped_at: String,
     files: u64,
     database_bytes: u64,
+    read_bytes: u64,
+    unread_files: u64,
+    changed_pages: u64,
+    pages_stored_again: u64,
+    reused_chunks: u64,
     stored_bytes: u64,
+    live_bytes: u64,
+    packs_bytes: u64,
     ratio: f64,
     requests: u64,
     seconds: f64,
+    cpu_seconds: f64,
+    memory_bytes_peak: u64,
     damaged_pages: u64,
     vanished_files: u64,
     shrunk_files: u64,
@@ -174,11 +202,14 @@ struct BackupReport {
 impl BackupReport {
     /// Creates the report of a basebackup that took so many requests to the store.
     fn of(outcome: BackupOutcome, requests: u64) -> Self {
-        let BackupOutcome { record, took, vanished, shrunk } = outcome;
-        let seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
+        let BackupOutcome { record, took, vanished, shrunk, decision, work, packs_bytes } = outcome;
+        let in_seconds = |time: Duration| (time.as_secs_f64() * 1000.0).round() / 1000.0;
+        let usage = Usage::now();
         Self {
             id: record.id.to_string(),
             label: record.label,
+            parent: decision.parent().map(|parent| parent.to_string()),
+            full_because: decision.reason().map(ToString::to_string),
             cluster: record.cluster.to_string(),
             timeline: record.timeline.get(),
             start_lsn: record.start_lsn.to_string(),
@@ -187,14 +218,41 @@ impl BackupReport {
             stopped_at: record.stopped_at.to_string(),
             files: record.size.files,
             database_bytes: record.size.database_bytes,
+            read_bytes: work.bytes_read,
+            unread_files: work.files_kept,
+            changed_pages: work.pages_changed,
+            pages_stored_again: work.pages_stored_again,
+            reused_chunks: work.chunks_reused,
             stored_bytes: record.size.stored_bytes,
-            ratio: ratio(record.size.database_bytes, record.size.stored_bytes),
+            live_bytes: record.size.live_bytes,
+            packs_bytes,
+            ratio: ratio(record.size.database_bytes, record.size.live_bytes),
             requests,
-            seconds,
+            seconds: in_seconds(took),
+            cpu_seconds: in_seconds(usage.cpu),
+            memory_bytes_peak: usage.memory_bytes_peak,
             damaged_pages: record.size.damaged_pages,
             vanished_files: vanished,
             shrunk_files: shrunk,
         }
+    }
+}
+
+impl BackupReport {
+    /// Says what an incremental basebackup spared.
+    fn write_incremental(&self, out: &mut String) -> fmt::Result {
+        write!(
+            out,
+            "{} read, {} files unread; {} pages changed",
+            size(self.read_bytes),
+            self.unread_files,
+            self.changed_pages
+        )?;
+        if self.pages_stored_again > 0 {
+            write!(out, ", {} stored again", self.pages_stored_again)?;
+        }
+        let spread = ratio(self.packs_bytes, self.live_bytes);
+        writeln!(out, "; {} chunks reused, {spread} stored for each byte in use", self.reused_chunks)
     }
 }
 
@@ -210,16 +268,34 @@ impl Report for BackupReport {
             write!(out, " \"{label}\"")?;
         }
         writeln!(out)?;
+        if let Some(reason) = &self.full_because {
+            writeln!(out, "full: {reason}")?;
+        }
+        if let Some(parent) = &self.parent {
+            writeln!(out, "incremental to {parent}")?;
+        }
         let rate = (self.database_bytes as f64 / self.seconds.max(0.001)) as u64;
-        writeln!(
+        write!(
             out,
-            "{} files, {} in {} ({}/s), {} stored ({}:1)",
+            "{} files, {} in {} ({}/s), {} stored",
             self.files,
             size(self.database_bytes),
             duration(Duration::from_secs_f64(self.seconds)),
             size(rate),
             size(self.stored_bytes),
-            self.ratio
+        )?;
+        if self.parent.is_some() {
+            write!(out, ", {} in use", size(self.live_bytes))?;
+        }
+        writeln!(out, " ({}:1)", self.ratio)?;
+        if self.parent.is_some() {
+            self.write_incremental(out)?;
+        }
+        writeln!(
+            out,
+            "{} s of processor time, {} of memory at most",
+            self.cpu_seconds,
+            size(self.memory_bytes_peak)
         )?;
         writeln!(out, "timeline {}, {} to {}", self.timeline, self.start_lsn, self.stop_lsn)?;
         if self.damaged_pages > 0 {

@@ -11,12 +11,14 @@
 mod counter;
 mod progress;
 mod recording;
+mod usage;
 
 use std::fmt::Debug;
 
 pub use counter::Counter;
 pub use progress::{Progress, Task, TaskState, Unit, Watch};
 pub use recording::RecordingMonitor;
+pub use usage::Usage;
 
 /// Somebody who is told what is going on.
 pub trait Monitor: Send + Sync + Debug {

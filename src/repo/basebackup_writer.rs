@@ -7,7 +7,6 @@
 //! model-checked with stalling writers and two sweepers; dropping any one step breaks it (3-format).
 //! Reading and compressing is not here: the writer takes compressed chunks in the order they are to stand in.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -23,11 +22,12 @@ use crate::repo::keyring::{Audience, ContentKey, KeyEnvelope};
 use crate::repo::manifest::ManifestContent;
 use crate::repo::named_chunks::NamedChunks;
 use crate::repo::pack::{Pack, PackBuilder, pack_identity};
+use crate::repo::pack_presence::missing_packs;
 use crate::repo::refs::{PackRecord, Refs};
 use crate::repo::repository::Repository;
 use crate::repo::sealed::{SealSpec, seal};
 use crate::repo::signed::{DOCUMENT_BYTES_MAX, open_document, seal_document};
-use crate::storage::{self, ObjectKey};
+use crate::storage;
 
 /// What an attempt is about, known before anything is read.
 #[derive(Debug, Clone)]
@@ -57,9 +57,6 @@ pub struct ParentBasebackup {
     pub refs: Refs,
 }
 
-/// Keys asked for at a time, as many as S3 gives.
-const LIST_PAGE: usize = 1000;
-
 /// How far ahead of this host's clock another host's is believed to be.
 const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_hours(24);
 
@@ -85,6 +82,17 @@ pub struct Completion {
     pub named: NamedChunks,
     /// How manifest frames are compressed.
     pub compression: Compression,
+}
+
+/// A basebackup that was committed a moment ago.
+#[derive(Debug)]
+pub struct Committed {
+    /// Its record.
+    pub record: BackupRecord,
+    /// BLAKE3 of its `backup.json`.
+    pub digest: Digest,
+    /// Bytes of all packs it names, whether they are in use or not.
+    pub packs_bytes: u64,
 }
 
 impl BasebackupWriter {
@@ -170,6 +178,11 @@ impl BasebackupWriter {
     /// `Abandoned` where a sweeper gave the attempt up in the meantime, `PacksMissing` where something named is not in
     /// the store as it was written; nothing of the attempt counts then.
     pub async fn finish(self, completion: Completion) -> Result<BackupRecord, Error> {
+        Ok(self.finish_pinned(completion).await?.record)
+    }
+
+    /// Does what [`BasebackupWriter::finish`] does, and tells by what the basebackup is recognised later.
+    pub async fn finish_pinned(self, completion: Completion) -> Result<Committed, Error> {
         let Completion { mut record, content, mut named, compression } = completion;
         content.entries.iter().for_each(|entry| named.name_content(&entry.node));
         let (refs, keys) = self.collect_refs(&named)?;
@@ -206,48 +219,19 @@ impl BasebackupWriter {
         let (store, layout) = (self.repository.store(), self.repository.layout());
         store.create(&layout.manifest(self.begin.id), manifest.bytes).await?;
         store.create(&layout.refs(self.begin.id), refs_bytes).await?;
-        self.commit(record).await
+        let packs_bytes = refs.records().iter().map(|record| u64::from(record.size)).sum();
+        let (record, digest) = self.commit(record).await?;
+        Ok(Committed { record, digest, packs_bytes })
     }
 
-    /// Looks for the packs of others that are named: a listing of each folder, then a look at what it lacks, because a
-    /// listing is no proof.
+    /// Looks for the packs of others that are named.
     async fn check_reused(&self, refs: &Refs) -> Result<(), Error> {
-        let (store, layout) = (self.repository.store(), self.repository.layout());
         let reused = refs.records().iter().filter(|record| record.id.origin != self.begin.id);
-        let wanted: BTreeMap<ObjectKey, &PackRecord> =
-            reused.map(|record| (layout.pack(record.id, &record.salt), record)).collect();
-        let origins: BTreeSet<BasebackupId> = wanted.values().map(|record| record.id.origin).collect();
-        let mut sizes = HashMap::new();
-        for origin in origins {
-            let mut after = None;
-            loop {
-                let page = store.list(&layout.packs(origin), after.as_ref(), LIST_PAGE).await?;
-                after = page.last().map(|object| object.key.clone());
-                let more = page.len() == LIST_PAGE;
-                sizes.extend(page.into_iter().map(|object| (object.key, object.size)));
-                if !more {
-                    break;
-                }
-            }
-        }
-        let mut missing = Vec::new();
-        for (key, record) in wanted {
-            let size = match sizes.get(&key) {
-                Some(size) => Some(*size),
-                None => match store.head(&key).await {
-                    Ok(object) => Some(object.size),
-                    Err(error) if error.is_absent() => None,
-                    Err(error) => return Err(error.into()),
-                },
-            };
-            if size != Some(u64::from(record.size)) {
-                missing.push(record.id);
-            }
-        }
+        let missing = missing_packs(&self.repository, reused).await?;
         if missing.is_empty() { Ok(()) } else { Err(Error::PacksMissing(missing)) }
     }
 
-    async fn commit(self, record: BackupRecord) -> Result<BackupRecord, Error> {
+    async fn commit(self, record: BackupRecord) -> Result<(BackupRecord, Digest), Error> {
         let (store, id) = (self.repository.store(), self.begin.id);
         let identity = self.repository.basebackup_identity(ObjectKind::Outcome, id);
         let outcome = Outcome::Complete(Box::new(record));
@@ -268,7 +252,7 @@ impl BasebackupWriter {
             Err(error) => return Err(error.into()),
         }
         let Outcome::Complete(record) = outcome else { unreachable!("constructed as complete above") };
-        Ok(*record)
+        Ok((*record, Digest::of(&bytes)))
     }
 
     /// Lists every pack that the content names, with live bytes, and the keys they need, our own first.

@@ -11,7 +11,7 @@ use lru::LruCache;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{
-    self, Cipher, DataKey, DataKeyId, FrameKey, Random, RecipientId, RecipientKey, RecipientPrivateKey,
+    self, Cipher, DataKey, DataKeyId, Digest, FrameKey, Random, RecipientId, RecipientKey, RecipientPrivateKey,
     SealObserver, SignerId, SigningKey, VerifyKey,
 };
 use crate::repo::error::Error;
@@ -152,6 +152,15 @@ impl Keyring {
     /// Returns whether what this host writes for `audience` is encrypted.
     pub fn encrypts(&self, audience: Audience) -> bool {
         !self.recipients(audience).is_empty()
+    }
+
+    /// Returns a digest of cipher and recipients of what this host writes for `audience`: only what was sealed for the
+    /// same ones may stand in a basebackup of today.
+    pub fn sealing(&self, audience: Audience) -> Digest {
+        let mut recipients: Vec<[u8; 32]> = self.recipients(audience).iter().map(|key| key.id().0).collect();
+        recipients.sort_unstable();
+        let cipher = if recipients.is_empty() { Cipher::None } else { Cipher::Aes256Gcm };
+        Digest::of(&[&[cipher as u8][..], recipients.as_flattened()].concat())
     }
 
     /// Returns whether what this host writes is signed.

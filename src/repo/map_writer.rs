@@ -1,7 +1,8 @@
 //! Turns finished page maps into file contents: small maps stand in the file table, larger ones in map chunks.
 //!
 //! Maps of many files share a map chunk. Its place is known only when it is sealed, so a file's content is handed
-//! out at the end, by the number that the caller gave the file.
+//! out at the end, by the number that the caller gave the file. A map block that an earlier basebackup has written as
+//! it is now is named where it stands.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +25,10 @@ const MAP_CHUNK_BYTES: usize = 32 << 10;
 pub struct MapWriter {
     raw: Vec<u8>,
     pending: Vec<(u64, usize, u32, u32)>,
+    /// Files whose map stands in the file table.
     contents: BTreeMap<u64, Content>,
+    /// Where the map blocks of the others stand; nothing where a block is still pending.
+    places: BTreeMap<u64, Vec<Option<BlobRef>>>,
     /// The chunks that maps in map chunks name.
     named: NamedChunks,
 }
@@ -33,6 +37,8 @@ pub struct MapWriter {
 #[derive(Debug, Default)]
 pub struct FileMap {
     blocks: Vec<MapBlock>,
+    /// Blocks that stand in map chunks already, by their number.
+    standing: BTreeMap<usize, BlobRef>,
 }
 
 impl FileMap {
@@ -56,6 +62,17 @@ impl FileMap {
         }
     }
 
+    /// Says that block `n`, which is complete, stands at `blob` exactly as it is here: it is not written again.
+    pub fn stands_at(&mut self, n: usize, blob: BlobRef) {
+        debug_assert!(n < self.blocks.len(), "a block that is not there stands nowhere");
+        self.standing.insert(n, blob);
+    }
+
+    /// Returns block `n`.
+    pub fn block(&self, n: usize) -> Option<&MapBlock> {
+        self.blocks.get(n)
+    }
+
     /// Returns how many pages have been appended.
     pub fn page_count(&self) -> u64 {
         let full = self.blocks.len().saturating_sub(1) as u64 * MAP_BLOCK_PAGES;
@@ -76,14 +93,18 @@ impl FileMap {
 impl MapWriter {
     /// Takes the finished map of file `number`; returns whether a map chunk is ready to be written.
     pub fn finish_file(&mut self, number: u64, map: FileMap) -> bool {
-        let mut blocks = map.blocks;
+        let FileMap { mut blocks, standing } = map;
         if blocks.len() <= 1 && blocks.first().is_none_or(|block| block.page_count() <= INLINE_PAGES_MAX) {
             let block = blocks.pop().unwrap_or_default();
             self.contents.insert(number, Content::Map(Box::new(block)));
             return false;
         }
+        self.places.insert(number, (0..blocks.len()).map(|n| standing.get(&n).copied()).collect());
         for (n, block) in blocks.iter().enumerate() {
             self.named.name_block(block);
+            if standing.contains_key(&n) {
+                continue;
+            }
             let bytes = block.encode();
             self.pending.push((number, n, self.raw.len() as u32, bytes.len() as u32));
             self.raw.extend_from_slice(&bytes);
@@ -114,10 +135,8 @@ impl MapWriter {
             let chunk = pack.append(FrameKind::Map, CompressedFrame::compress(compressor, raw)?);
             for &(number, n, at, len) in &self.pending[written..end] {
                 let blob = BlobRef { chunk, at: at - from, len };
-                let content = self.contents.entry(number).or_insert_with(|| Content::Blocks(Vec::new()));
-                if let Content::Blocks(blobs) = content {
-                    debug_assert_eq!(blobs.len(), n);
-                    blobs.push(blob);
+                if let Some(place) = self.places.get_mut(&number).and_then(|places| places.get_mut(n)) {
+                    *place = Some(blob);
                 }
             }
             written = end;
@@ -134,9 +153,18 @@ impl MapWriter {
         self.pending.is_empty()
     }
 
+    /// Names the chunks of a map block of a file that is kept as it is, maps and all.
+    pub fn name_block(&mut self, block: &MapBlock) {
+        self.named.name_block(block);
+    }
+
     /// Returns the contents by file number, and the chunks that maps in map chunks name.
-    pub fn finish(self) -> (BTreeMap<u64, Content>, NamedChunks) {
+    pub fn finish(mut self) -> (BTreeMap<u64, Content>, NamedChunks) {
         debug_assert!(self.is_empty(), "maps are left that no pack holds");
+        for (number, places) in self.places {
+            let blobs = places.into_iter().map(|place| place.expect("every map that was pending is written"));
+            self.contents.insert(number, Content::Blocks(blobs.collect()));
+        }
         (self.contents, self.named)
     }
 }

@@ -29,6 +29,7 @@ mod file_table;
 pub mod manifest;
 mod map_writer;
 mod named_chunks;
+mod pack_presence;
 mod refs;
 
 pub mod documents;
@@ -67,7 +68,7 @@ mod tests;
 mod writing_tests;
 
 pub use basebackup::{BLOCKS_AHEAD, Basebackup, read_outcome, read_refs};
-pub use basebackup_writer::{BasebackupWriter, BeginOptions, Completion, ParentBasebackup};
+pub use basebackup_writer::{BasebackupWriter, BeginOptions, Committed, Completion, ParentBasebackup};
 pub use chunk_runs::{
     ChunkRun, RUN_BYTES_MAX, RunLimits, StoredRun, plan_runs, plan_runs_within, runs_expected,
 };
@@ -80,6 +81,7 @@ pub use map_writer::{FileMap, MapWriter};
 pub use membership::Membership;
 pub use named_chunks::NamedChunks;
 pub use pack::{Pack, PackBuilder};
+pub use pack_presence::missing_packs;
 pub use raw_content::RawContent;
 pub use refs::{PackRecord, Refs};
 pub use repository::{Repository, RepositoryOptions};

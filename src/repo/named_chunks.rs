@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use crate::repo::chunk::ChunkRef;
 use crate::repo::entry::{Content, Node};
-use crate::repo::id::PackId;
+use crate::repo::id::{BasebackupId, PackId};
 use crate::repo::page_map::{MapBlock, PageSource};
 
 /// The chunks that have been named so far.
@@ -60,6 +60,12 @@ impl NamedChunks {
     /// Returns the stored bytes of `pack` that are named.
     pub fn live_bytes(&self, pack: PackId) -> u32 {
         self.packs.get(&pack).map_or(0, |pack| pack.bytes)
+    }
+
+    /// Returns how many chunks of other packs than those of `own` are named.
+    pub fn chunks_not_of(&self, own: BasebackupId) -> u64 {
+        let others = self.packs.iter().filter(|(pack, _)| pack.origin != own);
+        others.flat_map(|(_, named)| &named.positions).map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// Returns the packs of which anything is named.

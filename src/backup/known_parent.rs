@@ -1,0 +1,313 @@
+//! The basebackup that an incremental one builds upon: what this host remembers of it, held against the repository.
+//!
+//! Before anything is read: the state is opened and read from end to end, which shows damage and tells how much of each
+//! pack is still in use; the record must be the one the state is of; all packs are looked for in the store. What comes
+//! out is either why the basebackup is full, or a [`KnownParent`] that answers for one file and one block after the
+//! other. Whatever cannot be read later costs only what it describes: those pages are stored again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::backup::change::{Decision, Incremental, Reason, Standing, Today, is_untouched, judge};
+use crate::backup::data_directory::SourceFile;
+use crate::backup::error::Error;
+use crate::backup::live_directory::read_histories;
+use crate::backup::rewriting::{Rewriting, plan_rewriting};
+use crate::backup::run::blocking;
+use crate::backup::state::{
+    HashKey, KnownBlock, KnownContent, KnownFile, State, StateError, StateFacts, StateFolder,
+};
+use crate::catalog::timeline_tree::TimelineTree;
+use crate::repo::{
+    self, PackId, ParentBasebackup, Repository, chunk::ChunkRef,
+    documents::Outcome,
+    entry::{BlobRef, Content, TreePath},
+    missing_packs,
+    page_map::{MapBlock, PAGE_SIZE, PageSource},
+    read_outcome, read_refs,
+};
+
+/// A basebackup whose pages are known and may be named.
+#[derive(Debug)]
+pub struct KnownParent {
+    state: State,
+    basebackup: Arc<ParentBasebackup>,
+    rewriting: Rewriting,
+    again: Arc<BTreeSet<PackId>>,
+    read_all: bool,
+    complained: AtomicBool,
+}
+
+/// What a basebackup will be, and what it builds upon.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// Full or incremental, and why.
+    pub decision: Decision,
+    /// The basebackup that is built upon; none for a full one.
+    pub parent: Option<Arc<KnownParent>>,
+}
+
+impl Prepared {
+    /// Returns that nothing is built upon.
+    pub fn full(reason: Reason) -> Self {
+        Self { decision: Decision::Full(reason), parent: None }
+    }
+}
+
+/// Decides what the next basebackup is. Nothing is written anywhere.
+///
+/// # Errors
+/// Where the store cannot tell; what is wrong with the state or the parent is a reason for a full one.
+pub async fn prepare(
+    repository: &Repository,
+    folder: &StateFolder,
+    today: &Today,
+    data_directory: Option<&Path>,
+) -> Result<Prepared, Error> {
+    let opening = folder.clone();
+    let state = match blocking(move || Ok(opening.open())).await? {
+        Ok(Some(state)) => state,
+        Ok(None) => return Ok(Prepared::full(Reason::NoState)),
+        Err(error) => return Ok(Prepared::full(Reason::StateUnusable(error.to_string()))),
+    };
+    let id = state.facts().basebackup;
+    let (standing, parent) = look_up(repository, id).await?;
+    let descends = descends(repository, state.facts(), today, data_directory).await?;
+    let (incremental, parent) = match (judge(state.facts(), today, descends, &standing), parent) {
+        (Ok(incremental), Some(parent)) => (incremental, parent),
+        (Err(reason), _) => return Ok(Prepared::full(reason)),
+        (Ok(_), None) => return Ok(Prepared::full(Reason::ParentAbsent(id))),
+    };
+    let (state, survey) = blocking(move || {
+        let survey = survey(&state);
+        Ok((state, survey))
+    })
+    .await?;
+    let live = match survey {
+        Ok(live) => live,
+        Err(error) => return Ok(Prepared::full(Reason::StateUnusable(error.to_string()))),
+    };
+    if let Some(stranger) = live.keys().find(|pack| parent.refs.find(**pack).is_none()) {
+        let detail = format!("{stranger} is none of the packs of basebackup {id}");
+        return Ok(Prepared::full(Reason::StateUnusable(detail)));
+    }
+    let missing = missing_packs(repository, parent.refs.records().iter()).await?;
+    let rewriting = plan_rewriting(&parent.refs, &live, &missing, repository.clock().now());
+    report(&missing, &rewriting);
+    let again = Arc::new(rewriting.packs.clone());
+    let (read_all, complained) = (incremental.read_all, AtomicBool::new(false));
+    let parent = KnownParent { state, basebackup: Arc::new(parent), rewriting, again, read_all, complained };
+    Ok(Prepared { decision: Decision::Incremental(incremental), parent: Some(Arc::new(parent)) })
+}
+
+impl KnownParent {
+    /// Returns what is known of it as a whole.
+    pub fn facts(&self) -> &StateFacts {
+        self.state.facts()
+    }
+
+    /// Returns what the writer has to know of it.
+    pub fn basebackup(&self) -> &Arc<ParentBasebackup> {
+        &self.basebackup
+    }
+
+    /// Returns the key of its page hashes.
+    pub fn hash_key(&self) -> HashKey {
+        self.state.facts().hash_key.clone()
+    }
+
+    /// Returns which packs are not named again.
+    pub fn written_again(&self) -> Arc<BTreeSet<PackId>> {
+        self.again.clone()
+    }
+
+    /// Returns what is stored again, and why.
+    pub fn rewriting(&self) -> &Rewriting {
+        &self.rewriting
+    }
+
+    /// Returns whether files are read however unchanged they look.
+    pub fn reads_all(&self) -> bool {
+        self.read_all
+    }
+
+    /// Returns what is known of a file; nothing where there was none, or where the state cannot tell.
+    pub fn file(&self, path: &TreePath) -> Option<KnownFile> {
+        self.state.find(path).unwrap_or_else(|error| {
+            self.complain(&error);
+            None
+        })
+    }
+
+    /// Returns what is known of the pages of block `n` of a file; nothing where the state cannot tell.
+    pub fn block(&self, file: &KnownFile, n: u64) -> Option<KnownBlock> {
+        self.state.block(file, n).map_err(|error| self.complain(&error)).ok()
+    }
+
+    /// Returns whether a file can be taken over without reading it: no write to it can have gone unseen, and nothing of
+    /// it is stored again.
+    pub fn is_unread(&self, file: &SourceFile) -> bool {
+        if self.read_all {
+            return false;
+        }
+        let last_start = self.state.facts().started_at;
+        self.file(&file.path)
+            .is_some_and(|known| is_untouched(file, &known, last_start) && !self.is_written_again(&known))
+    }
+
+    /// Returns the packs that hold a file and its maps, as far as they are named again.
+    pub fn packs_of(&self, known: &KnownFile) -> BTreeSet<PackId> {
+        let mut packs = BTreeSet::new();
+        match &known.content {
+            KnownContent::Inline(_) => {}
+            KnownContent::Part { blob, .. } => drop(packs.insert(blob.chunk.pack)),
+            KnownContent::Pages { stands: Content::Blocks(blobs), .. } => {
+                packs.extend(blobs.iter().map(|blob| blob.chunk.pack));
+                let blocks = (0..known.block_count()).filter_map(|n| self.block(known, n));
+                blocks.for_each(|block| packs.extend(block.packs()));
+            }
+            KnownContent::Pages { stands, .. } => {
+                if let Content::Map(map) = stands {
+                    packs.extend(chunks_of(map).map(|(chunk, _)| chunk.pack));
+                }
+            }
+        }
+        packs.retain(|pack| !self.again.contains(pack));
+        packs
+    }
+
+    fn is_written_again(&self, known: &KnownFile) -> bool {
+        let again = |chunk: &ChunkRef| self.again.contains(&chunk.pack);
+        if self.again.is_empty() {
+            return false;
+        }
+        match &known.content {
+            KnownContent::Inline(_) => false,
+            KnownContent::Part { blob, .. } => again(&blob.chunk),
+            KnownContent::Pages { stands: Content::Map(map), .. } => {
+                chunks_of(map).any(|(chunk, _)| again(chunk))
+            }
+            KnownContent::Pages { stands, .. } => {
+                let maps = match stands {
+                    Content::Blocks(blobs) => blobs.iter().any(|blob| again(&blob.chunk)),
+                    _ => false,
+                };
+                let in_block = |n| match self.block(known, n) {
+                    Some(block) => chunks_of(&block.map).any(|(chunk, _)| again(chunk)),
+                    None => true,
+                };
+                maps || (0..known.block_count()).any(in_block)
+            }
+        }
+    }
+
+    fn complain(&self, error: &StateError) {
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            tracing::warn!("some pages are stored again: {error}");
+        }
+    }
+}
+
+async fn look_up(
+    repository: &Repository,
+    id: repo::BasebackupId,
+) -> Result<(Standing, Option<ParentBasebackup>), Error> {
+    if repository.is_expired(id).await? {
+        return Ok((Standing::Expired, None));
+    }
+    let (record, digest) = match read_outcome(repository, id).await {
+        Ok((Outcome::Complete(record), digest, _)) if record.id == id => (*record, digest),
+        Ok((Outcome::Complete(record), ..)) => {
+            return Ok((Standing::Unreadable(format!("its record is that of basebackup {}", record.id)), None));
+        }
+        Ok((Outcome::Abandoned { .. }, ..)) => return Ok((Standing::Abandoned, None)),
+        Err(repo::Error::Incomplete(_)) => return Ok((Standing::Absent, None)),
+        Err(error) if error.is_unusable() => return Ok((Standing::Unreadable(error.to_string()), None)),
+        Err(error) => return Err(error.into()),
+    };
+    match read_refs(repository, &record).await {
+        Ok(refs) => Ok((Standing::Complete(digest), Some(ParentBasebackup { record, digest, refs }))),
+        Err(error) if error.is_unusable() => Ok((Standing::Unreadable(error.to_string()), None)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Returns whether the server's timeline passes the end of the remembered basebackup: by its own history files, for the
+/// archive may not have them yet, or else by the archive's.
+async fn descends(
+    repository: &Repository,
+    facts: &StateFacts,
+    today: &Today,
+    data_directory: Option<&Path>,
+) -> Result<bool, Error> {
+    if facts.timeline == today.timeline || facts.cluster != today.cluster {
+        return Ok(true);
+    }
+    if let Some(directory) = data_directory {
+        let directory = directory.to_owned();
+        let histories = blocking(move || read_histories(&directory)).await?;
+        if let Some((history, _)) = histories.iter().find(|(history, _)| history.timeline == today.timeline) {
+            return Ok(history.switch_of(facts.timeline).is_some_and(|switch| facts.stop_lsn <= switch));
+        }
+    }
+    let (tree, _) = TimelineTree::load_readable(repository, today.cluster).await?;
+    Ok(tree.passes(today.timeline, facts.timeline, facts.stop_lsn))
+}
+
+/// Reads all of a state; returns the stored bytes of each pack that are in use, each page counted by itself.
+fn survey(state: &State) -> Result<BTreeMap<PackId, u64>, StateError> {
+    let mut live = BTreeMap::new();
+    for file in state.files() {
+        let file = file?;
+        match &file.content {
+            KnownContent::Inline(_) => {}
+            KnownContent::Part { blob, .. } => count_blob(&mut live, blob),
+            KnownContent::Pages { stands, .. } => {
+                if let Content::Blocks(blobs) = stands {
+                    blobs.iter().for_each(|blob| count_blob(&mut live, blob));
+                }
+                for n in 0..file.block_count() {
+                    for (chunk, pages) in chunks_of(&state.block(&file, n)?.map) {
+                        let slots = u64::from(chunk.raw_len).div_ceil(PAGE_SIZE).max(1);
+                        count(&mut live, chunk, u64::from(pages), slots);
+                    }
+                }
+            }
+        }
+    }
+    Ok(live)
+}
+
+fn count_blob(live: &mut BTreeMap<PackId, u64>, blob: &BlobRef) {
+    count(live, &blob.chunk, u64::from(blob.len), u64::from(blob.chunk.raw_len.max(1)));
+}
+
+/// Counts `part` of the `whole` of a chunk.
+fn count(live: &mut BTreeMap<PackId, u64>, chunk: &ChunkRef, part: u64, whole: u64) {
+    *live.entry(chunk.pack).or_default() += u64::from(chunk.stored_len) * part / whole;
+}
+
+/// Returns the chunks that a map names, and how many pages of each run.
+fn chunks_of(map: &MapBlock) -> impl Iterator<Item = (&ChunkRef, u32)> {
+    map.extents().iter().filter_map(|extent| match &extent.source {
+        PageSource::Zero => None,
+        PageSource::Chunk { chunk, .. } => Some((chunk, extent.count)),
+    })
+}
+
+fn report(missing: &[PackId], rewriting: &Rewriting) {
+    if let Some(first) = missing.first() {
+        tracing::warn!("{} packs are missing or cut, {first} first: what they hold is stored again", missing.len());
+    }
+    let Rewriting { sparse, old, bytes, .. } = rewriting;
+    tracing::debug!("{sparse} mostly dead and {old} old packs are written again, {bytes} bytes of them in use");
+}
+
+impl Incremental {
+    /// Returns what the next state says of when everything was read.
+    pub fn since_read_all(&self, before: u32) -> u32 {
+        if self.read_all { 0 } else { before.saturating_add(1) }
+    }
+}
