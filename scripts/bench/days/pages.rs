@@ -116,7 +116,7 @@ impl PageRecord {
     pub fn since(&self, before: &Self) -> Changes {
         let mut changes = Changes::default();
         for (name, file) in &self.files {
-            let known = before.files.get(name).map_or(&[][..], |before| &before.hashes);
+            let known: &[PageHash] = before.files.get(name).map_or(&[], |before| before.hashes.as_slice());
             let same = file.hashes.iter().zip(known).filter(|(now, then)| now == then).count();
             let changed = (file.hashes.len() - same) as u64;
             changes.pages += file.hashes.len() as u64;
