@@ -36,6 +36,9 @@ mod packer;
 mod pipeline;
 mod remember;
 
+pub mod state;
+// pub mod wal_summaries;
+
 mod live_directory;
 mod origin;
 mod run;

@@ -31,6 +31,13 @@ pub fn read_sequentially(file: &File) {
     let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
 }
 
+/// Drops a range that nobody but a backup has read or written, as far as it is on the disk.
+pub fn forget(file: &File, range: Range<u64>) {
+    let (offset, len) = (range.start as libc::off_t, (range.end - range.start) as libc::off_t);
+    // Advice; what stays in the cache is no error.
+    let _ = posix_fadvise(file, offset, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+}
+
 impl Residency {
     /// Asks which pages of `file` are cached.
     pub fn of(file: &File) -> io::Result<Self> {
@@ -56,10 +63,7 @@ impl Residency {
                 page += 1;
             }
             if !cached {
-                let (offset, len) = (from * MEMORY_PAGE, (page - from) * MEMORY_PAGE);
-                let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-                // Advice; what stays in the cache is no error.
-                let _ = posix_fadvise(file, offset as libc::off_t, len as libc::off_t, advice);
+                forget(file, from * MEMORY_PAGE..page * MEMORY_PAGE);
             }
         }
     }

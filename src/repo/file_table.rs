@@ -111,10 +111,7 @@ fn encode_entry(name: &[u8], entry: &Entry, chunks: &mut ChunkTableBuilder, out:
     let tag = match &entry.node {
         Node::Directory => DIRECTORY,
         Node::Symlink(_) => SYMLINK,
-        Node::File { content: Content::Inline(_), .. } => INLINE,
-        Node::File { content: Content::Part(_), .. } => PART,
-        Node::File { content: Content::Map(_), .. } => MAP,
-        Node::File { content: Content::Blocks(_), .. } => BLOCKS,
+        Node::File { content, .. } => content_tag(content),
     };
     out.bytes(name).u8(tag).varint(u64::from(entry.mode));
     out.zigzag(entry.modified.as_second()).zigzag(i64::from(entry.modified.subsec_nanosecond()));
@@ -123,25 +120,40 @@ fn encode_entry(name: &[u8], entry: &Entry, chunks: &mut ChunkTableBuilder, out:
         Node::Symlink(target) => {
             out.bytes(target);
         }
-        Node::File { size, content } => match content {
-            Content::Inline(bytes) => {
-                out.bytes(bytes);
+        Node::File { size, content } => encode_content(*size, content, chunks, out),
+    }
+}
+
+/// Returns how a content is told from others: what [`decode_content`] wants to know.
+pub fn content_tag(content: &Content) -> u8 {
+    match content {
+        Content::Inline(_) => INLINE,
+        Content::Part(_) => PART,
+        Content::Map(_) => MAP,
+        Content::Blocks(_) => BLOCKS,
+    }
+}
+
+/// Appends where the `size` bytes of a file are, naming chunks by their index in `chunks`.
+pub fn encode_content(size: u64, content: &Content, chunks: &mut ChunkTableBuilder, out: &mut WireWriter) {
+    match content {
+        Content::Inline(bytes) => {
+            out.bytes(bytes);
+        }
+        Content::Part(blob) => {
+            out.varint(size).varint(u64::from(chunks.index(&blob.chunk))).varint(u64::from(blob.at));
+        }
+        Content::Map(block) => {
+            out.varint(size);
+            block.encode_extents(chunks, out);
+        }
+        Content::Blocks(blobs) => {
+            out.varint(size).varint(blobs.len() as u64);
+            for blob in blobs {
+                out.varint(u64::from(chunks.index(&blob.chunk)));
+                out.varint(u64::from(blob.at)).varint(u64::from(blob.len));
             }
-            Content::Part(blob) => {
-                out.varint(*size).varint(u64::from(chunks.index(&blob.chunk))).varint(u64::from(blob.at));
-            }
-            Content::Map(block) => {
-                out.varint(*size);
-                block.encode_extents(chunks, out);
-            }
-            Content::Blocks(blobs) => {
-                out.varint(*size).varint(blobs.len() as u64);
-                for blob in blobs {
-                    out.varint(u64::from(chunks.index(&blob.chunk)));
-                    out.varint(u64::from(blob.at)).varint(u64::from(blob.len));
-                }
-            }
-        },
+        }
     }
 }
 
@@ -165,19 +177,26 @@ fn decode_entry(
     let node = match tag {
         DIRECTORY => Node::Directory,
         SYMLINK => Node::Symlink(decode_target(reader)?),
-        _ => decode_file(tag, reader, chunks)?,
+        _ => {
+            let (size, content) = decode_content(tag, reader, chunks)?;
+            Node::File { size, content }
+        }
     };
     Ok(Entry { path, mode, modified, node })
 }
 
-fn decode_file(tag: u8, reader: &mut WireReader<'_>, chunks: &[ChunkRef]) -> Result<Node, WireError> {
+/// Takes the size of a file and where its bytes are, which fits the size.
+pub fn decode_content(
+    tag: u8,
+    reader: &mut WireReader<'_>,
+    chunks: &[ChunkRef],
+) -> Result<(u64, Content), WireError> {
     if tag == INLINE {
         let bytes = reader.bytes()?;
         if bytes.len() > INLINE_BYTES_MAX {
             return Err(WireError::Invalid { field: "inline content" });
         }
-        let content = Content::Inline(Bytes::copy_from_slice(bytes));
-        return Ok(Node::File { size: bytes.len() as u64, content });
+        return Ok((bytes.len() as u64, Content::Inline(Bytes::copy_from_slice(bytes))));
     }
     let size = reader.bounded("file size", FILE_SIZE_MAX)?;
     let content = match tag {
@@ -203,7 +222,7 @@ fn decode_file(tag: u8, reader: &mut WireReader<'_>, chunks: &[ChunkRef]) -> Res
             return Err(WireError::Invalid { field: "kind of entry" });
         }
     };
-    Ok(Node::File { size, content })
+    Ok((size, content))
 }
 
 fn decode_blob(

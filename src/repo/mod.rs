@@ -9,7 +9,7 @@
 
 pub mod id;
 pub mod layout;
-mod wire;
+pub mod wire;
 
 mod header;
 mod identity;
@@ -74,6 +74,7 @@ pub use chunk_runs::{
 };
 pub use error::{Error, ErrorKind};
 pub use file_reader::{FileReader, Piece, PieceTaker};
+pub use file_table::{content_tag, decode_content, encode_content};
 pub use flights::{Claim, Flights};
 pub use id::{BasebackupId, ClusterId, HeadId, PackId};
 pub use keyring::{Keyring, KeyringOptions};
