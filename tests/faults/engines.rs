@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use walden::backup::{self, BackupOptions, BackupOutcome, Budget, Checkpoint, Node, RepositoryArchive, WalArchive};
+use walden::backup::{
+    self, BackupOptions, BackupOutcome, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
+};
 use walden::catalog::host::Host;
 use walden::catalog::{RecoveryTarget, TargetAction, basebackups};
 use walden::clock::SystemClock;

@@ -87,7 +87,8 @@ async fn main() -> anyhow::Result<()> {
     };
     let mut made_up = MadeUp::new(writer.clone(), parent.record().started_at)?;
     for n in 0..files {
-        let chunks = file_bytes.map_or_else(|| chunks_of_mean(n), |bytes| bytes.div_ceil(made_up::CHUNK_BYTES));
+        let chunks =
+            file_bytes.map_or_else(|| chunks_of_mean(n), |bytes| bytes.div_ceil(made_up::CHUNK_BYTES));
         made_up.push(n, chunks, &folders, state.as_mut()).await?;
     }
     std::fs::write(&arguments.sample, sample_of(&made_up.entries)).context("SAMPLE can be written")?;
