@@ -178,7 +178,9 @@ impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Full(reason) => write!(f, "full: {reason}"),
-            Self::Incremental(Incremental { parent, read_all: false }) => write!(f, "incremental to {parent}"),
+            Self::Incremental(Incremental { parent, read_all: false }) => {
+                write!(f, "incremental to {parent}")
+            }
             Self::Incremental(Incremental { parent, read_all: true }) => {
                 write!(f, "incremental to {parent}, reading every file")
             }

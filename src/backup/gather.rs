@@ -234,8 +234,7 @@ mod tests {
         let mut gatherer = PageGatherer::new(options);
         let half = raw.len() / 2 / PAGE * PAGE;
         gatherer.push(&raw[..half], known).unwrap();
-        let behind =
-            known.map(|known| KnownPages { first: known.first + (half / PAGE) as u32, ..known });
+        let behind = known.map(|known| KnownPages { first: known.first + (half / PAGE) as u32, ..known });
         gatherer.push(&raw[half..], behind).unwrap();
         gatherer.finish().unwrap()
     }

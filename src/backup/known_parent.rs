@@ -13,15 +13,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::backup::change::{Decision, Incremental, Reason, Standing, Today, is_untouched, judge};
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
+use crate::backup::hints::Hints;
 use crate::backup::live_directory::read_histories;
-use crate::backup::rewriting::{Rewriting, plan_rewriting};
+use crate::backup::rewriting::{Rewriting, origins_max, plan_rewriting};
 use crate::backup::run::blocking;
 use crate::backup::state::{
     HashKey, KnownBlock, KnownContent, KnownFile, State, StateError, StateFacts, StateFolder,
 };
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::repo::{
-    self, PackId, ParentBasebackup, Repository, chunk::ChunkRef,
+    self, PackId, ParentBasebackup, Repository,
+    chunk::ChunkRef,
     documents::Outcome,
     entry::{BlobRef, Content, TreePath},
     missing_packs,
@@ -94,7 +96,8 @@ pub async fn prepare(
         return Ok(Prepared::full(Reason::StateUnusable(detail)));
     }
     let missing = missing_packs(repository, parent.refs.records().iter()).await?;
-    let rewriting = plan_rewriting(&parent.refs, &live, &missing, repository.clock().now());
+    let origins_max = origins_max(&parent.record.keys);
+    let rewriting = plan_rewriting(&parent.refs, &live, &missing, origins_max, repository.clock().now());
     report(&missing, &rewriting);
     let again = Arc::new(rewriting.packs.clone());
     let (read_all, complained) = (incremental.read_all, AtomicBool::new(false));
@@ -146,15 +149,17 @@ impl KnownParent {
         self.state.block(file, n).map_err(|error| self.complain(&error)).ok()
     }
 
-    /// Returns whether a file can be taken over without reading it: no write to it can have gone unseen, and nothing of
-    /// it is stored again.
-    pub fn is_unread(&self, file: &SourceFile) -> bool {
+    /// Returns whether a file can be taken over without reading it: no write to it can have gone unseen, or the WAL has
+    /// none, and nothing of it is stored again.
+    pub fn is_unread(&self, file: &SourceFile, hints: Option<&Hints>) -> bool {
         if self.read_all {
             return false;
         }
         let last_start = self.state.facts().started_at;
-        self.file(&file.path)
-            .is_some_and(|known| is_untouched(file, &known, last_start) && !self.is_written_again(&known))
+        let is_as_it_was = |known: &KnownFile| {
+            is_untouched(file, known, last_start) || hints.is_some_and(|hints| hints.vouch_for(file, known))
+        };
+        self.file(&file.path).is_some_and(|known| is_as_it_was(&known) && !self.is_written_again(&known))
     }
 
     /// Returns the packs that hold a file and its maps, as far as they are named again.
@@ -220,7 +225,10 @@ async fn look_up(
     let (record, digest) = match read_outcome(repository, id).await {
         Ok((Outcome::Complete(record), digest, _)) if record.id == id => (*record, digest),
         Ok((Outcome::Complete(record), ..)) => {
-            return Ok((Standing::Unreadable(format!("its record is that of basebackup {}", record.id)), None));
+            return Ok((
+                Standing::Unreadable(format!("its record is that of basebackup {}", record.id)),
+                None,
+            ));
         }
         Ok((Outcome::Abandoned { .. }, ..)) => return Ok((Standing::Abandoned, None)),
         Err(repo::Error::Incomplete(_)) => return Ok((Standing::Absent, None)),
@@ -299,10 +307,15 @@ fn chunks_of(map: &MapBlock) -> impl Iterator<Item = (&ChunkRef, u32)> {
 
 fn report(missing: &[PackId], rewriting: &Rewriting) {
     if let Some(first) = missing.first() {
-        tracing::warn!("{} packs are missing or cut, {first} first: what they hold is stored again", missing.len());
+        tracing::warn!(
+            "{} packs are missing or cut, {first} first: what they hold is stored again",
+            missing.len()
+        );
     }
-    let Rewriting { sparse, old, bytes, .. } = rewriting;
-    tracing::debug!("{sparse} mostly dead and {old} old packs are written again, {bytes} bytes of them in use");
+    let Rewriting { sparse, old, crowded, bytes, .. } = rewriting;
+    tracing::debug!(
+        "{sparse} mostly dead, {old} old and {crowded} other packs are written again, {bytes} bytes of them in use"
+    );
 }
 
 impl Incremental {

@@ -19,6 +19,7 @@ mod links;
 mod plan;
 
 mod change;
+mod hints;
 mod known_parent;
 mod reading;
 mod rewriting;
@@ -36,8 +37,9 @@ mod packer;
 mod pipeline;
 mod remember;
 
+pub mod changed_blocks;
 pub mod state;
-// pub mod wal_summaries;
+pub mod wal_summaries;
 
 mod live_directory;
 mod origin;
@@ -46,6 +48,8 @@ mod server_manifest;
 mod server_record;
 mod wal_wait;
 
+#[cfg(test)]
+mod incremental_tests;
 #[cfg(test)]
 mod tests;
 

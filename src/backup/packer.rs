@@ -24,7 +24,8 @@ use crate::backup::state::{KnownContent, KnownFile, StateWriter};
 use crate::codec::{Compression, Compressor};
 use crate::pg::Crc32c;
 use crate::repo::{
-    self, BasebackupId, BasebackupWriter, CompressedFrame, FrameKind, MapWriter, NamedChunks, PackBuilder, PackId,
+    self, BasebackupId, BasebackupWriter, CompressedFrame, FrameKind, MapWriter, NamedChunks, PackBuilder,
+    PackId,
     chunk::ChunkRef,
     documents::SizeRecord,
     entry::{BlobRef, Content, Entry, INLINE_BYTES_MAX, Node, TreePath},
@@ -426,10 +427,10 @@ impl Packer {
                 && from <= range.to.saturating_add(RANGE_GAP_MAX)
                 && range.from <= to.saturating_add(RANGE_GAP_MAX)
         };
-        match ranges.iter_mut().find(near) {
-            Some(range) => (range.from, range.to) = (range.from.min(from), range.to.max(to)),
-            None if ranges.len() < RANGES_MAX => ranges.push(PackRange { pack, from, to }),
-            None => {}
+        if let Some(range) = ranges.iter_mut().find(near) {
+            (range.from, range.to) = (range.from.min(from), range.to.max(to));
+        } else if ranges.len() < RANGES_MAX {
+            ranges.push(PackRange { pack, from, to });
         }
     }
 

@@ -128,7 +128,12 @@ enum Before {
 }
 
 /// Looks up whether a file held the same bytes in the basebackup that is built upon.
-fn known_place(file: &SourceFile, raw: &[u8], hash: Option<PageHash>, context: &JobContext) -> Option<Before> {
+fn known_place(
+    file: &SourceFile,
+    raw: &[u8],
+    hash: Option<PageHash>,
+    context: &JobContext,
+) -> Option<Before> {
     match context.parent.as_ref()?.file(&file.path)?.content {
         KnownContent::Inline(bytes) => (bytes == raw).then_some(Before::Inline),
         KnownContent::Part { blob, hash: known } => {

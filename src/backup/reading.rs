@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use crate::backup::data_directory::SourceFile;
+use crate::backup::hints::Hints;
 use crate::backup::known_parent::KnownParent;
 use crate::backup::plan::{Plan, PlanOptions, Step, plan_copy};
 
@@ -22,13 +23,19 @@ pub struct Reading {
 /// The start-up set lies in no more packs than this.
 const START_PACKS_MAX: usize = 4;
 
-/// Plans what is read of `files`.
-pub fn plan_reading(files: &[SourceFile], options: &PlanOptions, parent: Option<&KnownParent>) -> Reading {
+/// Plans what is read of `files`; `hints`: what the WAL says of them.
+pub fn plan_reading(
+    files: &[SourceFile],
+    options: &PlanOptions,
+    parent: Option<&KnownParent>,
+    hints: Option<&Hints>,
+) -> Reading {
     let mut plan = plan_copy(files, options);
     let Some(parent) = parent else {
         return Reading { plan, start_set_again: false };
     };
-    let start_set: BTreeSet<usize> = plan.steps[..plan.start_steps].iter().flat_map(numbers).copied().collect();
+    let start_set: BTreeSet<usize> =
+        plan.steps[..plan.start_steps].iter().flat_map(numbers).copied().collect();
     let mut packs = BTreeSet::new();
     for known in start_set.iter().filter_map(|number| parent.file(&files[*number].path)) {
         packs.extend(parent.packs_of(&known));
@@ -36,7 +43,7 @@ pub fn plan_reading(files: &[SourceFile], options: &PlanOptions, parent: Option<
     // Beside those that hold it now there will be one with what has changed.
     let start_set_again = packs.len() + 1 > START_PACKS_MAX;
     plan.keep(files, |number| {
-        !(start_set_again && start_set.contains(&number)) && parent.is_unread(&files[number])
+        !(start_set_again && start_set.contains(&number)) && parent.is_unread(&files[number], hints)
     });
     Reading { plan, start_set_again }
 }

@@ -71,7 +71,9 @@ impl Remembering {
     }
 
     fn give_up(&mut self, error: &StateError) {
-        tracing::warn!("nothing of this basebackup is remembered, and the next one stores more than it would: {error}");
+        tracing::warn!(
+            "nothing of this basebackup is remembered, and the next one stores more than it would: {error}"
+        );
         self.writer = None;
     }
 }

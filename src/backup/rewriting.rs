@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 
-use crate::repo::{PackId, Refs};
+use crate::repo::{BasebackupId, PackId, Refs, keyring::KeyEnvelope};
 
 /// What is stored again.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub struct Rewriting {
     pub sparse: usize,
     /// How many are old.
     pub old: usize,
+    /// How many are of basebackups of which too many are named.
+    pub crowded: usize,
     /// Stored bytes in use that are to be written again.
     pub bytes: u64,
 }
@@ -34,11 +36,31 @@ const BUDGET_PERCENT: u64 = 8;
 /// A pack that was written so long ago is written again, too: what is never read rots unseen.
 const AGE_MAX: SignedDuration = SignedDuration::from_hours(90 * 24);
 
-/// Decides which packs are written again; `live` has the stored bytes of each that are in use, by pages.
+/// Keys of earlier basebackups take no more than this of a record, which readers refuse where it is some times as large.
+const KEYS_BYTES_MAX: usize = 1 << 20;
+/// No basebackup names packs of more others than this…
+const ORIGINS_MAX: usize = 256;
+/// …and each may name those of so many, whatever their keys take.
+const ORIGINS_MIN: usize = 8;
+
+/// Returns how many basebackups one may name the packs of, its own among them: each has a key, wrapped for each
+/// recipient, in the record.
+pub fn origins_max(keys: &[KeyEnvelope]) -> usize {
+    let wrapped = |key: &KeyEnvelope| -> usize {
+        // A third more in base64, and 64 digits of who it is wrapped for.
+        key.wrapped.iter().map(|wrapped| wrapped.key.len() * 4 / 3 + 128).sum::<usize>() + 256
+    };
+    let largest = keys.iter().map(wrapped).max().unwrap_or(1);
+    (KEYS_BYTES_MAX / largest).clamp(ORIGINS_MIN, ORIGINS_MAX)
+}
+
+/// Decides which packs are written again; `live` has the stored bytes of each that are in use, by pages, and
+/// `origins_max` says of how many basebackups packs may be named.
 pub fn plan_rewriting(
     refs: &Refs,
     live: &BTreeMap<PackId, u64>,
     missing: &[PackId],
+    origins_max: usize,
     now: Timestamp,
 ) -> Rewriting {
     let live_of = |pack: &PackId| live.get(pack).copied().unwrap_or(0);
@@ -74,14 +96,28 @@ pub fn plan_rewriting(
     for pack in old {
         rewriting.old += take(pack, &mut rewriting.packs);
     }
+    let mut origins: BTreeMap<BasebackupId, (u64, Vec<PackId>)> = BTreeMap::new();
+    for record in refs.records().iter().filter(|record| !rewriting.packs.contains(&record.id)) {
+        let (live, packs) = origins.entry(record.id.origin).or_default();
+        *live += live_of(&record.id);
+        packs.push(record.id);
+    }
+    let mut origins: Vec<(u64, Vec<PackId>)> = origins.into_values().collect();
+    origins.sort();
+    // One place is that of the basebackup that is about to be taken.
+    let crowded = (origins.len() + 1).saturating_sub(origins_max);
+    for (_, packs) in origins.into_iter().take(crowded) {
+        rewriting.crowded += packs.len();
+        rewriting.packs.extend(packs);
+    }
     rewriting.bytes = rewriting.packs.iter().map(live_of).sum();
     rewriting
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::codec::Digest;
-    use crate::repo::{BasebackupId, PackRecord};
+    use crate::codec::{Cipher, Digest};
+    use crate::repo::{PackRecord, keyring::WrappedKey};
 
     use super::*;
 
@@ -103,7 +139,13 @@ mod tests {
         };
         let refs = Refs::new(packs.iter().map(record).collect());
         let live = packs.iter().map(|(id, _, live)| (*id, *live)).collect();
-        plan_rewriting(&refs, &live, missing, Timestamp::from_second((day * DAY) as i64).unwrap())
+        plan_rewriting(
+            &refs,
+            &live,
+            missing,
+            ORIGINS_MAX,
+            Timestamp::from_second((day * DAY) as i64).unwrap(),
+        )
     }
 
     #[test]
@@ -136,6 +178,42 @@ mod tests {
         let rewriting = plan(&packs, &missing, 2);
         assert_eq!(rewriting.packs.len(), 10);
         assert_eq!((rewriting.missing, rewriting.sparse), (9, 1));
+    }
+
+    #[test]
+    fn packs_of_the_least_live_basebackups_are_written_again_where_too_many_are_named() {
+        let packs: Vec<_> = (0..300).map(|day| (pack(day / 10, day as u32), 1000, 900 + day % 100)).collect();
+        assert_eq!(plan(&packs, &[], 40).packs, BTreeSet::new());
+        let packs: Vec<_> = (0..260).map(|n| (pack(1 + n / 4, n as u32), 1000, 1000)).collect();
+        assert_eq!(plan(&packs, &[], 70).crowded, 0);
+        let hours =
+            |n: u64| PackId { origin: BasebackupId::from_parts(50 * DAY + n * 3600, 1).unwrap(), number: 0 };
+        let packs: Vec<_> = (0..258).map(|n| (hours(n), 1000, 1000 - n)).collect();
+        let rewriting = plan(&packs, &[], 70);
+        assert_eq!(rewriting.packs, BTreeSet::from([hours(255), hours(256), hours(257)]));
+        assert_eq!((rewriting.crowded, rewriting.sparse), (3, 0));
+    }
+
+    #[test]
+    fn the_keys_of_many_recipients_leave_room_for_fewer_basebackups() {
+        let key = |recipients: usize, len: usize| KeyEnvelope {
+            cipher: Cipher::Aes256Gcm,
+            id: [0; 16],
+            commitment: [0; 32],
+            wrapped: vec![WrappedKey { recipient: [0; 32], key: vec![0; len] }; recipients],
+        };
+        assert_eq!(origins_max(&[]), 256);
+        assert_eq!(origins_max(&[key(1, 384)]), 256);
+        for (recipients, len) in [(8, 512), (32, 1024)] {
+            let keys = vec![key(recipients, len); origins_max(&[key(recipients, len)])];
+            let bytes = serde_json::to_vec(&keys).unwrap().len();
+            assert!(
+                (KEYS_BYTES_MAX / 2..=KEYS_BYTES_MAX).contains(&bytes),
+                "{} keys, {bytes} bytes",
+                keys.len()
+            );
+        }
+        assert_eq!(origins_max(&[key(32, 8192)]), 8);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use crate::backup::change::{Decision, Today};
 use crate::backup::data_directory::{SourceTree, WalkOptions};
 use crate::backup::error::Error;
+use crate::backup::hints::Hints;
 use crate::backup::live_directory::{read_control_file, read_identity};
 use crate::backup::origin::{Chosen, Node, Origin, choose_origin};
 use crate::backup::packer::{Packer, Stored, WorkDone};
@@ -31,13 +32,14 @@ use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, sw
 use crate::backup::source_file::{DirectorySource, FileState};
 use crate::backup::state::StateWriter;
 use crate::backup::wal_wait::{NeededWal, WalArchive, archive_histories, wait_for_wal};
+use crate::clock::Clock;
 use crate::codec::{Compression, CpuPool};
 use crate::monitor::{Monitor, Task};
 use crate::pg::{Lsn, RelationMap, WalSegmentNumber};
 use crate::replication::Session;
 use crate::repo::{
-    self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository,
-    documents::BackupRecord, entry::TreePath, manifest::ManifestContent,
+    self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository, documents::BackupRecord,
+    entry::TreePath, manifest::ManifestContent,
 };
 
 /// How a basebackup is taken.
@@ -128,7 +130,9 @@ pub async fn run(
     let source = origin.data_directory.display();
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let packer = new_packer(&writer, options, &begun, states.writer(writer.id()).await);
-    let copied = copy_in_backup_mode(session, &origin, options, pool, (packer, &begun), monitor).await?;
+    let clock = repository.clock();
+    let copied =
+        copy_in_backup_mode(session, &origin, (options, &begun, clock), pool, packer, monitor).await?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
     if let Some(primary) = primary {
         // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
@@ -190,9 +194,9 @@ fn new_packer(
 async fn copy_in_backup_mode(
     session: Session,
     origin: &Origin,
-    options: &BackupOptions,
+    (options, begun, clock): (&BackupOptions, &Begun, &dyn Clock),
     pool: &CpuPool,
-    (mut packer, begun): (Packer, &Begun),
+    mut packer: Packer,
     monitor: &dyn Monitor,
 ) -> Result<Copied, Error> {
     let Origin { facts, data_directory, .. } = origin;
@@ -200,7 +204,14 @@ async fn copy_in_backup_mode(
     let start = StartOptions { checkpoint: options.checkpoint, label };
     let session = BackupSession::start_on(session, facts.clone(), start).await?;
     let started = (session.started().lsn, session.started().at);
-    let copying = copy_files(origin, started.0, (options, begun), pool, &mut packer, monitor);
+    let hints = match &begun.parent {
+        Some(parent) => {
+            let segment_pages = origin.control.relation_segment_pages;
+            Hints::gather(&session, parent, data_directory, segment_pages, clock).await?
+        }
+        None => None,
+    };
+    let copying = copy_files(origin, started.0, (options, begun, hints), pool, &mut packer, monitor);
     let tree = tokio::select! {
         tree = copying => tree?,
         lost = session.lost() => return Err(lost.into()),
@@ -212,9 +223,8 @@ async fn copy_in_backup_mode(
     packer.push_bytes(TreePath::new("data/global/pg_control")?, state, bytes).await?;
     let stopped = session.stop().await?;
 
-    let written = |size: usize| {
-        FileState { size: size as u64, mode: 0o600, modified: stopped.at, identity: None }
-    };
+    let written =
+        |size: usize| FileState { size: size as u64, mode: 0o600, modified: stopped.at, identity: None };
     let backup_label = bytes::Bytes::from(stopped.backup_label.clone());
     packer.push_bytes(TreePath::new("data/backup_label")?, written(backup_label.len()), backup_label).await?;
     let manifest = ManifestFacts {
@@ -234,7 +244,7 @@ async fn copy_in_backup_mode(
 async fn copy_files(
     origin: &Origin,
     start_lsn: Lsn,
-    (options, begun): (&BackupOptions, &Begun),
+    (options, begun, hints): (&BackupOptions, &Begun, Option<Hints>),
     pool: &CpuPool,
     packer: &mut Packer,
     monitor: &dyn Monitor,
@@ -247,7 +257,7 @@ async fn copy_files(
         let mapped = mapped_relations(&tree);
         let postgres = databases.iter().find(|database| database.name == POSTGRES);
         let options = PlanOptions { postgres: postgres.map(|database| database.oid.0), mapped };
-        let reading = plan_reading(&tree.files, &options, parent.as_deref());
+        let reading = plan_reading(&tree.files, &options, parent.as_deref(), hints.as_ref());
         Ok((Arc::new(tree), reading))
     })
     .await?;

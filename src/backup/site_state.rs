@@ -14,7 +14,9 @@ use crate::backup::gather::CHUNK_PAGES;
 use crate::backup::known_parent::{KnownParent, Prepared, prepare};
 use crate::backup::run::blocking;
 use crate::backup::state::{BackupLock, HashKey, StateError, StateFacts, StateFolder, StateWriter};
-use crate::repo::{self, BasebackupId, BasebackupWriter, BeginOptions, Committed, Repository, keyring::Audience};
+use crate::repo::{
+    self, BasebackupId, BasebackupWriter, BeginOptions, Committed, Repository, keyring::Audience,
+};
 
 /// The state of a site, held for one basebackup.
 #[derive(Debug)]
@@ -82,7 +84,8 @@ impl SiteState {
         let at = repository.clock().now();
         let Prepared { mut decision, mut parent } = prepared;
         let with_parent = parent.as_ref().map(|parent| parent.basebackup().clone());
-        let begun = BasebackupWriter::begin(repository, BeginOptions { parent: with_parent, ..options.clone() });
+        let begun =
+            BasebackupWriter::begin(repository, BeginOptions { parent: with_parent, ..options.clone() });
         let reason = match begun.await {
             Ok(writer) => return Ok((writer, self.begun(repository, decision, parent, at))),
             Err(repo::Error::Expired(id)) => Reason::ParentExpired(id),
@@ -143,7 +146,9 @@ impl SiteState {
             data_directory,
         };
         if let Err(error) = blocking(move || Ok(writer.finish(&facts)?)).await {
-            tracing::warn!("this basebackup is not remembered, and the next one stores more than it would: {error}");
+            tracing::warn!(
+                "this basebackup is not remembered, and the next one stores more than it would: {error}"
+            );
         }
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use crate::backup::data_directory::SourceFile;
+use crate::backup::data_directory::{FileIdentity, SourceFile};
 use crate::backup::error::{Error, ErrorKind};
 use crate::backup::packer::{Packed, Packer, Stored};
 use crate::backup::pipeline::{Budget, CopySource, copy};
@@ -37,8 +37,9 @@ use crate::storage::{self, Fault, Faulty, MemoryStore, Rule, Store, Verb};
 
 /// Files in memory: what the walk saw, and what a read sees.
 #[derive(Debug, Default)]
-struct MemorySource {
+pub(super) struct MemorySource {
     files: BTreeMap<String, Vec<u8>>,
+    identities: BTreeMap<String, FileIdentity>,
     behaviour: BTreeMap<String, Behaviour>,
     open_now: Arc<AtomicUsize>,
     open_most: Arc<AtomicUsize>,
@@ -57,24 +58,30 @@ enum Behaviour {
 #[derive(Debug)]
 struct MemoryFile {
     bytes: Vec<u8>,
+    identity: Option<FileIdentity>,
     truncated_once: Mutex<Option<u64>>,
     fails: Option<i32>,
     open_now: Arc<AtomicUsize>,
 }
 
 impl MemorySource {
+    /// Files that have inodes and ctimes.
+    pub(super) fn of(files: BTreeMap<String, Vec<u8>>, identities: BTreeMap<String, FileIdentity>) -> Self {
+        Self { files, identities, ..Self::default() }
+    }
+
     fn add(&mut self, path: &str, bytes: Vec<u8>) {
         self.files.insert(path.to_owned(), bytes);
     }
 
-    fn walk(&self) -> Vec<SourceFile> {
+    pub(super) fn walk(&self) -> Vec<SourceFile> {
         let entry = |(path, bytes): (&String, &Vec<u8>)| SourceFile {
             path: TreePath::new(path.as_str()).unwrap(),
             root: 0,
             size: bytes.len() as u64,
             mode: 0o640,
             modified: time(),
-            identity: None,
+            identity: self.identities.get(path).copied(),
         };
         self.files.iter().map(entry).collect()
     }
@@ -99,7 +106,8 @@ impl Source for MemorySource {
         };
         let now = self.open_now.fetch_add(1, Ordering::SeqCst) + 1;
         self.open_most.fetch_max(now, Ordering::SeqCst);
-        Ok(Box::new(MemoryFile { bytes, truncated_once, fails, open_now: self.open_now.clone() }))
+        let identity = self.identities.get(&path).copied();
+        Ok(Box::new(MemoryFile { bytes, identity, truncated_once, fails, open_now: self.open_now.clone() }))
     }
 
     fn path(&self, file: &SourceFile) -> PathBuf {
@@ -109,7 +117,12 @@ impl Source for MemorySource {
 
 impl OpenFile for MemoryFile {
     fn state(&self) -> io::Result<FileState> {
-        Ok(FileState { size: self.bytes.len() as u64, mode: 0o640, modified: time(), identity: None })
+        Ok(FileState {
+            size: self.bytes.len() as u64,
+            mode: 0o640,
+            modified: time(),
+            identity: self.identity,
+        })
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
@@ -206,7 +219,7 @@ async fn read_back(repository: &Repository, record: &BackupRecord) -> BTreeMap<S
 }
 
 /// Bytes that compress a little and repeat nowhere.
-fn bytes(seed: u64, len: usize) -> Vec<u8> {
+pub(super) fn bytes(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;

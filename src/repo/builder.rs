@@ -1,8 +1,8 @@
 //! Basebackups from memory: a full one, or one that names pages of its parent.
 //!
 //! What `backup` does to a server, this does to files a test made up, through the same writer: so that readers,
-//! mounts and the example in `docs/format.md` do not need a server. The second basebackup is an incremental by
-//! page, which `backup` does not write yet.
+//! mounts and the example in `docs/format.md` do not need a server. What has changed it finds by reading the parent,
+//! where `backup` compares with what its host remembers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -11,8 +11,8 @@ use lru::LruCache;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{
-    self, Cipher, DataKey, DataKeyId, Digest, FrameKey, Random, RecipientId, RecipientKey, RecipientPrivateKey,
-    SealObserver, SignerId, SigningKey, VerifyKey,
+    self, Cipher, DataKey, DataKeyId, Digest, FrameKey, Random, RecipientId, RecipientKey,
+    RecipientPrivateKey, SealObserver, SignerId, SigningKey, VerifyKey,
 };
 use crate::repo::error::Error;
 use crate::repo::id::ClusterId;

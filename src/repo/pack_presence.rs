@@ -45,8 +45,11 @@ pub async fn missing_packs<'a>(
             Ok::<_, Error>((size != Some(u64::from(record.size))).then_some(record.id))
         }
     });
-    let mut missing: Vec<PackId> =
-        stream::iter(looks).buffered(REQUESTS_MAX).try_filter_map(|it| async move { Ok(it) }).try_collect().await?;
+    let mut missing: Vec<PackId> = stream::iter(looks)
+        .buffered(REQUESTS_MAX)
+        .try_filter_map(|it| async move { Ok(it) })
+        .try_collect()
+        .await?;
     missing.sort();
     Ok(missing)
 }
@@ -54,7 +57,8 @@ pub async fn missing_packs<'a>(
 async fn list_packs(repository: &Repository, origin: BasebackupId) -> Result<Vec<(ObjectKey, u64)>, Error> {
     let (mut packs, mut after) = (Vec::new(), None);
     loop {
-        let page = repository.store().list(&repository.layout().packs(origin), after.as_ref(), LIST_PAGE).await?;
+        let page =
+            repository.store().list(&repository.layout().packs(origin), after.as_ref(), LIST_PAGE).await?;
         after = page.last().map(|object| object.key.clone());
         let more = page.len() == LIST_PAGE;
         packs.extend(page.into_iter().map(|object| (object.key, object.size)));

@@ -40,7 +40,8 @@ impl Source {
         walden.run(&["backup", "--checkpoint", "fast"]);
         promote(&mut cluster);
         cluster.sql("create table late as select n from generate_series(1, 1000) n; vacuum freeze late");
-        walden.run(&["backup", "--checkpoint", "fast"]);
+        // Full, so that what is damaged of one is not the other's.
+        walden.run(&["backup", "--full", "--checkpoint", "fast"]);
         cluster.sql("insert into late select n from generate_series(1, 1000) n");
         let segment = cluster.archive_wal();
         cluster.sql("insert into late select n from generate_series(1, 1000) n");

@@ -23,13 +23,13 @@ use crate::support::{
 };
 
 /// A basebackup opened through the library, in a repository without encryption.
-struct Opened {
-    reader: FileReader,
+pub struct Opened {
+    pub reader: FileReader,
     runtime: tokio::runtime::Runtime,
 }
 
 impl Opened {
-    fn open(repository: &Path, id: &str) -> Self {
+    pub fn open(repository: &Path, id: &str) -> Self {
         let runtime = runtime();
         let id: BasebackupId = id.parse().unwrap();
         let reader = runtime.block_on(async {
@@ -61,7 +61,7 @@ impl Opened {
     }
 
     /// Writes the trees out as a data directory, with tablespaces in folders beside it.
-    fn restore(&self, scratch: &Scratch, name: &str) -> PathBuf {
+    pub fn restore(&self, scratch: &Scratch, name: &str) -> PathBuf {
         let target = scratch.path().join(name);
         fs::create_dir(&target).unwrap();
         self.runtime.block_on(async {
@@ -96,19 +96,19 @@ impl Opened {
 }
 
 /// A cluster that archives through walden, and walden.
-fn archiving(cluster: &Cluster) -> Walden {
+pub fn archiving(cluster: &Cluster) -> Walden {
     let site = Site::of(cluster, cluster.data_directory()).unencrypted();
     let walden = Walden::configure(cluster.scratch(), &site);
     cluster.set_archive_command(&walden.archive_command());
     walden
 }
 
-fn id_of(outcome: &serde_json::Value) -> &str {
+pub fn id_of(outcome: &serde_json::Value) -> &str {
     outcome["id"].as_str().unwrap()
 }
 
 /// Holds a copy against its `backup_manifest`; the builds of other versions come without the program for it.
-fn verify_backup(cluster: &Cluster, data: &Path) {
+pub fn verify_backup(cluster: &Cluster, data: &Path) {
     let verify = cluster.bin_directory().join("pg_verifybackup");
     if verify.exists() {
         Run::of(Account::of_postgresql().command(verify).arg("-n").arg(data), "").expect_success();
@@ -119,7 +119,7 @@ fn verify_backup(cluster: &Cluster, data: &Path) {
 }
 
 /// Starts a copy and lets it replay the archive to its end.
-fn recover(walden: &Walden, major: u32, data: &Path, run: &Path) -> Server {
+pub fn recover(walden: &Walden, major: u32, data: &Path, run: &Path) -> Server {
     let mut copy = Server::new(major, data, run);
     copy.set("restore_command", &walden.restore_command()).set("archive_mode", "off");
     fs::write(data.join("recovery.signal"), "").unwrap();

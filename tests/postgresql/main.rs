@@ -5,10 +5,12 @@
 mod support;
 
 mod backup;
+mod incremental;
 mod isolation;
 mod replication;
 mod session;
 mod source;
+mod wal_summaries;
 
 use std::fs;
 use std::path::Path;

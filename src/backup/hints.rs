@@ -1,0 +1,78 @@
+//! Files that need not be read because the server's WAL says that nothing in them has changed (PostgreSQL 17 and later).
+//!
+//! Asked for once the server is in backup mode, from the start of the basebackup that is built upon: what changed while
+//! that one was taken is in the WAL as well, and what changes from now on will be. A hint only spares reading. A file of
+//! which some blocks have changed is read as a whole, because `backup_manifest` has a checksum of all of it; every
+//! seventh basebackup asks nobody and reads all.
+
+use std::path::Path;
+use std::time::Duration;
+
+use crate::backup::changed_blocks::{ChangedBlocks, Hint};
+use crate::backup::data_directory::SourceFile;
+use crate::backup::error::Error;
+use crate::backup::known_parent::KnownParent;
+use crate::backup::live_directory::read_histories;
+use crate::backup::run::blocking;
+use crate::backup::source::{BackupSession, SourceError};
+use crate::backup::state::KnownFile;
+use crate::backup::wal_summaries::{NoSummaries, Summaries, WalSpan, read_summaries};
+use crate::clock::Clock;
+use crate::repo::page_map::PAGE_SIZE;
+
+/// What the WAL says of files.
+#[derive(Debug)]
+pub struct Hints {
+    changed: ChangedBlocks,
+    segment_pages: u32,
+}
+
+/// How long the newest summary may take: it is written a moment after the checkpoint that the basebackup begins with.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl Hints {
+    /// Asks the server what has changed since `parent` began; none where it cannot tell, or is not to be asked.
+    ///
+    /// # Errors
+    /// Where the session is lost.
+    pub async fn gather(
+        session: &BackupSession,
+        parent: &KnownParent,
+        data_directory: &Path,
+        segment_pages: u32,
+        clock: &dyn Clock,
+    ) -> Result<Option<Self>, Error> {
+        if parent.reads_all() {
+            return Ok(None);
+        }
+        let (facts, started) = (parent.facts(), session.started());
+        let directory = data_directory.to_owned();
+        let histories = blocking(move || read_histories(&directory)).await?;
+        let history = histories.iter().map(|(history, _)| history).find(|it| it.timeline == started.timeline);
+        let (from, to) = ((facts.timeline, facts.start_lsn), (started.timeline, started.lsn));
+        let Some(spans) = WalSpan::between(history, from, to) else {
+            return Ok(None);
+        };
+        let read = read_summaries(session.session(), &spans, clock, PATIENCE).await;
+        match read.map_err(SourceError::from)? {
+            Summaries::Known(changed) => Ok(Some(Self { changed, segment_pages })),
+            Summaries::None(NoSummaries::TooOld(_) | NoSummaries::Off) => Ok(None),
+            Summaries::None(why) => {
+                tracing::info!("the server cannot say which blocks have changed: {why}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Returns whether every page of `file` is as it is `known`.
+    pub fn vouch_for(&self, file: &SourceFile, known: &KnownFile) -> bool {
+        let (Some(relation), true) = (file.relation(), file.size == known.size) else {
+            return false;
+        };
+        let Ok(pages) = u32::try_from(file.size.div_ceil(PAGE_SIZE)) else {
+            return false;
+        };
+        file.size.is_multiple_of(PAGE_SIZE)
+            && self.changed.hint(&relation, self.segment_pages, pages, pages) == Hint::Unchanged
+    }
+}
