@@ -192,6 +192,9 @@ part_incremental() {
                 'BEGIN { printf "%.3f", c / r / 1e6 }')"
         row incremental "$place, changed pages" "$(median_of changed_pages "$folder/changes-$place")" pages "all pages" \
             "$(median_of pages "$folder/changes-$place")"
+        row incremental "$place, the last, says Walden" \
+            "$(nested changed_pages "$(cat "$folder/incremental-$place-walden.json")")" pages "were counted" \
+            "$(field changed_pages "$changes")"
         for program in "${both[@]}"; do timed $program $place "idle-$place" incremental; done
         rows_of incremental "$place, nothing changed" "idle-$place"
     done

@@ -68,7 +68,7 @@ build() {
         sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/$profile
 }
 
-as_postgres() { setpriv --reuid postgres --regid postgres --init-groups env -C / "$@"; }
+as_postgres() { setpriv --reuid postgres --regid postgres --init-groups env -C / HOME=/ "$@"; }
 sql() { as_postgres "$bin/psql" -XAtq -h "$folder/run" -d "${2:-postgres}" -c "$1"; }
 # walden PLACE ARGUMENT..., as root: a clone mounts.
 walden() { "$folder/walden" --config "$folder/walden-$1.toml" --no-progress "${@:2}"; }

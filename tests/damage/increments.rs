@@ -5,16 +5,32 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use walden::clock::SystemClock;
+use walden::repo::documents::Outcome;
+use walden::repo::{self, Repository};
+use walden::storage::LocalStore;
+
 use crate::damage::{At, Damage};
 use crate::source::files_below;
+use crate::support::repository::{keyring_in, site_options};
 use crate::support::{Need, Resting, Taken, require};
 
-/// Every pack of the repository, with its size.
-fn packs(site: &Resting) -> Vec<(PathBuf, u64)> {
-    let basebackups = site.walden.repository().join("main/basebackups");
-    let objects = files_below(&basebackups).into_iter();
-    let packs = objects.filter(|object| object.parent().is_some_and(|folder| folder.ends_with("packs")));
-    packs.map(|pack| (pack.clone(), fs::metadata(&pack).unwrap().len())).collect()
+/// The packs that a basebackup names, the smallest first.
+fn packs_of(site: &Resting, taken: &Taken) -> Vec<PathBuf> {
+    let repository = site.walden.repository();
+    let store = LocalStore::open(&repository, &SystemClock).unwrap();
+    let keys = keyring_in(&site.scratch().path().join("walden"));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let site = Repository::open(site_options(store, keys, SystemClock)).await.unwrap();
+        let (outcome, ..) = repo::read_outcome(&site, taken.id.parse().unwrap()).await.unwrap();
+        let Outcome::Complete(record) = outcome else { panic!("{} is not complete", taken.id) };
+        let refs = repo::read_refs(&site, &record).await.unwrap();
+        let mut packs: Vec<_> = refs.records().iter().filter(|pack| pack.live > 0).collect();
+        packs.sort_by_key(|pack| pack.size);
+        let keys = packs.iter().map(|pack| site.layout().pack(pack.id, &pack.salt));
+        keys.map(|key| repository.join(key.as_str())).collect()
+    })
 }
 
 /// What a listing of a store shows of a pack: that it is gone, or has another size.
@@ -32,19 +48,19 @@ fn packs_that_are_missing_or_of_another_size_are_written_again_from_the_data_dir
             site.change();
             last = site.back_up();
         }
-        // The largest is most of the cluster, the smallest what one round has changed: both are named.
-        let mut by_size = packs(&site);
-        by_size.sort_by_key(|(_, size)| *size);
-        for n in [by_size.len() - 1, 0] {
-            let (pack, size) = &by_size[n];
+        // The largest is most of the cluster, the smallest what one round has changed.
+        for is_largest in [true, false] {
+            let packs = packs_of(&site, &last);
+            assert!(packs.len() > 1, "{packs:?}");
+            let pack = &packs[if is_largest { packs.len() - 1 } else { 0 }];
             damage.inflict(pack);
             site.change();
             let healed = site.back_up();
-            assert_eq!(healed.parent.as_ref(), Some(&last.id), "{damage:?} of {}", pack.display());
-            if n == 0 {
-                let most = full.stored_bytes / 2;
-                assert!(healed.stored_bytes < most, "{damage:?}: {} stored for {size}", healed.stored_bytes);
-            }
+            let what = format!("{damage:?} of {}", pack.display());
+            assert_eq!(healed.parent.as_ref(), Some(&last.id), "{what}");
+            assert!(!packs_of(&site, &healed).contains(pack), "{what}: it is named again");
+            let is_much = healed.stored_bytes > full.stored_bytes / 2;
+            assert_eq!(is_much, is_largest, "{what}: {} of {}", healed.stored_bytes, full.stored_bytes);
             site.assert_exact(&healed);
             last = healed;
         }
@@ -61,11 +77,13 @@ fn all_packs_gone_are_written_again() {
     let site = Resting::start(|_, site| site);
     site.back_up();
     site.change();
-    site.back_up();
-    for (pack, _) in packs(&site) {
+    let last = site.back_up();
+    for pack in packs_of(&site, &last) {
         Damage::Remove.inflict(&pack);
     }
-    site.assert_exact(&site.back_up());
+    let healed = site.back_up();
+    assert_eq!(healed.parent, Some(last.id), "what is missing is no reason to begin anew");
+    site.assert_exact(&healed);
 }
 
 /// The state of the site's last basebackup on this host.
