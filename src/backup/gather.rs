@@ -101,6 +101,17 @@ pub struct PageGatherer<'a> {
     run: PageRun,
 }
 
+/// Makes one run of the pages of `raw`, of which only the last may be short; `known` is what was known of them.
+pub fn gather_pages(
+    raw: &[u8],
+    known: Option<KnownPages<'_>>,
+    options: &GatherOptions,
+) -> Result<PageRun, Error> {
+    let mut gatherer = PageGatherer::new(options);
+    gatherer.push(raw, known)?;
+    gatherer.finish()
+}
+
 impl Again {
     /// Returns whether what stands in `pack` is stored again.
     pub fn includes(&self, pack: PackId) -> bool {

@@ -24,11 +24,15 @@ use crate::backup::server_record::empty_record;
 use crate::backup::site_state::SiteState;
 use crate::backup::tests::{MemorySource, bytes};
 use crate::clock::{Clock, ManualClock};
-use crate::codec::{Compression, CpuPool, create_keys};
+use crate::codec::{
+    Compression, CpuPool, NewKeys, RecipientKey, RecipientPrivateKey, SeededRandom, SigningKey, VerifyKey,
+    create_keys,
+};
 use crate::monitor::{Monitor, RecordingMonitor, Task};
 use crate::pg::{Crc32c, Lsn, TimelineId};
 use crate::repo::{
-    Basebackup, BasebackupId, BasebackupWriter, BeginOptions, Completion, FileReader, Repository,
+    Basebackup, BasebackupId, BasebackupWriter, BeginOptions, Completion, FileReader, Keyring,
+    KeyringOptions, Repository,
     documents::BackupRecord,
     entry::{Content, Node, TreePath},
     manifest::ManifestContent,
@@ -428,15 +432,13 @@ async fn what_speaks_against_an_incremental_one_is_named() {
     host.today = Box::new(|today| Today { cluster: "7-16".parse().unwrap(), ..today });
     assert!(matches!(reason(host.try_back_up(false, false).await.unwrap()), Reason::OtherCluster { .. }));
     host.today = Box::new(|today| today);
-    // Another keyring of the same site, as after a change of recipients.
+    // A keyring that trusts nobody who has not signed.
     let keys = create_keys(3072).unwrap();
     let unencrypted = std::mem::replace(
         &mut host.repository,
         testing::site_with(testing::keyring(&keys, 11), host.store.clone(), host.clock.clone()).await,
     );
-    // Its signature is missing for the new keyring: that comes first.
-    let said = reason(host.try_back_up(false, false).await.unwrap()).clone();
-    assert!(matches!(said, Reason::ParentDiffers { .. } | Reason::OtherSealing), "{said}");
+    assert!(matches!(reason(host.try_back_up(false, false).await.unwrap()), Reason::ParentDiffers { .. }));
     host.repository = unencrypted;
     let outcome = host.repository.layout().outcome(first);
     let kept = host.store.get(&outcome, 1 << 20).await.unwrap();
@@ -446,6 +448,39 @@ async fn what_speaks_against_an_incremental_one_is_named() {
     assert!(host.try_back_up(false, false).await.unwrap().decision.parent() == Some(first));
     host.store.create(&host.repository.layout().expired(first), "{}".into()).await.unwrap();
     assert_eq!(reason(host.try_back_up(false, false).await.unwrap()), &Reason::ParentExpired(first));
+}
+
+/// Signed by the same host, and readable for others from now on.
+#[tokio::test]
+async fn other_recipients_make_it_full_and_the_same_ones_do_not() {
+    let [ours, theirs] = [create_keys(3072).unwrap(), create_keys(3072).unwrap()];
+    let keyring = |recipients: &[&NewKeys], seed: u64| {
+        let recipients =
+            || recipients.iter().map(|keys| RecipientKey::from_pem(&keys.public_pem).unwrap()).collect();
+        let private = |keys: &NewKeys| RecipientPrivateKey::from_pem(&keys.private_pem).unwrap();
+        Keyring::new(KeyringOptions {
+            recipients: recipients(),
+            wal_recipients: recipients(),
+            signer: Some(SigningKey::from_pem(&ours.sign_pem).unwrap()),
+            trusted_signers: vec![VerifyKey::from_pem(&ours.verify_pem).unwrap()],
+            private_keys: vec![private(&ours), private(&theirs)],
+            random: Arc::new(SeededRandom::new(seed)),
+        })
+    };
+    let mut host = Host::new().await;
+    a_host_of_a_few_files(&mut host);
+    for (seed, recipients, expected) in [
+        (11, &[&ours][..], Some(Reason::NoState)),
+        (12, &[&ours][..], None),
+        (13, &[&ours, &theirs][..], Some(Reason::OtherSealing)),
+        (14, &[&theirs, &ours][..], None),
+        (15, &[&theirs][..], Some(Reason::OtherSealing)),
+    ] {
+        let keyring = keyring(recipients, seed);
+        host.repository = testing::site_with(keyring, host.store.clone(), host.clock.clone()).await;
+        assert_eq!(host.back_up().await.decision.reason(), expected.as_ref(), "{seed}");
+    }
+    host.assert_all_restore().await;
 }
 
 #[tokio::test]
@@ -538,6 +573,7 @@ async fn a_map_block_without_a_change_is_named_where_it_stands() {
     assert_eq!(before[0], after[0]);
     assert_eq!(after[1].chunk.pack.origin, second);
     host.assert_all_restore().await;
+    host.taken.clear();
     // A file that was cut to a block's end has one block less, and one that lost pages of a block a new one.
     host.change("data/base/16384/16385", |raw| raw.truncate(block + 20 * PAGE));
     host.back_up().await;

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
-use crate::backup::gather::{Again, GatherOptions, PageGatherer, PagePlace, PageRun};
+use crate::backup::gather::{Again, GatherOptions, PagePlace, PageRun, gather_pages};
 use crate::backup::known_parent::KnownParent;
 use crate::backup::open_entry::OpenEntry;
 use crate::backup::read_pages::JOB_BYTES;
@@ -258,9 +258,7 @@ impl Packer {
         let options = GatherOptions { compression: self.compression, hash_key: None, again: Again::Nothing };
         let mut open = OpenEntry::new(0, None, None);
         for part in raw.chunks(JOB_BYTES as usize) {
-            let mut gatherer = PageGatherer::new(&options);
-            gatherer.push(part, None)?;
-            self.append_run(&mut open, gatherer.finish()?).await?;
+            self.append_run(&mut open, gather_pages(part, None, &options)?).await?;
         }
         self.push_mapped(path, state, open, false);
         Ok(())
