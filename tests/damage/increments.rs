@@ -210,3 +210,51 @@ fn a_parent_that_is_expired_gone_or_another_costs_a_full_basebackup() {
         last = taken;
     }
 }
+
+/// A host that was restored from a backup of its own remembers an older basebackup: that is what the next one is compared
+/// with, however many there are by now.
+#[test]
+fn a_state_that_was_put_back_from_a_copy_builds_upon_the_basebackup_it_is_of() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let first = site.back_up();
+    let (state, copy) = (state_of(&site, &first), site.scratch().path().join("copy"));
+    fs::copy(&state, &copy).unwrap();
+    let mut last = first.clone();
+    for _ in 0..2 {
+        site.change();
+        last = site.back_up();
+    }
+    assert!(!state.exists(), "a state is kept no longer than it is of use");
+    fs::remove_file(state_of(&site, &last)).unwrap();
+    fs::copy(&copy, &state).unwrap();
+    site.scratch().account().own(&state);
+    site.change();
+    let next = site.back_up();
+    assert_eq!(next.parent.as_ref(), Some(&first.id), "not the newest, {}", last.id);
+    site.assert_exact(&next);
+    // Both that were taken meanwhile are as whole as they were.
+    site.assert_exact(&last);
+    site.assert_exact(&first);
+}
+
+/// Bytes that rot under the same size show in no listing. Who reads them is told which pack it is, and of which
+/// basebackup; a full one owes nothing to it.
+#[test]
+fn a_rotten_pack_of_a_parent_is_named_by_whoever_reads_it_and_a_full_basebackup_does_without() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let full = site.back_up();
+    let pack = packs_of(&site, &full).pop().expect("a basebackup has a pack");
+    Damage::Flip(At::Middle).inflict(&pack);
+    site.change();
+    let upon_it = site.back_up();
+    assert_eq!(upon_it.parent.as_ref(), Some(&full.id));
+    let target = site.scratch().path().join("rotten");
+    let run = site.walden.try_run(&["restore", &upon_it.id, "--target-dir", target.to_str().unwrap()]);
+    assert_eq!(run.code(), Some(3), "{}", run.stderr);
+    assert!(run.stderr.contains(&full.id), "{}", run.stderr);
+    let report = site.walden.json(&["backup", "--full"]);
+    assert_eq!(report["full_because"], "as asked for");
+    site.assert_exact(&site.taken(report["id"].as_str().unwrap()));
+}
