@@ -148,9 +148,7 @@ async fn a_backup_survives_a_fault_at_every_call_or_fails_and_the_next_converges
 
 /// An incremental asks for more: its parent and that one's packs. None of the answers, and none that stays away, makes it
 /// name what is not there; and an attempt that failed leaves a state that the next builds upon.
-#[tokio::test(flavor = "multi_thread")]
-async fn an_incremental_survives_a_fault_at_every_call_or_fails_and_the_next_converges() {
-    require!(Need::PostgreSQL(15));
+async fn incrementals_survive(fault: Fault, retried: bool) {
     let site = Resting::start(|_, site| site.unencrypted());
     site.walden.run(&["backup"]);
     let (store, pool) = (store_of(&site), CpuPool::new(2, 2));
@@ -158,38 +156,55 @@ async fn an_incremental_survives_a_fault_at_every_call_or_fails_and_the_next_con
     let first = back_up(store.clone(), &site, &pool, states.clone()).await.unwrap();
     assert!(first.record.parent.is_none(), "a folder without states");
     let (mut whole, mut last) = (whole_basebackups(&store).await, first.record.id);
-    for (fault, retried) in rounds() {
-        let mut failures = 0;
-        for calls in 0..CALLS_MAX {
-            site.change();
-            let before = store.faults();
-            store.inject(Rule::always(fault.clone()).skip(calls).times(1));
-            let outcome = back_up(used(&store, retried), &site, &pool, states.clone()).await;
-            store.heal();
-            let what = format!("{fault:?} at call {calls}, retried: {retried}");
-            let after = whole_basebackups(&store).await;
-            match outcome {
-                Ok(outcome) => {
-                    assert_eq!(after, whole + 1, "{what}");
-                    assert_eq!(outcome.record.parent, Some(last), "{what}: {:?}", outcome.decision);
-                    last = outcome.record.id;
-                    site.assert_exact(&site.taken(&last.to_string()));
-                }
-                Err(error) => {
-                    failures += 1;
-                    assert_eq!(after, whole, "{what}: {error}");
-                    assert!(names_what(&error.to_string()), "{what}: {error}");
-                }
+    let mut failures = 0;
+    for calls in 0..CALLS_MAX {
+        site.change();
+        let before = store.faults();
+        store.inject(Rule::always(fault.clone()).skip(calls).times(1));
+        let outcome = back_up(used(&store, retried), &site, &pool, states.clone()).await;
+        store.heal();
+        let what = format!("{fault:?} at call {calls}, retried: {retried}");
+        let after = whole_basebackups(&store).await;
+        match outcome {
+            Ok(outcome) => {
+                assert_eq!(after, whole + 1, "{what}");
+                assert_eq!(outcome.record.parent, Some(last), "{what}: {:?}", outcome.decision);
+                last = outcome.record.id;
+                site.assert_exact(&site.taken(&last.to_string()));
             }
-            whole = after;
-            if store.faults() == before {
-                let told = format!("{fault:?}, retried: {retried}: {calls} calls, {failures} failures");
-                // Asked again, every run succeeds.
-                assert!(calls >= 10 && retried == (failures == 0), "{told}");
-                break;
+            Err(error) => {
+                failures += 1;
+                assert_eq!(after, whole, "{what}: {error}");
+                assert!(names_what(&error.to_string()), "{what}: {error}");
             }
         }
+        whole = after;
+        if store.faults() == before {
+            let told = format!("{fault:?}, retried: {retried}: {calls} calls, {failures} failures");
+            // Asked again, every run succeeds.
+            assert!(calls >= 10 && retried == (failures == 0), "{told}");
+            return;
+        }
     }
+    panic!("a basebackup makes more than {CALLS_MAX} calls");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_with_a_call_that_is_not_reached_fails_and_the_next_converges() {
+    require!(Need::PostgreSQL(15));
+    incrementals_survive(Fault::Before(ErrorKind::Unreachable), false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_with_a_lost_answer_is_right_or_fails_and_the_next_converges() {
+    require!(Need::PostgreSQL(15));
+    incrementals_survive(Fault::After(ErrorKind::OutcomeUnknown), false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_that_asks_again_survives_a_lost_answer_at_every_call() {
+    require!(Need::PostgreSQL(15));
+    incrementals_survive(Fault::After(ErrorKind::OutcomeUnknown), true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
