@@ -18,6 +18,7 @@ use crate::backup::source::{BackupSession, SourceError};
 use crate::backup::state::KnownFile;
 use crate::backup::wal_summaries::{NoSummaries, Summaries, WalSpan, read_summaries};
 use crate::clock::Clock;
+use crate::pg::Lsn;
 use crate::repo::page_map::PAGE_SIZE;
 
 /// What the WAL says of files.
@@ -46,6 +47,9 @@ impl Hints {
             return Ok(None);
         }
         let (facts, started) = (parent.facts(), session.started());
+        if !reaches_behind(facts.stop_lsn, started.lsn) {
+            return Ok(None);
+        }
         let directory = data_directory.to_owned();
         let histories = blocking(move || read_histories(&directory)).await?;
         let history = histories.iter().map(|(history, _)| history).find(|it| it.timeline == started.timeline);
@@ -74,5 +78,60 @@ impl Hints {
         };
         file.size.is_multiple_of(PAGE_SIZE)
             && self.changed.hint(&relation, self.segment_pages, pages, pages) == Hint::Unchanged
+    }
+}
+
+/// Returns whether a basebackup that starts at `start` may take over pages unread of one that stopped at `stop`.
+///
+/// A standby may begin behind the stop of one that was taken from its primary. The pages of that may be newer than the
+/// point at which this one is consistent, and nothing would replay them back.
+fn reaches_behind(stop: Lsn, start: Lsn) -> bool {
+    stop <= start
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::backup::data_directory::FileIdentity;
+    use crate::backup::state::KnownContent;
+    use crate::pg::Crc32c;
+    use crate::repo::entry::TreePath;
+
+    use super::*;
+
+    #[test]
+    fn pages_of_the_future_are_not_taken_over() {
+        assert!(reaches_behind(Lsn(0x500), Lsn(0x500)));
+        assert!(reaches_behind(Lsn(0x500), Lsn(0x501)));
+        assert!(!reaches_behind(Lsn(0x500), Lsn(0x4ff)));
+    }
+
+    #[test]
+    fn only_relations_of_the_same_size_are_vouched_for() {
+        let hints = Hints { changed: ChangedBlocks::default(), segment_pages: 131_072 };
+        let file = |path: &str, size: u64| SourceFile {
+            path: TreePath::new(path).unwrap(),
+            root: 0,
+            size,
+            mode: 0o600,
+            modified: jiff::Timestamp::UNIX_EPOCH,
+            identity: None::<FileIdentity>,
+        };
+        let known = |size: u64| KnownFile {
+            path: TreePath::root(),
+            size,
+            inode: 0,
+            device: 0,
+            changed: jiff::Timestamp::UNIX_EPOCH,
+            crc: Crc32c::default(),
+            damaged_pages: 0,
+            content: KnownContent::Inline(bytes::Bytes::new()),
+        };
+        assert!(hints.vouch_for(&file("data/base/5/16385", 16_384), &known(16_384)));
+        assert!(!hints.vouch_for(&file("data/base/5/16385", 16_384), &known(8192)));
+        assert!(!hints.vouch_for(&file("data/base/5/16385", 8192), &known(16_384)));
+        assert!(!hints.vouch_for(&file("data/base/5/16385", 8000), &known(8000)));
+        for path in ["data/base/5/16385_fsm", "data/pg_xact/0000", "data/base/5/PG_VERSION"] {
+            assert!(!hints.vouch_for(&file(path, 8192), &known(8192)), "{path}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The basebackup that an incremental one builds upon: what this host remembers of it, held against the repository.
 //!
-//! Before anything is read: the state is opened and read from end to end, which shows damage and tells how much of each
-//! pack is still in use; the record must be the one the state is of; all packs are looked for in the store. What comes
+//! Before anything is read: the state is opened and read from end to end, but for the hashes, which shows damage and
+//! tells how much of each pack is still in use; the record must be the one the state is of; all packs are looked for in the store. What comes
 //! out is either why the basebackup is full, or a [`KnownParent`] that answers for one file and one block after the
 //! other. Whatever cannot be read later costs only what it describes: those pages are stored again.
 
@@ -18,7 +18,8 @@ use crate::backup::live_directory::read_histories;
 use crate::backup::rewriting::{Rewriting, origins_max, plan_rewriting};
 use crate::backup::run::blocking;
 use crate::backup::state::{
-    HashKey, KnownBlock, KnownContent, KnownFile, State, StateError, StateFacts, StateFolder,
+    HashKey, KnownBlock, KnownContent, KnownFile, RecordAt, State, StateError, StateFacts, StateFolder,
+    StateWriter,
 };
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::repo::{
@@ -36,7 +37,6 @@ use crate::repo::{
 pub struct KnownParent {
     state: State,
     basebackup: Arc<ParentBasebackup>,
-    rewriting: Rewriting,
     again: Arc<BTreeSet<PackId>>,
     read_all: bool,
     complained: AtomicBool,
@@ -99,9 +99,9 @@ pub async fn prepare(
     let origins_max = origins_max(&parent.record.keys);
     let rewriting = plan_rewriting(&parent.refs, &live, &missing, origins_max, repository.clock().now());
     report(&missing, &rewriting);
-    let again = Arc::new(rewriting.packs.clone());
+    let again = Arc::new(rewriting.packs);
     let (read_all, complained) = (incremental.read_all, AtomicBool::new(false));
-    let parent = KnownParent { state, basebackup: Arc::new(parent), rewriting, again, read_all, complained };
+    let parent = KnownParent { state, basebackup: Arc::new(parent), again, read_all, complained };
     Ok(Prepared { decision: Decision::Incremental(incremental), parent: Some(Arc::new(parent)) })
 }
 
@@ -126,11 +126,6 @@ impl KnownParent {
         self.again.clone()
     }
 
-    /// Returns what is stored again, and why.
-    pub fn rewriting(&self) -> &Rewriting {
-        &self.rewriting
-    }
-
     /// Returns whether files are read however unchanged they look.
     pub fn reads_all(&self) -> bool {
         self.read_all
@@ -147,6 +142,24 @@ impl KnownParent {
     /// Returns what is known of the pages of block `n` of a file; nothing where the state cannot tell.
     pub fn block(&self, file: &KnownFile, n: u64) -> Option<KnownBlock> {
         self.state.block(file, n).map_err(|error| self.complain(&error)).ok()
+    }
+
+    /// Returns the map of block `n` of a file; nothing where the state cannot tell.
+    pub fn map(&self, file: &KnownFile, n: u64) -> Option<MapBlock> {
+        self.state.map(file, n).map_err(|error| self.complain(&error)).ok()
+    }
+
+    /// Has `next` know of block `n` of a file what this knows.
+    ///
+    /// # Errors
+    /// `Damaged` where the state cannot tell, else what is wrong with the next one.
+    pub fn copy_block(
+        &self,
+        next: &mut StateWriter,
+        file: &KnownFile,
+        n: u64,
+    ) -> Result<RecordAt, StateError> {
+        next.copy_block(&self.state, file, n)
     }
 
     /// Returns whether a file can be taken over without reading it: no write to it can have gone unseen, or the WAL has
@@ -170,8 +183,8 @@ impl KnownParent {
             KnownContent::Part { blob, .. } => drop(packs.insert(blob.chunk.pack)),
             KnownContent::Pages { stands: Content::Blocks(blobs), .. } => {
                 packs.extend(blobs.iter().map(|blob| blob.chunk.pack));
-                let blocks = (0..known.block_count()).filter_map(|n| self.block(known, n));
-                blocks.for_each(|block| packs.extend(block.packs()));
+                let maps = (0..known.block_count()).filter_map(|n| self.map(known, n));
+                maps.for_each(|map| packs.extend(chunks_of(&map).map(|(chunk, _)| chunk.pack)));
             }
             KnownContent::Pages { stands, .. } => {
                 if let Content::Map(map) = stands {
@@ -199,8 +212,8 @@ impl KnownParent {
                     Content::Blocks(blobs) => blobs.iter().any(|blob| again(&blob.chunk)),
                     _ => false,
                 };
-                let in_block = |n| match self.block(known, n) {
-                    Some(block) => chunks_of(&block.map).any(|(chunk, _)| again(chunk)),
+                let in_block = |n| match self.map(known, n) {
+                    Some(map) => chunks_of(&map).any(|(chunk, _)| again(chunk)),
                     None => true,
                 };
                 maps || (0..known.block_count()).any(in_block)
@@ -264,7 +277,7 @@ async fn descends(
     Ok(tree.passes(today.timeline, facts.timeline, facts.stop_lsn))
 }
 
-/// Reads all of a state; returns the stored bytes of each pack that are in use, each page counted by itself.
+/// Reads all of a state but the hashes; returns the stored bytes of each pack that are in use, each page counted by itself.
 fn survey(state: &State) -> Result<BTreeMap<PackId, u64>, StateError> {
     let mut live = BTreeMap::new();
     for file in state.files() {
@@ -277,7 +290,7 @@ fn survey(state: &State) -> Result<BTreeMap<PackId, u64>, StateError> {
                     blobs.iter().for_each(|blob| count_blob(&mut live, blob));
                 }
                 for n in 0..file.block_count() {
-                    for (chunk, pages) in chunks_of(&state.block(&file, n)?.map) {
+                    for (chunk, pages) in chunks_of(&state.map(&file, n)?) {
                         let slots = u64::from(chunk.raw_len).div_ceil(PAGE_SIZE).max(1);
                         count(&mut live, chunk, u64::from(pages), slots);
                     }
@@ -307,10 +320,8 @@ fn chunks_of(map: &MapBlock) -> impl Iterator<Item = (&ChunkRef, u32)> {
 
 fn report(missing: &[PackId], rewriting: &Rewriting) {
     if let Some(first) = missing.first() {
-        tracing::warn!(
-            "{} packs are missing or cut, {first} first: what they hold is stored again",
-            missing.len()
-        );
+        let count = rewriting.missing;
+        tracing::warn!("{count} packs are missing or cut, {first} first: what they hold is stored again");
     }
     let Rewriting { sparse, old, crowded, bytes, .. } = rewriting;
     tracing::debug!(

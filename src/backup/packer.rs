@@ -225,12 +225,14 @@ impl Packer {
             }
             KnownContent::Pages { stands, .. } => {
                 for n in 0..known.block_count() {
-                    let Some(block) = parent.block(&known, n) else {
+                    let (Some(map), Some(record)) =
+                        (parent.map(&known, n), self.remembering.copy_block(parent, &known, n))
+                    else {
                         return false;
                     };
-                    self.maps.name_block(&block.map);
-                    remembered.records.extend(self.remembering.push_block(&block));
-                    block.map.extents().iter().for_each(|extent| self.note_source(&extent.source));
+                    remembered.records.extend(record);
+                    self.maps.name_block(&map);
+                    map.extents().iter().for_each(|extent| self.note_source(&extent.source));
                 }
                 if let Content::Blocks(blobs) = stands {
                     blobs.iter().for_each(|blob| self.note_known(&blob.chunk));
@@ -307,9 +309,9 @@ impl Packer {
     }
 
     async fn append_run(&mut self, open: &mut OpenEntry, run: PageRun) -> Result<(), Error> {
+        open.unchanged &= run.is_unchanged();
         let PageRun { frames, pages, hashes, changed, stored_again, bytes, crc, .. } = run;
         let chunks = self.append_all(frames).await?;
-        open.unchanged &= changed == 0 && stored_again == 0;
         for (n, place) in pages.into_iter().enumerate() {
             match place {
                 PagePlace::Zero => open.map.push_zero(1),

@@ -7,6 +7,7 @@
 use jiff::Timestamp;
 
 use crate::backup::data_directory::FileIdentity;
+use crate::backup::known_parent::KnownParent;
 use crate::backup::state::{
     KnownBlock, KnownContent, KnownFile, PageHash, RecordAt, StateError, StateWriter,
 };
@@ -49,6 +50,21 @@ impl Remembering {
     pub fn push_block(&mut self, block: &KnownBlock) -> Option<RecordAt> {
         let pushed = self.writer.as_mut()?.push_block(block);
         pushed.map_err(|error| self.give_up(&error)).ok()
+    }
+
+    /// Remembers pages as the parent knows them; none where the parent's state cannot tell.
+    pub fn copy_block(&mut self, parent: &KnownParent, file: &KnownFile, n: u64) -> Option<Option<RecordAt>> {
+        let Some(writer) = &mut self.writer else {
+            return Some(None);
+        };
+        match parent.copy_block(writer, file, n) {
+            Ok(record) => Some(Some(record)),
+            Err(StateError::Damaged { .. }) => None,
+            Err(error) => {
+                self.give_up(&error);
+                Some(None)
+            }
+        }
     }
 
     /// Remembers a file, the next entry that is packed.

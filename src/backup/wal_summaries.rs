@@ -62,7 +62,7 @@ const POLL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_s
 
 impl WalSpan {
     /// Returns the WAL between two positions of a timeline's past, the oldest first; none where the first is not
-    /// part of it.
+    /// part of it, or comes behind the second: no list would say that nothing has changed.
     ///
     /// `history` is that of `timeline`, which the first timeline has none of; `from_timeline` is where the first
     /// position was.
@@ -71,6 +71,9 @@ impl WalSpan {
         (from_timeline, from): (TimelineId, Lsn),
         (timeline, to): (TimelineId, Lsn),
     ) -> Option<Vec<Self>> {
+        if from > to {
+            return None;
+        }
         let mut spans = Vec::new();
         let mut begin = Some(from).filter(|_| from_timeline == timeline);
         for ancestor in history.into_iter().flat_map(TimelineHistory::ancestors) {
@@ -334,6 +337,8 @@ mod tests {
         let first = |from, to| WalSpan::between(None, (tli(1), Lsn(from)), (tli(1), Lsn(to)));
         assert_eq!(first(1, 2), Some(vec![span(1, 1, 2)]));
         assert_eq!(first(2, 2), Some(vec![]));
+        // After pg_resetwal, say.
+        assert_eq!(first(2, 1), None);
     }
 
     /// Recorded from 18: rows as psql shows them, of an update, a truncation by vacuum, a dropped relation and a

@@ -157,7 +157,7 @@ impl Error {
             }
             Self::NewerFormat { .. } => "Use the release of walden that wrote it, or a newer one.",
             Self::Incomplete(_) => "It is still running, or it was killed; take another basebackup.",
-            Self::PacksMissing(_) => "Take a full basebackup, which reuses nothing.",
+            Self::PacksMissing(_) => "Take another basebackup: what is missing by then is stored again.",
             Self::UnsuitableStore { .. } => {
                 "Two writers would overwrite each other; use a store with conditional puts, or switch them on there."
             }

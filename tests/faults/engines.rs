@@ -171,7 +171,7 @@ async fn incrementals_survive(fault: Fault, retried: bool) {
                 assert_eq!(outcome.record.parent, Some(last), "{what}: {:?}", outcome.decision);
                 last = outcome.record.id;
                 // A page that is named wrongly goes on being named so, and is found by a later look.
-                if calls % 4 == 0 || store.faults() == before {
+                if calls.is_multiple_of(4) || store.faults() == before {
                     site.assert_exact(&site.taken(&last.to_string()));
                 }
             }

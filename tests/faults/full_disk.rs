@@ -26,7 +26,7 @@ fn a_repository_on_a_full_disk_refuses_and_goes_on_when_there_is_room() {
     // With nothing left the first object fails, with a little left a pack in the middle of the copy.
     for leave in [0, 1 << 20] {
         let filler = fill(&disk, leave);
-        let refused = site.walden.try_run(&["backup"]);
+        let refused = site.walden.try_run(&["backup", "--full"]);
         assert_eq!(refused.code(), Some(1), "{}", refused.stderr);
         assert!(refused.stderr.contains("no space is left in the store"), "{}", refused.stderr);
         assert_eq!(site.listed(), first, "nothing half-made is listed");

@@ -209,6 +209,8 @@ fn failure_17_a_backup_killed_at_any_moment_leaves_no_half_one_and_the_next_is_g
     require!(Need::PostgreSQL(15));
     let site = Faulted::start(|_, site| site);
     site.archive();
+    site.walden.run(&["backup"]);
+    // An incremental one is over sooner than a full one, and both are killed.
     let began = Instant::now();
     site.walden.run(&["backup"]);
     let mut rounds = Rounds::of("backup", began.elapsed());
@@ -216,8 +218,10 @@ fn failure_17_a_backup_killed_at_any_moment_leaves_no_half_one_and_the_next_is_g
     let (mut listed, mut last_of_killed) = (site.listed(), None);
     while let Some(moment) = rounds.next() {
         let before = names_in(&basebackups);
-        let phase =
-            rounds.kill(site.walden.command().arg("backup"), moment, || backup_phase(&basebackups, &before));
+        let arguments =
+            if rounds.drawn.is_multiple_of(2) { &["backup"][..] } else { &["backup", "--full"][..] };
+        let phase = rounds
+            .kill(site.walden.command().args(arguments), moment, || backup_phase(&basebackups, &before));
         // What is listed has its outcome, and only an attempt that reached it is added.
         let after = site.listed();
         let added: Vec<&String> = after.iter().filter(|id| !listed.contains(id)).collect();
@@ -270,7 +274,7 @@ fn an_incremental_killed_at_any_moment_leaves_a_state_that_the_next_is_right_wit
         let good = site.back_up();
         assert!(good.parent.is_some(), "{moment:?}, {phase:?}: {} is a full one", good.id);
         // A page that is named wrongly goes on being named so, and is found by a later look.
-        if rounds.drawn % 4 == 0 {
+        if rounds.drawn.is_multiple_of(4) {
             site.assert_exact(&good);
         }
     }

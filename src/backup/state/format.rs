@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! header     42  magic 8, version 4, required features 4, basebackup (seconds 8, digits 2), tag
-//! blocks         known blocks, and sorted runs of files where these were too many for memory
+//! blocks         of each block of pages the hashes (8 a page), tag, the map, tag; between them sorted runs of files,
+//!                where these were too many for memory
 //! index          files ascending by directory and name, in frames of about 64 KiB
 //! directory      of each frame of the index: place, length, files, first path
 //! facts
@@ -36,7 +37,7 @@ pub(super) const VERSION: u32 = 1;
 pub(super) const HEADER_LEN: usize = 26 + TAG_LEN;
 pub(super) const FOOTER_LEN: usize = 40 + TAG_LEN;
 pub(super) const TAG_LEN: usize = 16;
-/// 16384 pages that each stand in a chunk of their own, with a tag, take 800 KiB.
+/// 16384 pages that each stand in a chunk of their own, with a tag, take 800 KiB, and their hashes 128 KiB.
 pub(super) const BLOCK_BYTES_MAX: u32 = 4 << 20;
 /// A frame of the index is closed when it has as many bytes: one look-up reads one frame.
 pub(super) const INDEX_FRAME_BYTES: usize = 64 << 10;
@@ -59,12 +60,13 @@ const PAGE_HASH_LEN: usize = 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     Header = 1,
-    Block = 2,
-    Run = 3,
-    Index = 4,
-    Directory = 5,
-    Facts = 6,
-    Footer = 7,
+    Hashes = 2,
+    Map = 3,
+    Run = 4,
+    Index = 5,
+    Directory = 6,
+    Facts = 7,
+    Footer = 8,
 }
 
 impl Part {
@@ -72,7 +74,8 @@ impl Part {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Header => "header",
-            Self::Block => "block of pages",
+            Self::Hashes => "list of page hashes",
+            Self::Map => "page map",
             Self::Run => "sorted run",
             Self::Index => "index",
             Self::Directory => "directory of the index",
@@ -237,23 +240,20 @@ pub(super) fn decode_directory(payload: &[u8]) -> Result<Vec<IndexFrame>, Flaw> 
     Ok(frames)
 }
 
-pub(super) fn encode_block(block: &KnownBlock) -> Vec<u8> {
-    let mut out = WireWriter::new();
-    out.bytes(&block.map.encode());
-    for hash in &block.hashes {
-        out.raw(&hash.0);
-    }
-    out.finish()
+/// Returns the bytes that the hashes of so many pages take, with their tag.
+pub(super) fn hashes_len(pages: u32) -> u32 {
+    pages * PAGE_HASH_LEN as u32 + TAG_LEN as u32
 }
 
-pub(super) fn decode_block(payload: &[u8]) -> Result<KnownBlock, Flaw> {
-    let mut reader = WireReader::new(payload);
-    let map = MapBlock::decode(reader.bytes()?)?;
-    // At most MAP_BLOCK_PAGES, as the map's decoder sees to.
-    let hashes = reader.raw(map.page_count() as usize * PAGE_HASH_LEN)?;
-    reader.finish()?;
-    let (hashes, _) = hashes.as_chunks::<PAGE_HASH_LEN>();
-    Ok(KnownBlock { map, hashes: hashes.iter().map(|hash| PageHash(*hash)).collect() })
+pub(super) fn encode_hashes(hashes: &[PageHash]) -> Vec<u8> {
+    hashes.iter().flat_map(|hash| hash.0).collect()
+}
+
+pub(super) fn decode_hashes(payload: &[u8]) -> Result<Vec<PageHash>, Flaw> {
+    match payload.as_chunks::<PAGE_HASH_LEN>() {
+        (hashes, []) => Ok(hashes.iter().map(|hash| PageHash(*hash)).collect()),
+        (_, rest) => Err(WireError::Trailing { left: rest.len() }.into()),
+    }
 }
 
 /// Says what does not fit together in a block that is to be written.

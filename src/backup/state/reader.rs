@@ -14,14 +14,15 @@ use std::sync::{Arc, Mutex};
 use crate::backup::page_cache;
 use crate::backup::state::format::{
     BLOCK_BYTES_MAX, DIRECTORY_BYTES_MAX, FACTS_BYTES_MAX, FOOTER_LEN, Flaw, Footer, HEADER_LEN, HeaderSays,
-    INDEX_FRAME_BYTES_MAX, IndexFrame, Part, VERSION, decode_block, decode_directory, decode_facts,
-    decode_file, decode_header, path_of_file, unseal,
+    INDEX_FRAME_BYTES_MAX, IndexFrame, Part, VERSION, decode_directory, decode_facts, decode_file,
+    decode_hashes, decode_header, hashes_len, path_of_file, unseal,
 };
 use crate::backup::state::{KnownBlock, KnownContent, KnownFile, RecordAt, StateError, StateFacts};
 use crate::disk;
 use crate::repo::{
     BasebackupId,
     entry::TreePath,
+    page_map::MapBlock,
     wire::{WireError, WireReader},
 };
 
@@ -142,32 +143,50 @@ impl State {
 
     /// Reads what is known of the pages of the `n`th [`crate::repo::page_map::MAP_BLOCK_PAGES`] of a file.
     pub fn block(&self, file: &KnownFile, n: u64) -> Result<KnownBlock, StateError> {
-        let block = self.read_block(file, n).and_then(|payload| {
-            let block = decode_block(&payload)?;
-            let fits = block.map.page_count() == file.pages_of_block(n);
-            if fits { Ok(block) } else { Err(Flaw::Contradiction("has not the pages of its file")) }
+        let (hashes, map) = self.raw_block(file, n)?;
+        let hashes = decode_hashes(&hashes).map_err(|flaw| self.damaged(Part::Hashes, &flaw))?;
+        Ok(KnownBlock { map: self.decode_map(&map, file, n)?, hashes })
+    }
+
+    /// Reads where those pages stand, without their hashes: a tenth of the bytes.
+    pub fn map(&self, file: &KnownFile, n: u64) -> Result<MapBlock, StateError> {
+        let at = self.place_of(file, n).and_then(|at| {
+            let hashes_len = hashes_len(file.pages_of_block(n));
+            let len = at.len.checked_sub(hashes_len).ok_or(Flaw::Place)?;
+            Ok(RecordAt { offset: at.offset.saturating_add(u64::from(hashes_len)), len })
         });
-        block.map_err(|flaw| self.damaged(Part::Block, &flaw))
+        let map = at.and_then(|at| self.source().read(Part::Map, at));
+        self.decode_map(&map.map_err(|flaw| self.damaged(Part::Map, &flaw))?, file, n)
     }
 
-    /// Returns the bytes of a block, checked but not taken apart.
-    pub(super) fn raw_block(&self, file: &KnownFile, n: u64) -> Result<Vec<u8>, StateError> {
-        self.read_block(file, n).map_err(|flaw| self.damaged(Part::Block, &flaw))
-    }
-
-    fn read_block(&self, file: &KnownFile, n: u64) -> Result<Vec<u8>, Flaw> {
-        let KnownContent::Pages { records, .. } = &file.content else {
-            return Err(Flaw::Contradiction("is asked for of a file without any"));
-        };
-        let at = usize::try_from(n).ok().and_then(|n| records.get(n)).ok_or(Flaw::Place)?;
-        let payload = self.source().read(Part::Block, *at)?;
+    /// Returns hashes and map of a block, checked but not taken apart.
+    pub(super) fn raw_block(&self, file: &KnownFile, n: u64) -> Result<(Vec<u8>, Vec<u8>), StateError> {
+        let at = self.place_of(file, n).map_err(|flaw| self.damaged(Part::Hashes, &flaw))?;
+        let hashes_len = hashes_len(file.pages_of_block(n));
+        let raw = self.source().read_two(Part::Hashes, Part::Map, at, hashes_len);
+        let raw = raw.map_err(|(part, flaw)| self.damaged(part, &flaw))?;
         if at.len >= FORGOTTEN_BYTES_MIN {
             // A terabyte's state would push a gigabyte of what the server uses out of the cache.
             let first = at.offset.next_multiple_of(MEMORY_PAGE);
             let end = (at.offset + u64::from(at.len)) / MEMORY_PAGE * MEMORY_PAGE;
             page_cache::forget(&self.file, first..end.max(first));
         }
-        Ok(payload)
+        Ok(raw)
+    }
+
+    fn place_of(&self, file: &KnownFile, n: u64) -> Result<RecordAt, Flaw> {
+        let KnownContent::Pages { records, .. } = &file.content else {
+            return Err(Flaw::Contradiction("is asked for of a file without any"));
+        };
+        usize::try_from(n).ok().and_then(|n| records.get(n)).copied().ok_or(Flaw::Place)
+    }
+
+    fn decode_map(&self, payload: &[u8], file: &KnownFile, n: u64) -> Result<MapBlock, StateError> {
+        let map = MapBlock::decode(payload).map_err(Flaw::from).and_then(|map| {
+            let fits = map.page_count() == file.pages_of_block(n);
+            if fits { Ok(map) } else { Err(Flaw::Contradiction("has not the pages of its file")) }
+        });
+        map.map_err(|flaw| self.damaged(Part::Map, &flaw))
     }
 
     fn kept_frame(&self, number: usize) -> Result<Arc<Frame>, StateError> {
@@ -281,10 +300,34 @@ pub(super) struct PartSource<'a> {
 impl PartSource<'_> {
     /// Reads a part, checks it and returns it without its tag.
     pub(super) fn read(&self, part: Part, at: RecordAt) -> Result<Vec<u8>, Flaw> {
+        let bytes = self.read_bytes(part, at)?;
+        self.unsealed(part, at.offset, bytes)
+    }
+
+    /// Reads two parts that stand side by side, the first of which has `first_len` bytes, at once.
+    fn read_two(
+        &self,
+        first: Part,
+        second: Part,
+        at: RecordAt,
+        first_len: u32,
+    ) -> Result<(Vec<u8>, Vec<u8>), (Part, Flaw)> {
+        let mut bytes = self.read_bytes(second, at).map_err(|flaw| (first, flaw))?;
+        if at.len < first_len {
+            return Err((first, Flaw::Place));
+        }
+        let behind = bytes.split_off(first_len as usize);
+        let bytes = self.unsealed(first, at.offset, bytes).map_err(|flaw| (first, flaw))?;
+        let behind_at = at.offset + u64::from(first_len);
+        let behind = self.unsealed(second, behind_at, behind).map_err(|flaw| (second, flaw))?;
+        Ok((bytes, behind))
+    }
+
+    fn read_bytes(&self, part: Part, at: RecordAt) -> Result<Vec<u8>, Flaw> {
         let end = at.offset.checked_add(u64::from(at.len)).ok_or(Flaw::Place)?;
         let len_max = match part {
             Part::Header => HEADER_LEN as u32,
-            Part::Block => BLOCK_BYTES_MAX,
+            Part::Hashes | Part::Map => BLOCK_BYTES_MAX,
             Part::Run | Part::Index => INDEX_FRAME_BYTES_MAX,
             Part::Directory => DIRECTORY_BYTES_MAX,
             Part::Facts => FACTS_BYTES_MAX,
@@ -300,7 +343,11 @@ impl PartSource<'_> {
         let mut bytes = vec![0; at.len as usize];
         let read = self.file.read_exact_at(&mut bytes, at.offset);
         read.map_err(|error| Flaw::Unreadable(error.to_string()))?;
-        let len = unseal(self.id, part, at.offset, &bytes)?.len();
+        Ok(bytes)
+    }
+
+    fn unsealed(&self, part: Part, offset: u64, mut bytes: Vec<u8>) -> Result<Vec<u8>, Flaw> {
+        let len = unseal(self.id, part, offset, &bytes)?.len();
         bytes.truncate(len);
         Ok(bytes)
     }

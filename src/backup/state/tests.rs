@@ -160,7 +160,11 @@ fn read_all(folder: &StateFolder) -> Result<Vec<(KnownFile, Vec<KnownBlock>)>, S
     let mut all = Vec::new();
     for file in state.files() {
         let file = file?;
-        let blocks = (0..file.block_count()).map(|n| state.block(&file, n)).collect::<Result<_, _>>()?;
+        let blocks: Vec<KnownBlock> =
+            (0..file.block_count()).map(|n| state.block(&file, n)).collect::<Result<_, _>>()?;
+        for (n, block) in (0..).zip(&blocks) {
+            assert_eq!(state.map(&file, n)?, block.map);
+        }
         assert_eq!(state.find(&file.path)?.as_ref(), Some(&file));
         all.push((file, blocks));
     }
@@ -265,7 +269,7 @@ proptest! {
     /// What the checksums keep from them: whoever can write in the folder can forge those.
     #[test]
     fn decoders_never_panic(bytes: Vec<u8>, models in models(), at: prop::sample::Index, flip in 1u8..) {
-        let _ = format::decode_block(&bytes);
+        let _ = format::decode_hashes(&bytes);
         let _ = format::decode_file(&bytes);
         let _ = format::decode_facts(&bytes);
         let _ = format::decode_directory(&bytes);
@@ -315,7 +319,7 @@ fn an_intact_part_of_another_place_or_another_state_is_damage() {
     let bytes = whole[small.clone()].to_vec();
     moved[large.start..large.start + bytes.len()].copy_from_slice(&bytes);
     fs::write(&path, &moved).unwrap();
-    assert!(read_all(&folder).unwrap_err().to_string().contains("block of pages"));
+    assert!(read_all(&folder).unwrap_err().to_string().contains("list of page hashes"));
     // A write that never came: the same place of the state before.
     let (_other_scratch, other) = scratch();
     write(&other, id(2), &few());
@@ -356,7 +360,8 @@ fn a_block_that_no_file_has_is_not_read() {
     // A file that has changed its size in the hands of the caller.
     let mut file = files.into_iter().find(|file| file.path.split().1 == b"16385").unwrap();
     file.size -= PAGE_SIZE;
-    assert!(state.block(&file, 0).unwrap_err().to_string().contains("pages of its file"));
+    assert_eq!(state.block(&file, 0).unwrap_err().kind(), StateErrorKind::Damaged);
+    assert_eq!(state.map(&file, 0).unwrap_err().kind(), StateErrorKind::Damaged);
 }
 
 #[test]

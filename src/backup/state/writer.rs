@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use crate::backup::page_cache;
 use crate::backup::state::format::{
     BLOCK_BYTES_MAX, DIRECTORY_BYTES_MAX, FACTS_BYTES_MAX, FILE_BYTES_MAX, Flaw, Footer, Part, TAG_LEN,
-    encode_block, encode_directory, encode_facts, encode_file, encode_header, objection_to_block,
+    encode_directory, encode_facts, encode_file, encode_hashes, encode_header, objection_to_block,
     objection_to_file, seal,
 };
 use crate::backup::state::reader::PartSource;
@@ -61,21 +61,27 @@ impl StateWriter {
 
     /// Notes what is known of up to 16384 pages; what is returned belongs into the file's `records`.
     pub fn push_block(&mut self, block: &KnownBlock) -> Result<RecordAt, StateError> {
-        let refused = |what| StateError::Refused { file: "a block of pages".to_owned(), what };
         if let Some(what) = objection_to_block(block) {
-            return Err(refused(what));
+            return Err(StateError::Refused { file: "a block of pages".to_owned(), what });
         }
-        let payload = encode_block(block);
-        if payload.len() + TAG_LEN > BLOCK_BYTES_MAX as usize {
-            return Err(refused("its page map is too large"));
-        }
-        self.out.append(Part::Block, payload)
+        self.append_block(encode_hashes(&block.hashes), block.map.encode())
     }
 
     /// Takes over what another state knows of the `n`th pages of a file.
     pub fn copy_block(&mut self, from: &State, file: &KnownFile, n: u64) -> Result<RecordAt, StateError> {
-        let payload = from.raw_block(file, n)?;
-        self.out.append(Part::Block, payload)
+        let (hashes, map) = from.raw_block(file, n)?;
+        self.append_block(hashes, map)
+    }
+
+    fn append_block(&mut self, hashes: Vec<u8>, map: Vec<u8>) -> Result<RecordAt, StateError> {
+        if hashes.len() + map.len() + 2 * TAG_LEN > BLOCK_BYTES_MAX as usize {
+            let file = "a block of pages".to_owned();
+            return Err(StateError::Refused { file, what: "its page map is too large" });
+        }
+        // Side by side: a reader finds the map behind as many hashes as there are pages.
+        let first = self.out.append(Part::Hashes, hashes)?;
+        let second = self.out.append(Part::Map, map)?;
+        Ok(RecordAt { offset: first.offset, len: first.len + second.len })
     }
 
     /// Notes what is known of a file whose blocks have been noted; files may come in any order, each once.
