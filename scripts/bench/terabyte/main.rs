@@ -15,7 +15,7 @@ mod made_up;
 mod parent;
 mod state;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
