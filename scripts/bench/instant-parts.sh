@@ -125,8 +125,6 @@ remove_restored() {
     rm -rf "$folder/restored"
 }
 
-median_file() { median <"$folder/$1"; }
-
 # First queries of clones, and beside them one of a plain restore.
 part_first() {
     local place run name
@@ -309,16 +307,6 @@ await_cut_over() {
     sleep 2
     status=$(nested cut_over_waits_for "$(walden local clone status "$1" --output json)")
     [ -z "$status" ] || { say "the cut-over waits: $status"; exit 1; }
-}
-
-# The value of a field of a JSON document by its path, a.b; nothing for null.
-nested() {
-    python3 -c '
-import json, sys
-value = json.loads(sys.argv[2])
-for key in sys.argv[1].split("."):
-    value = value[key]
-print("" if value is None else value)' "$@"
 }
 
 # The time until a plain directory, with nobody at it.

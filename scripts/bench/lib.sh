@@ -68,7 +68,7 @@ build() {
         sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/$profile
 }
 
-as_postgres() { setpriv --reuid postgres --regid postgres --init-groups env -C / "$@"; }
+as_postgres() { setpriv --reuid postgres --regid postgres --init-groups env -C / HOME=/ "$@"; }
 sql() { as_postgres "$bin/psql" -XAtq -h "$folder/run" -d "${2:-postgres}" -c "$1"; }
 # walden PLACE ARGUMENT..., as root: a clone mounts.
 walden() { "$folder/walden" --config "$folder/walden-$1.toml" --no-progress "${@:2}"; }
@@ -77,12 +77,25 @@ peer() { as_postgres pgbackrest --config="$folder/peer-$1.conf" --stanza=bench "
 
 # The value of a field in a flat JSON document.
 field() { sed -n 's/.*"'"$1"'": *"\{0,1\}\([^",}]*\).*/\1/p' <<<"$2" | head -n 1; }
+# The value of a field of a JSON document by its path, a.b; nothing for null.
+nested() {
+    python3 -c '
+import json, sys
+value = json.loads(sys.argv[2])
+for key in sys.argv[1].split("."):
+    value = value[key]
+print("" if value is None else value)' "$@"
+}
 # The median of the numbers on standard input, and of one field of the JSON lines of a file.
 median() { sort -n | awk '{ a[NR] = $1 } END { m = int((NR + 1) / 2); print NR % 2 ? a[m] : (a[m] + a[m + 1]) / 2 }'; }
 median_of() { sed 's/.*"'"$1"'":\([0-9.]*\).*/\1/' "$2" | median; }
 # $1 / $2, or nothing where one of them was not measured.
 ratio() { awk -v a="$1" -v b="$2" 'BEGIN { if (b > 0) printf "%.2f", a / b }'; }
+# The same, so that nothing is met by rounding.
+exact_ratio() { awk -v a="$1" -v b="$2" 'BEGIN { if (b > 0) printf "%.3f", a / b }'; }
 megabytes() { awk -v b="$1" 'BEGIN { printf "%.0f", b / 1e6 }'; }
+mebibytes() { awk -v b="$1" 'BEGIN { printf "%.2f", b / 1048576 }'; }
+median_file() { median <"$folder/$1"; }
 # Seconds since a moment of $EPOCHREALTIME.
 since() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.3f", b - a }'; }
 
@@ -96,6 +109,35 @@ aim() {
     aims+=("{\"aim\":\"$1\",\"at_$2\":$3,\"measured\":${4:-null},\"met\":$met}")
     $met || told='NOT MET'
     verdict+="$(printf '%-52s %8s  at %-5s %4s  %s' "$1" "${4:--}" "$2" "$3" "$told")"$'\n'
+}
+
+# row PART WHAT VALUE UNIT [BESIDE VALUE]: a figure, what is beside it in the same run, and how many times that it is.
+row() {
+    local times=''
+    [ $# -lt 6 ] || times=$(exact_ratio "$3" "$6")
+    table+="$(printf '%-11s %-36s %10s %-9s %10s %-22s %s' "$1" "$2" "$3" "$4" "${6:-}" "${5:-}" "${times:+$times times}")"$'\n'
+    results+=("{\"part\":\"$1\",\"what\":\"$2\",\"value\":${3:-null},\"unit\":\"$4\",\"beside\":\"${5:-}\",\"beside_value\":${6:-null},\"ratio\":${times:-null}}")
+    figure[$1, $2]=$3
+    [ -z "$times" ] || figure[$1, $2, ratio]=$times
+}
+
+# The largest of the figures of a part whose names match.
+most() {
+    local name
+    for name in "${!figure[@]}"; do
+        # shellcheck disable=SC2053
+        [[ $name != "$1, "$2 ]] || echo "${figure[$name]}"
+    done | sort -g | tail -n 1
+}
+
+# Prints the table, what is aimed at, and one line of JSON that names the bench and has more of its fields: report BENCH FIELDS
+report() {
+    if ! $json; then
+        printf '%-11s %-36s %10s %-9s %10s %-22s\n' PART WHAT FIGURE '' BESIDE ''
+        printf '%s\n%s' "$table" "$verdict"
+        ! $small || echo "small: what is measured here is whether it can be measured"
+    fi
+    (IFS=,; echo "{\"bench\":\"$1\",\"small\":$small,\"build\":\"$profile\",\"runs\":$runs,$2\"caches\":\"dropped\",\"delay_ms\":$delay_ms,\"mbit\":$mbit,\"store\":${store_json:-null},\"results\":[${results[*]}],\"aims\":[${aims[*]}]}")
 }
 
 # Nothing that is read next was read before.
@@ -340,15 +382,18 @@ stop_server() {
     postmaster=''
 }
 
-# Runs one backup and appends what it took to a file: backup_by PROGRAM PLACE FILE
+# Runs one backup and appends what it took to a file: backup_by PROGRAM PLACE FILE [full|incremental]. What Walden
+# tells of it is in FILE.json.
 backup_by() {
+    local options=(--full) type=full
+    [ "${4:-full}" = full ] || options=() type=incr
     case $1 in
         walden)
-            as_postgres "$folder/bench-run" "$3" "$folder/walden" --config "$folder/walden-$2.toml" --no-progress backup \
-                >/dev/null
+            as_postgres "$folder/bench-run" "$3" "$folder/walden" --config "$folder/walden-$2.toml" --no-progress \
+                --output json backup "${options[@]}" >"$3.json"
             ;;
         peer)
-            as_postgres "$folder/bench-run" "$3" pgbackrest --config="$folder/peer-$2.conf" --stanza=bench --type=full \
+            as_postgres "$folder/bench-run" "$3" pgbackrest --config="$folder/peer-$2.conf" --stanza=bench --type=$type \
                 backup >/dev/null
             ;;
     esac

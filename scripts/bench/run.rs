@@ -3,9 +3,10 @@
 //!   bench-run FILE COMMAND [ARGUMENT...]
 //!   bench-run --each FILE COMMAND [ARGUMENT...]
 //!
-//! `seconds` by the clock, `cpu_seconds` (user and system) of the command and all the children it has waited for, and
+//! `seconds` by the clock, `cpu_seconds` (user and system) of the command and all the children it has waited for,
 //! `peak_rss_bytes`: the largest sum of the resident memory of the command and its descendants, looked at fifty times
-//! a second. The status is the command's.
+//! a second; `disk_read_bytes`: what they had the kernel fetch from disks, read ahead or by name included, and
+//! `file_read_bytes`, what their reads returned, from a cache or not. The status is the command's.
 //!
 //! With `--each` the command is run for each line of standard input, which is its last argument, one after the other, and
 //! each has a line with `ms`, from its start until it has ended. The first one that fails is the last, with its status.
@@ -43,7 +44,11 @@ fn run_once(file: &mut File, program: &OsStr, arguments: &[OsString]) -> ExitCod
     };
     let seconds = started.elapsed().as_secs_f64();
     let cpu = cpu_of_children();
-    let line = format!("{{\"seconds\":{seconds:.3},\"cpu_seconds\":{cpu:.2},\"peak_rss_bytes\":{peak}}}\n");
+    let [from_disks, from_files] = read_by_children();
+    let line = format!(
+        "{{\"seconds\":{seconds:.3},\"cpu_seconds\":{cpu:.2},\"peak_rss_bytes\":{peak},\
+         \"disk_read_bytes\":{from_disks},\"file_read_bytes\":{from_files}}}\n"
+    );
     file.write_all(line.as_bytes()).expect("FILE can be written");
     code_of(status)
 }
@@ -76,6 +81,17 @@ fn cpu_of_children() -> f64 {
     let ticks: u64 =
         fields.split_whitespace().skip(13).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
     ticks as f64 / TICKS_PER_SECOND
+}
+
+/// What was fetched from disks, and what reads returned, of all children that were waited for, and theirs.
+///
+/// The kernel adds a child's to its parent's when that has waited for it; this process itself has read some kilobytes.
+fn read_by_children() -> [u64; 2] {
+    let io = fs::read_to_string("/proc/self/io").expect("the kernel counts what its tasks read");
+    ["read_bytes: ", "rchar: "].map(|name| {
+        let value = io.lines().find_map(|line| line.strip_prefix(name)?.parse::<u64>().ok());
+        value.expect("it counts both")
+    })
 }
 
 /// Sums up a process and its descendants; what is gone by now counts nothing.

@@ -12,6 +12,7 @@ mod source;
 
 mod clones;
 mod forms;
+mod increments;
 mod keys;
 mod matrix;
 mod mounted;

@@ -1,11 +1,12 @@
 //! One request of the store that fails, at each position of a whole basebackup of a live server, and of making a clone:
 //! the run is right, or fails and says where; nothing half-made is listed or left, and the next run converges.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use walden::backup::{
-    self, BackupOptions, BackupSource, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
+    self, BackupOptions, BackupOutcome, BackupSource, Budget, Checkpoint, Node, RepositoryArchive, WalArchive,
 };
 use walden::catalog::host::Host;
 use walden::catalog::{RecoveryTarget, TargetAction, basebackups};
@@ -22,7 +23,7 @@ use walden::storage::{ErrorKind, Fault, Faulty, LocalStore, RetryOptions, Retryi
 
 use crate::site::Faulted;
 use crate::support::repository::{site_options, unencrypted};
-use crate::support::{Need, require};
+use crate::support::{Need, Resting, require};
 
 type TestStore = Arc<Faulty<LocalStore>>;
 
@@ -65,7 +66,13 @@ fn names_what(text: &str) -> bool {
     ["main/", "of basebackup ", "WAL file "].iter().any(|name| text.contains(name))
 }
 
-async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Result<(), backup::Error> {
+/// Takes a basebackup; an incremental one where a folder for states has that of an earlier one.
+async fn back_up(
+    store: Arc<dyn Store>,
+    site: &Faulted,
+    pool: &CpuPool,
+    states: Option<PathBuf>,
+) -> Result<BackupOutcome, backup::Error> {
     let repository = open(store).await?;
     let node = Node { connection: ConnectOptions::new(site.connection()), preferred: ServerRole::Primary };
     let options = BackupOptions {
@@ -75,7 +82,7 @@ async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Resul
         label: None,
         wal_received: false,
         full: false,
-        states: None,
+        states,
         checkpoint: Checkpoint::Fast,
         compression: Compression::zstd(1),
         budget: Budget::new(128 << 20, 2, 4),
@@ -87,8 +94,7 @@ async fn back_up(store: Arc<dyn Store>, site: &Faulted, pool: &CpuPool) -> Resul
     let archive = |cluster: ClusterId| -> Box<dyn WalArchive> {
         Box::new(RepositoryArchive { repository: repository.clone(), cluster })
     };
-    backup::run(&repository, &options, pool, archive, &VoidMonitor).await?;
-    Ok(())
+    backup::run(&repository, &options, pool, archive, &VoidMonitor).await
 }
 
 /// Opens every basebackup that is listed, reads a file of each, and returns how many there are.
@@ -119,11 +125,11 @@ async fn a_backup_survives_a_fault_at_every_call_or_fails_and_the_next_converges
         for calls in 0..CALLS_MAX {
             let before = store.faults();
             store.inject(Rule::always(fault.clone()).skip(calls).times(1));
-            let outcome = back_up(used(&store, retried), &site, &pool).await;
+            let outcome = back_up(used(&store, retried), &site, &pool, None).await;
             store.heal();
             let after = whole_basebackups(&store).await;
             match outcome {
-                Ok(()) => assert_eq!(after, whole + 1, "{fault:?} at call {calls}"),
+                Ok(_) => assert_eq!(after, whole + 1, "{fault:?} at call {calls}"),
                 Err(error) => {
                     failures += 1;
                     assert_eq!(after, whole, "{fault:?} at call {calls}: {error}");
@@ -141,6 +147,70 @@ async fn a_backup_survives_a_fault_at_every_call_or_fails_and_the_next_converges
     }
     let ids = site.listed();
     site.assert_restores(ids.iter().max().unwrap());
+}
+
+/// An incremental asks for more: its parent and that one's packs. None of the answers, and none that stays away, makes it
+/// name what is not there; and an attempt that failed leaves a state that the next builds upon.
+async fn incrementals_survive(fault: Fault, retried: bool) {
+    let site = Resting::start(|_, site| site.unencrypted());
+    site.walden.run(&["backup"]);
+    let (store, pool) = (store_of(&site), CpuPool::new(2, 2));
+    let states = Some(site.scratch().folder("states"));
+    let first = back_up(store.clone(), &site, &pool, states.clone()).await.unwrap();
+    assert!(first.record.parent.is_none(), "a folder without states");
+    let (mut whole, mut last) = (whole_basebackups(&store).await, first.record.id);
+    let mut failures = 0;
+    for calls in 0..CALLS_MAX {
+        site.change();
+        let before = store.faults();
+        store.inject(Rule::always(fault.clone()).skip(calls).times(1));
+        let outcome = back_up(used(&store, retried), &site, &pool, states.clone()).await;
+        store.heal();
+        let what = format!("{fault:?} at call {calls}, retried: {retried}");
+        let after = whole_basebackups(&store).await;
+        match outcome {
+            Ok(outcome) => {
+                assert_eq!(after, whole + 1, "{what}");
+                assert_eq!(outcome.record.parent, Some(last), "{what}: {:?}", outcome.decision);
+                last = outcome.record.id;
+                // A page that is named wrongly goes on being named so, and is found by a later look.
+                if calls.is_multiple_of(4) || store.faults() == before {
+                    site.assert_exact(&site.taken(&last.to_string()));
+                }
+            }
+            Err(error) => {
+                failures += 1;
+                assert_eq!(after, whole, "{what}: {error}");
+                assert!(names_what(&error.to_string()), "{what}: {error}");
+            }
+        }
+        whole = after;
+        if store.faults() == before {
+            let told = format!("{fault:?}, retried: {retried}: {calls} calls, {failures} failures");
+            // Asked again, every run succeeds.
+            assert!(calls >= 10 && retried == (failures == 0), "{told}");
+            return;
+        }
+    }
+    panic!("a basebackup makes more than {CALLS_MAX} calls");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_with_a_call_that_is_not_reached_fails_and_the_next_converges() {
+    require!(Need::PostgreSQL(15));
+    incrementals_survive(Fault::Before(ErrorKind::Unreachable), false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_with_a_lost_answer_is_right_or_fails_and_the_next_converges() {
+    require!(Need::PostgreSQL(15));
+    incrementals_survive(Fault::After(ErrorKind::OutcomeUnknown), false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_incremental_that_asks_again_survives_a_lost_answer_at_every_call() {
+    require!(Need::PostgreSQL(15));
+    incrementals_survive(Fault::After(ErrorKind::OutcomeUnknown), true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

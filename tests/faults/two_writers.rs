@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use crate::site::Faulted;
-use crate::support::{Account, Need, require};
+use crate::support::{Account, Need, Resting, Taken, require, wait_for};
 
 /// Makes the configuration of a second host: the same site and keys, its own state.
 fn second_host(site: &Faulted) -> PathBuf {
@@ -56,6 +56,67 @@ fn failure_21_two_hosts_back_up_one_site_at_once_and_both_basebackups_are_whole(
     for id in &ids {
         site.assert_restores(id);
     }
+}
+
+/// Takes what a basebackup that has ended printed for what the cluster has now.
+#[track_caller]
+fn taken_by(site: &Resting, output: &Output) -> Taken {
+    assert!(output.status.success(), "{}", text(output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    site.taken(report["id"].as_str().unwrap())
+}
+
+const BACKUP: [&str; 3] = ["--output", "json", "backup"];
+
+#[test]
+fn two_hosts_take_incrementals_of_one_site_each_upon_its_own_state() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let hosts = [site.walden.configuration_file(), second_host(&site)];
+    let data = site.data_directory();
+    let mut last = [None, None];
+    for _ in 0..3 {
+        for (host, last) in hosts.iter().zip(&mut last) {
+            site.change();
+            let taken = taken_by(&site, &start(&site, host, data, &BACKUP).wait_with_output().unwrap());
+            // What the other host has written meanwhile is none of its business.
+            assert_eq!(taken.parent, *last);
+            site.assert_exact(&taken);
+            *last = Some(taken.id);
+        }
+    }
+    site.change();
+    let outputs = both(&site, &hosts[1], [data, data], &BACKUP);
+    for (output, last) in outputs.iter().zip(last) {
+        let taken = taken_by(&site, output);
+        assert_eq!(taken.parent, last, "both at once");
+        site.assert_exact(&taken);
+    }
+}
+
+#[test]
+fn a_second_basebackup_of_a_site_on_one_host_is_refused_while_the_first_runs() {
+    require!(Need::PostgreSQL(15));
+    let site = Resting::start(|_, site| site);
+    let (host, data) = (site.walden.configuration_file(), site.data_directory());
+    site.back_up();
+    site.change();
+    let basebackups = site.walden.repository().join("main/basebackups");
+    let attempts = || fs::read_dir(&basebackups).unwrap().count();
+    let before = attempts();
+    let first = start(&site, &host, data, &BACKUP);
+    let signal = |name: &str| {
+        let status = Command::new("kill").args([name, &first.id().to_string()]).status().unwrap();
+        assert!(status.success(), "{name}");
+    };
+    wait_for("the first to begin", || (attempts() > before).then_some(()));
+    signal("-STOP");
+    let second = start(&site, &host, data, &BACKUP).wait_with_output().unwrap();
+    signal("-CONT");
+    let told = text(&second);
+    assert!(!second.status.success() && told.contains("another basebackup of this site"), "{told}");
+    assert!(told.contains("hint: "), "{told}");
+    site.assert_exact(&taken_by(&site, &first.wait_with_output().unwrap()));
 }
 
 #[test]

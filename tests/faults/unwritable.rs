@@ -198,7 +198,8 @@ fn a_repository_that_cannot_be_written_takes_no_basebackup_and_can_be_restored_f
     assert_eq!(site.listed().len(), before.len() + 1);
 }
 
-/// A basebackup is full and nothing of it is remembered, restore and clones never remember anything; a mount begins a log there, and does without its lines.
+/// Restore and clones remember nothing between runs, a basebackup is full and says that the next one stores more than it
+/// would; a mount begins a log there, and does without its lines.
 #[test]
 fn a_state_folder_that_cannot_be_written_stops_only_what_needs_it() {
     require!(Need::PostgreSQL(15), Need::Root, Need::Fuse, Need::Program("fusermount3"));
@@ -210,7 +211,9 @@ fn a_state_folder_that_cannot_be_written_stops_only_what_needs_it() {
     let mount = ["mount", point.to_str().unwrap()];
     let others_work = |n: usize| {
         let target = site.scratch().path().join(format!("restored-{n}"));
-        site.walden.run(&["backup"]);
+        let backup = site.walden.run(&["backup"]);
+        assert!(backup.stderr.contains("WARN") && backup.stderr.contains("next one"), "{}", backup.stderr);
+        assert!(backup.stdout.contains("full: "), "{}", backup.stdout);
         site.walden.run(&["restore", "--target-dir", target.to_str().unwrap()]);
         site.walden.run(&["clone", "create", "one"]);
         site.walden.run(&["clone", "delete", "one"]);
@@ -229,4 +232,7 @@ fn a_state_folder_that_cannot_be_written_stops_only_what_needs_it() {
     drop(full);
     drop(site.walden.mount(&point));
     assert_eq!(site.listed().len(), 1 + WRONGS.len());
+    // The state of the first one is as it was, and so is that basebackup.
+    let first = site.listed().into_iter().min().unwrap();
+    assert_eq!(site.walden.json(&["backup"])["parent"], first.as_str());
 }

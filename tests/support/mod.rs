@@ -20,6 +20,7 @@ mod checksum;
 mod pgbench;
 mod writers;
 
+mod resting;
 mod source;
 mod walden;
 
@@ -43,6 +44,7 @@ pub use moto::Moto;
 pub use needs::{Need, bin_directory, missing, program, unmet};
 pub use pgbench::Pgbench;
 pub use proxy::{Fault, Proxy, header};
+pub use resting::{Files, Resting, Taken, files_of};
 pub use run::Run;
 pub use s3::{RemoteS3, S3, s3_storage};
 pub use s3_server::{BUCKET, SECRET_ACCESS_KEY};
