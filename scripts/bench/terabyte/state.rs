@@ -124,7 +124,7 @@ impl MadeUpState {
                 inode: metadata.ino(),
                 device: metadata.dev(),
                 changed,
-                crc,
+                crc: Some(crc),
                 damaged_pages: 0,
                 content: KnownContent::Pages { stands: content.clone(), records },
             })?;
