@@ -68,9 +68,7 @@ mod tests;
 #[cfg(test)]
 mod writing_tests;
 
-pub use basebackup::{
-    BLOCKS_AHEAD, Basebackup, read_begin, read_manifest_start, read_outcome, read_refs,
-};
+pub use basebackup::{BLOCKS_AHEAD, Basebackup, read_begin, read_manifest_start, read_outcome, read_refs};
 pub use basebackup_writer::{BasebackupWriter, BeginOptions, Committed, Completion, ParentBasebackup};
 pub use chunk_runs::{
     ChunkRun, RUN_BYTES_MAX, RunLimits, StoredRun, plan_runs, plan_runs_within, runs_expected,
