@@ -108,7 +108,9 @@ impl Basebackup {
             futures::try_join!(read_manifest(repository, &record), read_refs(repository, &record))?;
         let (head, start, blocks) = manifest;
         let mut cache = BlockCache::new();
-        blocks.into_iter().for_each(|(n, block)| cache.put(n, block));
+        for (n, block) in blocks {
+            cache.fetched.put(n, block);
+        }
         Ok(Self {
             repository: repository.clone(),
             record,
@@ -291,7 +293,7 @@ impl Basebackup {
         let mut blocks = Vec::with_capacity(range.len());
         for n in range {
             let block = Bytes::from(self.head.open_frame(n + 1, bytes_range.start, &bytes)?);
-            self.lock_blocks().put(n, block.clone());
+            self.lock_blocks().fetched.put(n, block.clone());
             blocks.push(block);
         }
         Ok(blocks)
@@ -330,10 +332,6 @@ impl Basebackup {
 impl BlockCache {
     fn new() -> Self {
         Self { fetched: LruCache::new(BLOCKS_CACHED_MAX), entries: LruCache::new(BLOCKS_OF_ENTRIES_MAX) }
-    }
-
-    fn put(&mut self, n: usize, raw: Bytes) {
-        self.fetched.put(n, raw);
     }
 }
 

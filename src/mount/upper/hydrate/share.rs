@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(crate) const REQUESTS_AT_ONCE: usize = 12;
 /// The same while a read of somebody else waits for bytes. A page that is waited for shares the line with so many parts,
 /// and has a seventh of it. With none, a server that always waits for some cold page never came to the end of them; with
-/// two, TPC-B had 0.07 of native five seconds after the start of 1.9 GB at 20 ms, and with six it has 0.40: that all is
+/// two, TPC-B had 0.07 of native five seconds after the start of 1.9 GB at 20 ms, and with six 0.13 to 0.40: that all is
 /// warm sooner is worth more than that each read is answered a little sooner.
 pub(crate) const BESIDE_READS: usize = 6;
 
