@@ -613,13 +613,8 @@ mod tests {
         let space =
             [directory("PG_15_202209061"), directory("PG_15_202209061/5"), file("PG_15_202209061/5/1", b"x")];
         feed(&mut receiver, Some(16_400), &space.concat(), 100).unwrap();
-        feed(
-            &mut receiver,
-            Some(16_401),
-            &[directory("PG_15_202209061"), file("PG_15_202209061/2", b"y")].concat(),
-            700,
-        )
-        .unwrap();
+        let space = [directory("PG_15_202209061"), file("PG_15_202209061/2", b"y")];
+        feed(&mut receiver, Some(16_401), &space.concat(), 700).unwrap();
         let base = [
             file("backup_label", b"START WAL"),
             file("tablespace_map", b"16400 /space\n"),
