@@ -97,7 +97,10 @@ impl SuperviseError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Mount(MountFailure::Mount(error)) => error.hint(),
-            Self::Damaged { error, .. } => error.hint(),
+            Self::Repository(error) | Self::Mount(MountFailure::Repository(error)) => {
+                error.hint().map(str::to_owned)
+            }
+            Self::Damaged { .. } => Some(repo::Error::DAMAGED_HINT.to_owned()),
             _ => None,
         }
     }

@@ -88,6 +88,10 @@ pub enum ErrorKind {
 }
 
 impl Error {
+    /// What to do about damage, whoever met it.
+    pub const DAMAGED_HINT: &str =
+        "Use another basebackup, or repair the object from a copy of the repository.";
+
     /// Returns what can be done.
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -142,9 +146,7 @@ impl Error {
     /// Returns what the user should do, where that is not plain from the message.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Damaged { .. } => {
-                "Use another basebackup, or repair the object from a copy of the repository."
-            }
+            Self::Damaged { .. } => Self::DAMAGED_HINT,
             Self::Untrusted { .. } => {
                 "If the object is yours, add its signer to trusted_signers; otherwise somebody else wrote it."
             }
