@@ -297,12 +297,16 @@ fn wal_summaries_spare_reading_files_whose_ctime_is_new() {
 fn a_full_basebackup_that_was_killed_while_it_copied_is_gone_on_with() {
     require!(Need::PostgreSQL(15));
     let mut cluster = Cluster::start(15);
-    // Bytes that do not compress, so that a pack is full soon: 400 MB.
-    cluster.sql("create table large (n int, text bytea); alter table large alter text set storage external");
-    cluster.sql(
-        "insert into large select n, (select string_agg(sha512((n * 1000 + k)::text::bytea), '')
-            from generate_series(1, 64) k) from generate_series(1, 100000) n; checkpoint",
-    );
+    // Bytes that do not compress, so that a pack is full soon, in files of 50 MB: one is gone on with when it was read whole.
+    for table in 1..=8 {
+        cluster.sql(&format!(
+            "create table large{table} (n int, text bytea);
+            alter table large{table} alter text set storage external;
+            insert into large{table} select n, (select string_agg(sha512(({table}00000000 + n * 1000 + k)::text::bytea), '')
+                from generate_series(1, 64) k) from generate_series(1, 12500) n"
+        ));
+    }
+    cluster.sql("checkpoint");
     let walden = archiving(&cluster);
     let basebackups = walden.repository().join("main/basebackups");
     let mut child = walden.command().arg("backup").spawn().unwrap();
@@ -312,7 +316,7 @@ fn a_full_basebackup_that_was_killed_while_it_copied_is_gone_on_with() {
     child.wait().unwrap();
     let unfinished = walden.json(&["list"])["unfinished"].clone();
     let [killed] = &unfinished.as_array().unwrap()[..] else { panic!("{unfinished}") };
-    cluster.sql("update large set n = -n where n % 1000 = 0; checkpoint");
+    cluster.sql("update large1 set n = -n where n % 1000 = 0; checkpoint");
     let outcome = walden.json(&["backup"]);
     assert_eq!(&outcome["parent"], killed, "{outcome}");
     assert!(number(&outcome, "reused_chunks") > 300, "{outcome}");
