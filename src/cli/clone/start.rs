@@ -12,6 +12,7 @@ use clap::Args;
 
 use crate::control::{CloneState, CloneStatus, HydrationState, Request};
 use crate::instance::clone_folder::CloneFolder;
+use crate::repo;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
@@ -173,8 +174,9 @@ fn failure(folder: &CloneFolder, status: &str) -> CommandError {
         if last.as_ref().is_some_and(|last| last.damaged) { ExitKind::Damaged } else { ExitKind::Failed };
     let (message, hint) = last.map(|last| (last.message, last.hint)).unwrap_or_default();
     let message = message.unwrap_or_else(|| format!("the supervisor ended with {status}"));
-    let logs = [folder.server_log(), folder.mount_log()];
-    let see = format!("See \"{}\" and \"{}\".", logs[0].display(), logs[1].display());
-    CommandError::new(kind, format!("clone \"{}\" did not start: {message}", folder.name()))
-        .hint(hint.unwrap_or(see))
+    let hint = hint.unwrap_or_else(|| match kind {
+        ExitKind::Damaged => repo::Error::DAMAGED_HINT.to_owned(),
+        _ => format!("See \"{}\" and \"{}\".", folder.server_log().display(), folder.mount_log().display()),
+    });
+    CommandError::new(kind, format!("clone \"{}\" did not start: {message}", folder.name())).hint(hint)
 }
