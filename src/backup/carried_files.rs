@@ -129,7 +129,12 @@ impl CarriedFiles {
         Ok(())
     }
 
-    /// Stores what is left; returns the files, and the chunks that maps in map chunks name.
+    /// Adds a directory.
+    pub(super) fn push_directory(&mut self, path: TreePath, modified: Timestamp) {
+        self.entries.push(Entry { path, mode: 0o700, modified, node: Node::Directory });
+    }
+
+    /// Stores what is left; returns the entries, and the chunks that maps in map chunks name.
     pub(super) async fn finish(mut self) -> Result<(Vec<Entry>, NamedChunks), Error> {
         while !self.maps.is_empty() {
             self.write_maps().await?;

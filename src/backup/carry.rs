@@ -162,6 +162,8 @@ impl WalCarrier {
             return Err(SourceError::from(SessionError::Unexpected { detail }).into());
         }
         self.push_history().await?;
+        // What a data directory has in pg_wal is not copied, this folder neither.
+        self.files.push_directory(TreePath::new(format!("{FOLDER}/archive_status"))?, self.at);
         let (entries, named) = self.files.finish().await?;
         Ok(Carried { entries, named, wal: CarriedWal { segments: self.segments, end: self.end } })
     }
