@@ -9,7 +9,7 @@ use std::fmt;
 use jiff::Timestamp;
 
 use crate::catalog::recovery_plan::{RecoveryPlan, TimelineSpan};
-use crate::catalog::recovery_target::{RecoveryTarget, Target};
+use crate::catalog::recovery_target::{RecoveryTarget, Target, TargetAction};
 use crate::catalog::recovery_window::{Hole, RecoveryWindow, SegmentRange};
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::catalog::wal_coverage::WalCoverage;
@@ -289,6 +289,11 @@ pub fn plan_recovery(
         (TargetPlace::Within, _) if target.target == Target::Immediate => {
             // Recovery ends at the stop position and needs nothing behind it.
             decision.plan = plan_through(record, tree, window, &up_to(record, &window.reached));
+            // The server stops before the record behind; without one, as a standby's own WAL may have none, it says that the
+            // target was not reached. The end of that WAL is the same place.
+            if window.end <= record.stop_lsn && target.action == TargetAction::Promote {
+                decision.target.target = Target::Latest;
+            }
         }
         (TargetPlace::Within, _) | (TargetPlace::Unproven, None) => {}
         (TargetPlace::TooEarly(ended), _) => {
