@@ -135,13 +135,13 @@ async fn take(
     Ok(backup::run(&repository, options, &pool, archive, &*monitor).await?)
 }
 
-/// Returns where this host remembers basebackups; nowhere where its state folder cannot be used, which is said.
-fn states(context: &Context) -> Result<Option<PathBuf>, CommandError> {
+/// Returns where this host remembers basebackups, or why its state folder cannot be used, which is said.
+fn states(context: &Context) -> Result<Result<PathBuf, String>, CommandError> {
     match context.config()?.paths.open_state() {
-        Ok(state) => Ok(Some(state.path.join("basebackups"))),
+        Ok(state) => Ok(Ok(state.path.join("basebackups"))),
         Err(error) => {
             tracing::warn!("the basebackup is full, and so will the next one be: {error}");
-            Ok(None)
+            Ok(Err(error.to_string()))
         }
     }
 }
