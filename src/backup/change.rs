@@ -154,8 +154,14 @@ pub fn is_untouched(file: &SourceFile, known: &KnownFile, last_start: Timestamp)
     };
     // Inode 0 stands for a file of a source without inodes.
     let same = known.inode != 0 && (known.inode, known.device) == (identity.inode, identity.device);
-    let settled = known.changed.saturating_add(CTIME_MARGIN).is_ok_and(|settled| settled <= last_start);
+    let settled = is_settled(known, last_start);
     same && settled && known.changed == identity.changed && known.size == file.size
+}
+
+/// Returns whether any write to `known` that came after it was read shows in its ctime; it was read by a basebackup that
+/// began at `last_start`, or by one before.
+pub fn is_settled(known: &KnownFile, last_start: Timestamp) -> bool {
+    known.changed.saturating_add(CTIME_MARGIN).is_ok_and(|settled| settled <= last_start)
 }
 
 impl Decision {
@@ -165,6 +171,11 @@ impl Decision {
             Self::Full(_) => None,
             Self::Incremental(incremental) => Some(incremental.parent),
         }
+    }
+
+    /// Returns whether one that was killed is gone on with.
+    pub fn resumes(&self) -> bool {
+        matches!(self, Self::Incremental(Incremental { resumes: true, .. }))
     }
 
     /// Returns why the basebackup is full.
@@ -209,7 +220,7 @@ impl fmt::Display for Reason {
             }
             Self::OtherChecksums { are_on: true } => write!(f, "data checksums were switched on"),
             Self::OtherChecksums { are_on: false } => write!(f, "data checksums were switched off"),
-            Self::OtherSealing => write!(f, "the last basebackup has other recipients"),
+            Self::OtherSealing => write!(f, "the last basebackup has other recipients, or another cipher"),
             Self::OtherChunkSize { was, is } => {
                 write!(f, "the last basebackup has {was} pages in a chunk, and now it is {is}")
             }
@@ -285,7 +296,11 @@ mod tests {
             (today(), &Standing::Complete(Digest::of(b"another")), "not the one that was written"),
             (Today { timeline: second, ..today() }, &complete, "timeline 2 does not come out of timeline 1"),
             (Today { has_checksums: false, ..today() }, &complete, "checksums were switched off"),
-            (Today { sealing: Digest::of(b"others"), ..today() }, &complete, "other recipients"),
+            (
+                Today { sealing: Digest::of(b"others"), ..today() },
+                &complete,
+                "other recipients, or another cipher",
+            ),
             (Today { chunk_pages: 16, ..today() }, &complete, "8 pages in a chunk, and now it is 16"),
         ] {
             let reason = judge(&facts(), &today, false, standing).unwrap_err();

@@ -133,11 +133,6 @@ impl ChangedBlocks {
         if self.bytes > 2 * self.bytes_max { Err(too_many) } else { Ok(()) }
     }
 
-    /// Returns how many forks of relations are named.
-    pub fn fork_count(&self) -> usize {
-        self.forks.len()
-    }
-
     /// Says what has to be read of a file that has `pages` pages and had `known_pages`, all of them whole.
     ///
     /// `segment_pages` is what `pg_control` has as `relseg_size`.

@@ -3,7 +3,8 @@
 //! The server is asked, the data directory walked and what this host remembers looked at as for a real one; no backup is
 //! started on the server, no file of it is read, and nothing is written but the lock that keeps two basebackups of a site
 //! apart. Sizes are those of the moment. What the server's WAL might say of unchanged files is asked in backup mode alone,
-//! so a real one may read less.
+//! so a real one may read less. What a killed one has left would be gone on with by its journal alone: damage in the rest
+//! shows when it is taken up, which is not done here.
 
 use std::path::PathBuf;
 
@@ -114,7 +115,7 @@ async fn prepare(
     let (cluster, timeline) = (origin.cluster, origin.facts.identity.timeline);
     let today = Today::of(repository, cluster, timeline, origin.control.data_checksum_version != 0);
     let states = SiteState::take(repository, options.states.as_deref()).await?;
-    states.prepare(repository, &today, options.full, Some(&origin.data_directory)).await
+    states.foresee(repository, &today, options.full, Some(&origin.data_directory)).await
 }
 
 fn tablespaces_of(tree: &SourceTree) -> Vec<(u32, String, u64)> {

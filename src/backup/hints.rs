@@ -48,6 +48,10 @@ impl Hints {
         }
         let (facts, started) = (parent.facts(), session.started());
         if !reaches_behind(facts.stop_lsn, started.lsn) {
+            let (start, stop) = (started.lsn, facts.stop_lsn);
+            tracing::info!(
+                "the server is not asked which blocks have changed: this basebackup begins at {start}, before the end of the last one at {stop}"
+            );
             return Ok(None);
         }
         let directory = data_directory.to_owned();
@@ -55,6 +59,13 @@ impl Hints {
         let history = histories.iter().map(|(history, _)| history).find(|it| it.timeline == started.timeline);
         let (from, to) = ((facts.timeline, facts.start_lsn), (started.timeline, started.lsn));
         let Some(spans) = WalSpan::between(history, from, to) else {
+            tracing::info!(
+                "the server is not asked which blocks have changed: no history leads from {} of timeline {} to {} of timeline {}",
+                from.1,
+                from.0,
+                to.1,
+                to.0
+            );
             return Ok(None);
         };
         let read = read_summaries(session.session(), &spans, clock, PATIENCE).await;
@@ -66,6 +77,12 @@ impl Hints {
                 Ok(None)
             }
         }
+    }
+
+    /// Has them say what a test wants.
+    #[cfg(test)]
+    pub(super) fn of(changed: ChangedBlocks) -> Self {
+        Self { changed, segment_pages: 131_072 }
     }
 
     /// Returns whether every page of `file` is as it is `known`.
@@ -91,9 +108,10 @@ fn reaches_behind(stop: Lsn, start: Lsn) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use crate::backup::changed_blocks::SummaryEntry;
     use crate::backup::data_directory::FileIdentity;
     use crate::backup::state::KnownContent;
-    use crate::pg::Crc32c;
+    use crate::pg::{Crc32c, Fork, Oid};
     use crate::repo::entry::TreePath;
 
     use super::*;
@@ -107,7 +125,17 @@ mod tests {
 
     #[test]
     fn only_relations_of_the_same_size_are_vouched_for() {
-        let hints = Hints { changed: ChangedBlocks::default(), segment_pages: 131_072 };
+        let mut changed = ChangedBlocks::default();
+        let mut change = |relfilenode: u32, block: u32, is_limit: bool| {
+            let (tablespace, database, fork) = (Oid::DEFAULT_TABLESPACE, Oid(5), Fork::Main);
+            let relfilenode = Oid(relfilenode);
+            let entry = SummaryEntry { tablespace, database, relfilenode, fork, block, is_limit };
+            changed.insert(&entry).unwrap();
+        };
+        change(16_386, 1, false);
+        change(16_387, 1, true);
+        change(16_388, 2, false);
+        let hints = Hints::of(changed);
         let file = |path: &str, size: u64| SourceFile {
             path: TreePath::new(path).unwrap(),
             root: 0,
@@ -127,6 +155,10 @@ mod tests {
             content: KnownContent::Inline(bytes::Bytes::new()),
         };
         assert!(hints.vouch_for(&file("data/base/5/16385", 16_384), &known(16_384)));
+        // One of its pages has changed, it was cut to its first page, one behind its end has changed.
+        assert!(!hints.vouch_for(&file("data/base/5/16386", 16_384), &known(16_384)));
+        assert!(!hints.vouch_for(&file("data/base/5/16387", 16_384), &known(16_384)));
+        assert!(hints.vouch_for(&file("data/base/5/16388", 16_384), &known(16_384)));
         assert!(!hints.vouch_for(&file("data/base/5/16385", 16_384), &known(8192)));
         assert!(!hints.vouch_for(&file("data/base/5/16385", 8192), &known(16_384)));
         assert!(!hints.vouch_for(&file("data/base/5/16385", 8000), &known(8000)));

@@ -4,7 +4,9 @@
 //! repository in memory. The model knows which pages differ from those of the parent.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::future::poll_fn;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +14,10 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 
 use crate::backup::change::{Decision, Incremental, Reason, Today};
+use crate::backup::changed_blocks::ChangedBlocks;
 use crate::backup::data_directory::FileIdentity;
 use crate::backup::error::Error;
+use crate::backup::hints::Hints;
 use crate::backup::packer::{Packer, Stored, WorkDone};
 use crate::backup::pipeline::{Budget, CopySource, copy};
 use crate::backup::plan::{PlanOptions, SMALL_FILE_BYTES};
@@ -56,6 +60,8 @@ struct Host {
     next_inode: u64,
     /// Whether files were changed without a trace: what is remembered of them is wrong until all are read.
     forged: bool,
+    /// What the server's WAL says.
+    hints: Option<Hints>,
     today: Box<dyn Fn(Today) -> Today>,
     taken: Vec<Taken>,
 }
@@ -69,6 +75,8 @@ struct Taken {
     decision: Decision,
     work: WorkDone,
     written_again: usize,
+    /// How often others had their turn while files were copied.
+    turns: u64,
 }
 
 /// A basebackup whose files have been read.
@@ -80,6 +88,7 @@ struct Copied {
     packer: Packer,
     at: Timestamp,
     start_set_again: bool,
+    turns: u64,
 }
 
 impl Host {
@@ -95,6 +104,7 @@ impl Host {
             identities: BTreeMap::new(),
             next_inode: 100,
             forged: false,
+            hints: None,
             today: Box::new(|today| today),
             taken: Vec::new(),
         }
@@ -129,7 +139,7 @@ impl Host {
     async fn copied(&mut self, full: bool) -> Result<Copied, Error> {
         self.clock.advance(HOUR);
         let at = self.clock.now();
-        let states = SiteState::take(&self.repository, Some(self.states.path())).await?;
+        let states = SiteState::take(&self.repository, Ok(self.states.path())).await?;
         let cluster = "7301234567890123456-16".parse().unwrap();
         let today = (self.today)(Today::of(&self.repository, cluster, TimelineId::FIRST, true));
         let prepared = states.prepare(&self.repository, &today, full, None).await?;
@@ -155,7 +165,8 @@ impl Host {
         let source = MemorySource::of(self.files.clone(), self.identities.clone());
         let files = source.walk();
         let options = PlanOptions { postgres: Some(5), ..PlanOptions::default() };
-        let Reading { plan, start_set_again } = plan_reading(&files, &options, begun.parent.as_deref(), None);
+        let (parent, hints) = (begun.parent.as_deref(), self.hints.as_ref());
+        let Reading { plan, start_set_again } = plan_reading(&files, &options, parent, hints);
         let context = Arc::new(JobContext {
             source: Arc::new(source),
             page_check: None,
@@ -165,8 +176,17 @@ impl Host {
         });
         let progress = RecordingMonitor::default().start(Task::bytes("backup", plan.bytes));
         let source = CopySource { plan: &plan, files: &files, context: &context, start_set_again };
-        copy(source, &CpuPool::new(2, 2), BUDGET, &mut packer, &progress).await?;
-        Ok(Copied { states, begun, today, writer, packer, at, start_set_again })
+        let pool = CpuPool::new(2, 2);
+        let mut turns = 0;
+        {
+            let mut copying = pin!(copy(source, &pool, BUDGET, &mut packer, &progress));
+            poll_fn(|context| {
+                turns += 1;
+                copying.as_mut().poll(context)
+            })
+            .await?;
+        }
+        Ok(Copied { states, begun, today, writer, packer, at, start_set_again, turns })
     }
 
     /// Takes a basebackup that is killed before its last packs are up.
@@ -181,7 +201,8 @@ impl Host {
 
     /// Takes a basebackup; `saved`: its state is kept.
     async fn try_back_up(&mut self, full: bool, saved: bool) -> Result<&Taken, Error> {
-        let Copied { states, begun, today, writer, packer, at, start_set_again } = self.copied(full).await?;
+        let copied = self.copied(full).await?;
+        let Copied { states, begun, today, writer, packer, at, start_set_again, turns } = copied;
         let compression = Compression::zstd(1);
         let Stored { packed, named, state } = packer.finish().await?;
         for (entry, crc) in packed.entries.iter().zip(&packed.checksums).filter(|_| !self.forged) {
@@ -212,6 +233,7 @@ impl Host {
             decision: begun.decision,
             work,
             written_again,
+            turns,
         });
         Ok(self.taken.last().unwrap())
     }
@@ -448,6 +470,81 @@ async fn a_forged_ctime_is_caught_by_the_seventh_basebackup() {
     host.assert_restores(host.taken.last().unwrap()).await;
 }
 
+/// On a standby the WAL vouches for a file up to a start that was long before it is looked at: what came behind is
+/// replayed for the basebackup at hand, and by nobody for the next one.
+#[tokio::test]
+async fn what_the_wal_vouched_for_is_not_taken_for_what_was_read() {
+    for late in [false, true] {
+        let mut host = Host::new().await;
+        a_host_of_a_few_files(&mut host);
+        let files = ["data/base/16384/16386", "data/base/16384/16390"];
+        host.write(files[1], bytes(6, 40 * PAGE));
+        if late {
+            // Just before it is read, so that a write behind that may leave the same ctime.
+            let at = host.clock.now() + HOUR;
+            files.iter().for_each(|path| host.identities.get_mut(*path).unwrap().changed = at);
+        }
+        host.back_up().await;
+        for path in files {
+            if late {
+                host.files.get_mut(path).unwrap()[100] ^= 1;
+            } else {
+                host.change(path, |raw| raw[100] ^= 1);
+            }
+        }
+        host.forged = true;
+        host.hints = Some(Hints::of(ChangedBlocks::default()));
+        let vouched = host.back_up().await.work;
+        assert_eq!((vouched.pages_changed, vouched.bytes_read), (0, 0), "late: {late}");
+        host.hints = None;
+        let read = host.back_up().await.work;
+        // The small one's three pages are one thing.
+        assert_eq!((read.pages_changed, read.bytes_read), (3 + 1, 43 * PAGE as u64), "late: {late}");
+        host.assert_restores(host.taken.last().unwrap()).await;
+        // And what was read is passed over again.
+        assert_eq!(host.back_up().await.work.bytes_read, 0, "late: {late}");
+    }
+}
+
+#[tokio::test]
+async fn files_that_are_kept_let_others_have_their_turn() {
+    let mut host = Host::new().await;
+    for n in 0..300 {
+        host.write(&format!("data/base/5/{}", 20_000 + n), bytes(n, 50));
+    }
+    host.back_up().await;
+    let taken = host.back_up().await;
+    assert_eq!(taken.work.files_kept, 300);
+    assert!(taken.turns >= 300, "{} turns", taken.turns);
+}
+
+#[tokio::test]
+async fn a_file_of_which_only_a_part_is_known_names_nothing_of_what_it_was() {
+    let mut host = Host::new().await;
+    let (path, block) = ("data/base/16384/16385", MAP_BLOCK_BYTES as usize);
+    let mut raw = vec![0; block + 4096 * PAGE];
+    raw[..40 * PAGE].copy_from_slice(&bytes(7, 40 * PAGE));
+    raw[block..block + 40 * PAGE].copy_from_slice(&bytes(8, 40 * PAGE));
+    host.write(path, raw);
+    host.back_up().await;
+    // The state begins with the hashes of the first block and its map; behind them come the hashes of the second.
+    let folder = host.states.path().join(host.repository.site().to_string());
+    let state = folder.join(format!("{}.pages", host.taken[0].record.id));
+    let mut bytes_of_state = std::fs::read(&state).unwrap();
+    bytes_of_state[MAP_BLOCK_BYTES as usize / PAGE * 8 + 5000] ^= 1;
+    std::fs::write(&state, bytes_of_state).unwrap();
+    // Whatever it was, it is something else now, and nobody says so before it is read.
+    host.files.get_mut(path).unwrap()[..40 * PAGE].copy_from_slice(&bytes(9, 40 * PAGE));
+    host.forged = true;
+    let taken = host.back_up().await;
+    assert_eq!((taken.work.files_kept, taken.work.chunks_reused), (0, 0));
+    let id = taken.record.id;
+    let basebackup = Basebackup::open(&host.repository, id).await.unwrap();
+    let packs = basebackup.refs().records();
+    assert!(packs.iter().all(|record| record.id.origin == id), "{packs:?}");
+    host.assert_restores(host.taken.last().unwrap()).await;
+}
+
 #[tokio::test]
 async fn what_speaks_against_an_incremental_one_is_named() {
     let mut host = Host::new().await;
@@ -657,10 +754,35 @@ async fn dead_packs_are_written_again_and_what_is_stored_stays_bounded() {
 async fn two_basebackups_of_a_site_on_a_host_are_kept_apart() {
     let mut host = Host::new().await;
     a_host_of_a_few_files(&mut host);
-    let held = SiteState::take(&host.repository, Some(host.states.path())).await.unwrap();
+    let held = SiteState::take(&host.repository, Ok(host.states.path())).await.unwrap();
     assert!(matches!(host.try_back_up(false, true).await, Err(Error::State(_))));
     drop(held);
     host.back_up().await;
+}
+
+#[tokio::test]
+async fn a_state_folder_that_cannot_be_used_is_the_reason_that_is_kept() {
+    let mut host = Host::new().await;
+    a_host_of_a_few_files(&mut host);
+    host.back_up().await;
+    let cluster = "7301234567890123456-16".parse().unwrap();
+    let today = Today::of(&host.repository, cluster, TimelineId::FIRST, true);
+    // A file is in the way of the folder; or whoever calls knows why there is none.
+    let file = host.states.path().join("in the way");
+    std::fs::write(&file, "").unwrap();
+    let said = "permission denied".to_owned();
+    for (states, expected) in [(Ok(&*file), "in the way"), (Err(&said), "permission denied")] {
+        let states = SiteState::take(&host.repository, states).await.unwrap();
+        for prepared in [
+            states.prepare(&host.repository, &today, false, None).await.unwrap(),
+            states.foresee(&host.repository, &today, false, None).await.unwrap(),
+        ] {
+            let Some(Reason::StateUnusable(why)) = prepared.decision.reason() else {
+                panic!("{}", prepared.decision)
+            };
+            assert!(why.contains(expected), "{why}");
+        }
+    }
 }
 
 #[tokio::test]
@@ -668,7 +790,7 @@ async fn a_parent_that_expires_before_it_is_announced_makes_a_full_one() {
     let mut host = Host::new().await;
     a_host_of_a_few_files(&mut host);
     let first = host.back_up().await.record.id;
-    let states = SiteState::take(&host.repository, Some(host.states.path())).await.unwrap();
+    let states = SiteState::take(&host.repository, Ok(host.states.path())).await.unwrap();
     let cluster = "7301234567890123456-16".parse().unwrap();
     let today = Today::of(&host.repository, cluster, TimelineId::FIRST, true);
     let prepared = states.prepare(&host.repository, &today, false, None).await.unwrap();
@@ -715,6 +837,35 @@ async fn a_full_one_that_was_killed_is_gone_on_with() {
     host.assert_restores(host.taken.last().unwrap()).await;
 }
 
+/// Everything in a folder but the lock.
+fn files_below(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|path| path.file_name().is_some_and(|name| name != "lock"));
+    files.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+}
+
+#[tokio::test]
+async fn who_only_looks_is_told_of_a_killed_one_and_leaves_it_as_it_was() {
+    let mut host = Host::new().await;
+    a_host_of_several_packs(&mut host);
+    let killed = host.kill().await;
+    let folder = host.states.path().join(host.repository.site().to_string());
+    let before = files_below(&folder);
+    let cluster = "7301234567890123456-16".parse().unwrap();
+    let today = Today::of(&host.repository, cluster, TimelineId::FIRST, true);
+    let expected = Decision::Incremental(Incremental { parent: killed, read_all: true, resumes: true });
+    for _ in 0..2 {
+        let states = SiteState::take(&host.repository, Ok(host.states.path())).await.unwrap();
+        let foreseen = states.foresee(&host.repository, &today, false, None).await.unwrap();
+        assert_eq!(foreseen.decision, expected);
+        // Everything would be read.
+        assert!(foreseen.parent.is_none());
+        assert!(files_below(&folder) == before, "something was written");
+    }
+    assert_eq!(host.back_up().await.decision, expected);
+    host.assert_all_restore().await;
+}
+
 #[tokio::test]
 async fn what_a_killed_one_left_is_left_out_where_it_does_not_fit() {
     let mut host = Host::new().await;
@@ -735,10 +886,15 @@ async fn what_a_killed_one_left_is_left_out_where_it_does_not_fit() {
 async fn a_damaged_journal_or_state_of_a_killed_one_never_gives_a_wrong_page() {
     let mut host = Host::new().await;
     a_host_of_several_packs(&mut host);
-    for (n, (name, share)) in
-        [("journal", 0.2), ("journal", 0.9), ("unfinished", 0.1), ("unfinished", 0.5), ("unfinished", 0.9)]
-            .into_iter()
-            .enumerate()
+    for (n, (name, share, expected)) in [
+        ("journal", 0.2, false),
+        ("journal", 0.9, true),
+        ("unfinished", 0.1, true),
+        ("unfinished", 0.5, true),
+        ("unfinished", 0.9, true),
+    ]
+    .into_iter()
+    .enumerate()
     {
         host.kill().await;
         let folder = host.states.path().join(host.repository.site().to_string());
@@ -749,7 +905,10 @@ async fn a_damaged_journal_or_state_of_a_killed_one_never_gives_a_wrong_page() {
         raw[at] ^= 1;
         std::fs::write(&file, &raw).unwrap();
         host.change("data/base/16384/17001", |raw| raw[n * PAGE] ^= 1);
-        host.try_back_up(false, false).await.unwrap();
+        let taken = host.try_back_up(false, false).await.unwrap();
+        let resumes = matches!(taken.decision, Decision::Incremental(Incremental { resumes: true, .. }));
+        // Behind its last pack nothing is believed, whole or not.
+        assert_eq!(resumes, expected, "{name} at {share}: {}", taken.decision);
         host.assert_restores(host.taken.last().unwrap()).await;
         host.taken.clear();
     }

@@ -1,9 +1,9 @@
 //! The basebackup that an incremental one builds upon: what this host remembers of it, held against the repository.
 //!
 //! Before anything is read: the state is opened and read from end to end, but for the hashes, which shows damage and
-//! tells how much of each pack is still in use; the record must be the one the state is of; all packs are looked for in the store. What comes
-//! out is either why the basebackup is full, or a [`KnownParent`] that answers for one file and one block after the
-//! other. Whatever cannot be read later costs only what it describes: those pages are stored again.
+//! tells how much of each pack is still in use; the record must be the one the state is of; all packs are looked for in
+//! the store. What comes out is either why the basebackup is full, or a [`KnownParent`] that answers for one file and one
+//! block after the other. Whatever cannot be read later costs only what it describes: those pages are stored again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -19,8 +19,8 @@ use crate::backup::rewriting::{Rewriting, origins_max, plan_rewriting};
 use crate::backup::run::blocking;
 use crate::backup::server_record::empty_record;
 use crate::backup::state::{
-    Attempt, HashKey, KnownBlock, KnownContent, KnownFile, RecordAt, State, StateError, StateFacts,
-    StateFolder, StateWriter,
+    Attempt, BackupLock, HashKey, KnownBlock, KnownContent, KnownFile, RecordAt, State, StateError,
+    StateFacts, StateFolder, StateWriter,
 };
 use crate::catalog::timeline_tree::TimelineTree;
 use crate::repo::{
@@ -51,6 +51,15 @@ pub struct Prepared {
     pub decision: Decision,
     /// The basebackup that is built upon; none for a full one.
     pub parent: Option<Arc<KnownParent>>,
+}
+
+/// What a decision is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// A basebackup that is about to be taken.
+    ToTake,
+    /// To be told: nothing is written anywhere.
+    Only,
 }
 
 impl Prepared {
@@ -84,7 +93,7 @@ pub async fn prepare(
         (Err(reason), _) => return Ok(Prepared::full(reason)),
         (Ok(_), None) => return Ok(Prepared::full(Reason::ParentAbsent(id))),
     };
-    let (state, live) = match survey_of(state).await? {
+    let (state, live) = match blocking(move || Ok(surveyed(state))).await? {
         Ok(surveyed) => surveyed,
         Err(error) => return Ok(Prepared::full(Reason::StateUnusable(error.to_string()))),
     };
@@ -98,39 +107,55 @@ pub async fn prepare(
 /// Takes up what a full basebackup has left that was killed on this host; none where nothing was left, or it does not
 /// fit, which is said.
 ///
-/// Its pages are named only where the page that is read now is the same, and stand in packs that the store has.
+/// Its pages are named only where the page that is read now is the same, and stand in packs that the store has. Who only
+/// looks is told of no parent, and not of damage: everything would be read whatever there is.
 ///
 /// # Errors
-/// Where the store cannot tell.
+/// Where the store cannot tell; what was left stays as it was.
 pub async fn take_up(
     repository: &Repository,
-    left: Attempt,
+    (folder, lock): (&StateFolder, &Arc<BackupLock>),
     today: &Today,
+    look: Look,
 ) -> Result<Option<Prepared>, Error> {
-    let facts = left.state.facts().clone();
-    let id = facts.basebackup;
-    match attempt(repository, &left, &facts, today).await? {
+    let (looking, held) = (folder.clone(), lock.clone());
+    let left = match blocking(move || Ok(looking.attempt(&held))).await? {
+        Ok(Some(left)) => left,
+        Ok(None) => return Ok(None),
+        Err(error) => {
+            tracing::warn!("nothing is gone on with of a basebackup that was killed: {error}");
+            return Ok(None);
+        }
+    };
+    let id = left.facts.basebackup;
+    let (incremental, parent) = match fit(repository, &left, today).await? {
+        Ok(fitting) => fitting,
         Err(why) => {
             tracing::warn!("nothing is gone on with of basebackup {id}, which was killed: {why}");
+            return Ok(None);
+        }
+    };
+    if look == Look::Only {
+        return Ok(Some(Prepared { decision: Decision::Incremental(incremental), parent: None }));
+    }
+    let (taking, held) = (folder.clone(), lock.clone());
+    let state = blocking(move || Ok(taking.take_up(&held, &left).and_then(surveyed))).await?;
+    match state {
+        Ok(surveyed) => Ok(Some(build(repository, incremental, parent, surveyed).await?)),
+        Err(error) => {
+            tracing::warn!("nothing is gone on with of basebackup {id}, which was killed: {error}");
             Ok(None)
         }
-        Ok((incremental, parent)) => match survey_of(left.state).await? {
-            Ok(surveyed) => Ok(Some(build(repository, incremental, parent, surveyed).await?)),
-            Err(error) => {
-                tracing::warn!("nothing is gone on with of basebackup {id}, which was killed: {error}");
-                Ok(None)
-            }
-        },
     }
 }
 
 /// Holds what an attempt left against the repository; says why it does not fit.
-async fn attempt(
+async fn fit(
     repository: &Repository,
     left: &Attempt,
-    facts: &StateFacts,
     today: &Today,
 ) -> Result<Result<(Incremental, ParentBasebackup), String>, Error> {
+    let facts = &left.facts;
     let id = facts.basebackup;
     if repository.is_expired(id).await? {
         return Ok(Err("it has expired".to_owned()));
@@ -161,8 +186,8 @@ async fn attempt(
     Ok(Ok((incremental, ParentBasebackup { record, digest: None, refs })))
 }
 
-async fn survey_of(state: State) -> Result<Result<(State, Live), StateError>, Error> {
-    blocking(move || Ok(survey(&state).map(|live| (state, live)))).await
+fn surveyed(state: State) -> Result<(State, Live), StateError> {
+    survey(&state).map(|live| (state, live))
 }
 
 /// Looks for the packs and decides which are written again: those that the parent does not name among them.
@@ -173,8 +198,8 @@ async fn build(
     (state, live): (State, Live),
 ) -> Result<Prepared, Error> {
     let missing = missing_packs(repository, parent.refs.records().iter()).await?;
-    let origins_max = origins_max(&parent.record.keys);
-    let rewriting = plan_rewriting(&parent.refs, &live, &missing, origins_max, repository.clock().now());
+    let (at_most, now) = (origins_max(&parent.record.keys), repository.clock().now());
+    let rewriting = plan_rewriting(&parent.refs, &live, &missing, at_most, now);
     report(&missing, &rewriting);
     let takes_bytes = rewriting.missing > 0 || rewriting.crowded > 0;
     let mut again = rewriting.packs;

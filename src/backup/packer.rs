@@ -11,7 +11,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::task::JoinSet;
 
-use crate::backup::data_directory::SourceFile;
+use crate::backup::change::is_settled;
+use crate::backup::data_directory::{FileIdentity, SourceFile};
 use crate::backup::error::Error;
 use crate::backup::gather::{Again, GatherOptions, PagePlace, PageRun, gather_pages};
 use crate::backup::known_parent::KnownParent;
@@ -30,7 +31,7 @@ use crate::repo::{
     documents::SizeRecord,
     entry::{BlobRef, Content, Entry, INLINE_BYTES_MAX, Node, TreePath},
     manifest::PackRange,
-    page_map::{PAGE_SIZE, PageSource},
+    page_map::{MapBlock, PAGE_SIZE, PageSource},
 };
 
 /// Puts what was read into packs, in order.
@@ -99,6 +100,9 @@ pub struct Stored {
 
 /// Ranges of the start-up set this near to each other are fetched by one request, and what lies between with them.
 const RANGE_GAP_MAX: u32 = 64 << 10;
+/// Nothing of a file that has no more maps, 2 GiB, is named before all that is known of it has been read: it may have to be
+/// read itself in the end. Of a larger one, which few builds of PostgreSQL have, some chunks then count that nobody uses.
+const MAPS_HELD_BACK: usize = 16;
 /// More ranges would not be fetched ahead anyway.
 const RANGES_MAX: usize = 64;
 
@@ -223,8 +227,11 @@ impl Packer {
         let Some(known) = parent.file(&file.path) else {
             return false;
         };
+        // What the bytes were when they were read. The WAL vouches for them up to where this basebackup begins, and on a
+        // standby that is long before the file is looked at: today's ctime may be that of a write behind it.
+        let read = FileIdentity { device: known.device, inode: known.inode, changed: known.changed };
         let mut remembered = RememberedFile {
-            identity: file.identity,
+            identity: is_settled(&known, parent.facts().started_at).then_some(read),
             damaged_pages: known.damaged_pages,
             ..RememberedFile::default()
         };
@@ -236,6 +243,7 @@ impl Packer {
                 Content::Part(*blob)
             }
             KnownContent::Pages { stands, .. } => {
+                let mut maps = Vec::new();
                 for n in 0..known.block_count() {
                     let (Some(map), Some(record)) =
                         (parent.map(&known, n), self.remembering.copy_block(parent, &known, n))
@@ -243,9 +251,12 @@ impl Packer {
                         return false;
                     };
                     remembered.records.extend(record);
-                    self.maps.name_block(&map);
-                    map.extents().iter().for_each(|extent| self.note_source(&extent.source));
+                    maps.push(map);
+                    if maps.len() == MAPS_HELD_BACK {
+                        self.name_maps(&mut maps);
+                    }
                 }
+                self.name_maps(&mut maps);
                 if let Content::Blocks(blobs) = stands {
                     blobs.iter().for_each(|blob| self.note_known(&blob.chunk));
                 }
@@ -258,6 +269,14 @@ impl Packer {
         self.packed.size.damaged_pages += u64::from(known.damaged_pages);
         self.push_file(file.path.clone(), state, size, known.crc, content, Some(remembered));
         true
+    }
+
+    /// Names what maps of earlier basebackups name.
+    fn name_maps(&mut self, maps: &mut Vec<MapBlock>) {
+        for map in maps.drain(..) {
+            self.maps.name_block(&map);
+            map.extents().iter().for_each(|extent| self.note_source(&extent.source));
+        }
     }
 
     /// Adds a file that is in memory.

@@ -4,8 +4,9 @@
 //! plan ─ jobs ─▶ CPU pool (read, verify, compare, compress) ─ in order ─▶ Packer (seal) ─▶ uploads
 //! ```
 //! Memory, at most: [`Budget`] jobs in flight, each with its raw and its compressed bytes, and packs: one for each
-//! upload, and one that is under construction or waits for an upload to end. Everything stops where something fails; nothing that was
-//! uploaded counts until the basebackup is committed. Deliberately absent: what to copy (`plan`) and when (`run`).
+//! upload, and one that is under construction or waits for an upload to end. Everything stops where something fails;
+//! nothing that was uploaded counts until the basebackup is committed. Deliberately absent: what to copy (`plan`) and
+//! when (`run`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -117,7 +118,12 @@ pub async fn copy(
         .buffered(budget.jobs);
     while let Some(result) = done.next().await {
         match result? {
-            Done::Keep(number) => keep(number, source, pool, packer).await?,
+            Done::Keep(number) => {
+                keep(number, source, pool, packer).await?;
+                // Files that are kept follow each other by the hundred thousand and nothing of them is waited for: who
+                // watches the session or advances the slot beside this comes first.
+                tokio::task::yield_now().await;
+            }
             Done::WriteMaps { last_of_start_set } => {
                 packer.write_maps().await?;
                 if last_of_start_set {

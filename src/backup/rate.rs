@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use crate::backup::data_directory::SourceFile;
 use crate::backup::source_file::{FileState, OpenFile, Source};
 use crate::clock::Clock;
+use crate::repo::page_map::PAGE_SIZE;
 
 /// So many bytes a second, for all threads together.
 #[derive(Debug)]
@@ -42,8 +43,8 @@ struct LimitedFile {
 
 /// Ten pieces a second are even enough for whoever shares the disk.
 const PIECES_PER_SECOND: u64 = 10;
-/// A smaller piece would be less than a page.
-const PIECE_BYTES_MIN: u64 = 8192;
+/// A piece is whole pages: the halves of one that is cut would be read a tenth of a second apart, and most often torn.
+const PIECE_BYTES_MIN: u64 = PAGE_SIZE;
 /// A larger piece would be more than a job reads at once.
 const PIECE_BYTES_MAX: u64 = 512 << 10;
 
@@ -55,7 +56,8 @@ impl RateLimit {
 
     /// Returns the most that goes through at once.
     pub fn piece_max(&self) -> u64 {
-        (self.rate.get() / PIECES_PER_SECOND).clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX)
+        let piece = (self.rate.get() / PIECES_PER_SECOND).clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX);
+        piece - piece % PAGE_SIZE
     }
 
     /// Takes the next turn for a piece, and returns how long from `now` it is until then.
@@ -145,7 +147,7 @@ mod tests {
     #[test]
     fn pieces_follow_each_other_and_rest_saves_nothing_up() {
         let (limit, clock) = limit(100_000);
-        assert_eq!(limit.piece_max(), 10_000);
+        assert_eq!(limit.piece_max(), 8192);
         let reserve = |bytes| limit.reserve(bytes, clock.monotonic()).as_millis();
         assert_eq!([reserve(10_000), reserve(10_000), reserve(5000), reserve(1)], [0, 100, 200, 250]);
         clock.advance(Duration::from_secs(3600));
@@ -172,6 +174,7 @@ mod tests {
             steps in proptest::collection::vec((0u64..3000, 1u64..=PIECE_BYTES_MAX), 1..60),
         ) {
             let (limit, clock) = limit(rate);
+            prop_assert_eq!(limit.piece_max() % PAGE_SIZE, 0);
             let begun = clock.monotonic();
             let mut turns = Vec::new();
             for (pause, bytes) in steps {

@@ -2,7 +2,8 @@
 //!
 //! A state that cannot be written (a full disk, above all) costs only what the next basebackup could have spared, so
 //! it never fails this one: it is given up, once, with a warning. The old state then stays, and stays valid for its
-//! own basebackup. Of a full one a journal says what the store has already, for the case that it is killed. Deliberately absent: what stands in the file (`state`), and when it counts (`run`).
+//! own basebackup. Of a full one a journal says what the store has already, for the case that it is killed.
+//! Deliberately absent: what stands in the file (`state`), and when it counts (`run`).
 
 use jiff::Timestamp;
 
@@ -78,6 +79,9 @@ impl Remembering {
 
     /// Remembers a file, the next entry that is packed.
     pub fn push_file(&mut self, entry: &Entry, crc: Option<Crc32c>, file: Option<RememberedFile>) {
+        if !self.is_on() {
+            return;
+        }
         if let (Some(journal), Some(file)) = (&mut self.journal, &file) {
             let noted =
                 known_file(entry, crc, file.clone()).map_or(Ok(()), |known| journal.push_file(&known));
@@ -91,7 +95,7 @@ impl Remembering {
     /// Syncs two files, once for each 32 MiB that went up.
     pub fn push_pack(&mut self, pack: &PackRecord) {
         if let (Some(writer), Some(journal)) = (&mut self.writer, &mut self.journal) {
-            let noted = writer.keep().and_then(|()| journal.push_pack(pack));
+            let noted = writer.keep().and_then(|len| journal.push_pack(pack, len));
             self.drop_journal_if(noted);
         }
     }
@@ -121,7 +125,7 @@ impl Remembering {
         tracing::warn!(
             "nothing of this basebackup is remembered, and the next one stores more than it would: {error}"
         );
-        self.writer = None;
+        (self.writer, self.journal, self.files) = (None, None, Vec::new());
     }
 }
 

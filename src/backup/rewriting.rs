@@ -34,8 +34,10 @@ pub struct Rewriting {
 const LIVE_PERCENT_MIN: u64 = 70;
 /// …while all that is written again stays below this share of what is in use.
 const BUDGET_PERCENT: u64 = 8;
-/// A pack that was written so long ago is written again, too: what is never read rots unseen.
+/// A pack that was written so long ago is written again, too: what is never read rots unseen…
 const AGE_MAX: SignedDuration = SignedDuration::from_hours(90 * 24);
+/// …and first of all out of this part of the budget, which mostly dead packs would otherwise spend every day.
+const OLD_PART: u64 = 4;
 
 /// Keys of earlier basebackups take no more than this of a record, which readers refuse where it is some times as large.
 const KEYS_BYTES_MAX: usize = 1 << 20;
@@ -74,28 +76,30 @@ pub fn plan_rewriting(
         let share = live_of(&record.id) * 100 / u64::from(record.size.max(1));
         if share < LIVE_PERCENT_MIN {
             sparse.push((share, record.id));
-        } else if is_old(&record.id) {
+        }
+        if is_old(&record.id) {
             old.push(record.id);
         }
     }
     sparse.sort();
     let mut spent = 0;
-    let mut take = |pack: PackId, packs: &mut BTreeSet<PackId>| {
+    // Of a small cluster one pack may be more than the budget, and would stay for ever: the first of each kind is taken.
+    let mut take = |pack: PackId, (is_first, budget): (bool, u64), packs: &mut BTreeSet<PackId>| {
         let cost = live_of(&pack);
-        // Of a small cluster one pack may be more than the budget, and would stay for ever.
-        let fits = spent == 0 || spent + cost <= budget;
-        if fits {
-            spent += cost;
-            packs.insert(pack);
-        }
+        let fits = (is_first || spent + cost <= budget) && packs.insert(pack);
+        spent += if fits { cost } else { 0 };
         usize::from(fits)
     };
-    for (_, pack) in sparse {
-        rewriting.sparse += take(pack, &mut rewriting.packs);
-    }
     // Ascending by the time they were written.
+    for pack in &old {
+        let room = (rewriting.old == 0, budget / OLD_PART);
+        rewriting.old += take(*pack, room, &mut rewriting.packs);
+    }
+    for (_, pack) in sparse {
+        rewriting.sparse += take(pack, (rewriting.sparse == 0, budget), &mut rewriting.packs);
+    }
     for pack in old {
-        rewriting.old += take(pack, &mut rewriting.packs);
+        rewriting.old += take(pack, (false, budget), &mut rewriting.packs);
     }
     let mut origins: BTreeMap<BasebackupId, (u64, Vec<PackId>)> = BTreeMap::new();
     for record in refs.records().iter().filter(|record| !rewriting.packs.contains(&record.id)) {
@@ -215,6 +219,23 @@ mod tests {
             );
         }
         assert_eq!(origins_max(&[key(32, 8192)]), 8);
+    }
+
+    #[test]
+    fn old_packs_have_their_part_of_the_budget_however_many_are_sparse() {
+        let mut packs: Vec<_> = (0..100).map(|day| (pack(day, 0), 1000, 1000)).collect();
+        packs.extend((0..50).map(|n| (pack(150, n), 1000, 500)));
+        // 8 % of 125,000 are 10,000: 2500 of them for those of the first days, 8000 for the sparse.
+        let rewriting = plan(&packs, &[], 160);
+        assert_eq!((rewriting.old, rewriting.sparse, rewriting.bytes), (2, 16, 10_000));
+        assert!([pack(0, 0), pack(1, 0)].iter().all(|old| rewriting.packs.contains(old)));
+        // Of a small cluster one of each, though either is more than the budget.
+        let packs = [(pack(0, 0), 1000, 1000), (pack(1, 0), 1000, 900), (pack(150, 0), 1000, 500)];
+        assert_eq!(plan(&packs, &[], 160).packs, BTreeSet::from([pack(0, 0), pack(150, 0)]));
+        // A sparse one that is old is written once.
+        let packs = [(pack(0, 0), 1000, 100), (pack(150, 0), 1000, 1000)];
+        let rewriting = plan(&packs, &[], 160);
+        assert_eq!((rewriting.old, rewriting.sparse, rewriting.bytes), (1, 0, 100));
     }
 
     #[test]

@@ -71,8 +71,8 @@ pub struct BackupOptions {
     pub wal_received: bool,
     /// Whether nothing of earlier basebackups is reused.
     pub full: bool,
-    /// Where this host remembers basebackups, a folder for each site; none: nothing is remembered.
-    pub states: Option<PathBuf>,
+    /// Where this host remembers basebackups, a folder for each site; or why nothing is remembered.
+    pub states: Result<PathBuf, String>,
     /// How the server begins.
     pub checkpoint: Checkpoint,
     /// How chunks are compressed.

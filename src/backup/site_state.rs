@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use crate::backup::change::{Decision, Reason, Today};
 use crate::backup::error::Error;
 use crate::backup::gather::CHUNK_PAGES;
-use crate::backup::known_parent::{KnownParent, Prepared, prepare, take_up};
+use crate::backup::known_parent::{KnownParent, Look, Prepared, prepare, take_up};
 use crate::backup::run::blocking;
 use crate::backup::state::{BackupLock, HashKey, Journal, StateError, StateFacts, StateFolder, StateWriter};
 use crate::codec::Digest;
@@ -23,8 +23,8 @@ use crate::repo::{
 /// The state of a site, held for one basebackup.
 #[derive(Debug)]
 pub struct SiteState {
-    /// None where basebackups are not remembered.
-    held: Option<(StateFolder, BackupLock)>,
+    /// Or why basebackups are not remembered.
+    held: Result<(StateFolder, Arc<BackupLock>), String>,
 }
 
 /// What was decided, and what the next basebackup has to know of it.
@@ -41,22 +41,23 @@ pub struct Begun {
 }
 
 impl SiteState {
-    /// Takes the lock in the folder of a site below `states`; none: nothing is remembered.
+    /// Takes the lock in the folder of a site below `states`, which may be why there is none: nothing is remembered then.
     ///
     /// # Errors
     /// Where another process takes a basebackup of the site.
-    pub async fn take(repository: &Repository, states: Option<&Path>) -> Result<Self, Error> {
-        let Some(states) = states else {
-            return Ok(Self { held: None });
+    pub async fn take(repository: &Repository, states: Result<&Path, &String>) -> Result<Self, Error> {
+        let states = match states {
+            Ok(states) => states,
+            Err(why) => return Ok(Self { held: Err(why.clone()) }),
         };
         let folder = StateFolder::new(states.join(repository.site().to_string()));
         let locking = folder.clone();
         match blocking(move || Ok(locking.take_lock())).await? {
-            Ok(lock) => Ok(Self { held: Some((folder, lock)) }),
+            Ok(lock) => Ok(Self { held: Ok((folder, Arc::new(lock))) }),
             Err(error @ StateError::Busy { .. }) => Err(error.into()),
             Err(error) => {
                 tracing::warn!("the basebackup is full, and so will the next one be: {error}");
-                Ok(Self { held: None })
+                Ok(Self { held: Err(error.to_string()) })
             }
         }
     }
@@ -69,23 +70,35 @@ impl SiteState {
         is_full_wanted: bool,
         data_directory: Option<&Path>,
     ) -> Result<Prepared, Error> {
-        match &self.held {
-            _ if is_full_wanted => Ok(Prepared::full(Reason::Asked)),
-            None => Ok(Prepared::full(Reason::NoState)),
-            Some((folder, lock)) => {
-                let left = folder.take_up(lock).unwrap_or_else(|error| {
-                    tracing::warn!("nothing is gone on with of a basebackup that was killed: {error}");
-                    None
-                });
-                let taken_up = match left {
-                    Some(left) => take_up(repository, left, today).await?,
-                    None => None,
-                };
-                match taken_up {
-                    Some(prepared) => Ok(prepared),
-                    None => prepare(repository, folder, today, data_directory).await,
-                }
-            }
+        self.decide(repository, today, (is_full_wanted, Look::ToTake), data_directory).await
+    }
+
+    /// Says what [`Self::prepare`] would decide, and writes nothing.
+    pub async fn foresee(
+        &self,
+        repository: &Repository,
+        today: &Today,
+        is_full_wanted: bool,
+        data_directory: Option<&Path>,
+    ) -> Result<Prepared, Error> {
+        self.decide(repository, today, (is_full_wanted, Look::Only), data_directory).await
+    }
+
+    async fn decide(
+        &self,
+        repository: &Repository,
+        today: &Today,
+        (is_full_wanted, look): (bool, Look),
+        data_directory: Option<&Path>,
+    ) -> Result<Prepared, Error> {
+        let (folder, lock) = match &self.held {
+            _ if is_full_wanted => return Ok(Prepared::full(Reason::Asked)),
+            Ok((folder, lock)) => (folder, lock),
+            Err(why) => return Ok(Prepared::full(Reason::StateUnusable(why.clone()))),
+        };
+        match take_up(repository, (folder, lock), today, look).await? {
+            Some(prepared) => Ok(prepared),
+            None => prepare(repository, folder, today, data_directory).await,
         }
     }
 
@@ -127,7 +140,7 @@ impl SiteState {
 
     /// Starts to write the state of a basebackup; none where that fails, which is said.
     pub async fn writer(&self, id: BasebackupId) -> Option<StateWriter> {
-        let (folder, lock) = self.held.as_ref()?;
+        let (folder, lock) = self.held.as_ref().ok()?;
         // A file is created and others are removed: as short as any other call of the state.
         folder
             .begin(lock, id)
@@ -139,7 +152,7 @@ impl SiteState {
 
     /// Starts the journal of a full basebackup, which says what a kill leaves; none for others, or where that fails.
     pub fn journal(&self, id: BasebackupId, begun: &Begun, today: &Today) -> Option<Journal> {
-        let ((folder, lock), hash_key) = (self.held.as_ref()?, begun.hash_key.clone()?);
+        let ((folder, lock), hash_key) = (self.held.as_ref().ok()?, begun.hash_key.clone()?);
         if begun.parent.is_some() {
             return None;
         }
@@ -219,7 +232,7 @@ impl SiteState {
     ) -> Begun {
         tracing::info!("{decision}");
         // A fresh key at each full one; pages of an incremental one are compared with hashes of the old key.
-        let draw = || self.held.as_ref().map(|_| HashKey::generate(repository.keyring().random()));
+        let draw = || self.held.as_ref().ok().map(|_| HashKey::generate(repository.keyring().random()));
         let hash_key = parent.as_ref().map(|parent| parent.hash_key()).or_else(draw);
         Begun { decision, parent, hash_key, at }
     }

@@ -129,9 +129,17 @@ pub async fn read_summaries(
         }
         Ok(Summaries::Known(changed))
     };
-    match read.await {
-        // A role without the right, or a summary that was removed in between.
-        Err(Error::Sql { message, .. }) => Ok(Summaries::None(NoSummaries::Refused(message))),
+    unless_refused(read.await)
+}
+
+/// Makes no hint of a refusal. What ends the session stays an error.
+fn unless_refused(read: Result<Summaries, Error>) -> Result<Summaries, Error> {
+    match read {
+        // A role without the right, or a summary that was removed in between; or a row of a later server's that cannot be
+        // understood, with one fork more, say.
+        Err(Error::Sql { message: why, .. } | Error::Unexpected { detail: why }) => {
+            Ok(Summaries::None(NoSummaries::Refused(why)))
+        }
         other => other,
     }
 }
@@ -364,8 +372,13 @@ mod tests {
         for row in
             ["", "1663|5|16392|0|310", "1663|5|16392|9|310|f", "1663|5|16392|0|4294967296|f", "1|1|1|0|-1|f"]
         {
-            assert!(entry(&fields(row)).is_err(), "{row}");
+            let refused = entry(&fields(row)).unwrap_err();
+            let read = unless_refused(Err(refused)).unwrap_or_else(|error| panic!("{row}: {error}"));
+            let Summaries::None(NoSummaries::Refused(why)) = read else { panic!("{row}: {read:?}") };
+            assert!(why.contains("of a WAL summary holds"), "{row}: {why}");
         }
+        let lost = unless_refused(Err(Error::Lost { detail: "gone".to_owned() }));
+        assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
     }
 
     #[test]

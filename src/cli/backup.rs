@@ -135,13 +135,13 @@ async fn take(
     Ok(backup::run(&repository, options, &pool, archive, &*monitor).await?)
 }
 
-/// Returns where this host remembers basebackups; nowhere where its state folder cannot be used, which is said.
-fn states(context: &Context) -> Result<Option<PathBuf>, CommandError> {
+/// Returns where this host remembers basebackups, or why its state folder cannot be used, which is said.
+fn states(context: &Context) -> Result<Result<PathBuf, String>, CommandError> {
     match context.config()?.paths.open_state() {
-        Ok(state) => Ok(Some(state.path.join("basebackups"))),
+        Ok(state) => Ok(Ok(state.path.join("basebackups"))),
         Err(error) => {
             tracing::warn!("the basebackup is full, and so will the next one be: {error}");
-            Ok(None)
+            Ok(Err(error.to_string()))
         }
     }
 }
@@ -214,8 +214,13 @@ struct BackupReport {
     label: Option<String>,
     /// The basebackup whose chunks it names; none for a full one.
     parent: Option<String>,
+    /// Whether that one was killed, and this one goes on with it: a full one, by what it read and stored.
+    resumes: bool,
     /// Why it is full; none for an incremental one.
     full_because: Option<String>,
+    /// All of that in words.
+    #[serde(skip)]
+    decision: String,
     cluster: String,
     timeline: u32,
     start_lsn: String,
@@ -258,7 +263,9 @@ impl BackupReport {
             id: record.id.to_string(),
             label: record.label,
             parent: decision.parent().map(|parent| parent.to_string()),
+            resumes: decision.resumes(),
             full_because: decision.reason().map(ToString::to_string),
+            decision: decision.to_string(),
             cluster: record.cluster.to_string(),
             timeline: record.timeline.get(),
             start_lsn: record.start_lsn.to_string(),
@@ -321,12 +328,7 @@ impl Report for BackupReport {
             write!(out, " \"{label}\"")?;
         }
         writeln!(out)?;
-        if let Some(reason) = &self.full_because {
-            writeln!(out, "full: {reason}")?;
-        }
-        if let Some(parent) = &self.parent {
-            writeln!(out, "incremental to {parent}")?;
-        }
+        writeln!(out, "{}", self.decision)?;
         write!(
             out,
             "{} files, {} in {} ({}/s), {} stored",

@@ -42,8 +42,13 @@ struct DryRunReport {
     dry_run: bool,
     /// The basebackup whose chunks it would name; none for a full one.
     parent: Option<String>,
+    /// Whether that one was killed, and would be gone on with.
+    resumes: bool,
     /// Why it would be full; none for an incremental one.
     full_because: Option<String>,
+    /// All of that in words.
+    #[serde(skip)]
+    decision: String,
     data_directory: String,
     cluster: String,
     first_of_cluster: bool,
@@ -86,7 +91,9 @@ impl DryRunReport {
         Self {
             dry_run: true,
             parent: found.decision.parent().map(|parent| parent.to_string()),
+            resumes: found.decision.resumes(),
             full_because: found.decision.reason().map(ToString::to_string),
+            decision: found.decision.to_string(),
             data_directory: found.data_directory.display().to_string(),
             cluster: found.cluster.to_string(),
             first_of_cluster: found.is_first,
@@ -135,12 +142,7 @@ impl Report for DryRunReport {
         )?;
         let first = if self.first_of_cluster { ", the first of this site" } else { "" };
         writeln!(out, "{:<14}{}{first}", "cluster", self.cluster)?;
-        match (&self.parent, &self.full_because) {
-            (Some(parent), _) => writeln!(out, "{:<14}incremental to {parent}", "basebackup")?,
-            (None, reason) => {
-                writeln!(out, "{:<14}full: {}", "basebackup", reason.as_deref().unwrap_or_default())?;
-            }
-        }
+        writeln!(out, "{:<14}{}", "basebackup", self.decision)?;
         for TablespaceRow { oid, name, bytes } in &self.tablespaces {
             writeln!(out, "{:<14}{name} ({oid}), {}", "tablespace", size(*bytes))?;
         }

@@ -82,7 +82,7 @@ async fn back_up(
         label: None,
         wal_received: false,
         full: false,
-        states,
+        states: states.ok_or_else(|| "nothing is to be remembered".to_owned()),
         checkpoint: Checkpoint::Fast,
         compression: Compression::zstd(1),
         budget: Budget::new(128 << 20, 2, 4),

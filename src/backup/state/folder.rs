@@ -85,8 +85,8 @@ impl StateFolder {
     }
 
     /// Begins the state of a basebackup, and removes what attempts that died have left.
-    pub fn begin(&self, held: &BackupLock, id: BasebackupId) -> Result<StateWriter, StateError> {
-        self.remove_those(held, |named| !matches!(named, Named::Finished(_)))?;
+    pub fn begin(&self, _held: &BackupLock, id: BasebackupId) -> Result<StateWriter, StateError> {
+        self.remove_where(|named| !matches!(named, Named::Finished(_)))?;
         StateWriter::create(self.clone(), id, self.private_file()?)
     }
 
@@ -103,11 +103,6 @@ impl StateFolder {
             Named::Finished(_) | Named::Unfinished => None,
         });
         Ok(journals.max().filter(|id| newest.is_none_or(|newest| *id > newest)))
-    }
-
-    /// Removes every state: the next basebackup is a full one.
-    pub fn remove(&self, held: &BackupLock) -> Result<(), StateError> {
-        self.remove_those(held, |_| true)
     }
 
     /// Returns where the state of a basebackup is once it is finished.
@@ -128,10 +123,6 @@ impl StateFolder {
     /// Removes every state but that of `id`, whose writer has the lock.
     pub(super) fn remove_others(&self, id: BasebackupId) -> Result<(), StateError> {
         self.remove_where(|named| named != Named::Finished(id))
-    }
-
-    fn remove_those(&self, _held: &BackupLock, which: impl Fn(Named) -> bool) -> Result<(), StateError> {
-        self.remove_where(which)
     }
 
     fn remove_where(&self, which: impl Fn(Named) -> bool) -> Result<(), StateError> {

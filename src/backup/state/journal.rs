@@ -4,11 +4,12 @@
 //! frames, each: length 4, kind 1 and body, tag     first the facts, then files and packs as they come
 //! ```
 //! Beside the unfinished state, whose blocks its files name. Appended to, and synced with the state whenever the store
-//! has another pack: what a kill leaves is read up to the first frame that is not whole. Its files are then given to the
-//! unfinished state as its index, and that is read like any other. Where a file's maps stand is not known before
+//! has another pack, which is noted with how long the state was then: what a kill leaves is believed up to the last pack,
+//! because of what came behind it the disk may have any part, in any order. Its files are then given to the unfinished
+//! state, cut to that length, as its index, and that is read like any other. Where a file's maps stand is not known before
 //! the end; a pack that is nobody's stands for it. Deliberately absent: whether the attempt may be gone on with.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -40,13 +41,21 @@ pub struct Journal {
     written: u64,
 }
 
-/// What a killed basebackup has left.
-#[derive(Debug)]
+/// What a killed basebackup has left, as its journal has it.
+#[derive(Debug, PartialEq, Eq)]
 pub struct Attempt {
-    /// What is known of its pages.
-    pub state: State,
+    /// What it said of itself when it began.
+    pub facts: StateFacts,
     /// The packs that the store has acknowledged.
     pub packs: Vec<PackRecord>,
+    durable: Durable,
+}
+
+/// How long the files of an attempt were when they were synced last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Durable {
+    journal: u64,
+    state: u64,
 }
 
 const FACTS: u8 = 0;
@@ -83,13 +92,10 @@ impl Journal {
         if self.buffer.len() >= BUFFER_BYTES { self.flush() } else { Ok(()) }
     }
 
-    /// Notes a pack that the store has; durable when this returns, as is all before it.
-    pub fn push_pack(&mut self, pack: &PackRecord) -> Result<(), StateError> {
-        let (seconds, random) = pack.id.origin.parts();
-        let mut out = WireWriter::new();
-        out.u64(seconds).u16(random).u32(pack.id.number).u32(pack.size);
-        out.raw(&pack.salt).raw(pack.digest.as_bytes());
-        self.append(PACK, &out.finish());
+    /// Notes a pack that the store has, and that so many bytes of the state are on the disk; durable when this returns, as
+    /// is all before it.
+    pub fn push_pack(&mut self, pack: &PackRecord, state_len: u64) -> Result<(), StateError> {
+        self.append(PACK, &encode_pack(pack, state_len));
         self.flush()?;
         Ok(self.file.sync_data().map_err(disk::Error::at("fsync the journal", &self.path))?)
     }
@@ -102,7 +108,7 @@ impl Journal {
         self.buffer.extend_from_slice(&payload);
     }
 
-    fn flush(&mut self) -> Result<(), StateError> {
+    pub(super) fn flush(&mut self) -> Result<(), StateError> {
         self.file.write_all(&self.buffer).map_err(disk::Error::at("write the journal", &self.path))?;
         self.written += self.buffer.len() as u64;
         self.buffer.clear();
@@ -116,54 +122,91 @@ impl StateFolder {
         Journal::create(self.journal(facts.basebackup), self.private_file()?, facts)
     }
 
-    /// Takes up what the last basebackup left that was killed; none where none was since the state that counts, or it
-    /// had stored nothing.
+    /// Looks at what the last basebackup left that was killed; none where none was since the state that counts, or it
+    /// had stored nothing. Nothing is written.
     ///
     /// # Errors
     /// Where what it left cannot be used; the next [`StateFolder::begin`] removes it.
-    pub fn take_up(&self, _held: &BackupLock) -> Result<Option<Attempt>, StateError> {
+    pub fn attempt(&self, _held: &BackupLock) -> Result<Option<Attempt>, StateError> {
         let Some(id) = self.killed()? else {
             return Ok(None);
         };
-        let path = self.journal(id);
-        let file = File::open(&path).map_err(disk::Error::at("open the journal", &path))?;
-        let mut writer = match StateWriter::reopen(self.clone(), id) {
-            Err(StateError::Disk(error)) if error.is_not_found() => return Ok(None),
-            other => other?,
-        };
-        let (mut facts, mut packs) = (None, Vec::new());
-        let mut frames = Frames { input: BufReader::new(file), id, offset: 0 };
-        let damaged = |detail: &str| StateError::Damaged { path: path.clone(), detail: detail.to_owned() };
-        while let Some((kind, body)) = frames.next().map_err(disk::Error::at("read the journal", &path))? {
+        let (mut facts, mut packs, mut durable) = (None, Vec::new(), None);
+        let mut frames = Frames::open(self.journal(id), id)?;
+        while let Some((kind, body)) = frames.next()? {
             match kind {
-                FACTS => facts = Some(decode_facts(&body).map_err(|_| damaged("its facts"))?),
-                FILE => {
-                    let file = decode_file(&body).map_err(|_| damaged("a file"))?;
-                    if writer.holds(&file) {
-                        writer.push_file(&file)?;
-                    }
+                FACTS => {
+                    facts = Some(
+                        decode_facts(&body).map_err(|_| frames.damaged("its facts cannot be taken apart"))?,
+                    )
                 }
-                PACK => packs.push(decode_pack(&body).map_err(|_| damaged("a pack"))?),
-                _ => return Err(damaged("a frame of a later release")),
+                FILE => {}
+                PACK => {
+                    let (pack, state) =
+                        decode_pack(&body).map_err(|_| frames.damaged("a pack cannot be taken apart"))?;
+                    packs.push(pack);
+                    durable = Some(Durable { journal: frames.offset, state });
+                }
+                _ => return Err(frames.damaged("it has a frame of a later release")),
             }
         }
-        let Some(facts) = facts.filter(|_| !packs.is_empty()) else {
+        let (Some(facts), Some(durable)) = (facts, durable) else {
             return Ok(None);
         };
-        writer.finish_unnamed(&facts)?;
-        Ok(Some(Attempt { state: State::open(self.unfinished(id), id)?, packs }))
+        if facts.basebackup != id {
+            return Err(frames.damaged("it is that of another basebackup"));
+        }
+        let state = self.unfinished(id);
+        match fs::symlink_metadata(&state) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(disk::Error::at("stat", &state)(error).into()),
+            Ok(found) if found.len() < durable.state => {
+                Err(frames.damaged("the state beside it is shorter than it was"))
+            }
+            Ok(_) => Ok(Some(Attempt { facts, packs, durable })),
+        }
+    }
+
+    /// Gives an attempt's state its index, and opens it. Whoever does so again gets the same.
+    ///
+    /// # Errors
+    /// Where what it left cannot be used.
+    pub fn take_up(&self, _held: &BackupLock, attempt: &Attempt) -> Result<State, StateError> {
+        let Attempt { facts, durable, .. } = attempt;
+        let id = facts.basebackup;
+        let mut writer = StateWriter::reopen(self.clone(), id, durable.state)?;
+        let mut frames = Frames::open(self.journal(id), id)?;
+        while frames.offset < durable.journal {
+            let Some((kind, body)) = frames.next()? else {
+                return Err(frames.damaged("it is shorter than it was"));
+            };
+            if kind == FILE {
+                let file = decode_file(&body).map_err(|_| frames.damaged("a file cannot be taken apart"))?;
+                if writer.holds(&file) {
+                    writer.push_file(&file)?;
+                }
+            }
+        }
+        writer.finish_unnamed(facts)?;
+        State::open(self.unfinished(id), id)
     }
 }
 
 /// The frames of a journal, up to the first that is not whole.
 struct Frames {
     input: BufReader<File>,
+    path: PathBuf,
     id: BasebackupId,
     offset: u64,
 }
 
 impl Frames {
-    fn next(&mut self) -> std::io::Result<Option<(u8, Vec<u8>)>> {
+    fn open(path: PathBuf, id: BasebackupId) -> Result<Self, StateError> {
+        let file = File::open(&path).map_err(disk::Error::at("open the journal", &path))?;
+        Ok(Self { input: BufReader::new(file), path, id, offset: 0 })
+    }
+
+    fn next(&mut self) -> Result<Option<(u8, Vec<u8>)>, StateError> {
         let mut len = [0; 4];
         if !self.fill(&mut len)? {
             return Ok(None);
@@ -184,16 +227,28 @@ impl Frames {
     }
 
     /// Fills `bytes`; false where the file ends before.
-    fn fill(&mut self, bytes: &mut [u8]) -> std::io::Result<bool> {
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<bool, StateError> {
         match self.input.read_exact(bytes) {
             Ok(()) => Ok(true),
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
-            Err(error) => Err(error),
+            Err(error) => Err(disk::Error::at("read the journal", &self.path)(error).into()),
         }
+    }
+
+    fn damaged(&self, detail: &str) -> StateError {
+        StateError::Damaged { path: self.path.clone(), detail: detail.to_owned() }
     }
 }
 
-fn decode_pack(body: &[u8]) -> Result<PackRecord, WireError> {
+pub(super) fn encode_pack(pack: &PackRecord, state_len: u64) -> Vec<u8> {
+    let (seconds, random) = pack.id.origin.parts();
+    let mut out = WireWriter::new();
+    out.u64(seconds).u16(random).u32(pack.id.number).u32(pack.size);
+    out.raw(&pack.salt).raw(pack.digest.as_bytes()).u64(state_len);
+    out.finish()
+}
+
+pub(super) fn decode_pack(body: &[u8]) -> Result<(PackRecord, u64), WireError> {
     let mut reader = WireReader::new(body);
     let origin = BasebackupId::from_parts(reader.u64()?, reader.u16()?)
         .map_err(|_| WireError::Invalid { field: "basebackup id" })?;
@@ -205,7 +260,8 @@ fn decode_pack(body: &[u8]) -> Result<PackRecord, WireError> {
         salt: reader.array()?,
         digest: Digest(reader.array()?),
     };
-    reader.finish().map(|()| record)
+    let state_len = reader.u64()?;
+    reader.finish().map(|()| (record, state_len))
 }
 
 /// Stands for a map that has no place yet, in a pack that is never written.

@@ -7,11 +7,12 @@ use std::path::Path;
 use proptest::prelude::*;
 use zeroize::Zeroizing;
 
+use super::journal::{decode_pack, encode_pack};
 use super::writer::FinishStep;
 use super::*;
 use crate::codec::{CodecId, SeededRandom};
 use crate::pg::{SystemIdentifier, WalSegmentSize};
-use crate::repo::chunk::ChunkRef;
+use crate::repo::{PackRecord, chunk::ChunkRef};
 
 fn id(seconds: u64) -> BasebackupId {
     BasebackupId::from_parts(1_790_000_000 + seconds, 0x3fa9).unwrap()
@@ -274,6 +275,17 @@ proptest! {
         let _ = format::decode_facts(&bytes);
         let _ = format::decode_directory(&bytes);
         let _ = format::Footer::decode(&bytes);
+        let _ = decode_pack(&bytes);
+        let _ = MapBlock::decode(&bytes);
+        let mut noted = encode_pack(&pack(3), 7);
+        prop_assert_eq!(decode_pack(&noted).unwrap(), (pack(3), 7));
+        let byte = at.index(noted.len());
+        noted[byte] ^= flip;
+        let _ = decode_pack(&noted);
+        let mut map = block(300, 5).map.encode();
+        let byte = at.index(map.len());
+        map[byte] ^= flip;
+        let _ = MapBlock::decode(&map);
         let (_scratch, folder) = scratch();
         for file in write(&folder, id(1), &models) {
             let mut record = format::encode_file(&file);
@@ -429,8 +441,6 @@ fn a_basebackup_that_fails_leaves_the_state_as_it_was() {
     drop(writer);
     assert_eq!(names(&folder_path(&folder)), [format!("{}.pages", id(1)), "lock".to_owned()]);
     assert_eq!(folder.open().unwrap().unwrap().facts().basebackup, id(1));
-    folder.remove(&held).unwrap();
-    assert!(folder.open().unwrap().is_none());
 }
 
 #[test]
@@ -568,4 +578,125 @@ fn a_page_hash_is_the_beginning_of_the_keyed_digest() {
     assert_ne!(key.hash(&page), HashKey(Zeroizing::new([6; 32])).hash(&page));
     let packs = block(100, 0).packs();
     assert!(packs.len() > 1 && packs.iter().all(|pack| pack.number < 5));
+}
+
+/// A basebackup that was killed when the store had one pack: three files that were synced with it, and others.
+fn killed(folder: &StateFolder) -> (Vec<KnownFile>, u64) {
+    let held = folder.take_lock().unwrap();
+    let mut writer = folder.begin(&held, id(1)).unwrap();
+    let mut journal = folder.begin_journal(&held, &facts(id(1))).unwrap();
+    let mut push = |writer: &mut StateWriter, name: &str, model: &Model| {
+        let file = known(TreePath::new(name).unwrap(), model, writer);
+        journal.push_file(&file).unwrap();
+        file
+    };
+    let mut synced = vec![
+        push(&mut writer, "data/PG_VERSION", &Model::Inline(b"15\n".to_vec())),
+        push(&mut writer, "data/base/5/112", &Model::Part(16_384)),
+        push(&mut writer, "data/base/5/16384", &Model::Pages(20_000 * PAGE_SIZE - 100, 3)),
+    ];
+    let durable = writer.keep().unwrap();
+    journal.push_pack(&pack(0), durable).unwrap();
+    let mut push = |writer: &mut StateWriter, name: &str, model: &Model| {
+        journal.push_file(&known(TreePath::new(name).unwrap(), model, writer)).unwrap();
+    };
+    push(&mut writer, "data/base/5/113", &Model::Part(5));
+    push(&mut writer, "data/base/5/16385", &Model::Pages(3 * PAGE_SIZE, 4));
+    // The frames are on the disk, the blocks that they name are not.
+    journal.flush().unwrap();
+    std::mem::forget(writer);
+    synced.sort_by(|a, b| a.path.split().cmp(&b.path.split()));
+    (synced, durable)
+}
+
+fn pack(number: u32) -> PackRecord {
+    let (salt, digest) = ([number as u8; 32], Digest::of(b"pack"));
+    PackRecord { id: PackId { origin: id(1), number }, size: 32 << 20, live: 0, key: 0, salt, digest }
+}
+
+fn taken_up(folder: &StateFolder) -> (Attempt, Vec<KnownFile>) {
+    let held = folder.take_lock().unwrap();
+    let attempt = folder.attempt(&held).unwrap().expect("a pack was noted");
+    let state = folder.take_up(&held, &attempt).unwrap();
+    let files: Vec<KnownFile> = state.files().collect::<Result<_, _>>().unwrap();
+    for file in &files {
+        (0..file.block_count()).for_each(|n| drop(state.block(file, n).unwrap()));
+    }
+    (attempt, files)
+}
+
+/// Maps of files under way stand nowhere yet.
+fn without_places(mut files: Vec<KnownFile>) -> Vec<KnownFile> {
+    for file in &mut files {
+        if let KnownContent::Pages { stands: Content::Blocks(blobs), .. } = &mut file.content {
+            blobs.clear();
+        }
+    }
+    files
+}
+
+#[test]
+fn what_was_killed_is_believed_up_to_its_last_pack_however_often_it_is_taken_up() {
+    let (_scratch, folder) = scratch();
+    let (synced, durable) = killed(&folder);
+    let (attempt, files) = taken_up(&folder);
+    assert_eq!((&attempt.facts, &attempt.packs[..]), (&facts(id(1)), &[pack(0)][..]));
+    assert_eq!(without_places(files.clone()), without_places(synced));
+    let once = fs::read(folder.unfinished(id(1))).unwrap();
+    assert!(once.len() as u64 > durable);
+    // As where the store was away when it was taken up first, or that was killed half-way.
+    for cut in [once.len(), durable as usize, durable as usize + 100] {
+        fs::write(folder.unfinished(id(1)), &once[..cut]).unwrap();
+        let (again, of_again) = taken_up(&folder);
+        assert_eq!((&again, &of_again), (&attempt, &files), "{cut} of {}", once.len());
+        assert!(fs::read(folder.unfinished(id(1))).unwrap() == once, "{cut}");
+    }
+}
+
+#[test]
+fn what_came_behind_the_last_pack_may_be_anything() {
+    let (scratch, folder) = scratch();
+    let (_, durable) = killed(&folder);
+    let (journal, state) =
+        (fs::read(folder.journal(id(1))).unwrap(), fs::read(folder.unfinished(id(1))).unwrap());
+    let (attempt, files) = taken_up(&folder);
+    let end = (0..journal.len())
+        .find(|len| {
+            fs::write(folder.journal(id(1)), &journal[..*len]).unwrap();
+            folder.attempt(&folder.take_lock().unwrap()).unwrap().is_some()
+        })
+        .expect("the whole journal has a pack");
+    assert!(end < journal.len(), "nothing came behind the pack");
+    for (name, filling) in [("zeros", 0), ("noise", 0xa5)] {
+        let left = StateFolder::new(scratch.path().join(name));
+        drop(left.take_lock().unwrap());
+        let broken = |whole: &[u8], from: usize| {
+            let mut bytes = whole[..from].to_vec();
+            bytes.resize(whole.len() + 5000, filling);
+            bytes
+        };
+        fs::write(left.journal(id(1)), broken(&journal, end)).unwrap();
+        fs::write(left.unfinished(id(1)), broken(&state, durable as usize)).unwrap();
+        let (found, of_found) = taken_up(&left);
+        assert_eq!((&found, &of_found), (&attempt, &files), "{name}");
+    }
+    // What had been synced is not there: then nothing is believed.
+    fs::write(folder.journal(id(1)), &journal).unwrap();
+    fs::write(folder.unfinished(id(1)), &state[..durable as usize - 1]).unwrap();
+    let refused = folder.attempt(&folder.take_lock().unwrap()).unwrap_err();
+    assert_eq!(refused.kind(), StateErrorKind::Damaged, "{refused}");
+    fs::remove_file(folder.unfinished(id(1))).unwrap();
+    assert_eq!(folder.attempt(&folder.take_lock().unwrap()).unwrap(), None);
+}
+
+#[test]
+fn who_looks_at_what_was_killed_leaves_it_as_it_was() {
+    let (_scratch, folder) = scratch();
+    killed(&folder);
+    let read = || [folder.journal(id(1)), folder.unfinished(id(1))].map(|path| fs::read(path).unwrap());
+    let before = read();
+    let held = folder.take_lock().unwrap();
+    let attempt = folder.attempt(&held).unwrap();
+    assert!(attempt.is_some() && folder.attempt(&held).unwrap() == attempt);
+    assert!(read() == before);
 }

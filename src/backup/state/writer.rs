@@ -41,7 +41,7 @@ pub struct StateWriter {
     file_count: u64,
     /// Whether the file stays when this is dropped.
     stays: bool,
-    /// What there was when an attempt that died was taken up.
+    /// What is believed of an attempt that died, when that is taken up.
     held: u64,
 }
 
@@ -64,18 +64,23 @@ impl StateWriter {
         Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, stays: false, held: 0 })
     }
 
-    /// Opens what a killed attempt has left, to be given the index it lacks.
-    pub(super) fn reopen(folder: StateFolder, id: BasebackupId) -> Result<Self, StateError> {
+    /// Opens what a killed attempt has left, to be given the index it lacks behind the `held` bytes that had been synced:
+    /// what stands behind them is cut off, be it an index that was given before.
+    pub(super) fn reopen(folder: StateFolder, id: BasebackupId, held: u64) -> Result<Self, StateError> {
         let path = folder.unfinished(id);
         let opened = OpenOptions::new().read(true).append(true).custom_flags(libc::O_NOFOLLOW).open(&path);
         let file = opened.map_err(disk::Error::at("open the state", &path))?;
-        let written = file.metadata().map_err(disk::Error::at("stat", &path))?.len();
-        let out = Output { file, path, id, buffer: Vec::new(), written, failed: false };
+        let found = file.metadata().map_err(disk::Error::at("stat", &path))?.len();
+        if found < held {
+            return Err(StateError::Damaged { path, detail: "it is shorter than it was".to_owned() });
+        }
+        file.set_len(held).map_err(disk::Error::at("truncate", &path))?;
+        let out = Output { file, path, id, buffer: Vec::new(), written: held, failed: false };
         // It stays where it is, whatever comes of it.
-        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, stays: true, held: written })
+        Ok(Self { folder, id, out, files: FileSorter::default(), file_count: 0, stays: true, held })
     }
 
-    /// Returns whether the blocks of a file are among what had been written when this was opened.
+    /// Returns whether the blocks of a file are among what is believed of what was reopened.
     pub(super) fn holds(&self, file: &KnownFile) -> bool {
         let KnownContent::Pages { records, .. } = &file.content else {
             return true;
@@ -90,11 +95,12 @@ impl StateWriter {
         self.out.flush()
     }
 
-    /// Has what was noted so far on the disk, where it stays though the basebackup may fail.
-    pub fn keep(&mut self) -> Result<(), StateError> {
+    /// Has what was noted so far on the disk, where it stays though the basebackup may fail; returns how many bytes.
+    pub fn keep(&mut self) -> Result<u64, StateError> {
         self.stays = true;
         self.out.flush()?;
-        Ok(self.out.file.sync_data().map_err(disk::Error::at("fsync the state", &self.out.path))?)
+        self.out.file.sync_data().map_err(disk::Error::at("fsync the state", &self.out.path))?;
+        Ok(self.out.written)
     }
 
     /// Notes what is known of up to 16384 pages; what is returned belongs into the file's `records`.
