@@ -79,6 +79,12 @@ fn under_load_it_starts_after_replay(major: u32) {
 
     let data = opened.restore(cluster.scratch(), "copy");
     verify_backup(&cluster, &data);
+    if major >= 15 {
+        // Without it recovery takes the directory of a tablespace that was made in place for a wrong one.
+        let auto = data.join("postgresql.auto.conf");
+        let text = fs::read_to_string(&auto).unwrap();
+        fs::write(&auto, format!("{text}allow_in_place_tablespaces = on\n")).unwrap();
+    }
     let source = Checksums::of(&cluster);
     let copy = recover(&walden, major, &data, &cluster.scratch().folder("run-copy"));
     Ledger::assert_holds(&copy, acknowledged);
@@ -321,7 +327,8 @@ fn a_backup_that_loses_either_connection_or_is_ended_leaves_no_basebackup() {
     require!(Need::PostgreSQL(15));
     let mut cluster = Cluster::start(15);
     let walden = archiving(&cluster);
-    let _sparse = sparse_file(&cluster, 256);
+    // From 15 on a walsender whose client is gone finds out between two files. A relation's have 1 GiB at most.
+    (0..256).for_each(|n| drop(sparse_file(&cluster, &format!("sparse.{n}"), 1)));
     let terminate =
         |what: &str| format!("select count(pg_terminate_backend(pid)) from pg_stat_activity where {what}");
     let ended_by = |cluster: &Cluster, signal: &str| -> Option<i32> {
