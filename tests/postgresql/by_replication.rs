@@ -24,7 +24,7 @@ fn site(sql: &Sql) -> Site {
 }
 
 /// A cluster that archives through walden, and walden.
-fn archiving(cluster: &Cluster) -> Walden {
+pub fn archiving(cluster: &Cluster) -> Walden {
     let walden = Walden::configure(cluster.scratch(), &site(cluster));
     cluster.set_archive_command(&walden.archive_command());
     walden
@@ -385,6 +385,10 @@ fn what_cannot_be_sent_is_refused_before_anything_is_begun() {
     let refused = walden.try_run(&["backup"]).expect_code(2);
     assert!(refused.stderr.contains("clone \"scratch\""), "{}", refused.stderr);
     fs::remove_file(&marker).unwrap();
+    let refused = walden.try_run(&["backup", "--label", &"l".repeat(1024)]).expect_code(2);
+    assert!(refused.stderr.contains("label is 1024 bytes long"), "{}", refused.stderr);
+    let begun = &walden.json(&["list"])["unfinished"];
+    assert_eq!(begun.as_array().unwrap().len(), 0, "{begun}");
     // A name that no archive of the server holds.
     let long = cluster.data_directory().join("n".repeat(120));
     fs::write(&long, "").unwrap();
@@ -428,7 +432,7 @@ fn check_asks_for_the_right_to_replicate_instead_of_the_directory() {
 }
 
 /// Restores a basebackup, recovers it, and compares it with its source, which stands still.
-fn assert_equals_source(cluster: &Cluster, walden: &Walden, outcome: &Value, name: &str) {
+pub fn assert_equals_source(cluster: &Cluster, walden: &Walden, outcome: &Value, name: &str) {
     let opened = Opened::open(&walden.repository(), id_of(outcome));
     let data = opened.restore(cluster.scratch(), name);
     verify_backup(cluster, &data);
