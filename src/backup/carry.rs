@@ -27,7 +27,7 @@ use crate::pg::{Lsn, TimelineHistory, TimelineId, WalSegmentName, WalSegmentNumb
 use crate::replication::{Error as SessionError, Param, Session};
 use crate::repo::carried_wal::{CarriedSegments, CarriedWal};
 use crate::repo::documents::BackupRecord;
-use crate::repo::entry::{Entry, TreePath};
+use crate::repo::entry::{Entry, Node, TreePath};
 use crate::repo::{BasebackupId, BasebackupWriter, ClusterId, NamedChunks};
 
 /// Copies the WAL of a server while a basebackup is taken from it.
@@ -58,6 +58,8 @@ struct Ancestry {
 pub(super) struct Carried {
     /// Files of `data/pg_wal`.
     entries: Vec<Entry>,
+    /// The directory of their marks.
+    status: Entry,
     /// The chunks they stand in.
     named: NamedChunks,
     /// What the record says of them.
@@ -162,8 +164,14 @@ impl WalCarrier {
             return Err(SourceError::from(SessionError::Unexpected { detail }).into());
         }
         self.push_history().await?;
+        let status = Entry {
+            path: TreePath::new(format!("{FOLDER}/archive_status"))?,
+            mode: 0o700,
+            modified: self.at,
+            node: Node::Directory,
+        };
         let (entries, named) = self.files.finish().await?;
-        Ok(Carried { entries, named, wal: CarriedWal { segments: self.segments, end: self.end } })
+        Ok(Carried { entries, status, named, wal: CarriedWal { segments: self.segments, end: self.end } })
     }
 
     /// Copies whole segments up to `last`, as far as there are any. A primary has ended that one when it stopped, and a standby
@@ -237,6 +245,10 @@ impl Carried {
         record.wal = Some(self.wal);
         named.join(self.named);
         entries.extend(self.entries);
+        // The walk does not look into pg_wal.
+        if !entries.iter().any(|entry| entry.path == self.status.path) {
+            entries.push(self.status);
+        }
     }
 }
 
