@@ -377,6 +377,10 @@ fn what_cannot_be_sent_is_refused_before_anything_is_begun() {
     let weak = site(&cluster).nodes(&[(&connection, "primary")]).storage(&walden.storage());
     let refused = Walden::configure(&scratch, &weak).try_run(&["backup"]).expect_code(2);
     assert!(refused.stderr.contains("replication"), "{}", refused.stderr);
+    let refused = walden.try_run(&["backup", "--label", &"l".repeat(1024)]).expect_code(2);
+    assert!(refused.stderr.contains("label is 1024 bytes long"), "{}", refused.stderr);
+    let begun = &walden.json(&["list"])["unfinished"];
+    assert_eq!(begun.as_array().unwrap().len(), 0, "{begun}");
 
     // A data directory with the marker is a clone, on whatever host.
     let marker = cluster.data_directory().join("walden.clone");
@@ -385,10 +389,6 @@ fn what_cannot_be_sent_is_refused_before_anything_is_begun() {
     let refused = walden.try_run(&["backup"]).expect_code(2);
     assert!(refused.stderr.contains("clone \"scratch\""), "{}", refused.stderr);
     fs::remove_file(&marker).unwrap();
-    let refused = walden.try_run(&["backup", "--label", &"l".repeat(1024)]).expect_code(2);
-    assert!(refused.stderr.contains("label is 1024 bytes long"), "{}", refused.stderr);
-    let begun = &walden.json(&["list"])["unfinished"];
-    assert_eq!(begun.as_array().unwrap().len(), 0, "{begun}");
     // A name that no archive of the server holds.
     let long = cluster.data_directory().join("n".repeat(120));
     fs::write(&long, "").unwrap();
