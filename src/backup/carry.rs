@@ -56,7 +56,7 @@ struct Ancestry {
 
 /// What a basebackup carries.
 pub(super) struct Carried {
-    /// Files of `data/pg_wal`.
+    /// What stands in `data/pg_wal`.
     entries: Vec<Entry>,
     /// The chunks they stand in.
     named: NamedChunks,
@@ -211,9 +211,12 @@ impl WalCarrier {
         let name = WalSegmentName::new(timeline, self.next, cluster.segment_size);
         let segment = SegmentFile { path: self.folder.join(name.to_string()), name, start, end, cluster };
         self.files.push_segment(CarriedWal::path_of(name)?, &segment, self.at).await?;
-        // A server that is started from it does not archive it: whoever wrote it did, or could have.
-        let done = TreePath::new(format!("{FOLDER}/archive_status/{name}.done"))?;
-        self.files.push_bytes(done, Bytes::new(), self.at).await?;
+        // A server that is started from it does not archive it: whoever wrote it did, or could have. The beginning of a
+        // segment goes on in that server, which has to archive the whole.
+        if end == self.next.next().start_lsn(cluster.segment_size) {
+            let done = TreePath::new(format!("{FOLDER}/archive_status/{name}.done"))?;
+            self.files.push_bytes(done, Bytes::new(), self.at).await?;
+        }
         match self.segments.last_mut() {
             Some(range) if range.last.timeline() == timeline => range.last = name,
             _ => self.segments.push(CarriedSegments { first: name, last: name }),

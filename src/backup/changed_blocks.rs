@@ -133,12 +133,22 @@ impl ChangedBlocks {
         if self.bytes > 2 * self.bytes_max { Err(too_many) } else { Ok(()) }
     }
 
+    /// Returns from which of its pages on nothing holds of what is known of a file, because its fork was cut there; none
+    /// where it was not. How long it is now says nothing: it may have grown again, by pages of which no WAL tells.
+    pub fn cut_at(&self, file: &RelationFile, segment_pages: u32) -> Option<u32> {
+        let RelationFile { tablespace, database, relfilenode, fork, .. } = *file;
+        let limit = self.forks.get(&ForkOf { tablespace, database, relfilenode, fork })?.limit?;
+        Some(limit.saturating_sub(file.first_page(segment_pages)?))
+    }
+
     /// Says what has to be read of a file that has `pages` pages and had `known_pages`, all of them whole.
     ///
     /// `segment_pages` is what `pg_control` has as `relseg_size`.
     pub fn hint(&self, file: &RelationFile, segment_pages: u32, known_pages: u32, pages: u32) -> Hint {
-        let logged = matches!(file.fork, Fork::Main | Fork::Init);
-        if !logged || file.temporary || self.databases.contains(&(file.tablespace, file.database)) {
+        if !file.fork.is_logged()
+            || file.temporary
+            || self.databases.contains(&(file.tablespace, file.database))
+        {
             return Hint::ReadAll;
         }
         let first = file.first_page(segment_pages);

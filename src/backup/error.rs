@@ -73,6 +73,9 @@ pub enum Error {
     /// WAL that a standalone basebackup was to carry is gone.
     #[error("WAL segment {segment} was removed or recycled before it could be copied")]
     WalLost { segment: WalSegmentName },
+    /// The session is gone that kept WAL for a standalone basebackup: by that the server also takes its slot away.
+    #[error("the session that kept WAL for the standalone basebackup was lost: {detail}")]
+    WalHolderLost { detail: String },
     /// The history file without which recovery cannot follow the timeline is nowhere.
     #[error("the history file of timeline {timeline} is neither in pg_wal nor in the archive")]
     HistoryMissing { timeline: TimelineId },
@@ -100,6 +103,7 @@ impl Error {
             Self::Read { .. }
             | Self::WalMissing { .. }
             | Self::WalLost { .. }
+            | Self::WalHolderLost { .. }
             | Self::HistoryMissing { .. } => ErrorKind::Retry,
             Self::ControlFile { source: ControlFileError::Checksum, .. } => ErrorKind::Damaged,
             Self::ControlFile { .. }
@@ -166,9 +170,13 @@ impl Error {
                 "Take another basebackup; raise max_slot_wal_keep_size where the server writes more WAL than that while \
                  one is taken."
             }
+            Self::WalHolderLost { .. } => {
+                "Take another basebackup. If the server's log says that a replication slot was invalidated, raise \
+                 max_slot_wal_keep_size: it writes more WAL than that while one is taken."
+            }
             Self::HistoryMissing { .. } => "Archive it with \"walden wal push\" from a server that has it.",
             Self::Source(error) => return error.hint(),
-            Self::Received(error) => return error.hint().map(str::to_owned),
+            Self::Received(error) => error.hint(),
             Self::State(error) => return error.hint().map(str::to_owned),
             Self::Repository(error) => return error.hint().map(str::to_owned),
             _ => return None,

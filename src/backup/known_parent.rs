@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::backup::change::{Decision, Incremental, Reason, Standing, Today, is_untouched, judge};
 use crate::backup::data_directory::SourceFile;
@@ -42,6 +42,42 @@ pub struct KnownParent {
     takes_bytes: bool,
     read_all: bool,
     complained: AtomicBool,
+}
+
+/// What is known of one file and of its blocks, for work that is done side by side and in order: whoever comes first
+/// looks it up, and the last few are kept.
+#[derive(Debug, Default)]
+pub struct KnownBlocks {
+    file: OnceLock<Option<Arc<KnownFile>>>,
+    blocks: Mutex<Vec<(u64, Arc<KnownBlock>)>>,
+}
+
+const BLOCKS_KEPT: usize = 2;
+
+impl KnownBlocks {
+    /// Returns what is known of the file, which is always the one at `path`.
+    pub fn file(&self, path: &TreePath, parent: Option<&KnownParent>) -> Option<Arc<KnownFile>> {
+        self.file.get_or_init(|| parent?.file(path).map(Arc::new)).clone()
+    }
+
+    /// Returns what is known of its block `n`.
+    pub fn block(&self, n: u64, path: &TreePath, parent: Option<&KnownParent>) -> Option<Arc<KnownBlock>> {
+        let known = self.file(path, parent)?;
+        if n >= known.block_count() {
+            return None;
+        }
+        // Whoever comes second waits for the first to have read it.
+        let mut blocks = self.blocks.lock().expect("no holder of this lock panics");
+        if let Some((_, block)) = blocks.iter().find(|(number, _)| *number == n) {
+            return Some(block.clone());
+        }
+        let block = Arc::new(parent?.block(&known, n)?);
+        if blocks.len() == BLOCKS_KEPT {
+            blocks.remove(0);
+        }
+        blocks.push((n, block.clone()));
+        Some(block)
+    }
 }
 
 /// What a basebackup will be, and what it builds upon.

@@ -6,15 +6,15 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use crate::backup::data_directory::SourceFile;
 use crate::backup::error::Error;
 use crate::backup::gather::{Again, GatherOptions, KnownPages, PageGatherer, PageRun};
-use crate::backup::known_parent::KnownParent;
+use crate::backup::known_parent::{KnownBlocks, KnownParent};
 use crate::backup::page_check::PageCheck;
 use crate::backup::source_file::{FileState, OpenFile, Source};
-use crate::backup::state::{HashKey, KnownBlock, KnownFile};
+use crate::backup::state::{HashKey, KnownFile};
 use crate::codec::Compression;
 use crate::pg::RelationFile;
 use crate::repo::page_map::{MAP_BLOCK_BYTES, PAGE_SIZE};
@@ -24,8 +24,6 @@ use crate::repo::page_map::{MAP_BLOCK_BYTES, PAGE_SIZE};
 pub const JOB_BYTES: u64 = 512 << 10;
 /// Bytes that one job reads where most pages are as they were, so that the changed ones fill chunks.
 pub const WIDE_JOB_BYTES: u64 = 4 << 20;
-/// Blocks of what is known that a file keeps: its jobs run side by side, in order.
-const BLOCKS_KEPT: usize = 2;
 
 /// What all jobs of a copy share.
 #[derive(Debug)]
@@ -52,8 +50,7 @@ pub struct LargeFile {
     /// Whether it is stored again as a whole.
     again: bool,
     opened: OnceLock<Opened>,
-    known: OnceLock<Option<Arc<KnownFile>>>,
-    blocks: Mutex<Vec<(u64, Arc<KnownBlock>)>>,
+    known: KnownBlocks,
 }
 
 #[derive(Debug)]
@@ -79,8 +76,8 @@ impl LargeFile {
     /// Prepares a file; nothing is opened yet. `again`: it is stored as a whole, whatever is known of it.
     pub fn new(number: usize, file: SourceFile, again: bool) -> Self {
         let relation = file.relation();
-        let (opened, known, blocks) = (OnceLock::new(), OnceLock::new(), Mutex::default());
-        Self { number, file, relation, again, opened, known, blocks }
+        let (opened, known) = (OnceLock::new(), KnownBlocks::default());
+        Self { number, file, relation, again, opened, known }
     }
 
     /// Reads the bytes of `range`, which begins at a page and lies within one map block.
@@ -93,7 +90,8 @@ impl LargeFile {
                 return Err(Error::reading("open", &path())(io::Error::new(*kind, text.clone())));
             }
         };
-        let known = self.known_block(range.start / MAP_BLOCK_BYTES, context);
+        let block = range.start / MAP_BLOCK_BYTES;
+        let known = self.known.block(block, &self.file.path, context.parent.as_deref());
         let options = context.gathering(self.again);
         let mut gatherer = PageGatherer::new(&options);
         let mut damaged = Vec::new();
@@ -123,26 +121,7 @@ impl LargeFile {
 
     /// Returns what is known of the file where it was stored as pages.
     pub fn known(&self, context: &JobContext) -> Option<Arc<KnownFile>> {
-        let look_up = || context.parent.as_ref()?.file(&self.file.path).map(Arc::new);
-        self.known.get_or_init(look_up).clone()
-    }
-
-    fn known_block(&self, n: u64, context: &JobContext) -> Option<Arc<KnownBlock>> {
-        let (parent, known) = (context.parent.as_ref()?, self.known(context)?);
-        if n >= known.block_count() {
-            return None;
-        }
-        // Whoever comes second waits for the first to have read it.
-        let mut blocks = self.blocks.lock().expect("no holder of this lock panics");
-        if let Some((_, block)) = blocks.iter().find(|(number, _)| *number == n) {
-            return Some(block.clone());
-        }
-        let block = Arc::new(parent.block(&known, n)?);
-        if blocks.len() == BLOCKS_KEPT {
-            blocks.remove(0);
-        }
-        blocks.push((n, block.clone()));
-        Some(block)
+        self.known.file(&self.file.path, context.parent.as_deref())
     }
 }
 

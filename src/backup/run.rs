@@ -31,7 +31,9 @@ use crate::backup::server_facts::ServerFacts;
 use crate::backup::server_manifest::{ManifestFacts, server_manifest};
 use crate::backup::server_record::{empty_record, server_record};
 use crate::backup::site_state::{Begun, SiteState};
-use crate::backup::source::{BackupSession, Checkpoint, StartOptions, Stopped, switch_wal};
+use crate::backup::source::{
+    BackupSession, Checkpoint, SourceError, StartOptions, Stopped, check_label, switch_wal,
+};
 use crate::backup::source_file::{DirectorySource, FileState};
 use crate::backup::state::{Journal, StateWriter};
 use crate::backup::stream;
@@ -40,7 +42,7 @@ use crate::clock::Clock;
 use crate::codec::{Compression, CpuPool};
 use crate::monitor::{Monitor, Task};
 use crate::pg::{Lsn, RelationMap, WalSegmentNumber};
-use crate::replication::Session;
+use crate::replication::{Error as SessionError, Session};
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository, documents::BackupRecord,
     entry::TreePath, manifest::ManifestContent,
@@ -136,6 +138,8 @@ pub async fn run(
     archive: impl Fn(ClusterId) -> Box<dyn WalArchive>,
     monitor: &dyn Monitor,
 ) -> Result<BackupOutcome, Error> {
+    // Before anything is begun: the server would refuse it, or cut it.
+    options.label.as_deref().map_or(Ok(()), check_label)?;
     match options.source {
         BackupSource::DataDirectory => read_directory(repository, options, pool, archive, monitor).await,
         BackupSource::Replication if options.standalone => {
@@ -178,7 +182,8 @@ async fn read_directory(
     tracing::info!("basebackup {} of cluster {cluster} begins, from \"{source}\"", writer.id());
     let packer = new_packer(&writer, options, &begun, states.remembered(writer.id(), &begun, &today).await);
     let how = How { options, begun: &begun, clock: repository.shared_clock() };
-    let copied = copy_in_backup_mode(session, &origin, &how, (pool, &writer), packer, monitor).await?;
+    let copying = copy_in_backup_mode(session, &origin, &how, (pool, &writer), packer, monitor);
+    let copied = copying.await.map_err(|error| of_holder(error, options))?;
     archive_histories(repository, cluster, copied.stopped.timeline, &origin.data_directory).await?;
     if copied.carried.is_none() {
         archive_rest(repository, &*archive(cluster), primary, &needed_wal(cluster, &copied), options).await?;
@@ -219,6 +224,16 @@ async fn read_directory(
         packs_bytes: committed.packs_bytes,
         received_bytes: None,
     })
+}
+
+/// Says what was lost with a session that kept WAL: whoever asks it first hears only that it is gone.
+fn of_holder(error: Error, options: &BackupOptions) -> Error {
+    match error {
+        Error::Source(SourceError::Session(SessionError::Lost { detail })) if options.standalone => {
+            Error::WalHolderLost { detail }
+        }
+        error => error,
+    }
 }
 
 /// Waits until the archive has the WAL that is needed.

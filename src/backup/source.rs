@@ -74,6 +74,15 @@ impl SourceError {
     }
 }
 
+/// Checks that the server neither refuses a label nor cuts it.
+pub fn check_label(label: &str) -> Result<(), SourceError> {
+    let bytes = label.len();
+    if bytes > LABEL_NAME_BYTES_MAX || label.contains(['\n', '\r', '\0']) {
+        return Err(SourceError::Label { bytes, bytes_max: LABEL_NAME_BYTES_MAX });
+    }
+    Ok(())
+}
+
 fn list(differences: &[Difference]) -> String {
     let texts: Vec<String> = differences.iter().map(ToString::to_string).collect();
     texts.join("; ")
@@ -129,10 +138,7 @@ impl BackupSession {
         facts: ServerFacts,
         start: StartOptions,
     ) -> Result<Self, SourceError> {
-        let bytes = start.label.len();
-        if bytes > LABEL_NAME_BYTES_MAX || start.label.contains(['\n', '\r', '\0']) {
-            return Err(SourceError::Label { bytes, bytes_max: LABEL_NAME_BYTES_MAX });
-        }
+        check_label(&start.label)?;
         let call = match session.version() {
             MajorVersion::V13 | MajorVersion::V14 => "pg_start_backup($1, $2, false)",
             _ => "pg_backup_start($1, $2)",

@@ -47,6 +47,12 @@ impl Fork {
         })
     }
 
+    /// Tells whether WAL names each page of it that changes. It does not name those of a free space map, and a
+    /// visibility map's bits are cleared by records that name the page of the heap alone.
+    pub fn is_logged(self) -> bool {
+        matches!(self, Self::Main | Self::Init)
+    }
+
     /// Returns what the server calls it: `main`, `fsm`, `vm` or `init`.
     pub fn name(self) -> &'static str {
         match self {

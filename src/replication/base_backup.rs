@@ -80,6 +80,8 @@ pub struct BaseBackup {
 
 /// No cluster has more tablespaces; the list is the server's word.
 const TABLESPACES_MAX: usize = 100_000;
+/// Bytes of the rows of an answer: those of so many tablespaces, each with the path of a link.
+const ROW_BYTES_MAX: usize = 64 << 20;
 /// SQLSTATE `data_corrupted`, by which the server ends a backup in which it has seen wrong checksums.
 const DATA_CORRUPTED: &str = "XX001";
 /// From here on the options stand in parentheses, and all archives come in one copy.
@@ -190,6 +192,7 @@ struct Reader {
     one_copy_each: bool,
     phase: Phase,
     rows: Vec<Row>,
+    row_bytes: usize,
     /// The start position, and later that of the stop.
     position: Option<(Lsn, TimelineId)>,
     tablespaces: Vec<BaseBackupTablespace>,
@@ -208,6 +211,7 @@ impl Reader {
             one_copy_each,
             phase: Phase::Start,
             rows: Vec::new(),
+            row_bytes: 0,
             position: None,
             tablespaces: Vec::new(),
             archives: Vec::new(),
@@ -244,6 +248,10 @@ impl Reader {
                 }
             }
             Incoming::Other(Message::DataRow(row)) if !self.copying && self.rows.len() < TABLESPACES_MAX => {
+                self.row_bytes += row.buffer().len();
+                if self.row_bytes > ROW_BYTES_MAX {
+                    return Err(unexpected("a base backup with too long a list of tablespaces".into()));
+                }
                 self.rows.push(values(&row)?);
             }
             Incoming::Other(Message::CommandComplete(_)) if !self.copying => self.end_rows()?,
@@ -414,6 +422,18 @@ mod tests {
     fn error(sqlstate: &str) -> Vec<u8> {
         let text = format!("SERROR\0VERROR\0C{sqlstate}\0Mchecksum verification failure\0\0");
         message(b'E', text.as_bytes())
+    }
+
+    #[test]
+    fn rows_are_bounded_by_their_bytes() {
+        let long = row(&[Some("l".repeat(1_000_000).as_str())]);
+        let mut reader = Reader::new(false);
+        let mut take = || {
+            let message = take_message(&mut BytesMut::from(&long[..]))?.expect("it is whole");
+            reader.take(message)
+        };
+        let taken = (0..100).take_while(|_| take().is_ok()).count();
+        assert_eq!(taken, ROW_BYTES_MAX / 1_000_004);
     }
 
     /// As the server sends it, with one tablespace.

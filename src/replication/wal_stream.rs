@@ -22,7 +22,7 @@ use super::connection::{self, Connected};
 use super::login::PhysicalReplication;
 use super::wal_message::{StandbyStatus, WalMessage};
 use super::wire::{Incoming, Wire, refusal, unexpected};
-use crate::pg::{Lsn, SystemIdentifier, TimelineId};
+use crate::pg::{Lsn, MajorVersion, SystemIdentifier, TimelineId};
 use crate::replication::{ConnectOptions, Error};
 
 /// A connection that takes replication commands.
@@ -84,6 +84,11 @@ pub struct WalStream {
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 /// Rows of an answer; each of ours has one, or none.
 const ROWS_MAX: usize = 16;
+/// Settings of a connection that is not to end while it is idle, nor to outlive us for long; since which version.
+const LASTING: [(MajorVersion, &str); 2] = [
+    (MajorVersion::V13, " -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"),
+    (MajorVersion::V14, " -c idle_session_timeout=0"),
+];
 /// 2000-01-01, from where the server counts microseconds.
 const POSTGRES_EPOCH_SECONDS: i64 = 946_684_800;
 
@@ -112,10 +117,19 @@ impl ReplicationConnection {
 
     /// Connects to the one server of `options` that a session reached at `address`, under a name of its own by which
     /// that session finds it among the server's processes.
-    pub async fn connect_beside(options: &ConnectOptions, address: &str, name: &str) -> Result<Self, Error> {
+    ///
+    /// However long it is idle the server keeps it: no setting of a role reaches a walsender, so it is told at the start.
+    pub async fn connect_beside(
+        options: &ConnectOptions,
+        (address, version): (&str, MajorVersion),
+        name: &str,
+    ) -> Result<Self, Error> {
         let options = options.with("dbname", "replication")?.with("application_name", name)?;
         let mut target = connection::resolve(&options)?;
         target.endpoints.retain(|endpoint| endpoint.address.to_string() == address);
+        for (_, setting) in LASTING.iter().filter(|(since, _)| version >= *since) {
+            target.options.push_str(setting);
+        }
         let (connected, _) = connection::connect::<PhysicalReplication>(&target, &options, "", 0).await?;
         let Connected { link: wire, address, user } = connected;
         Ok(Self { wire, address, user, rows: Vec::new(), refused: None })

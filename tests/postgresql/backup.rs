@@ -305,7 +305,7 @@ fn a_lost_session_fails_the_backup_while_it_copies() {
     require!(Need::PostgreSQL(15));
     let cluster = Cluster::start(15);
     let walden = archiving(&cluster);
-    let sparse = sparse_file(&cluster, 256);
+    let sparse = sparse_file(&cluster, "sparse", 256);
     let mut child = walden.command().arg("backup").spawn().unwrap();
     let sessions = "from pg_stat_activity where application_name = 'walden'";
     crate::support::wait_for("the copy of the large file", || reads(&child, &sparse).then_some(()));
@@ -390,7 +390,7 @@ fn pg_control_is_read_after_everything_else() {
     require!(Need::PostgreSQL(15));
     let cluster = Cluster::start(15);
     let walden = archiving(&cluster);
-    let sparse = sparse_file(&cluster, 6);
+    let sparse = sparse_file(&cluster, "sparse", 6);
     let taking =
         walden.command().args(["--output", "json", "backup"]).stdout(Stdio::piped()).spawn().unwrap();
     crate::support::wait_for("the copy of the large file", || reads(&taking, &sparse).then_some(()));
@@ -405,8 +405,8 @@ fn pg_control_is_read_after_everything_else() {
 }
 
 /// Makes a file in the data directory that is all zero and stored nowhere, but takes a while to read.
-pub fn sparse_file(cluster: &Cluster, gib: u64) -> PathBuf {
-    let sparse = cluster.data_directory().join("sparse");
+pub fn sparse_file(cluster: &Cluster, name: &str, gib: u64) -> PathBuf {
+    let sparse = cluster.data_directory().join(name);
     fs::File::create(&sparse).unwrap().set_len(gib << 30).unwrap();
     Account::of_postgresql().own(&sparse);
     sparse

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use walden::replication::{ConnectOptions, Error, ReplicationConnection, Started};
+use walden::replication::{ConnectOptions, Error, ReplicationConnection, Session, Started};
 
 use crate::session::runtime;
 use crate::support::{Cluster, Need, Run, require};
@@ -90,6 +90,17 @@ fn commands_answer_what_the_server_is_and_refuse_what_it_has_not() {
         let options = ConnectOptions::new(cluster.connection());
         let mut connection = ReplicationConnection::connect(&options).await.unwrap();
         assert_eq!(connection.setting("wal_segment_size").await.unwrap(), "16MB");
+        // Whatever the user or the server says, the one beside a session may be idle for as long as it takes.
+        let impatient =
+            ConnectOptions::new(format!("{} options='-c idle_session_timeout=7s'", cluster.connection()));
+        let other =
+            ReplicationConnection::connect(&impatient).await.unwrap().setting("idle_session_timeout").await;
+        assert_eq!(other.unwrap(), "7s");
+        let session = Session::connect(&impatient).await.unwrap();
+        let server = (session.address(), session.version());
+        let mut beside = ReplicationConnection::connect_beside(&impatient, server, "beside").await.unwrap();
+        assert_eq!(beside.setting("idle_session_timeout").await.unwrap(), "0");
+        assert_eq!(beside.setting("application_name").await.unwrap(), "beside");
         connection.create_slot("odd name").await.unwrap_err();
         connection.create_slot("ours").await.unwrap();
         let twice = connection.create_slot("ours").await.unwrap_err();

@@ -169,11 +169,23 @@ fn a_standalone_basebackup_of_a_standby_ends_where_it_stopped() {
     let report = walden.json(&["backup", "--standalone"]);
     assert_eq!(report["wal"]["end"], report["stop_lsn"], "{report}");
     assert_stands_alone(&walden, &report);
-    let server = recovered(15, &walden, &scratch, "from-standby", &IMMEDIATE);
-    assert_eq!(
-        server.sql("select count(*), sum(n) from kept"),
-        source.sql("select count(*), sum(n) from kept")
-    );
+    // A server that is started from it goes on in its last segment, which has to be archived then.
+    let shown = walden.json(&["show", "latest", "--files"]);
+    let paths: Vec<&str> =
+        shown["files"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
+    let segments = report["wal"]["segments"].as_array().unwrap();
+    let last = segments.last().unwrap()["last"].as_str().unwrap();
+    assert!(paths.contains(&&*format!("data/pg_wal/{last}")), "{paths:?}");
+    let done: Vec<&&str> = paths.iter().filter(|path| path.ends_with(".done")).collect();
+    assert!(!done.iter().any(|path| path.contains(last)), "{done:?}");
+    let carried = paths.iter().filter(|path| path.starts_with("data/pg_wal/0")).count();
+    assert_eq!(done.len(), carried - 1, "{paths:?}");
+    // PostgreSQL sees the immediate target at the record behind it, and an idle standby has none.
+    for (name, options) in [("from-standby", &IMMEDIATE[..]), ("end-of-standby", &[])] {
+        let server = recovered(15, &walden, &scratch, name, options);
+        let kept = "select count(*), sum(n) from kept";
+        assert_eq!(server.sql(kept), source.sql(kept));
+    }
 }
 
 /// What the archive has since goes on where the carried WAL ends.
@@ -208,6 +220,32 @@ fn an_instant_restore_of_a_standalone_basebackup_needs_no_archive() {
     restored.finish();
     expected.assert_same(&Checksums::of(&restored));
     restored.assert_ends_sound();
+}
+
+/// A slot that a session uses is taken away by ending that session.
+#[test]
+fn wal_that_the_server_no_longer_keeps_ends_the_basebackup_and_the_setting_is_named() {
+    require!(Need::PostgreSQL(15));
+    let source = Source::start(forgetful().setting("max_slot_wal_keep_size", "1MB"));
+    source.sql("create table kept (n int, t text)");
+    Pgbench::initialize(&source, 5);
+    let mut command = source.walden.command();
+    command.args(["backup", "--standalone", "--rate-limit", "1MiB"]);
+    let mut taking = command.stderr(Stdio::piped()).spawn().unwrap();
+    // More than it keeps, each time, and faster than it is copied.
+    wait_for("the slot to be lost", || {
+        source.sql("insert into kept select n, repeat(md5(n::text), 20) from generate_series(1, 20000) n; checkpoint");
+        taking.try_wait().unwrap()
+    });
+    let output = taking.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(
+        told.contains("kept WAL for the standalone basebackup") && told.contains("max_slot_wal_keep_size"),
+        "{told}"
+    );
+    let listed = source.walden.json(&["list"]);
+    assert_eq!(listed["basebackups"].as_array().unwrap().len(), 0, "{listed}");
 }
 
 #[test]

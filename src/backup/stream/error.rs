@@ -62,26 +62,49 @@ impl StreamError {
         }
     }
 
+    /// Returns whether the server may be asked for everything instead: what it sent of changes cannot be put together.
+    pub(in crate::backup) fn is_of_changes(&self) -> bool {
+        matches!(self, Self::NotKnown { .. } | Self::Partial { .. })
+    }
+
     /// Returns whether something has to be set up first.
     pub(in crate::backup) fn is_input(&self) -> bool {
         matches!(self, Self::MayNotReplicate { .. } | Self::OtherServer { .. })
     }
 
-    /// Returns a sentence that says what to do, where there is one.
-    pub(in crate::backup) fn hint(&self) -> Option<&'static str> {
+    /// Returns a sentence that says what to do.
+    pub(in crate::backup) fn hint(&self) -> &'static str {
         match self {
-            Self::MayNotReplicate { .. } => Some(
-                "Give the role REPLICATION, and pg_hba.conf a line `host replication ROLE ADDRESS METHOD`.",
-            ),
-            Self::OtherServer { .. } => Some(
-                "Connect to the server itself: one address, without a balancer, that pg_hba.conf lets both in by.",
-            ),
-            Self::Tablespace { .. } => Some(
+            Self::MayNotReplicate { .. } => {
+                "Give the role REPLICATION, and pg_hba.conf a line `host replication ROLE ADDRESS METHOD`."
+            }
+            Self::OtherServer { .. } => {
+                "Connect to the server itself: one address, without a balancer, that pg_hba.conf lets both in by."
+            }
+            Self::Tablespace { .. } => {
                 "It was created at this moment, or in place on a server that leaves such out (15): take the \
-                 basebackup again, or from the data directory.",
-            ),
-            _ if self.is_passing() => Some("The server was writing it; take the basebackup again."),
-            _ => None,
+                 basebackup again, or from the data directory."
+            }
+            _ if self.is_passing() => "The server was writing it; take the basebackup again.",
+            Self::Name { .. } => {
+                "Take the basebackup from the data directory, on the server's host (backup_source = \"data-directory\")."
+            }
+            Self::ControlFile(_) => {
+                "pg_controldata on the server's host says whether it is the server's own that is wrong."
+            }
+            // What no server of PostgreSQL's sends.
+            Self::Archive { .. }
+            | Self::Missing(_)
+            | Self::TooLarge { .. }
+            | Self::Manifest { .. }
+            | Self::Partial { .. }
+            | Self::Different { .. }
+            | Self::Wal { .. }
+            | Self::Torn { .. }
+            | Self::NotKnown { .. } => {
+                "Take it again; if it stays, look at what stands between this host and the server, and take it from \
+                 the data directory meanwhile."
+            }
         }
     }
 }

@@ -168,7 +168,7 @@ impl ManifestReader {
                 hex::decode_to_slice(digits, &mut bytes).map_err(|error| self.wrong(error))?;
                 Some(u32::from_le_bytes(bytes))
             }
-            (None, None) => None,
+            // It was asked to sum all of them up.
             _ => return Err(self.wrong("the checksum is not the one that was asked for")),
         };
         Ok(ManifestFile { path, size: file.size, crc })
@@ -306,6 +306,22 @@ mod tests {
             manifest.check_wal(TimelineId::FIRST, START, STOP).unwrap();
             assert!(manifest.check_wal(TimelineId::FIRST, START, Lsn(STOP.0 + 1)).is_err());
         }
+    }
+
+    #[test]
+    fn a_file_without_a_checksum_is_refused() {
+        let entries = entries();
+        let facts = ManifestFacts {
+            version: MajorVersion::V18,
+            system_identifier: SystemIdentifier(7),
+            timeline: TimelineId::FIRST,
+            wal: (START, STOP),
+        };
+        let mut checksums = vec![Some(Crc32c::of(b"abc")); entries.len()];
+        checksums[1] = None;
+        let text = server_manifest(&facts, &entries, &checksums, &[]);
+        let refused = read(&text, 1000).unwrap_err().to_string();
+        assert!(refused.contains("not the one that was asked for"), "{refused}");
     }
 
     #[test]

@@ -92,7 +92,8 @@ pub async fn connect(
     facts: &ServerFacts,
     name: &str,
 ) -> Result<ReplicationConnection, Error> {
-    let connecting = ReplicationConnection::connect_beside(connection, session.address(), name).await;
+    let server = (session.address(), session.version());
+    let connecting = ReplicationConnection::connect_beside(connection, server, name).await;
     let mut replication = connecting.map_err(|error| refusal(error, session.user()))?;
     let other = || StreamError::OtherServer { address: session.address().to_owned() };
     let identity = replication.identify().await.map_err(SourceError::from)?;

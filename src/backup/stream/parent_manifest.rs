@@ -1,7 +1,8 @@
 //! The manifest of the basebackup that is built upon, sent to the server so that it sends only what has changed since.
 //!
 //! Written from what this host remembers: paths and sizes are all that a server of 17 or later looks at, and the WAL of
-//! that basebackup, from whose start on its summaries are read. It goes up as it is written, a piece at a time.
+//! that basebackup, from whose start on its summaries are read. It goes up as it is written, a piece at a time. What is
+//! not in it is sent whole: visibility maps, whose changes no summary names (decision 2102), are left out.
 
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use crate::backup::run::blocking;
 use crate::backup::server_facts::ServerFacts;
 use crate::backup::source::SourceError;
 use crate::codec::Sha256;
-use crate::pg::{BackupManifest, DataPath, ManifestChecksum};
+use crate::pg::{BackupManifest, DataPath, ManifestChecksum, RelationFile};
 use crate::replication::{ManifestUpload, ReplicationConnection};
 
 /// Bytes of a piece, about.
@@ -42,6 +43,9 @@ pub async fn upload(
             let Some(path) = server_path(&known.path).and_then(|path| DataPath::new(path).ok()) else {
                 continue;
             };
+            if !may_come_in_parts(&path) {
+                continue;
+            }
             gathered += path.as_bytes().len() + 100;
             manifest.file(&path, known.size, parent.facts().started_at, ManifestChecksum::None);
             if gathered >= PIECE_BYTES {
@@ -65,4 +69,25 @@ pub async fn upload(
     };
     tokio::try_join!(writing, sending)?;
     Ok(upload.finish().await.map_err(SourceError::from)?)
+}
+
+/// Tells whether the server may send what has changed of a file instead of all of it.
+pub fn may_come_in_parts(path: &DataPath) -> bool {
+    RelationFile::classify(path).is_none_or(|relation| relation.fork.is_logged())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_summary_speaks_for_comes_whole() {
+        let may = |path: &str| may_come_in_parts(&DataPath::new(path.as_bytes().to_vec()).unwrap());
+        for path in ["base/5/16384", "base/5/16384.1", "base/5/16384_init", "global/1262", "PG_VERSION"] {
+            assert!(may(path), "{path}");
+        }
+        for path in ["base/5/16384_vm", "base/5/16384_vm.1", "base/5/16384_fsm", "global/1262_vm"] {
+            assert!(!may(path), "{path}");
+        }
+    }
 }

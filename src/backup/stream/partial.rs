@@ -27,7 +27,10 @@ const PAGE: usize = PAGE_SIZE as usize;
 pub struct PartialHeader {
     /// The pages that follow, ascending.
     pub sent: Vec<u32>,
-    /// Pages from here on that do not follow are all zero; below, they are as they were.
+    /// How many pages the file has at least.
+    pub length: u32,
+    /// Pages from here on that do not follow are all zero; below, they are as they were. The server says the length of
+    /// the file, also where it was shorter in between (`cut_at`).
     pub kept_below: u32,
 }
 
@@ -55,7 +58,17 @@ pub struct PartialFile {
 impl PartialHeader {
     /// Returns the pages of the whole file.
     pub fn pages(&self) -> u32 {
-        self.sent.last().map_or(0, |last| last + 1).max(self.kept_below)
+        self.sent.last().map_or(0, |last| last + 1).max(self.length)
+    }
+
+    /// Returns it for a file that was cut to so many pages: what was behind them is gone, however long it is now.
+    pub fn cut_at(self, pages: u32) -> Self {
+        Self { kept_below: self.kept_below.min(pages), ..self }
+    }
+
+    /// Returns whether the file is as one was that had so many pages.
+    pub fn keeps_all(&self, known_pages: u64) -> bool {
+        self.sent.is_empty() && self.kept_below == self.length && u64::from(self.length) == known_pages
     }
 }
 
@@ -99,8 +112,8 @@ impl HeaderReader {
         if self.word(0) != MAGIC {
             return Err("does not begin as one");
         }
-        let (count, kept_below) = (self.count(), self.word(8));
-        if count > self.segment_pages || kept_below > self.segment_pages {
+        let count = self.count();
+        if count > self.segment_pages {
             return Err("has more pages than a segment");
         }
         let bytes = FIXED_BYTES + count as usize * 4;
@@ -115,7 +128,10 @@ impl HeaderReader {
         if !ascends || sent.last().is_some_and(|last| *last >= self.segment_pages) {
             return Err("has its pages in no order");
         }
-        Ok(PartialHeader { sent, kept_below: self.word(8) })
+        // Of a relation that was cut within a later segment, a server before the minor releases of 2026 says where in
+        // the relation. No segment is longer than one.
+        let length = self.word(8).min(self.segment_pages);
+        Ok(PartialHeader { sent, length, kept_below: length })
     }
 }
 
@@ -234,7 +250,8 @@ mod tests {
     #[test]
     fn pages_are_sent_kept_or_zero() {
         let (header, ready) = read(&written(&[3, 20_000], 30_000), 1000, 1 << 20).unwrap();
-        assert_eq!(header, PartialHeader { sent: vec![3, 20_000], kept_below: 30_000 });
+        let expected = PartialHeader { sent: vec![3, 20_000], length: 30_000, kept_below: 30_000 };
+        assert_eq!(header, expected);
         let pieces: Vec<(Range<u32>, Vec<u32>, usize, bool)> = ready
             .into_iter()
             .map(|work| match work {
@@ -257,11 +274,35 @@ mod tests {
             read(&bytes, 4096, 1 << 20).unwrap_err()
         };
         assert!(with(0, 7).contains("does not begin"));
-        assert!(with(4, u32::MAX).contains("more pages") && with(8, SEGMENT + 1).contains("more pages"));
+        assert!(with(4, u32::MAX).contains("more pages"));
         assert!(with(4, 1).contains("size") && with(4, SEGMENT).contains("size"));
         assert!(with(12, 5).contains("order") && with(16, SEGMENT).contains("order"));
         assert_eq!(read(&written(&[3], 9)[..100], 10, 1 << 20).unwrap_err(), "has not the size of its pages");
         assert_eq!(read(&[1; 5], 10, 1 << 20).unwrap_err(), "is cut");
+    }
+
+    #[test]
+    fn a_file_of_a_relation_that_was_cut_behind_it_is_a_segment_long() {
+        for said in [SEGMENT, SEGMENT + 1, u32::MAX] {
+            let (header, ready) = read(&written(&[3], said), 4096, 1 << 20).unwrap();
+            assert_eq!((header.pages(), header.kept_below), (SEGMENT, SEGMENT), "{said}");
+            assert_eq!(ready.len() as u64, u64::from(SEGMENT) / MAP_BLOCK_PAGES);
+        }
+    }
+
+    #[test]
+    fn what_was_cut_off_does_not_come_back() {
+        let header = |sent: &[u32]| PartialHeader { sent: sent.to_vec(), length: 70, kept_below: 70 };
+        assert!(header(&[]).keeps_all(70) && !header(&[3]).keeps_all(70) && !header(&[]).keeps_all(60));
+        let cut = header(&[]).cut_at(50);
+        assert_eq!((cut.pages(), cut.kept_below, cut.keeps_all(70)), (70, 50, false));
+        assert_eq!(header(&[]).cut_at(80), header(&[]));
+        let mut ready = VecDeque::new();
+        PartialFile::new(file(), cut).finish(&mut ready);
+        let [Work::Changed { pages, kept_below: 50, .. }] = ready.make_contiguous() else {
+            panic!("{ready:?}")
+        };
+        assert_eq!(*pages, 0..70);
     }
 
     #[test]

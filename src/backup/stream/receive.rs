@@ -12,6 +12,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use crate::backup::changed_blocks::ChangedBlocks;
 use crate::backup::data_directory::{LEFT_OUT, SourceFile, server_path};
 use crate::backup::error::Error;
 use crate::backup::plan::{Compartment, FILES_TOGETHER_MAX, SMALL_FILE_BYTES, compartment};
@@ -60,8 +61,17 @@ pub struct ReceiveOptions {
 pub struct Changes {
     /// Looks up what is known of a file.
     pub known: Box<dyn Fn(&TreePath) -> Option<KnownFile> + Send + Sync>,
+    /// What the server's summaries say, of which its archives do not tell from where a relation was cut.
+    pub summaries: Arc<ChangedBlocks>,
     /// Pages of a relation's file.
     pub segment_pages: u32,
+}
+
+impl Changes {
+    /// Returns from which page of a file on nothing holds of what is known.
+    fn cut_at(&self, file: &SourceFile) -> Option<u32> {
+        self.summaries.cut_at(&file.relation()?, self.segment_pages)
+    }
 }
 
 impl fmt::Debug for Changes {
@@ -140,8 +150,18 @@ struct OpenPartial {
     /// What the server calls it now, and its size there.
     sent_as: (Vec<u8>, u64),
     crc: Crc32cDigest,
-    header: HeaderReader,
-    pages: Option<PartialFile>,
+    come: Come,
+}
+
+/// How much has come of a file of which only changes come.
+#[derive(Debug)]
+enum Come {
+    /// Not all of its header.
+    Header(HeaderReader),
+    /// A header that says that nothing has changed.
+    Kept,
+    /// A header, and some of its pages.
+    Pages(PartialFile),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -336,15 +356,7 @@ impl Receiver {
             return Ok(());
         }
         if let Some(whole) = self.whole_path(&file.path) {
-            let header = match &self.options.changes {
-                Some(changes) => HeaderReader::new(file.size, changes.segment_pages),
-                None => return Ok(()),
-            };
-            let sent_as = (server.as_bytes().to_vec(), file.size);
-            let (file, crc) = (SourceFile { path: whole, ..file }, Crc32cDigest::new());
-            self.open =
-                Some(OpenFile::Partial(Box::new(OpenPartial { file, sent_as, crc, header, pages: None })));
-            return Ok(());
+            return self.open_partial(SourceFile { path: whole, ..file }, server);
         }
         let in_start_set = self.options.start_set.takes(&file.path, file.size, file.modified);
         let lane = if in_start_set { Lane::StartSet } else { Lane::Rest };
@@ -357,6 +369,22 @@ impl Receiver {
             let file = Arc::new(LargeReceived::new(self.large_files, lane, file));
             OpenFile::Large { file, offset: 0, raw }
         });
+        Ok(())
+    }
+
+    /// Opens a file of which only changes come.
+    fn open_partial(&mut self, file: SourceFile, server: &DataPath) -> Result<(), Error> {
+        let Some(changes) = &self.options.changes else {
+            return Ok(());
+        };
+        let come = Come::Header(HeaderReader::new(file.size, changes.segment_pages));
+        let sent_as = (server.as_bytes().to_vec(), file.size);
+        let partial = OpenPartial { file, sent_as, crc: Crc32cDigest::new(), come };
+        // Such a fork was not in the manifest that went up.
+        if partial.file.relation().is_some_and(|relation| !relation.fork.is_logged()) {
+            return Err(partial.objection("is of a fork that no summary of WAL speaks for").into());
+        }
+        self.open = Some(OpenFile::Partial(Box::new(partial)));
         Ok(())
     }
 
@@ -391,14 +419,13 @@ impl Receiver {
             }
             Some(OpenFile::Partial(partial)) => {
                 partial.crc.update(bytes);
-                if partial.pages.is_none()
-                    && let Some(header) =
-                        partial.header.take(&mut bytes).map_err(|it| partial.objection(it))?
+                if let Come::Header(reader) = &mut partial.come
+                    && let Some(header) = reader.take(&mut bytes).map_err(|it| partial.objection(it))?
                 {
                     self.large_files += 1;
                     partial.begin(header, self.large_files, &mut self.options, &mut self.ready)?;
                 }
-                if let Some(pages) = &mut partial.pages {
+                if let Come::Pages(pages) = &mut partial.come {
                     pages.take(bytes, self.options.piece_bytes, &mut self.ready);
                 }
             }
@@ -415,10 +442,13 @@ impl Receiver {
             }
             Some(OpenFile::Kept { what: Kept::Label, state, raw }) => self.keep_label(state, raw)?,
             Some(OpenFile::Partial(partial)) => {
-                let OpenPartial { file, sent_as: (path, size), crc, pages, .. } = *partial;
+                if matches!(partial.come, Come::Header(_)) {
+                    return Err(partial.objection("is cut within its header").into());
+                }
+                let OpenPartial { file, sent_as: (path, size), crc, come } = *partial;
                 self.changed.push(ManifestFile { path, size, crc: Some(crc.finish().0) });
                 self.put_together.extend(server_path(&file.path));
-                if let Some(pages) = pages {
+                if let Come::Pages(pages) = come {
                     pages.finish(&mut self.ready);
                 }
             }
@@ -484,6 +514,8 @@ impl OpenPartial {
         ready: &mut VecDeque<Work>,
     ) -> Result<(), StreamError> {
         let known = options.changes.as_ref().and_then(|changes| (changes.known)(&self.file.path));
+        let cut_at = options.changes.as_ref().and_then(|changes| changes.cut_at(&self.file));
+        let header = header.cut_at(cut_at.unwrap_or(u32::MAX));
         let size = u64::from(header.pages()) * PAGE_SIZE;
         let Some(known) = known.filter(|_| size > 0) else {
             return Err(StreamError::NotKnown { path: self.file.path.to_string() });
@@ -492,11 +524,13 @@ impl OpenPartial {
         let in_start_set = options.start_set.takes(&file.path, file.size, file.modified);
         let lane = if in_start_set { Lane::StartSet } else { Lane::Rest };
         let file = Arc::new(LargeReceived::new(number, lane, file));
-        if header.sent.is_empty() && known.size == size {
+        let is_kept = known.size == size && header.keeps_all(known.size / PAGE_SIZE);
+        self.come = if is_kept {
             ready.push_back(Work::Keep(file));
+            Come::Kept
         } else {
-            self.pages = Some(PartialFile::new(file, header));
-        }
+            Come::Pages(PartialFile::new(file, header))
+        };
         Ok(())
     }
 }
@@ -522,8 +556,10 @@ mod tests {
 
     use super::super::work::{Done, WorkContext};
     use super::*;
+    use crate::backup::changed_blocks::SummaryEntry;
     use crate::backup::state::KnownContent;
     use crate::codec::Compression;
+    use crate::pg::Fork;
 
     const PIECE: u64 = 512 << 10;
 
@@ -731,7 +767,7 @@ mod tests {
             };
             path.as_bytes().starts_with(b"data/base/5/1").then_some(known)
         };
-        Changes { known: Box::new(known), segment_pages: 131_072 }
+        Changes { known: Box::new(known), summaries: Arc::default(), segment_pages: 131_072 }
     }
 
     #[test]
@@ -742,7 +778,7 @@ mod tests {
         let base = [
             file("backup_label", label),
             file("base/5/INCREMENTAL.16384", &changes(&[(2, 5), (9, 6)], 7)),
-            file("base/5/INCREMENTAL.16385_vm.1", &changes(&[], 7)),
+            file("base/5/INCREMENTAL.16385_init.1", &changes(&[], 7)),
             // Of a user, and not of a relation.
             file("INCREMENTAL.16384", b"mine"),
             file("base/5/INCREMENTAL.notes", b"mine"),
@@ -762,10 +798,10 @@ mod tests {
             }
         }
         assert_eq!(changed, [("data/base/5/16384".to_owned(), 10 * 8192, vec![2, 9])]);
-        assert_eq!((kept, small), (vec![("data/base/5/16385_vm.1".to_owned(), 7 * 8192)], 2));
+        assert_eq!((kept, small), (vec![("data/base/5/16385_init.1".to_owned(), 7 * 8192)], 2));
         let names: Vec<&[u8]> = receiver.changed.iter().map(|file| &file.path[..]).collect();
         let sent: [&[u8]; 3] =
-            [b"backup_label", b"base/5/INCREMENTAL.16384", b"base/5/INCREMENTAL.16385_vm.1"];
+            [b"backup_label", b"base/5/INCREMENTAL.16384", b"base/5/INCREMENTAL.16385_init.1"];
         assert_eq!(names, sent);
         let sent = changes(&[(2, 5), (9, 6)], 7);
         assert_eq!(
@@ -782,12 +818,49 @@ mod tests {
             ("base/7/INCREMENTAL.16384", changes(&[(2, 5)], 7), "is not known"),
             ("base/5/INCREMENTAL.16384", changes(&[], 0), "is not known"),
             ("base/5/INCREMENTAL.16384", vec![1; 8192], "does not begin as one"),
+            // One that says nothing is none that has not changed.
+            ("base/5/INCREMENTAL.16384", Vec::new(), "is cut"),
+            ("base/5/INCREMENTAL.16384", changes(&[], 7)[..11].to_vec(), "is cut"),
+            // Whose changes no summary names, whatever the server believes of them (decision 2102).
+            ("base/5/INCREMENTAL.16384_vm", changes(&[], 7), "is of a fork"),
+            ("base/5/INCREMENTAL.16384_fsm", changes(&[(2, 5)], 7), "is of a fork"),
         ] {
             let mut receiver = receiver();
             receiver.options.changes = Some(known(7));
             let error = feed(&mut receiver, None, &file(path, &content), 700).unwrap_err();
             assert!(error.to_string().contains(expected), "{path}: {error}");
+            let Error::Received(error) = error else { panic!("{error}") };
+            assert!(error.is_of_changes(), "{path}: with everything it may go well: {error}");
         }
+    }
+
+    /// The server says the length of a file, and not that it was shorter in between.
+    #[test]
+    fn a_file_that_was_cut_is_not_kept_behind_the_cut() {
+        let mut summaries = ChangedBlocks::default();
+        let cut = |relfilenode: u32, block: u32| SummaryEntry {
+            tablespace: Oid::DEFAULT_TABLESPACE,
+            database: Oid(5),
+            relfilenode: Oid(relfilenode),
+            fork: Fork::Main,
+            block,
+            is_limit: true,
+        };
+        summaries.insert(&cut(16_384, 5)).unwrap();
+        summaries.insert(&cut(16_385, 131_072 + 4)).unwrap();
+        let mut receiver = receiver();
+        receiver.options.changes = Some(Changes { summaries: Arc::new(summaries), ..known(7) });
+        let names = ["16384", "16385.1", "16385", "16386"];
+        let files = names.map(|name| file(&format!("base/5/INCREMENTAL.{name}"), &changes(&[], 7)));
+        feed(&mut receiver, None, &files.concat(), 5000).unwrap();
+        let found: Vec<Option<(u32, u32)>> = std::iter::from_fn(|| receiver.next_work())
+            .map(|work| match work {
+                Work::Changed { pages, kept_below, .. } => Some((pages.end, kept_below)),
+                Work::Keep(_) => None,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(found, [Some((7, 5)), Some((7, 4)), None, None]);
     }
 
     #[test]

@@ -1,17 +1,20 @@
 //! A basebackup by BASE_BACKUP, from the first question to the commit.
 //!
-//! ask by SQL → replication connection to the same server → full or incremental → `begin` → BASE_BACKUP → what came, held
-//! against the server's manifest → the server is still the same → `backup_manifest` → WAL in the archive → commit → what
-//! is remembered is saved. The session is watched
-//! all the time: a server that goes, or becomes another one, ends it. As with `backup::run`, nothing counts before the
-//! last step, and dropping the future at any point is the same as a failure.
+//! ask by SQL → can a replication connection be made to the same server? → full or incremental → `begin` → replication
+//! connection → BASE_BACKUP → histories → what came, held against the server's manifest → the server is still the same →
+//! `backup_manifest` → WAL in the archive → commit → what is remembered is saved. The session is watched all the time: a
+//! server that goes, or becomes another one, ends it. The replication connection is there no longer than it is needed.
+//! As with `backup::run`, nothing counts before the last step, and dropping the future at any point is the same as a
+//! failure.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::backup::change::Today;
+use crate::backup::changed_blocks::ChangedBlocks;
 use crate::backup::error::Error;
 use crate::backup::known_parent::KnownParent;
 use crate::backup::origin::{Chosen, choose};
@@ -30,7 +33,7 @@ use crate::backup::source::{Checkpoint, SourceError, switch_wal};
 use crate::backup::source_file::FileState;
 use crate::backup::stream::copy::{Finished, Incoming, copy};
 use crate::backup::stream::error::StreamError;
-use crate::backup::stream::histories::archive_histories;
+use crate::backup::stream::histories::{archive_histories, ask_histories, history_of};
 use crate::backup::stream::manifest::ManifestFile;
 use crate::backup::stream::origin::{RemoteOrigin, connect};
 use crate::backup::stream::outside::{OutsideFiles, read_outside};
@@ -38,10 +41,11 @@ use crate::backup::stream::parent_manifest::upload;
 use crate::backup::stream::receive::{Changes, ReceiveOptions, Received, Receiver, tablespaces_left_out};
 use crate::backup::stream::start_set::StartSet;
 use crate::backup::stream::work::{PageJudge, WorkContext};
+use crate::backup::wal_summaries::{Summaries, WalSpan, read_summaries};
 use crate::backup::wal_wait::{NeededWal, WalArchive, wait_for_wal};
 use crate::codec::CpuPool;
 use crate::monitor::{Monitor, Task};
-use crate::pg::{ControlFile, Lsn, MajorVersion, TimelineId, WalSegmentNumber};
+use crate::pg::{ControlFile, Lsn, MajorVersion, TimelineHistory, TimelineId, WalSegmentNumber};
 use crate::replication::{
     BaseBackup, BaseBackupEnd, BaseBackupOptions, ConnectOptions, Error as SessionError,
     ReplicationConnection, Session,
@@ -63,12 +67,14 @@ struct Copied {
     wal: (Lsn, Lsn),
     times: (Timestamp, Timestamp),
     received_bytes: u64,
-    connection: ReplicationConnection,
+    histories: Vec<(TimelineHistory, Bytes)>,
 }
 
 /// Bytes of a large file that are compared at once where most are as they were, so that what differs fills chunks: raw
 /// and compressed they are within what the budget has for a job.
 const WIDE_BYTES: u64 = 2 << 20;
+/// How long summaries may take that the server has just read itself.
+const SUMMARIES_PATIENCE: Duration = Duration::from_secs(10);
 /// A link in an archive has no longer target.
 const LINK_BYTES_MAX: usize = 99;
 /// The server's clock.
@@ -83,7 +89,7 @@ pub async fn run(
     monitor: &dyn Monitor,
 ) -> Result<BackupOutcome, Error> {
     match attempt(repository, options, pool, &archive, monitor, true).await {
-        Err(Error::Received(error @ StreamError::NotKnown { .. })) => {
+        Err(Error::Received(error)) if error.is_of_changes() => {
             tracing::warn!("the server is asked for everything: {error}");
             attempt(repository, options, pool, &archive, monitor, false).await
         }
@@ -109,7 +115,8 @@ async fn attempt(
     repository.admit(cluster).await?;
     let server = Server { connection, session, origin };
     let Server { session, origin, .. } = &server;
-    let replication = server.connect(repository).await?;
+    // Whether it can be made is seen before anything is written; it is not needed for a while.
+    drop(server.connect(repository).await?);
     let begin = BeginOptions {
         cluster,
         timeline: origin.facts.identity.timeline,
@@ -128,12 +135,12 @@ async fn attempt(
     let state = states.remembered(writer.id(), &begun, &today).await;
     let packer = new_packer(&writer, &at_most(options), &begun, state);
     let asked = Asked { options, begun: &begun, changes };
-    let copying = receive(repository, &server, replication, asked, pool, packer, monitor);
+    let copying = receive(repository, &server, asked, pool, packer, monitor);
     let mut copied = tokio::select! {
         copied = copying => copied?,
         lost = session.lost() => return Err(SourceError::from(lost).into()),
     };
-    archive_histories(repository, cluster, copied.timeline, &mut copied.connection).await?;
+    archive_histories(repository, cluster, copied.timeline, &copied.histories).await?;
     if let Some(primary) = primary {
         // A standby cannot end the segment it stopped in, and an idle primary would take hours to (failure 19).
         switch_wal(&primary).await?;
@@ -190,32 +197,58 @@ impl Server {
     async fn begin(
         &self,
         repository: &Repository,
-        replication: ReplicationConnection,
         asked: &BaseBackupOptions,
         parent: Option<Arc<KnownParent>>,
-    ) -> Result<(BaseBackup, bool), Error> {
+    ) -> Result<(BaseBackup, Option<ChangedBlocks>), Error> {
+        if let Some(parent) = parent {
+            match self.begin_with_changes(repository, asked, parent).await? {
+                Ok((base, summaries)) => return Ok((base, Some(summaries))),
+                Err(why) => {
+                    tracing::info!("the server cannot say what has changed, and sends everything: {why}");
+                }
+            }
+        }
+        let replication = self.connect(repository).await?;
+        let base = BaseBackup::start(replication, self.origin.facts.version, asked).await;
+        Ok((base.map_err(SourceError::from)?, None))
+    }
+
+    /// Has it begin with what has changed since `parent`; returns the summaries it takes that from, or why it cannot.
+    async fn begin_with_changes(
+        &self,
+        repository: &Repository,
+        asked: &BaseBackupOptions,
+        parent: Arc<KnownParent>,
+    ) -> Result<Result<(BaseBackup, ChangedBlocks), String>, Error> {
         let facts = &self.origin.facts;
-        let Some(parent) = parent else {
-            let base =
-                BaseBackup::start(replication, facts.version, asked).await.map_err(SourceError::from)?;
-            return Ok((base, false));
+        let from = (parent.facts().timeline, parent.facts().start_lsn);
+        let mut replication = self.connect(repository).await?;
+        let history = match facts.identity.timeline {
+            timeline if timeline == from.0 => None,
+            timeline => history_of(&mut replication, timeline).await?.map(|(history, _)| history),
         };
-        let with_changes = async {
+        let asked = BaseBackupOptions { incremental: true, ..asked.clone() };
+        let beginning = async {
             let replication = upload(replication, parent, facts).await?;
-            let asked = BaseBackupOptions { incremental: true, ..asked.clone() };
             let base = BaseBackup::start(replication, facts.version, &asked).await;
             Ok::<_, Error>(base.map_err(SourceError::from)?)
         };
-        match with_changes.await {
-            Ok(base) => Ok((base, true)),
+        let base = match beginning.await {
             Err(Error::Source(SourceError::Session(error @ SessionError::Sql { .. }))) => {
-                tracing::info!("the server cannot say what has changed, and sends everything: {error}");
-                let replication = self.connect(repository).await?;
-                let base = BaseBackup::start(replication, facts.version, asked).await;
-                Ok((base.map_err(SourceError::from)?, false))
+                return Ok(Err(error.to_string()));
             }
-            Err(error) => Err(error),
-        }
+            base => base?,
+        };
+        let (start, timeline) = base.started();
+        let Some(spans) = WalSpan::between(history.as_ref(), from, (timeline, start)) else {
+            return Ok(Err(format!("timeline {timeline} does not come from the last basebackup")));
+        };
+        // It has them all by now. In its archives it does not say from where a relation was cut.
+        let read = read_summaries(&self.session, &spans, repository.clock(), SUMMARIES_PATIENCE).await;
+        Ok(match read.map_err(SourceError::from)? {
+            Summaries::Known(changed) => Ok((base, changed)),
+            Summaries::None(why) => Err(why.to_string()),
+        })
     }
 }
 
@@ -259,7 +292,6 @@ fn completion(
 async fn receive(
     repository: &Repository,
     server: &Server,
-    replication: ReplicationConnection,
     asked: Asked<'_>,
     pool: &CpuPool,
     mut packer: Packer,
@@ -274,7 +306,7 @@ async fn receive(
     let start_set_again = is_scattered(begun, &facts.databases).await?;
     let parent = changes_of(asked, facts, start_set_again);
     let base = BaseBackupOptions { label, fast, tablespace_map, incremental: false };
-    let (base, changes) = server.begin(repository, replication, &base, parent).await?;
+    let (base, summaries) = server.begin(repository, &base, parent).await?;
     let (start, timeline) = base.started();
     check_timeline(facts.identity.timeline, timeline)?;
     let known = facts.tablespaces.iter().map(|tablespace| (tablespace.oid, tablespace.in_place));
@@ -282,7 +314,7 @@ async fn receive(
         return Err(StreamError::Tablespace { oid }.into());
     }
     let started = now(session).await?;
-    let receiver = Receiver::new(receive_options(origin, &base, started, begun, changes));
+    let receiver = Receiver::new(receive_options(origin, &base, started, begun, summaries));
     let judge = PageJudge { start_lsn: start, segment_pages: origin.segment_pages };
     let context = Arc::new(WorkContext {
         compression: options.compression,
@@ -301,7 +333,9 @@ async fn receive(
         check_same(session, facts).await?;
     }
     copied?;
-    let Finished { received, end, received_bytes, connection } = incoming.finish()?;
+    let Finished { received, end, received_bytes, mut connection } = incoming.finish()?;
+    let histories = ask_histories(&mut connection, timeline).await?;
+    drop(connection);
 
     check_timeline(timeline, end.timeline)?;
     check_same(session, facts).await?;
@@ -327,7 +361,7 @@ async fn receive(
         wal,
         times,
         received_bytes,
-        connection,
+        histories,
     })
 }
 
@@ -374,11 +408,12 @@ fn receive_options(
     base: &BaseBackup,
     started: Timestamp,
     begun: &Begun,
-    changes: bool,
+    summaries: Option<ChangedBlocks>,
 ) -> ReceiveOptions {
     let facts = &origin.facts;
-    let changes = begun.parent.clone().filter(|_| changes).map(|parent| Changes {
+    let changes = summaries.zip(begun.parent.clone()).map(|(summaries, parent)| Changes {
         known: Box::new(move |path| parent.file(path)),
+        summaries: Arc::new(summaries),
         segment_pages: origin.segment_pages,
     });
     ReceiveOptions {

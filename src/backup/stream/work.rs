@@ -6,7 +6,7 @@
 //! server sends all of it each time, and what is stored is what differs.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -15,7 +15,7 @@ use crate::backup::error::Error;
 use crate::backup::gather::{
     Again, GatherOptions, KnownPages, PageGatherer, PageRun, compress, gather_pages,
 };
-use crate::backup::known_parent::KnownParent;
+use crate::backup::known_parent::{KnownBlocks, KnownParent};
 use crate::backup::plan::SMALL_FILE_BYTES;
 use crate::backup::read_small::{INLINE_BYTES, SmallFile, SmallFiles, SmallPlace, begins_at};
 use crate::backup::source_file::FileState;
@@ -76,8 +76,7 @@ pub struct LargeReceived {
     pub lane: Lane,
     /// Where it stands, and what it is.
     pub file: SourceFile,
-    known: OnceLock<Option<Arc<KnownFile>>>,
-    blocks: Mutex<Vec<(u64, Arc<KnownBlock>)>>,
+    known: KnownBlocks,
 }
 
 /// What became of it.
@@ -113,8 +112,6 @@ pub struct PageJudge {
 }
 
 const RELATION_MAP: &[u8] = b"pg_filenode.map";
-/// Blocks of what is known that a file keeps: its work is done side by side, in order.
-const BLOCKS_KEPT: usize = 2;
 
 impl Work {
     /// Does it.
@@ -203,13 +200,12 @@ impl WorkContext {
 impl LargeReceived {
     /// Prepares a file; nothing is looked up yet.
     pub fn new(number: usize, lane: Lane, file: SourceFile) -> Self {
-        Self { number, lane, file, known: OnceLock::new(), blocks: Mutex::default() }
+        Self { number, lane, file, known: KnownBlocks::default() }
     }
 
     /// Returns what is known of the file.
     fn known(&self, context: &WorkContext) -> Option<Arc<KnownFile>> {
-        let look_up = || context.parent.as_ref()?.file(&self.file.path).map(Arc::new);
-        self.known.get_or_init(look_up).clone()
+        self.known.file(&self.file.path, context.parent.as_deref())
     }
 
     /// Tells whether the file had this page.
@@ -231,21 +227,7 @@ impl LargeReceived {
     }
 
     fn known_block(&self, n: u64, context: &WorkContext) -> Option<Arc<KnownBlock>> {
-        let (parent, known) = (context.parent.as_ref()?, self.known(context)?);
-        if n >= known.block_count() {
-            return None;
-        }
-        // Whoever comes second waits for the first to have read it.
-        let mut blocks = self.blocks.lock().expect("no holder of this lock panics");
-        if let Some((_, block)) = blocks.iter().find(|(number, _)| *number == n) {
-            return Some(block.clone());
-        }
-        let block = Arc::new(parent.block(&known, n)?);
-        if blocks.len() == BLOCKS_KEPT {
-            blocks.remove(0);
-        }
-        blocks.push((n, block.clone()));
-        Some(block)
+        self.known.block(n, &self.file.path, context.parent.as_deref())
     }
 }
 
