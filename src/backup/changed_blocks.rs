@@ -227,7 +227,7 @@ impl Unit {
     fn visit(&self, visit: &mut dyn FnMut(Range<u32>)) {
         match self {
             Self::Few(blocks) => {
-                blocks.iter().for_each(|block| visit(u32::from(*block)..u32::from(*block) + 1))
+                blocks.iter().for_each(|block| visit(u32::from(*block)..u32::from(*block) + 1));
             }
             Self::Many(words) => {
                 for (at, word) in (0..).zip(words.iter()) {

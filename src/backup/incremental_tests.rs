@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -194,7 +195,7 @@ impl Host {
         let Copied { states, packer, writer, .. } = self.copied(false).await.unwrap();
         let id = writer.id();
         // Nothing of it ends in order; the lock goes with the process.
-        std::mem::forget((packer, writer));
+        let _killed = ManuallyDrop::new((packer, writer));
         drop(states);
         id
     }

@@ -173,12 +173,10 @@ impl SiteState {
             hash_key,
             since_read_all: 0,
         };
-        let begun = folder.begin_journal(lock, &facts);
-        begun
-            .map_err(|error| {
-                tracing::warn!("if this basebackup is killed, the next one begins anew: {error}")
-            })
-            .ok()
+        let begun = folder.begin_journal(lock, &facts).inspect_err(|error| {
+            tracing::warn!("if this basebackup is killed, the next one begins anew: {error}");
+        });
+        begun.ok()
     }
 
     /// Saves the state of a basebackup that was committed. A failure costs only what the next one could have spared.

@@ -77,7 +77,7 @@ impl StateFolder {
             };
             match State::open(self.finished(id), id) {
                 Err(StateError::Disk(error)) if error.is_not_found() && attempt < OPEN_ATTEMPTS => {
-                    attempt += 1
+                    attempt += 1;
                 }
                 other => return other.map(Some),
             }

@@ -136,9 +136,8 @@ impl StateFolder {
         while let Some((kind, body)) = frames.next()? {
             match kind {
                 FACTS => {
-                    facts = Some(
-                        decode_facts(&body).map_err(|_| frames.damaged("its facts cannot be taken apart"))?,
-                    )
+                    let decoded = decode_facts(&body);
+                    facts = Some(decoded.map_err(|_| frames.damaged("its facts cannot be taken apart"))?);
                 }
                 FILE => {}
                 PACK => {

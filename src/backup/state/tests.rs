@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::mem::ManuallyDrop;
 use std::path::Path;
 
 use proptest::prelude::*;
@@ -604,7 +605,7 @@ fn killed(folder: &StateFolder) -> (Vec<KnownFile>, u64) {
     push(&mut writer, "data/base/5/16385", &Model::Pages(3 * PAGE_SIZE, 4));
     // The frames are on the disk, the blocks that they name are not.
     journal.flush().unwrap();
-    std::mem::forget(writer);
+    let _killed = ManuallyDrop::new(writer);
     synced.sort_by(|a, b| a.path.split().cmp(&b.path.split()));
     (synced, durable)
 }

@@ -57,10 +57,13 @@ pub struct ReceiveOptions {
     pub changes: Option<Changes>,
 }
 
+/// Tells what is known of a file, if anything.
+pub type LookUp = dyn Fn(&TreePath) -> Option<KnownFile> + Send + Sync;
+
 /// What changes are changes of.
 pub struct Changes {
     /// Looks up what is known of a file.
-    pub known: Box<dyn Fn(&TreePath) -> Option<KnownFile> + Send + Sync>,
+    pub known: Box<LookUp>,
     /// What the server's summaries say, of which its archives do not tell from where a relation was cut.
     pub summaries: Arc<ChangedBlocks>,
     /// Pages of a relation's file.
