@@ -17,6 +17,7 @@ use crate::backup::plan::SMALL_FILE_BYTES;
 use crate::backup::read_pages::JobContext;
 use crate::backup::source_file::{FileState, OpenFile};
 use crate::backup::state::{KnownContent, PageHash};
+use crate::codec::Compression;
 use crate::pg::{Crc32c, RelationMap};
 use crate::repo::{CompressedFrame, entry::BlobRef, page_map::PAGE_SIZE};
 
@@ -105,15 +106,7 @@ pub fn read_small(
             SmallPlace::Known(blob)
         } else {
             *if before.is_some() { &mut together.stored_again } else { &mut together.changed } += pages;
-            let mut at = begins_at(gathered.len(), file);
-            if at > 0 && (at + raw.len()) as u64 > SMALL_FILE_BYTES {
-                together.frames.push(compress(&gathered, context.compression)?);
-                gathered.clear();
-                at = 0;
-            }
-            gathered.resize(at, 0);
-            gathered.extend_from_slice(&raw);
-            SmallPlace::Chunk { frame: together.frames.len(), at: at as u32 }
+            together.place(&raw, file, &mut gathered, context.compression)?
         };
         together.files.push(SmallFile { number: *number, state, len, crc, hash, place, damaged });
     }
@@ -123,9 +116,30 @@ pub fn read_small(
     Ok(together)
 }
 
+impl SmallFiles {
+    /// Places a file behind those that are gathered for the next chunk, which is made first where it would grow too large.
+    pub fn place(
+        &mut self,
+        raw: &[u8],
+        file: &SourceFile,
+        gathered: &mut Vec<u8>,
+        compression: Compression,
+    ) -> Result<SmallPlace, Error> {
+        let mut at = begins_at(gathered.len(), file);
+        if at > 0 && (at + raw.len()) as u64 > SMALL_FILE_BYTES {
+            self.frames.push(compress(gathered, compression)?);
+            gathered.clear();
+            at = 0;
+        }
+        gathered.resize(at, 0);
+        gathered.extend_from_slice(raw);
+        Ok(SmallPlace::Chunk { frame: self.frames.len(), at: at as u32 })
+    }
+}
+
 /// Returns where a file begins in a chunk that has so many bytes: a relation at a page, so that each of its pages can be
 /// named by itself.
-pub fn begins_at(gathered: usize, file: &SourceFile) -> usize {
+fn begins_at(gathered: usize, file: &SourceFile) -> usize {
     if file.relation().is_some() { gathered.next_multiple_of(PAGE_SIZE as usize) } else { gathered }
 }
 

@@ -16,8 +16,7 @@ use crate::backup::gather::{
     Again, GatherOptions, KnownPages, PageGatherer, PageRun, compress, gather_pages,
 };
 use crate::backup::known_parent::{KnownBlocks, KnownParent};
-use crate::backup::plan::SMALL_FILE_BYTES;
-use crate::backup::read_small::{INLINE_BYTES, SmallFile, SmallFiles, SmallPlace, begins_at};
+use crate::backup::read_small::{INLINE_BYTES, SmallFile, SmallFiles, SmallPlace};
 use crate::backup::source_file::FileState;
 use crate::backup::state::{HashKey, KnownBlock, KnownContent, KnownFile, PageHash};
 use crate::backup::stream::error::StreamError;
@@ -289,15 +288,7 @@ fn pack_together(
                 if raw.len() <= INLINE_BYTES {
                     SmallPlace::Inline(Bytes::from(raw))
                 } else {
-                    let mut at = begins_at(gathered.len(), &file);
-                    if at > 0 && (at + raw.len()) as u64 > SMALL_FILE_BYTES {
-                        together.frames.push(compress(&gathered, context.compression)?);
-                        gathered.clear();
-                        at = 0;
-                    }
-                    gathered.resize(at, 0);
-                    gathered.extend_from_slice(&raw);
-                    SmallPlace::Chunk { frame: together.frames.len(), at: at as u32 }
+                    together.place(&raw, &file, &mut gathered, context.compression)?
                 }
             }
         };
