@@ -230,8 +230,6 @@ impl fmt::Display for Reason {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use crate::backup::data_directory::FileIdentity;
     use crate::backup::state::{HashKey, KnownContent};
     use crate::codec::SeededRandom;
@@ -259,7 +257,6 @@ mod tests {
             chunk_pages: 8,
             hash_key: HashKey::generate(&SeededRandom::new(1)),
             since_read_all: 0,
-            data_directory: PathBuf::from("/data"),
         }
     }
 

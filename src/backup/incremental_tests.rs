@@ -222,7 +222,7 @@ impl Host {
         let completion = Completion { record, content, named, compression };
         let committed = Arc::into_inner(writer).unwrap().finish_pinned(completion).await?;
         if saved {
-            states.save(state, &begun, &today, &committed, PathBuf::from("/data")).await;
+            states.save(state, &begun, &today, &committed).await;
         }
         let written_again = begun.parent.as_ref().map_or(0, |parent| parent.written_again().len())
             + usize::from(start_set_again);

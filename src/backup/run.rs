@@ -213,7 +213,7 @@ async fn read_directory(
         .ok_or_else(|| repo::Error::Internal("an upload outlived the copy".to_owned()))?;
     let completion = Completion { record, content, named, compression: options.compression };
     let committed = writer.finish_pinned(completion).await?;
-    states.save(state, &begun, &today, &committed, origin.data_directory.clone()).await;
+    states.save(state, &begun, &today, &committed).await;
     Ok(BackupOutcome {
         record: committed.record,
         took: repository.clock().monotonic().duration_since(began),

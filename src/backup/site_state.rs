@@ -3,7 +3,7 @@
 //! The lock keeps two basebackups of one site on one host apart. A state folder that cannot be used is no reason to go
 //! without a basebackup: it is said, and the basebackup is full. Nothing here decides; `known_parent` does.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -163,7 +163,6 @@ impl SiteState {
             backup_json: Digest([0; 32]),
             start_lsn: Lsn::ZERO,
             stop_lsn: Lsn::ZERO,
-            data_directory: PathBuf::new(),
             cluster: today.cluster,
             timeline: today.timeline,
             started_at: begun.at,
@@ -186,7 +185,6 @@ impl SiteState {
         begun: &Begun,
         today: &Today,
         committed: &Committed,
-        data_directory: PathBuf,
     ) {
         let (Some(writer), Some(hash_key)) = (writer, begun.hash_key.clone()) else {
             return;
@@ -212,7 +210,6 @@ impl SiteState {
             chunk_pages: today.chunk_pages,
             hash_key,
             since_read_all,
-            data_directory,
         };
         if let Err(error) = blocking(move || Ok(writer.finish(&facts)?)).await {
             tracing::warn!(

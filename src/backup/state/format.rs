@@ -13,10 +13,7 @@
 //! stands, so that an intact part of another place or another state is damage as well. Whoever can write here can
 //! forge it (the folder is private); decoders therefore trust no number, and check that what they return fits together.
 
-use std::ffi::OsStr;
 use std::fmt;
-use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -380,7 +377,6 @@ pub(super) fn encode_facts(facts: &StateFacts) -> Vec<u8> {
     put_time(&mut out, facts.started_at);
     out.u8(u8::from(facts.has_checksums)).raw(facts.sealing.as_bytes()).u32(facts.chunk_pages);
     out.raw(&*facts.hash_key.0).u32(facts.since_read_all);
-    out.bytes(facts.data_directory.as_os_str().as_bytes());
     out.finish()
 }
 
@@ -408,7 +404,6 @@ pub(super) fn decode_facts(payload: &[u8]) -> Result<StateFacts, Flaw> {
         chunk_pages: reader.u32()?,
         hash_key: HashKey(Zeroizing::new(reader.array()?)),
         since_read_all: reader.u32()?,
-        data_directory: PathBuf::from(OsStr::from_bytes(reader.bytes()?)),
     };
     reader.finish()?;
     Ok(facts)

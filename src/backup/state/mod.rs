@@ -26,7 +26,6 @@ mod tests;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::PathBuf;
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -76,8 +75,6 @@ pub struct StateFacts {
     pub hash_key: HashKey,
     /// How many basebackups ago every file was read.
     pub since_read_all: u32,
-    /// The data directory it was read from.
-    pub data_directory: PathBuf,
 }
 
 /// What is known of one file.

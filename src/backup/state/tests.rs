@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::mem::ManuallyDrop;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use zeroize::Zeroizing;
@@ -37,7 +37,6 @@ fn facts(basebackup: BasebackupId) -> StateFacts {
         chunk_pages: 8,
         hash_key: HashKey::generate(&SeededRandom::new(1)),
         since_read_all: 6,
-        data_directory: PathBuf::from("/var/lib/postgresql/15/main"),
     }
 }
 

@@ -156,8 +156,7 @@ async fn attempt(
     let writer = Arc::into_inner(writer)
         .ok_or_else(|| repo::Error::Internal("an upload outlived the copy".to_owned()))?;
     let committed = writer.finish_pinned(completion).await?;
-    let data_directory = origin.facts.data_directory().to_owned();
-    states.save(state, &begun, &today, &committed, data_directory).await;
+    states.save(state, &begun, &today, &committed).await;
     Ok(BackupOutcome {
         record: committed.record,
         took: repository.clock().monotonic().duration_since(began),
