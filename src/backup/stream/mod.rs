@@ -25,6 +25,7 @@ mod work;
 
 mod copy;
 mod run;
+mod server;
 
 pub use error::StreamError;
 pub(super) use run::run;
