@@ -27,5 +27,8 @@ mod copy;
 mod run;
 mod server;
 
+#[cfg(test)]
+mod model_tests;
+
 pub use error::StreamError;
 pub(super) use run::run;
