@@ -85,7 +85,7 @@ impl KnownBlocks {
 pub struct Prepared {
     /// Full or incremental, and why.
     pub decision: Decision,
-    /// The basebackup that is built upon; none for a full one.
+    /// The basebackup that is built upon; none for a full one, nor where a killed one was only looked at.
     pub parent: Option<Arc<KnownParent>>,
 }
 

@@ -53,6 +53,8 @@ fn add_carried(coverage: &mut WalCoverage, record: &BackupRecord) {
 mod tests {
     use std::collections::BTreeMap;
 
+    use crate::catalog::recovery_decision::{PlanError, TargetPlace, plan_recovery};
+    use crate::catalog::recovery_target::{RecoveryTarget, Target, TargetAction};
     use crate::catalog::recovery_window::{RecoveryStart, RecoveryWindow};
     use crate::catalog::timeline_tree::TimelineTree;
     use crate::catalog::wal_coverage::TimelineCoverage;
@@ -120,6 +122,27 @@ mod tests {
         assert_eq!(own.ending.map(|ending| ending.end), Some(record.stop_lsn));
         let with = window(&record, &with_carried(&repository, &whole, &record));
         assert_eq!((with.missing_start, with.end.0, with.ending), (None, 9 * 16 * MIB, None));
+    }
+
+    /// PostgreSQL sees that target at the record behind it; without one it ends FATAL, at each start.
+    #[tokio::test]
+    async fn the_immediate_target_is_the_end_of_wal_where_nothing_lies_behind_it() {
+        let (repository, record) = record(7 * 16 * MIB + 500).await;
+        let planned = |numbers: &[u64], action| {
+            let target = RecoveryTarget { target: Target::Immediate, ..RecoveryTarget::latest(action) };
+            let coverage = archive(numbers);
+            let window = window(&record, &with_carried(&repository, &coverage, &record));
+            let tree = TimelineTree::default();
+            plan_recovery(&record, &tree, &window, &target, TargetPlace::Within, false)
+                .map(|decision| decision.target.target)
+        };
+        assert_eq!(planned(&[], TargetAction::Promote), Ok(Target::Latest));
+        for action in [TargetAction::Pause, TargetAction::Shutdown] {
+            let refused = planned(&[], action).unwrap_err();
+            assert!(matches!(refused, PlanError::NothingBehind { .. }), "{refused}");
+            assert!(refused.hint().contains("--target-action promote"));
+            assert_eq!(planned(&[7], action), Ok(Target::Immediate));
+        }
     }
 
     #[tokio::test]

@@ -103,6 +103,13 @@ pub enum PlanError {
     /// The archive ends before the target.
     #[error("the archive ends before {target}: {reach}")]
     BeyondArchive { target: String, reach: Reach },
+    /// No WAL is known behind the end of the basebackup, by which PostgreSQL would see that it has come there.
+    #[error(
+        "PostgreSQL cannot stop at the end of basebackup {} to {action}: it would notice at the next record of the WAL, and \
+         there is none",
+        .reach.basebackup
+    )]
+    NothingBehind { action: TargetAction, reach: Reach },
 }
 
 impl PlanError {
@@ -128,6 +135,7 @@ impl PlanError {
                  them."
             }
             Self::BeyondArchive { .. } => "Choose an earlier target, or wait until more WAL is archived.",
+            Self::NothingBehind { .. } => "End recovery there with --target-action promote.",
         }
     }
 }
@@ -289,9 +297,13 @@ pub fn plan_recovery(
         (TargetPlace::Within, _) if target.target == Target::Immediate => {
             // Recovery ends at the stop position and needs nothing behind it.
             decision.plan = plan_through(record, tree, window, &up_to(record, &window.reached));
-            // The server stops before the record behind; without one, as a standby's own WAL may have none, it says that the
+            // The server stops before the record behind; without one, as a standby's own WAL may have none, it ends FATAL, for the
             // target was not reached. The end of that WAL is the same place.
-            if window.end <= record.stop_lsn && target.action == TargetAction::Promote {
+            if window.end <= record.stop_lsn {
+                if target.action != TargetAction::Promote {
+                    let (action, reach) = (target.action, shown().1);
+                    return Err(PlanError::NothingBehind { action, reach });
+                }
                 decision.target.target = Target::Latest;
             }
         }

@@ -50,7 +50,7 @@ pub struct Backup {
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     wal_timeout: u32,
 
-    /// Carries the WAL that it needs itself, so that it is recovered without an archive
+    /// Carries the WAL that it needs itself, so that it is recovered without an archive; from the data directory alone
     #[arg(long, conflicts_with = "wal_timeout")]
     standalone: bool,
 
@@ -58,7 +58,7 @@ pub struct Backup {
     #[arg(long, value_name = "R", value_parser = parse_rate)]
     rate_limit: Option<Rate>,
 
-    /// Says what would be read, and writes nothing
+    /// Says what would be read, and writes nothing; from the data directory alone
     #[arg(long)]
     dry_run: bool,
 }

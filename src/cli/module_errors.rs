@@ -191,6 +191,8 @@ impl From<backup::Error> for CommandError {
             backup::Error::Repository(error) => return error.into(),
             backup::Error::Disk(error) => return error.into(),
             backup::Error::Source(backup::SourceError::Session(error)) => return error.into(),
+            // The server's session all the same, however it is told.
+            backup::Error::WalHolderLost { .. } => ExitKind::Unreachable,
             _ => match error.kind() {
                 backup::ErrorKind::Retry => ExitKind::Failed,
                 backup::ErrorKind::Input => ExitKind::Configuration,

@@ -71,6 +71,9 @@ fn a_clone_that_meets_damage_fails_or_answers_with_an_error() {
     assert_ne!(answer.code(), Some(0), "wrong rows: {}", answer.stdout);
     assert!(answer.stderr.contains("Input/output error"), "{}", answer.stderr);
     assert_eq!(answer.stdout.trim(), "");
+    source.walden.as_root().try_run(&["clone", "duplicate", "runs", "second"]).expect_code(3);
+    let list = source.walden.as_root().json(&["clone", "list"]);
+    assert_eq!(list["clones"].as_array().map(Vec::len), Some(1), "{list}");
     // Nothing of the damage was kept: with the repository repaired the same server has the source's rows.
     source.restore();
     let answer = psql(&source, "runs", sum).expect_code(0);

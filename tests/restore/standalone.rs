@@ -181,6 +181,11 @@ fn a_standalone_basebackup_of_a_standby_ends_where_it_stopped() {
     let carried = paths.iter().filter(|path| path.starts_with("data/pg_wal/0")).count();
     assert_eq!(done.len(), carried - 1, "{paths:?}");
     // PostgreSQL sees the immediate target at the record behind it, and an idle standby has none.
+    let place = scratch.path().join("refused");
+    let refused =
+        walden.try_run(&["restore", "--target-dir", place.to_str().unwrap(), "--target", "immediate"]);
+    let refused = refused.expect_code(1);
+    assert!(refused.stderr.contains("--target-action promote") && !place.exists(), "{}", refused.stderr);
     for (name, options) in [("from-standby", &IMMEDIATE[..]), ("end-of-standby", &[])] {
         let server = recovered(15, &walden, &scratch, name, options);
         let kept = "select count(*), sum(n) from kept";
@@ -239,7 +244,7 @@ fn wal_that_the_server_no_longer_keeps_ends_the_basebackup_and_the_setting_is_na
     });
     let output = taking.wait_with_output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert_eq!(output.status.code(), Some(4), "{told}");
     assert!(
         told.contains("kept WAL for the standalone basebackup") && told.contains("max_slot_wal_keep_size"),
         "{told}"

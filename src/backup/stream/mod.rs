@@ -15,6 +15,7 @@ mod histories;
 mod origin;
 mod outside;
 
+mod changes;
 mod manifest;
 mod parent_manifest;
 mod partial;

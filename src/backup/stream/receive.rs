@@ -5,19 +5,17 @@
 //! to be whole in the end is kept: `pg_control` and `backup_label`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
-use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::backup::changed_blocks::ChangedBlocks;
 use crate::backup::data_directory::{LEFT_OUT, SourceFile, server_path};
 use crate::backup::error::Error;
 use crate::backup::plan::{Compartment, FILES_TOGETHER_MAX, SMALL_FILE_BYTES, compartment};
 use crate::backup::source_file::FileState;
-use crate::backup::state::KnownFile;
+use crate::backup::stream::changes::Changes;
 use crate::backup::stream::error::StreamError;
 use crate::backup::stream::manifest::{ManifestFile, ManifestReader, ServerManifest};
 use crate::backup::stream::partial::{HeaderReader, PREFIX, PartialFile, PartialHeader, whole_label};
@@ -55,32 +53,6 @@ pub struct ReceiveOptions {
     pub piece_bytes: u64,
     /// Where the server was asked for changes alone: what they are changes of.
     pub changes: Option<Changes>,
-}
-
-/// Tells what is known of a file, if anything.
-pub type LookUp = dyn Fn(&TreePath) -> Option<KnownFile> + Send + Sync;
-
-/// What changes are changes of.
-pub struct Changes {
-    /// Looks up what is known of a file.
-    pub known: Box<LookUp>,
-    /// What the server's summaries say, of which its archives do not tell from where a relation was cut.
-    pub summaries: Arc<ChangedBlocks>,
-    /// Pages of a relation's file.
-    pub segment_pages: u32,
-}
-
-impl Changes {
-    /// Returns from which page of a file on nothing holds of what is known.
-    fn cut_at(&self, file: &SourceFile) -> Option<u32> {
-        self.summaries.cut_at(&file.relation()?, self.segment_pages)
-    }
-}
-
-impl fmt::Debug for Changes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Changes").field("segment_pages", &self.segment_pages).finish_non_exhaustive()
-    }
 }
 
 /// Takes parts and gives work.
@@ -559,8 +531,8 @@ mod tests {
 
     use super::super::work::{Done, WorkContext};
     use super::*;
-    use crate::backup::changed_blocks::SummaryEntry;
-    use crate::backup::state::KnownContent;
+    use crate::backup::changed_blocks::{ChangedBlocks, SummaryEntry};
+    use crate::backup::state::{KnownContent, KnownFile};
     use crate::codec::Compression;
     use crate::pg::Fork;
 

@@ -16,9 +16,8 @@ use crate::instance::programs::libc_version;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
-use super::super::exit::ExitKind;
 use super::super::recovery_target::TargetArguments;
-use super::delete::delete;
+use super::delete::take_back;
 use super::expired::{delete_expired, end_of};
 use super::hydrate_arguments::HydrateArguments;
 use super::start::{HandedOver, start};
@@ -108,22 +107,6 @@ impl CloneCreate {
         let status = context.block_on(super::status_of(&folder))??;
         context.output.print(&StatusReport(status))
     }
-}
-
-/// Removes a clone of what turned out to be damaged before its server was started: there is nothing to look at, and no
-/// start will do better. One that failed otherwise stays, with its logs.
-fn take_back(context: &Context, folder: &CloneFolder, error: CommandError) -> CommandError {
-    if error.kind != ExitKind::Damaged || has_text(&folder.server_log()) {
-        return error;
-    }
-    if let Err(left) = delete(context, folder) {
-        tracing::warn!("the clone that did not start could not be removed: {}", left.error);
-    }
-    error
-}
-
-fn has_text(log: &Path) -> bool {
-    std::fs::metadata(log).is_ok_and(|metadata| metadata.len() > 0)
 }
 
 /// Whom PostgreSQL runs as: the owner of the clones folder, and `postgres` where that is root.

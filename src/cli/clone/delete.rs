@@ -6,6 +6,7 @@
 use clap::Args;
 use serde::Serialize;
 use std::fmt::{self, Write};
+use std::path::Path;
 
 use crate::config::KeyPurpose;
 use crate::disk::LockFile;
@@ -18,6 +19,7 @@ use crate::repo::lease::Pin;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
+use super::super::exit::ExitKind;
 use super::super::output::Report;
 use super::super::text::TextStyle;
 use super::chosen::Chosen;
@@ -72,6 +74,22 @@ pub(super) fn remove(context: &Context, folder: &CloneFolder, _lock: &LockFile) 
     detach_dead_mount(folder)?;
     context.block_on(end_pin(context, folder))??;
     Ok(folder.remove()?)
+}
+
+/// Removes a clone of what turned out to be damaged before its server was started: there is nothing to look at, and no
+/// start will do better. One that failed otherwise stays, with its logs.
+pub(super) fn take_back(context: &Context, folder: &CloneFolder, error: CommandError) -> CommandError {
+    if error.kind != ExitKind::Damaged || has_text(&folder.server_log()) {
+        return error;
+    }
+    if let Err(left) = delete(context, folder) {
+        tracing::warn!("the clone that did not start could not be removed: {}", left.error);
+    }
+    error
+}
+
+fn has_text(log: &Path) -> bool {
+    std::fs::metadata(log).is_ok_and(|metadata| metadata.len() > 0)
 }
 
 /// Refuses a clone that is on its way to be a data directory, once anything of it is there: it would be lost.

@@ -9,6 +9,7 @@ use crate::instance::duplicate::duplicate;
 
 use super::super::context::Context;
 use super::super::error::CommandError;
+use super::delete::take_back;
 use super::start::start_and_tell;
 use super::status::StatusReport;
 use super::{existing, status_of};
@@ -49,7 +50,7 @@ impl CloneDuplicate {
         })??;
         let status = match self.no_start {
             true => context.block_on_one_thread(status_of(&new))??,
-            false => start_and_tell(context, &new)?,
+            false => start_and_tell(context, &new).map_err(|error| take_back(context, &new, error))?,
         };
         context.output.print(&StatusReport(status))
     }

@@ -35,7 +35,8 @@ pub(crate) type Bytes = Rc<RefCell<Vec<u8>>>;
 enum Entry {
     Directory,
     File(Bytes),
-    Symlink(Vec<u8>),
+    /// Shared by its names, like a file's content.
+    Symlink(Rc<Vec<u8>>),
 }
 
 /// The reference.
@@ -56,7 +57,7 @@ impl Model {
             let entry = match (path.strip_suffix('/'), target) {
                 (Some(_), _) => continue,
                 (None, "") => Entry::File(Rc::new(RefCell::new(lower.content(lower.at(path), 0..size)))),
-                (None, target) => Entry::Symlink(target.as_bytes().to_vec()),
+                (None, target) => Entry::Symlink(Rc::new(target.as_bytes().to_vec())),
             };
             model.entries.insert(path.to_owned(), entry);
         }
@@ -67,7 +68,7 @@ impl Model {
         let shape = |entry: &Entry| match entry {
             Entry::Directory => Shape::Directory,
             Entry::File(content) => Shape::File(content.borrow().clone()),
-            Entry::Symlink(target) => Shape::Symlink(target.clone()),
+            Entry::Symlink(target) => Shape::Symlink(target.to_vec()),
         };
         self.entries.iter().map(|(path, entry)| (path.clone(), shape(entry))).collect()
     }
@@ -161,6 +162,7 @@ impl Model {
             _ if from == to => return Ok(()),
             Some(old) => match (&moved, old) {
                 (Entry::File(a), Entry::File(b)) if Rc::ptr_eq(a, b) => return Ok(()),
+                (Entry::Symlink(a), Entry::Symlink(b)) if Rc::ptr_eq(a, b) => return Ok(()),
                 (Entry::Directory, Entry::Directory) if !self.is_empty(to) => return Err(Errno::ENOTEMPTY),
                 (Entry::Directory, Entry::Directory) => {}
                 (Entry::Directory, _) => return Err(Errno::ENOTDIR),

@@ -443,6 +443,28 @@ async fn a_directory_of_the_lower_moves_with_all_that_is_in_it() {
     assert_eq!(world.names("base/1").await, [""; 0]);
 }
 
+/// POSIX: two names of one file stay, which one is renamed to the other.
+#[tokio::test]
+async fn a_rename_between_two_names_of_one_node_changes_nothing() {
+    let scratch = tempfile::tempdir().unwrap();
+    let world = World::new(scratch.path()).await;
+    for (name, second) in [("link", "base/link"), ("top", "base/top")] {
+        world.link(name, second).await.unwrap();
+        world.rename(name, second, RenameMode::Replace).await.unwrap();
+    }
+    let lower = world.lower.clone();
+    drop(world);
+    // Nor does it where the two are only known to be one by what is on the disk.
+    let world = World { upper: open(&lower, scratch.path()).await.unwrap(), lower };
+    for (name, second) in [("link", "base/link"), ("top", "base/top")] {
+        world.rename(second, name, RenameMode::Replace).await.unwrap();
+        let there = [name, second].map(|path| scratch.path().join(path));
+        assert!(there.iter().all(|place| place.symlink_metadata().is_ok()), "{name}");
+        let kinds = (world.attributes(name).await.kind, world.attributes(second).await.kind);
+        assert_eq!(kinds.0, kinds.1, "{name}");
+    }
+}
+
 #[tokio::test]
 async fn nothing_is_remembered_about_what_the_kernel_forgot() {
     let scratch = tempfile::tempdir().unwrap();
