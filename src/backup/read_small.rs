@@ -1,8 +1,8 @@
 //! Several small files of one compartment, read and compressed together.
 //!
 //! The work of one job on the CPU pool. The tiniest files go into the file table itself; one that is as it was is named
-//! where it stands. A file may have grown since the walk: a relation is read as far as it went then, because what came later is in the WAL; any other file is read
-//! as it is, for it may have been replaced, up to [`GROWN_BYTES_MAX`].
+//! where it stands. A file may have grown since the walk: a relation is read as far as it went then, because what came
+//! later is in the WAL; any other file is read as it is, for it may have been replaced, up to [`GROWN_BYTES_MAX`].
 
 use std::io;
 use std::thread;

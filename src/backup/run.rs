@@ -1,9 +1,9 @@
 //! A basebackup from the first question to the commit.
 //!
 //! check → full or incremental → `begin` → start the backup on the server → walk, plan, copy → `pg_control` → stop →
-//! `backup_label`, `backup_manifest` → WAL in the archive → commit → what is remembered is saved. The session is watched all the time: with it the backup ends.
-//! Nothing is undone on failure, because nothing counts before the last step; what was uploaded is left for the
-//! sweep. Dropping the future at any point is the same as a failure.
+//! `backup_label`, `backup_manifest` → WAL in the archive → commit → what is remembered is saved. The session is watched
+//! all the time: with it the backup ends. Nothing is undone on failure, because nothing counts before the last step; what
+//! was uploaded is left for the sweep. Dropping the future at any point is the same as a failure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;

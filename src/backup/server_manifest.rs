@@ -1,7 +1,8 @@
 //! PostgreSQL's own `backup_manifest` of what was packed, so that `pg_verifybackup -n` passes on a mount.
 //!
-//! The CRCs were taken from the buffers that were sealed; a file of which the server sent only what has changed has none. `pg_verifybackup` follows links, so a file that is also
-//! reached through a link is listed under both names. Configuration outside PGDATA is no part of it.
+//! The CRCs were taken from the buffers that were sealed; a file of which the server sent only what has changed has none.
+//! `pg_verifybackup` follows links, so a file that is also reached through a link is listed under both names.
+//! Configuration outside PGDATA is no part of it.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;

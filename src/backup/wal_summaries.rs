@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::backup::changed_blocks::{ChangedBlocks, SummaryEntry, TooManyForks};
 use crate::clock::Clock;
 use crate::pg::{Fork, Lsn, MajorVersion, Oid, TimelineHistory, TimelineId};
-use crate::replication::{Error, Param, Session};
+use crate::replication::{Error, Param, Row, Session};
 
 /// WAL of one timeline, from the first position on and up to the second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,17 @@ pub enum NoSummaries {
     Refused(String),
     /// There is too much of it.
     TooMuch(String),
+}
+
+/// Why there is no reading on.
+#[derive(Debug)]
+enum Failure {
+    /// The server refused a statement, or the session has ended.
+    Session(Error),
+    /// A row cannot be understood: a later server's, with one fork more, say.
+    Row(String),
+    /// There is too much of it.
+    TooMuch(TooManyForks),
 }
 
 /// Rows of a summary that are fetched at a time: some megabytes.
@@ -123,25 +134,26 @@ pub async fn read_summaries(
         };
         let mut changed = ChangedBlocks::default();
         for summary in &summaries {
-            if let Err(too_many) = read_contents(session, summary, &mut changed).await? {
-                return Ok(Summaries::None(NoSummaries::TooMuch(too_many.to_string())));
-            }
+            read_contents(session, summary, &mut changed).await?;
         }
         Ok(Summaries::Known(changed))
     };
     unless_refused(read.await)
 }
 
-/// Makes no hint of a refusal. What ends the session stays an error.
-fn unless_refused(read: Result<Summaries, Error>) -> Result<Summaries, Error> {
-    match read {
-        // A role without the right, or a summary that was removed in between; or a row of a later server's that cannot be
-        // understood, with one fork more, say.
-        Err(Error::Sql { message: why, .. } | Error::Unexpected { detail: why }) => {
-            Ok(Summaries::None(NoSummaries::Refused(why)))
+/// Makes no hint of a refusal and of what cannot be understood. What ends the session stays an error, and so does an
+/// answer that is none: behind it the session and the server do not understand each other.
+fn unless_refused(read: Result<Summaries, Failure>) -> Result<Summaries, Error> {
+    let none = match read {
+        Ok(summaries) => return Ok(summaries),
+        // A role without the right, or a summary that was removed in between.
+        Err(Failure::Session(Error::Sql { message: why, .. }) | Failure::Row(why)) => {
+            NoSummaries::Refused(why)
         }
-        other => other,
-    }
+        Err(Failure::TooMuch(too_many)) => NoSummaries::TooMuch(too_many.to_string()),
+        Err(Failure::Session(error)) => return Err(error),
+    };
+    Ok(Summaries::None(none))
 }
 
 /// Decides which of the summaries that are there cover the spans, or where the first gap is.
@@ -181,7 +193,7 @@ async fn wait_for_summaries(
     spans: &[WalSpan],
     clock: &dyn Clock,
     patience: Duration,
-) -> Result<Result<Vec<WalSpan>, NoSummaries>, Error> {
+) -> Result<Result<Vec<WalSpan>, NoSummaries>, Failure> {
     let began = clock.monotonic();
     let mut pause = POLL.0;
     loop {
@@ -195,7 +207,7 @@ async fn wait_for_summaries(
     }
 }
 
-async fn available(session: &Session, spans: &[WalSpan]) -> Result<Vec<WalSpan>, Error> {
+async fn available(session: &Session, spans: &[WalSpan]) -> Result<Vec<WalSpan>, Failure> {
     let sql = "SELECT tli::bigint AS timeline, start_lsn::text AS start, end_lsn::text AS stop \
                FROM pg_available_wal_summaries() \
                WHERE tli = $1 AND end_lsn > $2::pg_lsn AND start_lsn < $3::pg_lsn \
@@ -210,12 +222,18 @@ async fn available(session: &Session, spans: &[WalSpan]) -> Result<Vec<WalSpan>,
             Param::Int(SUMMARIES_MAX as i64),
         ];
         for row in session.query(sql, &params).await? {
-            let timeline = row.unsigned::<u32>("timeline")?;
-            let timeline = TimelineId::new(timeline).ok_or_else(|| unexpected("timeline", &timeline))?;
-            found.push(WalSpan { timeline, from: row.parsed("start")?, to: row.parsed("stop")? });
+            // Whatever is wrong with it, the answer has come whole.
+            found.push(summary(&row).map_err(|error| Failure::Row(error.to_string()))?);
         }
     }
     Ok(found)
+}
+
+fn summary(row: &Row) -> Result<WalSpan, Error> {
+    let timeline = row.unsigned::<u32>("timeline")?;
+    let timeline = TimelineId::new(timeline)
+        .ok_or_else(|| Error::Unexpected { detail: objection("timeline", &timeline) })?;
+    Ok(WalSpan { timeline, from: row.parsed("start")?, to: row.parsed("stop")? })
 }
 
 /// Takes in one summary, some rows at a time.
@@ -223,7 +241,7 @@ async fn read_contents(
     session: &Session,
     summary: &WalSpan,
     changed: &mut ChangedBlocks,
-) -> Result<Result<(), TooManyForks>, Error> {
+) -> Result<(), Failure> {
     let WalSpan { timeline, from, to } = summary;
     // All of it are numbers and LSNs of our own types.
     let declare = format!(
@@ -237,12 +255,11 @@ async fn read_contents(
         loop {
             let rows = session.simple(&fetch).await?;
             for row in &rows {
-                if let Err(too_many) = changed.insert(&entry(row)?) {
-                    return Ok(Err(too_many));
-                }
+                let entry = entry(row).map_err(Failure::Row)?;
+                changed.insert(&entry).map_err(Failure::TooMuch)?;
             }
             if rows.len() < ROWS {
-                return Ok(Ok(()));
+                return Ok(());
             }
         }
     };
@@ -252,30 +269,37 @@ async fn read_contents(
     outcome
 }
 
-fn entry(row: &[Option<String>]) -> Result<SummaryEntry, Error> {
+/// Reads a row; returns what is wrong with it where it cannot be understood.
+fn entry(row: &[Option<String>]) -> Result<SummaryEntry, String> {
     let field = |at: usize| row.get(at).and_then(Option::as_deref);
     let fork = number(field(3), "relforknumber")?;
     Ok(SummaryEntry {
         tablespace: Oid(number(field(0), "reltablespace")?),
         database: Oid(number(field(1), "reldatabase")?),
         relfilenode: Oid(number(field(2), "relfilenode")?),
-        fork: Fork::from_number(fork).ok_or_else(|| unexpected("relforknumber", &fork))?,
+        fork: Fork::from_number(fork).ok_or_else(|| objection("relforknumber", &fork))?,
         block: number(field(4), "relblocknumber")?,
         is_limit: match field(5) {
             Some("t") => true,
             Some("f") => false,
-            other => return Err(unexpected("is_limit_block", &other.unwrap_or("null"))),
+            other => return Err(objection("is_limit_block", &other.unwrap_or("null"))),
         },
     })
 }
 
-fn number<T: FromStr>(text: Option<&str>, column: &str) -> Result<T, Error> {
+fn number<T: FromStr>(text: Option<&str>, column: &str) -> Result<T, String> {
     let text = text.unwrap_or("null");
-    text.parse().map_err(|_| unexpected(column, &text))
+    text.parse().map_err(|_| objection(column, &text))
 }
 
-fn unexpected(column: &str, value: &dyn Display) -> Error {
-    Error::Unexpected { detail: format!("column \"{column}\" of a WAL summary holds {value}") }
+fn objection(column: &str, value: &dyn Display) -> String {
+    format!("column \"{column}\" of a WAL summary holds {value}")
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Session(error)
+    }
 }
 
 impl Display for NoSummaries {
@@ -373,12 +397,30 @@ mod tests {
             ["", "1663|5|16392|0|310", "1663|5|16392|9|310|f", "1663|5|16392|0|4294967296|f", "1|1|1|0|-1|f"]
         {
             let refused = entry(&fields(row)).unwrap_err();
-            let read = unless_refused(Err(refused)).unwrap_or_else(|error| panic!("{row}: {error}"));
+            let read =
+                unless_refused(Err(Failure::Row(refused))).unwrap_or_else(|error| panic!("{row}: {error}"));
             let Summaries::None(NoSummaries::Refused(why)) = read else { panic!("{row}: {read:?}") };
             assert!(why.contains("of a WAL summary holds"), "{row}: {why}");
         }
-        let lost = unless_refused(Err(Error::Lost { detail: "gone".to_owned() }));
+    }
+
+    #[test]
+    fn a_refusal_is_no_hint_and_what_leaves_the_session_in_doubt_is_an_error() {
+        let of_session = |error: Error| unless_refused(Err(error.into()));
+        let lost = of_session(Error::Lost { detail: "gone".to_owned() });
         assert!(matches!(lost, Err(Error::Lost { .. })), "{lost:?}");
+        // What the client says of messages that no server sends: nobody knows what comes next.
+        let strange = of_session(Error::Unexpected { detail: "unexpected message from server".to_owned() });
+        assert!(matches!(strange, Err(Error::Unexpected { .. })), "{strange:?}");
+        let (sqlstate, message) = ("42501".to_owned(), "permission denied".to_owned());
+        let refused = of_session(Error::Sql { sqlstate, message, detail: None, hint: None });
+        let Ok(Summaries::None(NoSummaries::Refused(why))) = refused else { panic!("{refused:?}") };
+        assert_eq!(why, "permission denied");
+        let many = unless_refused(Err(Failure::TooMuch(TooManyForks { forks: 7 })));
+        assert!(
+            matches!(&many, Ok(Summaries::None(NoSummaries::TooMuch(why))) if why.contains('7')),
+            "{many:?}"
+        );
     }
 
     #[test]

@@ -6,11 +6,12 @@
 //! ```
 //! What comes out is the same for both. The server verifies page checksums while it reads, and reads a page again that
 //! it caught half written; one that stays wrong makes it end the command with an error *behind* the end of the backup,
-//! which is then whole as far as a damaged cluster can be: that is told, and is no error here. Deliberately absent:
-//! what is in the archives, and a limit to the time the server takes for its checkpoint. Whoever drops a
-//! `BaseBackup` ends the backup on the server.
+//! which is then whole as far as a damaged cluster can be: that is told, and is no error here. Nothing is waited for
+//! without end; that a server is frozen its session tells sooner. Deliberately absent: what is in the archives. Whoever
+//! drops a `BaseBackup` ends the backup on the server.
 
 use std::fmt::{self, Debug};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use postgres_protocol::message::backend::Message;
@@ -76,8 +77,14 @@ pub struct BaseBackup {
     timeline: TimelineId,
     tablespaces: Vec<BaseBackupTablespace>,
     received: u64,
+    silence_max: Duration,
 }
 
+/// Nothing comes before the server's checkpoint is done, which is spread over `checkpoint_timeout` at most, a day.
+const START_MAX: Duration = Duration::from_secs(25 * 3600);
+/// The server sends what it reads, 32 KiB at a time. A disk that tries a sector again takes a minute or two for that, and
+/// a file server that is started again some more: a walsender that is silent for longer hangs (failure 39).
+const SILENCE_MAX: Duration = Duration::from_secs(600);
 /// No cluster has more tablespaces; the list is the server's word.
 const TABLESPACES_MAX: usize = 100_000;
 /// Bytes of the rows of an answer: those of so many tablespaces, each with the path of a link.
@@ -122,12 +129,13 @@ impl BaseBackup {
         connection.query(&options.command(version)).await?;
         let mut reader = Reader::new(version < PARENTHESISED_FROM);
         while reader.phase != Phase::Archives {
-            let message = connection.wire.next().await?;
+            let message = within(START_MAX, connection.wire.next()).await?;
             reader.take(message)?;
         }
         let (lsn, timeline) = reader.position.take().ok_or_else(no_position)?;
         let tablespaces = std::mem::take(&mut reader.tablespaces);
-        Ok(Self { connection, reader, lsn, timeline, tablespaces, received: 0 })
+        let silence_max = SILENCE_MAX;
+        Ok(Self { connection, reader, lsn, timeline, tablespaces, received: 0, silence_max })
     }
 
     /// Returns where the backup starts.
@@ -143,10 +151,10 @@ impl BaseBackup {
     /// Waits for what comes next; may be given up and called again. Nothing follows the end.
     ///
     /// # Errors
-    /// What the server says; `Lost` where the connection ends.
+    /// What the server says; `Lost` where the connection ends, or nothing comes for long.
     pub async fn next(&mut self) -> Result<BaseBackupPart, Error> {
         loop {
-            let message = self.connection.wire.next().await?;
+            let message = within(self.silence_max, self.connection.wire.next()).await?;
             if let Incoming::CopyData(body) = &message {
                 self.received += body.len() as u64;
             }
@@ -357,6 +365,16 @@ impl Reader {
     }
 }
 
+/// Waits for a message, but not for ever.
+async fn within(
+    patience: Duration,
+    message: impl Future<Output = Result<Incoming, Error>>,
+) -> Result<Incoming, Error> {
+    let silent = || format!("the server has sent nothing of the base backup for {} s", patience.as_secs());
+    let message = tokio::time::timeout(patience, message).await;
+    message.unwrap_or_else(|_| Err(Error::Lost { detail: silent() }))
+}
+
 fn no_position() -> Error {
     unexpected("a base backup without a position".into())
 }
@@ -389,8 +407,9 @@ fn tablespace(row: Row) -> Result<Option<BaseBackupTablespace>, Error> {
 mod tests {
     use bytes::BytesMut;
     use proptest::prelude::*;
+    use tokio::io::AsyncWriteExt;
 
-    use super::super::wire::take_message;
+    use super::super::wire::{Wire, take_message};
     use super::*;
 
     fn message(letter: u8, body: &[u8]) -> Vec<u8> {
@@ -465,6 +484,36 @@ mod tests {
             message(b'Z', b"I"),
         ]
         .concat()
+    }
+
+    /// A server that goes on sending is waited for as long as it takes; one that stops within an archive is not.
+    #[tokio::test]
+    async fn failure_39_a_walsender_that_falls_silent_is_given_up() {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
+        let options =
+            BaseBackupOptions { label: "x".into(), fast: true, tablespace_map: false, incremental: false };
+        let whole = answer(false, &message(b'C', b"BASE_BACKUP\0"));
+        let archive = whole.windows(9).position(|bytes| bytes == b"nbase.tar").unwrap();
+        let (sent, kept_back) = whole.split_at(archive + 11);
+        theirs.write_all(sent).await.unwrap();
+        let connection = ReplicationConnection::over(Wire::new(Box::new(ours)));
+        let mut base = BaseBackup::start(connection, MajorVersion::V15, &options).await.unwrap();
+        base.silence_max = Duration::from_millis(100);
+        let mut parts = Vec::new();
+        let error = loop {
+            match base.next().await {
+                Ok(part) => parts.push(part),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(&error, Error::Lost { detail } if detail.contains("sent nothing")), "{error}");
+        // Not a byte is lost by that: were it asked again, all of the rest would come.
+        theirs.write_all(kept_back).await.unwrap();
+        base.silence_max = SILENCE_MAX;
+        while parts.len() < expected(None).len() {
+            parts.push(base.next().await.unwrap());
+        }
+        assert_eq!(parts, expected(None));
     }
 
     /// Feeds the bytes in pieces of these sizes and returns what came out.

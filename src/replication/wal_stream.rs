@@ -135,6 +135,12 @@ impl ReplicationConnection {
         Ok(Self { wire, address, user, rows: Vec::new(), refused: None })
     }
 
+    /// Speaks to whatever answers on a wire, as if it had been logged in to.
+    #[cfg(test)]
+    pub(super) fn over(wire: Wire) -> Self {
+        Self { wire, address: String::new(), user: String::new(), rows: Vec::new(), refused: None }
+    }
+
     /// Returns where the server was reached, for messages.
     pub fn address(&self) -> &str {
         &self.address

@@ -52,7 +52,8 @@ impl Wire {
         Self { stream, incoming: BytesMut::with_capacity(READ_BYTES), outgoing: BytesMut::new() }
     }
 
-    /// Returns the next message; what the server merely mentions (notices, parameters) is passed over.
+    /// Returns the next message; what the server merely mentions (notices, parameters) is passed over, and a warning is
+    /// told: so the server says what it leaves out.
     pub(super) async fn next(&mut self) -> Result<Incoming, Error> {
         if !self.outgoing.is_empty() {
             self.send(&[]).await?;
@@ -60,7 +61,11 @@ impl Wire {
         loop {
             match take_message(&mut self.incoming)? {
                 Some(Incoming::Other(Message::NoticeResponse(notice))) => {
-                    tracing::debug!("the server says: {}", refusal(notice.fields()));
+                    let said = refusal(notice.fields());
+                    match is_warning(notice.fields()) {
+                        true => tracing::warn!("the server says: {said}"),
+                        false => tracing::debug!("the server says: {said}"),
+                    }
                 }
                 Some(Incoming::Other(Message::ParameterStatus(_))) => {}
                 Some(message) => return Ok(message),
@@ -147,6 +152,16 @@ pub(super) fn refusal(mut fields: ErrorFields<'_>) -> Error {
     if gone { Error::Lost { detail: message } } else { Error::Sql { sqlstate, message, detail, hint } }
 }
 
+/// Tells whether what is not an error is more than a note. The field is the one that no language changes.
+fn is_warning(mut fields: ErrorFields<'_>) -> bool {
+    while let Ok(Some(field)) = fields.next() {
+        if field.type_() == b'V' {
+            return field.value_bytes() == b"WARNING";
+        }
+    }
+    false
+}
+
 pub(super) fn unexpected(detail: String) -> Error {
     Error::Unexpected { detail }
 }
@@ -193,6 +208,19 @@ mod tests {
             panic!("no error");
         };
         assert!(matches!(refusal(answer.fields()), Error::Lost { .. }));
+    }
+
+    #[test]
+    fn a_warning_is_told_from_a_notice_in_any_language() {
+        for (severity, expected) in [("WARNING", true), ("NOTICE", false), ("LOG", false)] {
+            let body = format!("SWARNUNG\0V{severity}\0C01000\0Mskipping special file \"./out\"\0\0");
+            let mut bytes = BytesMut::from(&message(b'N', body.as_bytes())[..]);
+            let Some(Incoming::Other(Message::NoticeResponse(notice))) = take_message(&mut bytes).unwrap()
+            else {
+                panic!("no notice");
+            };
+            assert_eq!(is_warning(notice.fields()), expected, "{severity}");
+        }
     }
 
     proptest! {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use crate::site::Faulted;
@@ -50,6 +51,17 @@ fn large_file(site: &Faulted) {
     site.scratch().account().own(&path);
 }
 
+/// Files of which each is sent at one go: a walsender looks around between two.
+fn many_files(site: &Faulted) -> Vec<PathBuf> {
+    let paths: Vec<PathBuf> =
+        (0..256).map(|n| site.data_directory().join(format!("base/large.{n}"))).collect();
+    for path in &paths {
+        File::create(path).unwrap().set_len(1 << 30).unwrap();
+        site.scratch().account().own(path);
+    }
+    paths
+}
+
 /// Failure 20, while the files are copied and while the server begins: with its sessions the backup ends.
 #[test]
 fn failure_20_a_server_that_is_shut_down_ends_and_the_backup_fails() {
@@ -78,6 +90,61 @@ fn failure_20_a_server_that_is_shut_down_ends_and_the_backup_fails() {
     site.cluster.start();
     assert_eq!(site.listed(), Vec::<String>::new());
     site.walden.run(&["backup"]);
+    site.assert_restores(&site.listed()[0]);
+}
+
+/// Failure 20 where the server sends the files, while it begins and while it sends: a walsender that nobody listens to any
+/// more does not keep it from its end.
+#[test]
+fn failure_20_a_server_that_is_shut_down_while_it_sends_ends_and_the_backup_fails() {
+    require!(Need::PostgreSQL(15));
+    let mut site = Faulted::start(|_, site| site.key("backup_source = \"replication\""));
+    site.archive();
+    let in_phase = |site: &Faulted, phase: &str| {
+        let phases = format!("select count(*) from pg_stat_progress_basebackup where phase = '{phase}'");
+        wait_for(phase, || (site.sql(&phases) == "1").then_some(()));
+    };
+    let begins = BackingUp::start(&site, &["--checkpoint", "spread"]);
+    in_phase(&site, "waiting for checkpoint to finish");
+    site.cluster.stop(Stop::Fast);
+    let said = begins.failure();
+    assert!(said.contains("shutdown") || said.contains("terminating connection"), "{said}");
+
+    let files = many_files(&site);
+    site.cluster.start();
+    let sends = BackingUp::start(&site, &[]);
+    in_phase(&site, "streaming database files");
+    site.cluster.stop(Stop::Fast);
+    let said = sends.failure();
+    assert!(said.contains("terminating connection"), "{said}");
+
+    files.iter().for_each(|path| fs::remove_file(path).unwrap());
+    site.cluster.start();
+    assert_eq!(site.listed(), Vec::<String>::new());
+    site.walden.run(&["backup"]);
+    site.assert_restores(&site.listed()[0]);
+}
+
+/// Failure 20 of a standalone basebackup, whose session keeps WAL by a slot: neither does that keep the server.
+#[test]
+fn failure_20_a_server_that_is_shut_down_ends_and_the_standalone_backup_fails() {
+    require!(Need::PostgreSQL(15));
+    let mut site = Faulted::start(|_, site| site);
+    site.archive();
+    site.sql("alter system set log_min_duration_statement = 0");
+    site.sql("select pg_reload_conf()");
+    large_file(&site);
+    let copies = BackingUp::start(&site, &["--standalone"]);
+    wait_until_done(&site, "pg_backup_start");
+    site.cluster.stop(Stop::Fast);
+    let said = copies.failure();
+    assert!(said.contains("terminating connection"), "{said}");
+
+    fs::remove_file(site.data_directory().join("base/large")).unwrap();
+    site.cluster.start();
+    assert_eq!(site.sql("select count(*) from pg_replication_slots"), "0");
+    assert_eq!(site.listed(), Vec::<String>::new());
+    site.walden.run(&["backup", "--standalone"]);
     site.assert_restores(&site.listed()[0]);
 }
 

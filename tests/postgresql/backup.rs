@@ -135,6 +135,7 @@ pub fn recover(walden: &Walden, major: u32, data: &Path, run: &Path) -> Server {
     copy
 }
 
+/// Failures 13 and 16: a tablespace, and files that come, grow, shrink and go while they are read.
 fn a_basebackup_under_load_starts_after_replay(major: u32) {
     require!(Need::PostgreSQL(major));
     let mut cluster = Cluster::start(major);
@@ -180,17 +181,17 @@ fn a_basebackup_under_load_starts_after_replay(major: u32) {
 }
 
 #[test]
-fn a_basebackup_of_15_under_load_starts_after_replay() {
+fn failure_16_a_basebackup_of_15_under_load_starts_after_replay() {
     a_basebackup_under_load_starts_after_replay(15);
 }
 
 #[test]
-fn a_basebackup_of_13_under_load_starts_after_replay() {
+fn failure_16_a_basebackup_of_13_under_load_starts_after_replay() {
     a_basebackup_under_load_starts_after_replay(13);
 }
 
 #[test]
-fn a_basebackup_of_18_under_load_starts_after_replay() {
+fn failure_16_a_basebackup_of_18_under_load_starts_after_replay() {
     a_basebackup_under_load_starts_after_replay(18);
 }
 
@@ -277,7 +278,7 @@ fn what_cannot_become_a_basebackup_is_refused_and_leaves_none() {
 }
 
 #[test]
-fn a_terminated_or_killed_backup_leaves_the_server_and_no_basebackup() {
+fn failure_17_a_terminated_or_killed_backup_leaves_the_server_and_no_basebackup() {
     require!(Need::PostgreSQL(15));
     let cluster = Cluster::start(15);
     Pgbench::initialize(&cluster, 5);
@@ -435,7 +436,7 @@ fn standby_site(standby: &Sql, data: &Path, walden: &Walden) -> Site {
 }
 
 #[test]
-fn odd_names_links_and_modes_of_the_source_come_back() {
+fn failure_18_odd_names_links_and_modes_of_the_source_come_back() {
     require!(Need::PostgreSQL(15));
     let cluster = Cluster::start(15);
     let walden = archiving(&cluster);

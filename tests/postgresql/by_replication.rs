@@ -2,23 +2,28 @@
 //!
 //! What is taken is held against the server's own judge of a backup, and started.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::backup::{Opened, id_of, recover, sparse_file, verify_backup};
 use crate::support::{
     Account, Chaos, Checksums, Cluster, DebianCluster, Ledger, Need, Options, Pgbench, Run, Scratch, Server,
-    Site, Sql, Stop, Walden, require, wait_for,
+    Site, Sql, Stop, Walden, processes_in, require, wait_for,
 };
 
 /// A site whose servers send their files; a data directory that is named in vain shows that none is read.
-fn site(sql: &Sql) -> Site {
+pub fn site(sql: &Sql) -> Site {
     let nowhere = Path::new("/nonexistent/data");
     Site::of(sql, nowhere).unencrypted().key("backup_source = \"replication\"")
 }
@@ -30,6 +35,7 @@ pub fn archiving(cluster: &Cluster) -> Walden {
     walden
 }
 
+/// Failures 13 and 16 by this way: tablespaces of every kind, and files that come, grow, shrink and go while they are sent.
 fn under_load_it_starts_after_replay(major: u32) {
     require!(Need::PostgreSQL(major));
     let mut cluster = Cluster::start(major);
@@ -95,17 +101,17 @@ fn under_load_it_starts_after_replay(major: u32) {
 }
 
 #[test]
-fn a_basebackup_of_13_under_load_starts_after_replay() {
+fn failure_16_a_basebackup_of_13_under_load_starts_after_replay() {
     under_load_it_starts_after_replay(13);
 }
 
 #[test]
-fn a_basebackup_of_15_under_load_starts_after_replay() {
+fn failure_16_a_basebackup_of_15_under_load_starts_after_replay() {
     under_load_it_starts_after_replay(15);
 }
 
 #[test]
-fn a_basebackup_of_18_under_load_starts_after_replay() {
+fn failure_16_a_basebackup_of_18_under_load_starts_after_replay() {
     under_load_it_starts_after_replay(18);
 }
 
@@ -126,12 +132,12 @@ fn a_tablespace_far_away(major: u32) {
 }
 
 #[test]
-fn a_tablespace_whose_path_no_archive_holds_is_taken_on_13() {
+fn failure_13_a_tablespace_whose_path_no_archive_holds_is_taken_on_13() {
     a_tablespace_far_away(13);
 }
 
 #[test]
-fn a_tablespace_whose_path_no_archive_holds_is_taken_on_18() {
+fn failure_13_a_tablespace_whose_path_no_archive_holds_is_taken_on_18() {
     a_tablespace_far_away(18);
 }
 
@@ -323,7 +329,7 @@ fn start_backup(walden: &Walden) -> Child {
 }
 
 #[test]
-fn a_backup_that_loses_either_connection_or_is_ended_leaves_no_basebackup() {
+fn failure_17_a_backup_that_loses_either_connection_or_is_ended_leaves_no_basebackup() {
     require!(Need::PostgreSQL(15));
     let mut cluster = Cluster::start(15);
     let walden = archiving(&cluster);
@@ -363,6 +369,101 @@ fn a_backup_that_loses_either_connection_or_is_ended_leaves_no_basebackup() {
     let listed = walden.json(&["list"]);
     assert_eq!(listed["basebackups"].as_array().unwrap().len(), 0, "{listed}");
     assert_eq!(listed["unfinished"].as_array().unwrap().len(), 5, "{listed}");
+}
+
+/// A server whose processes are all stopped: its connections stand, and its kernel takes what is sent.
+struct Frozen(Vec<Pid>);
+
+impl Frozen {
+    fn server(cluster: &Cluster) -> Self {
+        let processes = processes_in(cluster.data_directory());
+        processes.iter().for_each(|process| kill(*process, Signal::SIGSTOP).unwrap());
+        Self(processes)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for process in &self.0 {
+            let _ = kill(*process, Signal::SIGCONT);
+        }
+    }
+}
+
+/// Failure 39 by this way: no connection ends, and no keepalive packet stays without an answer.
+#[test]
+fn failure_39_a_server_that_is_frozen_while_it_sends_is_given_up() {
+    require!(Need::PostgreSQL(15));
+    let cluster = Cluster::start(15);
+    let walden = archiving(&cluster);
+    (0..256).for_each(|n| drop(sparse_file(&cluster, &format!("sparse.{n}"), 1)));
+    let taking = walden.command().arg("backup").stderr(Stdio::piped()).spawn().unwrap();
+    wait_for("the server to send files", || sends_files(&cluster).then_some(()));
+    let frozen = Frozen::server(&cluster);
+    let output = taking.wait_with_output().unwrap();
+    drop(frozen);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{told}");
+    assert!(told.contains("silent for 60 s"), "{told}");
+    wait_for("the server to be left alone", || (cluster.sql(LEFT) == "0").then_some(()));
+    let listed = walden.json(&["list"]);
+    assert_eq!(listed["basebackups"].as_array().unwrap().len(), 0, "{listed}");
+}
+
+/// Failure 18 by this way: names and modes come back, and links are missed aloud.
+fn odd_names_and_modes_come_back(major: u32) {
+    require!(Need::PostgreSQL(major));
+    let cluster = Cluster::start(major);
+    let walden = archiving(&cluster);
+    let data = cluster.data_directory();
+    let outside = cluster.scratch().folder("outside");
+    fs::write(outside.join("kept"), "outside").unwrap();
+    // The longest that an archive holds is among them.
+    let longest = [b'n'; 99];
+    let names: [&[u8]; 5] = [b"two\nlines", b"\xff\xfe", b"quote\"'\\", b" ", &longest];
+    for name in names {
+        fs::write(data.join(OsStr::from_bytes(name)), name).unwrap();
+    }
+    fs::create_dir(data.join("empty")).unwrap();
+    for (name, mode) in [("empty", 0o750), ("quote\"'\\", 0o640), (" ", 0o400)] {
+        fs::set_permissions(data.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    symlink(&outside, data.join("out")).unwrap();
+    symlink("base", data.join("in")).unwrap();
+    Run::of(Command::new("chown").args(["-R", "-h", "postgres:"]).arg(data), "").expect_success();
+    let run = walden.run(&["--output", "json", "backup"]);
+    for link in ["./out", "./in"] {
+        let left_out = |line: &str| line.contains("skipping special file") && line.contains(link);
+        assert!(run.stderr.lines().any(left_out), "{link}: {}", run.stderr);
+    }
+    let outcome: Value = serde_json::from_str(&run.stdout).unwrap();
+    let opened = Opened::open(&walden.repository(), id_of(&outcome));
+    let copy = opened.restore(cluster.scratch(), "copy");
+    for name in names {
+        assert_eq!(fs::read(copy.join(OsStr::from_bytes(name))).unwrap(), name);
+    }
+    let mode = |name: &str| fs::metadata(copy.join(name)).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(
+        [mode("empty"), mode("quote\"'\\"), mode(" "), mode("PG_VERSION")],
+        [0o750, 0o640, 0o400, 0o600]
+    );
+    assert!(!copy.join("out").exists() && !copy.join("in").exists());
+    verify_backup(&cluster, &copy);
+}
+
+#[test]
+fn failure_18_odd_names_and_modes_that_13_sends_come_back() {
+    odd_names_and_modes_come_back(13);
+}
+
+#[test]
+fn failure_18_odd_names_and_modes_that_15_sends_come_back() {
+    odd_names_and_modes_come_back(15);
+}
+
+#[test]
+fn failure_18_odd_names_and_modes_that_18_sends_come_back() {
+    odd_names_and_modes_come_back(18);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use crate::backup::{Opened, archiving, id_of, recover, verify_backup};
+use crate::by_replication;
 use crate::support::{
     Account, Chaos, Checksums, Cluster, Ledger, Need, Options, Pgbench, Run, Stop, Walden, require, wait_for,
 };
@@ -293,8 +294,8 @@ fn wal_summaries_spare_reading_files_whose_ctime_is_new() {
     cluster.stop(Stop::Fast);
 }
 
-#[test]
-fn a_full_basebackup_that_was_killed_while_it_copied_is_gone_on_with() {
+/// Failure 17: what a kill leaves is gone on with, or stays unfinished; never is it half a basebackup that looks whole.
+fn a_full_basebackup_that_was_killed_is_gone_on_with(archiving: fn(&Cluster) -> Walden) {
     require!(Need::PostgreSQL(15));
     let mut cluster = Cluster::start(15);
     // Bytes that do not compress, so that a pack is full soon, in files of 50 MB: one is gone on with when it was read whole.
@@ -331,4 +332,15 @@ fn a_full_basebackup_that_was_killed_while_it_copied_is_gone_on_with() {
     let next = walden.json(&["backup"]);
     assert_eq!(next["parent"], outcome["id"], "{next}");
     cluster.stop(Stop::Fast);
+}
+
+#[test]
+fn failure_17_a_full_basebackup_that_was_killed_while_it_copied_is_gone_on_with() {
+    a_full_basebackup_that_was_killed_is_gone_on_with(archiving);
+}
+
+/// There the files come in the server's order, into two packs side by side.
+#[test]
+fn failure_17_a_full_basebackup_that_was_killed_while_the_server_sent_it_is_gone_on_with() {
+    a_full_basebackup_that_was_killed_is_gone_on_with(by_replication::archiving);
 }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::backup::{Opened, id_of, recover, verify_backup};
-use crate::by_replication::{archiving, assert_equals_source};
-use crate::support::{Cluster, Need, Options, Walden, require};
+use crate::by_replication::{archiving, assert_equals_source, site};
+use crate::support::{Account, Cluster, Need, Options, Walden, require};
 
-/// A cluster of 18 that summarizes its WAL and has its basebackups taken by BASE_BACKUP.
+/// A cluster of 18 that summarizes its WAL and has its basebackups taken by BASE_BACKUP, with a place for one walsender.
 fn summarizing() -> (Cluster, Walden) {
-    let cluster = Cluster::start_with(18, Options::default().setting("summarize_wal", "on"));
+    let options = Options::default().setting("summarize_wal", "on").setting("max_wal_senders", "1");
+    let cluster = Cluster::start_with(18, options);
     let walden = archiving(&cluster);
     (cluster, walden)
 }
@@ -127,6 +128,37 @@ fn of_18_everything_comes_where_changes_do_not_do() {
     let kinds: Vec<bool> = (0..8).map(|_| came_in_parts(&walden.json(&["backup"]))).collect();
     assert_eq!(kinds.iter().position(|in_parts| !in_parts), Some(6), "{kinds:?}");
     assert!(kinds[7]);
+}
+
+/// A server that has begun to send before it is known that its changes do not do goes on for a file's length with nobody to
+/// send it to, and has no place for another walsender meanwhile.
+#[test]
+fn of_18_everything_comes_by_the_one_place_that_is_taken() {
+    require!(Need::PostgreSQL(18));
+    let (cluster, walden) = summarizing();
+    let space = cluster.scratch().folder("space");
+    cluster.sql(&format!("create tablespace fast location '{}'", space.display()));
+    cluster.sql("create table far tablespace fast as select n, md5(n::text) from generate_series(1, 1000) n");
+    // A role that is refused what it asks right behind the start.
+    let contents = "function pg_wal_summary_contents(bigint, pg_lsn, pg_lsn)";
+    cluster.sql(&format!("revoke execute on {contents} from public, pg_monitor"));
+    cluster.sql("create role sender login replication in role pg_monitor");
+    cluster.sql("grant execute on function pg_switch_wal() to sender");
+    let connection = cluster.connection().replace("user=postgres", "user=sender");
+    assert_ne!(connection, cluster.connection());
+    walden.reconfigure(cluster.scratch(), &site(&cluster).nodes(&[(&connection, "primary")]));
+    let first = walden.json(&["backup"]);
+
+    // Tablespaces are sent first, and in this one there is nothing that takes as long.
+    let folder = fs::read_dir(&space).unwrap().next().unwrap().unwrap().path();
+    let sparse = folder.join("sparse");
+    fs::File::create(&sparse).unwrap().set_len(2 << 30).unwrap();
+    Account::of_postgresql().own(&sparse);
+    let run = walden.run(&["--output", "json", "backup"]);
+    assert!(run.stderr.contains("does not tell its WAL summaries"), "{}", run.stderr);
+    let second: Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!(second["parent"], first["id"], "{second}");
+    assert!(number(&second, "received_bytes") > 2 << 30, "{second}");
 }
 
 /// The file of what is remembered of the last basebackup.

@@ -4,12 +4,14 @@
 //! BASE_BACKUP ─ Receiver ─ work ─▶ CPU pool (check, compare, compress) ─ in order ─▶ Packer: start-up set | rest
 //! ```
 //! Memory, at most: the jobs of the budget, each with its raw and its compressed bytes, and the packs of the budget; one
-//! pack more where that allows a single upload. While all uploads are busy nothing is read, and the server waits. Dropping the future ends the connection, and with it the backup on the server.
+//! pack more where that allows a single upload. While all uploads are busy nothing is read, and the server waits.
+//! Dropping the future ends the connection, and with it the backup on the server.
 
 use std::pin::pin;
 use std::sync::Arc;
 
 use futures::{StreamExt, stream};
+use tokio::sync::Notify;
 
 use crate::backup::error::Error;
 use crate::backup::known_parent::KnownParent;
@@ -30,6 +32,7 @@ pub struct Incoming {
     base: BaseBackup,
     receiver: Receiver,
     limit: Option<RateLimit>,
+    heard: Arc<Notify>,
     end: Option<BaseBackupEnd>,
 }
 
@@ -46,9 +49,9 @@ pub struct Finished {
 }
 
 impl Incoming {
-    /// Prepares to take a backup apart.
-    pub fn new(base: BaseBackup, receiver: Receiver, limit: Option<RateLimit>) -> Self {
-        Self { base, receiver, limit, end: None }
+    /// Prepares to take a backup apart; `heard` is told of everything that comes.
+    pub fn new(base: BaseBackup, receiver: Receiver, limit: Option<RateLimit>, heard: Arc<Notify>) -> Self {
+        Self { base, receiver, limit, heard, end: None }
     }
 
     /// Returns what came beside the files, how the backup ended, and the connection.
@@ -70,6 +73,7 @@ impl Incoming {
                 return Ok(None);
             }
             let part = self.base.next().await.map_err(SourceError::from)?;
+            self.heard.notify_one();
             if let (Some(limit), BaseBackupPart::Content(bytes)) = (&self.limit, &part) {
                 limit.take(bytes.len() as u64).await;
             }
@@ -82,7 +86,11 @@ impl Incoming {
 }
 
 /// Packs what was worked on; returns how many bytes that were.
-async fn pack(packer: &mut Packer, done: Done, parent: Option<&KnownParent>) -> Result<u64, Error> {
+pub(super) async fn pack(
+    packer: &mut Packer,
+    done: Done,
+    parent: Option<&KnownParent>,
+) -> Result<u64, Error> {
     match done {
         Done::Together { lane, files, together } => {
             let bytes = together.files.iter().map(|file| u64::from(file.len)).sum();

@@ -56,7 +56,7 @@ impl StreamError {
     /// Returns whether the next attempt may do better.
     pub(in crate::backup) fn is_passing(&self) -> bool {
         match self {
-            Self::Torn { .. } | Self::Tablespace { .. } | Self::NotKnown { .. } => true,
+            Self::Torn { .. } | Self::Tablespace { .. } => true,
             Self::ControlFile(error) => *error == ControlFileError::Checksum,
             _ => false,
         }
@@ -67,9 +67,9 @@ impl StreamError {
         matches!(self, Self::NotKnown { .. } | Self::Partial { .. })
     }
 
-    /// Returns whether something has to be set up first.
+    /// Returns whether something has to be set up first; a name that cannot be taken this way can the other.
     pub(in crate::backup) fn is_input(&self) -> bool {
-        matches!(self, Self::MayNotReplicate { .. } | Self::OtherServer { .. })
+        matches!(self, Self::MayNotReplicate { .. } | Self::OtherServer { .. } | Self::Name { .. })
     }
 
     /// Returns a sentence that says what to do.
@@ -106,5 +106,30 @@ impl StreamError {
                  the data directory meanwhile."
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::backup::error::{Error, ErrorKind};
+
+    use super::*;
+
+    #[test]
+    fn what_can_be_done_about_it_is_what_the_hint_says() {
+        let path = || "base/5/16384".to_owned();
+        let kind = |error: StreamError| Error::from(error).kind();
+        let name = StreamError::Name { archive: "the data directory".to_owned(), path: path() };
+        assert!(name.hint().contains("backup_source"), "{}", name.hint());
+        assert_eq!(kind(name), ErrorKind::Input);
+        assert_eq!(kind(StreamError::Tablespace { oid: Oid(7) }), ErrorKind::Retry);
+        // Everything is asked for then; if it comes up all the same, the server was not writing anything.
+        let not_known = StreamError::NotKnown { path: path() };
+        assert!(
+            not_known.is_of_changes() && !not_known.hint().contains("was writing"),
+            "{}",
+            not_known.hint()
+        );
+        assert_eq!(kind(not_known), ErrorKind::Damaged);
     }
 }

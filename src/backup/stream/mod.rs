@@ -26,6 +26,10 @@ mod work;
 
 mod copy;
 mod run;
+mod server;
+
+#[cfg(test)]
+mod model_tests;
 
 pub use error::StreamError;
 pub(super) use run::run;

@@ -14,6 +14,7 @@ use crate::backup::known_parent::KnownParent;
 use crate::backup::run::blocking;
 use crate::backup::server_facts::ServerFacts;
 use crate::backup::source::SourceError;
+use crate::backup::state::StateError;
 use crate::codec::Sha256;
 use crate::pg::{BackupManifest, DataPath, ManifestChecksum, RelationFile};
 use crate::replication::{ManifestUpload, ReplicationConnection};
@@ -36,30 +37,9 @@ pub async fn upload(
     let (pieces, mut written) = mpsc::channel::<Vec<u8>>(PIECES_AHEAD);
     let (version, system_identifier) = (facts.version, facts.identity.system_identifier);
     let writing = blocking(move || {
-        let mut manifest = BackupManifest::new(version, system_identifier, Sha256::new());
-        let mut gathered = 0;
-        for known in parent.files() {
-            let known = known?;
-            let Some(path) = server_path(&known.path).and_then(|path| DataPath::new(path).ok()) else {
-                continue;
-            };
-            if !may_come_in_parts(&path) {
-                continue;
-            }
-            gathered += path.as_bytes().len() + 100;
-            manifest.file(&path, known.size, parent.facts().started_at, ManifestChecksum::None);
-            if gathered >= PIECE_BYTES {
-                gathered = 0;
-                // Whoever was to send it has failed, and says why.
-                if pieces.blocking_send(manifest.take()).is_err() {
-                    return Ok(());
-                }
-            }
-        }
-        let of = parent.facts();
-        manifest.wal_range(of.timeline, of.start_lsn, of.stop_lsn);
-        let _ = pieces.blocking_send(manifest.finish());
-        Ok(())
+        // Where nobody takes it, whoever was to send it has failed, and says why.
+        let give = |piece| pieces.blocking_send(piece).is_ok();
+        Ok(write(&parent, BackupManifest::new(version, system_identifier, Sha256::new()), give)?)
     });
     let sending = async {
         while let Some(piece) = written.recv().await {
@@ -69,6 +49,39 @@ pub async fn upload(
     };
     tokio::try_join!(writing, sending)?;
     Ok(upload.finish().await.map_err(SourceError::from)?)
+}
+
+/// Writes the manifest a piece at a time, until all of it is given away or nobody takes it.
+///
+/// # Errors
+/// Where what is remembered cannot be read: then no manifest is whole.
+pub(super) fn write(
+    parent: &KnownParent,
+    mut manifest: BackupManifest<Sha256>,
+    mut give: impl FnMut(Vec<u8>) -> bool,
+) -> Result<(), StateError> {
+    let of = parent.facts();
+    let mut gathered = 0;
+    for known in parent.files() {
+        let known = known?;
+        let Some(path) = server_path(&known.path).and_then(|path| DataPath::new(path).ok()) else {
+            continue;
+        };
+        if !may_come_in_parts(&path) {
+            continue;
+        }
+        gathered += path.as_bytes().len() + 100;
+        manifest.file(&path, known.size, of.started_at, ManifestChecksum::None);
+        if gathered >= PIECE_BYTES {
+            gathered = 0;
+            if !give(manifest.take()) {
+                return Ok(());
+            }
+        }
+    }
+    manifest.wal_range(of.timeline, of.start_lsn, of.stop_lsn);
+    give(manifest.finish());
+    Ok(())
 }
 
 /// Tells whether the server may send what has changed of a file instead of all of it.

@@ -1,7 +1,8 @@
 //! Files of which the server sends only what has changed (17 and later): `INCREMENTAL.16384` instead of `16384`.
 //!
 //! ```text
-//! magic · how many pages follow · pages below which the others are as they were · numbers of the pages ── to a page ── pages
+//! magic · how many pages follow · pages below which the others are as they were · numbers of the pages
+//!                                                                              ── to a page ── pages
 //! ```
 //! As `pg_combinebackup` has it: a page is sent, or it is that of the basebackup that is built upon, or it is all zero,
 //! because the relation was extended and nothing has been done with it. What cannot be put together is an error, and then

@@ -839,7 +839,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tablespace_without_an_archive_is_missed() {
+    fn failure_13_a_tablespace_without_an_archive_is_missed() {
         let archives = [BaseBackupTablespace { oid: Oid(1), location: b"/a".to_vec() }];
         let left = |known: &[(u32, bool)], map| {
             tablespaces_left_out(known.iter().map(|(oid, in_place)| (Oid(*oid), *in_place)), &archives, map)

@@ -3,12 +3,11 @@
 //! ask by SQL → can a replication connection be made to the same server? → full or incremental → `begin` → replication
 //! connection → BASE_BACKUP → histories → what came, held against the server's manifest → the server is still the same →
 //! `backup_manifest` → WAL in the archive → commit → what is remembered is saved. The session is watched all the time: a
-//! server that goes, or becomes another one, ends it. The replication connection is there no longer than it is needed.
-//! As with `backup::run`, nothing counts before the last step, and dropping the future at any point is the same as a
-//! failure.
+//! server that goes, falls silent or becomes another one ends it. The replication connection is there no longer than it
+//! is needed. As with `backup::run`, nothing counts before the last step, and dropping the future at any point is the
+//! same as a failure.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -34,23 +33,19 @@ use crate::backup::source_file::FileState;
 use crate::backup::stream::changes::Changes;
 use crate::backup::stream::copy::{Finished, Incoming, copy};
 use crate::backup::stream::error::StreamError;
-use crate::backup::stream::histories::{archive_histories, ask_histories, history_of};
+use crate::backup::stream::histories::{archive_histories, ask_histories};
 use crate::backup::stream::manifest::ManifestFile;
-use crate::backup::stream::origin::{RemoteOrigin, connect};
+use crate::backup::stream::origin::RemoteOrigin;
 use crate::backup::stream::outside::{OutsideFiles, read_outside};
-use crate::backup::stream::parent_manifest::upload;
 use crate::backup::stream::receive::{ReceiveOptions, Received, Receiver, tablespaces_left_out};
+use crate::backup::stream::server::Server;
 use crate::backup::stream::start_set::StartSet;
 use crate::backup::stream::work::{PageJudge, WorkContext};
-use crate::backup::wal_summaries::{Summaries, WalSpan, read_summaries};
 use crate::backup::wal_wait::{NeededWal, WalArchive, wait_for_wal};
 use crate::codec::CpuPool;
 use crate::monitor::{Monitor, Task};
 use crate::pg::{ControlFile, Lsn, MajorVersion, TimelineHistory, TimelineId, WalSegmentNumber};
-use crate::replication::{
-    BaseBackup, BaseBackupEnd, BaseBackupOptions, ConnectOptions, Error as SessionError,
-    ReplicationConnection, Session,
-};
+use crate::replication::{BaseBackup, BaseBackupEnd, BaseBackupOptions, Error as SessionError, Session};
 use crate::repo::{
     self, BasebackupWriter, BeginOptions, ClusterId, Completion, Repository,
     entry::{Entry, TreePath},
@@ -74,8 +69,6 @@ struct Copied {
 /// Bytes of a large file that are compared at once where most are as they were, so that what differs fills chunks: raw
 /// and compressed they are within what the budget has for a job.
 const WIDE_BYTES: u64 = 2 << 20;
-/// How long summaries may take that the server has just read itself.
-const SUMMARIES_PATIENCE: Duration = Duration::from_secs(10);
 /// A link in an archive has no longer target.
 const LINK_BYTES_MAX: usize = 99;
 /// The server's clock.
@@ -114,7 +107,7 @@ async fn attempt(
     let Chosen { connection, session, origin, primary } = choose(&options.nodes, look).await?;
     let cluster = origin.cluster;
     repository.admit(cluster).await?;
-    let server = Server { connection, session, origin };
+    let server = Server::new(connection, session, origin);
     let Server { session, origin, .. } = &server;
     // Whether it can be made is seen before anything is written; it is not needed for a while.
     drop(server.connect(repository).await?);
@@ -140,6 +133,7 @@ async fn attempt(
     let mut copied = tokio::select! {
         copied = copying => copied?,
         lost = session.lost() => return Err(SourceError::from(lost).into()),
+        silent = server.falls_silent() => return Err(SourceError::from(silent).into()),
     };
     archive_histories(repository, cluster, copied.timeline, &copied.histories).await?;
     if let Some(primary) = primary {
@@ -169,87 +163,12 @@ async fn attempt(
     })
 }
 
-/// The server, by SQL.
-struct Server {
-    connection: ConnectOptions,
-    session: Session,
-    origin: RemoteOrigin,
-}
-
 /// What it is asked for.
 #[derive(Clone, Copy)]
 struct Asked<'a> {
     options: &'a BackupOptions,
     begun: &'a Begun,
     changes: bool,
-}
-
-impl Server {
-    /// Makes a replication connection to it.
-    async fn connect(&self, repository: &Repository) -> Result<ReplicationConnection, Error> {
-        let mut once = [0; 8];
-        repository.keyring().random().fill(&mut once);
-        let name = format!("walden {}", hex::encode(once));
-        connect(&self.connection, &self.session, &self.origin.facts, &name).await
-    }
-
-    /// Has it begin, with changes alone if that `parent` is given; where it cannot tell them, with everything.
-    async fn begin(
-        &self,
-        repository: &Repository,
-        asked: &BaseBackupOptions,
-        parent: Option<Arc<KnownParent>>,
-    ) -> Result<(BaseBackup, Option<ChangedBlocks>), Error> {
-        if let Some(parent) = parent {
-            match self.begin_with_changes(repository, asked, parent).await? {
-                Ok((base, summaries)) => return Ok((base, Some(summaries))),
-                Err(why) => {
-                    tracing::info!("the server cannot say what has changed, and sends everything: {why}");
-                }
-            }
-        }
-        let replication = self.connect(repository).await?;
-        let base = BaseBackup::start(replication, self.origin.facts.version, asked).await;
-        Ok((base.map_err(SourceError::from)?, None))
-    }
-
-    /// Has it begin with what has changed since `parent`; returns the summaries it takes that from, or why it cannot.
-    async fn begin_with_changes(
-        &self,
-        repository: &Repository,
-        asked: &BaseBackupOptions,
-        parent: Arc<KnownParent>,
-    ) -> Result<Result<(BaseBackup, ChangedBlocks), String>, Error> {
-        let facts = &self.origin.facts;
-        let from = (parent.facts().timeline, parent.facts().start_lsn);
-        let mut replication = self.connect(repository).await?;
-        let history = match facts.identity.timeline {
-            timeline if timeline == from.0 => None,
-            timeline => history_of(&mut replication, timeline).await?.map(|(history, _)| history),
-        };
-        let asked = BaseBackupOptions { incremental: true, ..asked.clone() };
-        let beginning = async {
-            let replication = upload(replication, parent, facts).await?;
-            let base = BaseBackup::start(replication, facts.version, &asked).await;
-            Ok::<_, Error>(base.map_err(SourceError::from)?)
-        };
-        let base = match beginning.await {
-            Err(Error::Source(SourceError::Session(error @ SessionError::Sql { .. }))) => {
-                return Ok(Err(error.to_string()));
-            }
-            base => base?,
-        };
-        let (start, timeline) = base.started();
-        let Some(spans) = WalSpan::between(history.as_ref(), from, (timeline, start)) else {
-            return Ok(Err(format!("timeline {timeline} does not come from the last basebackup")));
-        };
-        // It has them all by now. In its archives it does not say from where a relation was cut.
-        let read = read_summaries(&self.session, &spans, repository.clock(), SUMMARIES_PATIENCE).await;
-        Ok(match read.map_err(SourceError::from)? {
-            Summaries::Known(changed) => Ok((base, changed)),
-            Summaries::None(why) => Err(why.to_string()),
-        })
-    }
 }
 
 /// Returns the basebackup of which the server may be asked for changes: not where pages have to come that are as they
@@ -326,13 +245,11 @@ async fn receive(
     let estimate: u64 = facts.databases.iter().filter_map(|database| database.size_bytes).sum();
     let progress = monitor.start(Task::bytes("backup", (estimate > 0).then_some(estimate)));
     let limit = options.rate.map(|rate| RateLimit::new(rate, repository.shared_clock()));
-    let mut incoming = Incoming::new(base, receiver, limit);
+    let mut incoming = Incoming::new(base, receiver, limit, server.heard());
     let copied = copy(&mut incoming, context, pool, options.budget, &mut packer, &progress).await;
-    if let Err(Error::Source(SourceError::Session(SessionError::Sql { .. }))) = &copied {
-        // A standby that is promoted ends it with an error; that it is another server now says more.
-        check_same(session, facts).await?;
+    if let Err(error) = copied {
+        return Err(failed(server, incoming, error).await);
     }
-    copied?;
     let Finished { received, end, received_bytes, mut connection } = incoming.finish()?;
     let histories = ask_histories(&mut connection, timeline).await?;
     drop(connection);
@@ -363,6 +280,21 @@ async fn receive(
         received_bytes,
         histories,
     })
+}
+
+/// Says why a copy failed, and leaves the server as the next attempt needs it.
+async fn failed(server: &Server, incoming: Incoming, error: Error) -> Error {
+    match &error {
+        // A standby that is promoted ends it with an error; that it is another server now says more.
+        Error::Source(SourceError::Session(SessionError::Sql { .. })) => {
+            let checked = check_same(&server.session, &server.origin.facts).await;
+            return checked.err().unwrap_or(error);
+        }
+        // Everything is asked for next, and its place is needed for that.
+        Error::Received(received) if received.is_of_changes() => server.end(incoming).await,
+        _ => {}
+    }
+    error
 }
 
 /// Packs what was kept until everything had come, checks all of it against the server's manifest, and adds ours.
@@ -431,7 +363,7 @@ fn receive_options(
 
 /// Tells whether the start-up set would lie in too many packs if only what has changed were stored: then it is stored
 /// again as a whole.
-async fn is_scattered(begun: &Begun, databases: &[Database]) -> Result<bool, Error> {
+pub(super) async fn is_scattered(begun: &Begun, databases: &[Database]) -> Result<bool, Error> {
     let Some(parent) = begun.parent.clone() else {
         return Ok(false);
     };

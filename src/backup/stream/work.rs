@@ -153,6 +153,7 @@ fn put_together<'a>(
     let options = context.gathering(file.lane);
     let mut gatherer = PageGatherer::new(&options);
     let block = file.known_block(u64::from(pages.start) / MAP_BLOCK_PAGES, context);
+    let size = file.known(context).map_or(0, |known| known.size);
     let (mut sent, mut damaged) = (sent.peekable(), Vec::new());
     for page in pages {
         let first = (u64::from(page) % MAP_BLOCK_PAGES) as u32;
@@ -163,9 +164,11 @@ fn put_together<'a>(
                 damaged.extend(context.damaged(&file.file, u64::from(page) * PAGE_SIZE, raw));
             }
             None if page < kept_below => {
-                let kept =
-                    known.and_then(|known| known.page(0)).or_else(|| file.page_in_chunk(page, context));
-                if kept.is_none() && file.had_page(page, context) {
+                let known = known.and_then(|known| known.page(0));
+                let known = known.or_else(|| file.page_in_chunk(page, context));
+                // Half a page was read while it was written.
+                let kept = known.filter(|_| u64::from(page) < size / PAGE_SIZE);
+                if kept.is_none() && u64::from(page) < size.div_ceil(PAGE_SIZE) {
                     return Err(StreamError::NotKnown { path: file.file.path.to_string() }.into());
                 }
                 gatherer.push_unread(kept);
@@ -205,11 +208,6 @@ impl LargeReceived {
     /// Returns what is known of the file.
     fn known(&self, context: &WorkContext) -> Option<Arc<KnownFile>> {
         self.known.file(&self.file.path, context.parent.as_deref())
-    }
-
-    /// Tells whether the file had this page.
-    fn had_page(&self, page: u32, context: &WorkContext) -> bool {
-        self.known(context).is_some_and(|known| u64::from(page) < known.size.div_ceil(PAGE_SIZE))
     }
 
     /// Returns where a page stands of a file that shares a chunk with others, if it stands where one can be named. Its
