@@ -18,7 +18,7 @@ use crate::support::{
 };
 
 /// A site whose servers send their files; a data directory that is named in vain shows that none is read.
-fn site(sql: &Sql) -> Site {
+pub fn site(sql: &Sql) -> Site {
     let nowhere = Path::new("/nonexistent/data");
     Site::of(sql, nowhere).unencrypted().key("backup_source = \"replication\"")
 }
