@@ -22,6 +22,12 @@ const NAME: &str = "started";
 
 /// Their names take more than the half MiB up to which a manifest is fetched whole.
 const MANY_FILES: u64 = 12_000;
+/// Beside the index: the start-up set, and what the server reads beyond it.
+const PACK_REQUESTS_MAX: usize = 12;
+/// Lists of basebackups and of WAL to choose from, and the WAL that tells where recovery may end.
+const CREATE_REST_MAX: usize = 16;
+/// Segments for recovery, with the questions it asks in vain at their end.
+const START_REST_MAX: usize = 16;
 
 /// A site whose clones reach their store over a line.
 struct Scene {
