@@ -163,8 +163,8 @@ pub fn plan_summaries(available: &[WalSpan], spans: &[WalSpan]) -> Result<Vec<Wa
             }
         }
         if covered < span.to {
-            // Summaries are written in the order of the WAL: where there is one of a later timeline, no more come of this
-            // one. Right behind a promotion its last one may still be to come.
+            // Summaries are written in the order of the WAL: where there is one of a later timeline, no more come of
+            // this one. Right behind a promotion its last one may still be to come.
             let later = &spans[n + 1..];
             let is_past =
                 available.iter().any(|summary| later.iter().any(|it| it.timeline == summary.timeline));

@@ -362,7 +362,7 @@ impl Server {
         work
     }
 
-    /// Restores each basebackup, replays the log behind its START, and holds it against what the server held at its end.
+    /// Restores each basebackup, replays the log behind its START, and compares with what the server held at its end.
     async fn assert_all_recover(&self) {
         for basis in &self.taken {
             let (_, files) = self.host.restored(basis.id).await;
@@ -510,8 +510,7 @@ async fn with_summaries_only_the_file_is_read_whose_page_was_logged() {
         }
         server.happen(&Change::Page { relation: 2, at: 13, seed: 77, is_flushed: false });
         let work = server.back_up(&quiet(is_hinted)).await;
-        // All files but those of the map and of no relation, and of the third segment no byte was touched; or the second
-        // segment alone.
+        // All files but the map's, those of no relation, and the third segment; or the second segment alone.
         let touched = if is_hinted { SEGMENT_PAGES } else { 2 + 11 + 2 * SEGMENT_PAGES + 14 };
         assert_eq!(work.bytes_read, (touched * PAGE) as u64, "summaries: {is_hinted}");
         server.assert_all_recover().await;
