@@ -23,11 +23,11 @@ const NAME: &str = "started";
 /// Their names take more than the half MiB up to which a manifest is fetched whole.
 const MANY_FILES: u64 = 12_000;
 /// Beside the index: the start-up set, and what the server reads beyond it.
-const PACK_REQUESTS_MAX: usize = 12;
-/// Lists of basebackups and of WAL to choose from, and the WAL that tells where recovery may end.
-const CREATE_REST_MAX: usize = 16;
-/// Segments for recovery, with the questions it asks in vain at their end.
-const START_REST_MAX: usize = 16;
+const PACK_REQUESTS_MAX: usize = 6;
+/// Six lists of basebackups and of WAL to choose from, the WAL that tells where recovery may end, and `site.json`: ten.
+const CREATE_REST_MAX: usize = 12;
+/// Segments for recovery, the histories it asks for in vain, and `site.json`: eight.
+const START_REST_MAX: usize = 12;
 
 /// A site whose clones reach their store over a line.
 struct Scene {
@@ -154,9 +154,10 @@ fn kind_of(head: &str) -> String {
     }
     let parts: Vec<&str> = path.split('/').collect();
     let below = |folder: &str| parts.iter().position(|part| *part == folder).map(|at| &parts[at + 1..]);
-    let kind = match (below("basebackups"), below("clusters")) {
-        (Some([_id, kind, ..]), _) => kind,
-        (None, Some([_cluster, kind, ..])) => kind,
+    let kind = match (below("basebackups"), below("clusters"), below("pins")) {
+        (Some([_id, kind, ..]), ..) => kind,
+        (None, Some([_cluster, kind, ..]), _) => kind,
+        (.., Some(_)) => "pins",
         _ => parts.last().unwrap(),
     };
     format!("{method} {kind}")
@@ -189,9 +190,11 @@ fn a_clones_first_start_asks_once_for_each_part_of_the_index_it_needs() {
     scene.assert_right("the start that was counted");
     eprintln!("create: {of_create:?}, start: {of_start:?}");
 
-    // The record to choose by; of the manifest the beginning alone, for the tablespaces; the packs are nothing to it.
-    let expected = [("backup.json", 1), ("expired", 1), ("manifest", 1), ("refs", 0)];
+    // The record to choose by; whether it is expired is asked again once a pin is there, against who sweeps meanwhile. Of
+    // the manifest the beginning alone, for the tablespaces; the packs are nothing to it.
+    let expected = [("backup.json", 1), ("expired", 2), ("manifest", 1), ("refs", 0)];
     assert_eq!(take_index(&mut of_create), expected);
+    assert_eq!(of_create.remove("PUT pins"), Some(1));
     // The same beginning, and the file table in one piece, however many blocks it has.
     let expected = [("backup.json", 1), ("expired", 1), ("manifest", 2), ("refs", 1)];
     assert_eq!(take_index(&mut of_start), expected);
