@@ -5,7 +5,6 @@
 
 mod golden;
 mod golden_forms;
-mod golden_resumed;
 mod golden_writer;
 #[path = "../support/mod.rs"]
 mod support;
