@@ -81,8 +81,8 @@ impl Hints {
 
     /// Has them say what a test wants.
     #[cfg(test)]
-    pub(super) fn of(changed: ChangedBlocks) -> Self {
-        Self { changed, segment_pages: 131_072 }
+    pub(super) fn of(changed: ChangedBlocks, segment_pages: u32) -> Self {
+        Self { changed, segment_pages }
     }
 
     /// Returns whether every page of `file` is as it is `known`.
@@ -102,7 +102,7 @@ impl Hints {
 ///
 /// A standby may begin behind the stop of one that was taken from its primary. The pages of that may be newer than the
 /// point at which this one is consistent, and nothing would replay them back.
-fn reaches_behind(stop: Lsn, start: Lsn) -> bool {
+pub(super) fn reaches_behind(stop: Lsn, start: Lsn) -> bool {
     stop <= start
 }
 
@@ -135,7 +135,7 @@ mod tests {
         change(16_386, 1, false);
         change(16_387, 1, true);
         change(16_388, 2, false);
-        let hints = Hints::of(changed);
+        let hints = Hints::of(changed, 131_072);
         let file = |path: &str, size: u64| SourceFile {
             path: TreePath::new(path).unwrap(),
             root: 0,

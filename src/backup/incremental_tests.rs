@@ -3,6 +3,9 @@
 //! Files come from memory with inodes and ctimes as a file system gives them, the state stands in a folder, the
 //! repository in memory. The model knows which pages differ from those of the parent.
 
+mod hinted;
+mod many_files;
+
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::mem::ManuallyDrop;
@@ -27,6 +30,7 @@ use crate::backup::read_small::INLINE_BYTES;
 use crate::backup::reading::{Reading, plan_reading};
 use crate::backup::server_record::empty_record;
 use crate::backup::site_state::{Begun, SiteState};
+use crate::backup::state::{State, StateFolder};
 use crate::backup::tests::{MemorySource, bytes};
 use crate::clock::{Clock, ManualClock};
 use crate::codec::{
@@ -48,6 +52,8 @@ use crate::storage::{MemoryStore, Store};
 
 const PAGE: usize = PAGE_SIZE as usize;
 const BUDGET: Budget = Budget { jobs: 6, uploads: 2 };
+/// What a basebackup itself adds.
+const MANIFEST: &str = "data/backup_manifest";
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// A host with a server's files and a state folder, and the repository it writes to.
@@ -79,6 +85,15 @@ pub(super) struct Taken {
     pub(super) start_set_again: bool,
     /// How often others had their turn while files were copied.
     turns: u64,
+}
+
+/// A basebackup that has begun and has read nothing yet.
+struct Announced {
+    states: SiteState,
+    begun: Begun,
+    today: Today,
+    writer: Arc<BasebackupWriter>,
+    at: Timestamp,
 }
 
 /// A basebackup whose files have been read.
@@ -139,6 +154,12 @@ impl Host {
 
     /// Begins a basebackup and copies the files.
     async fn copied(&mut self, full: bool) -> Result<Copied, Error> {
+        let announced = self.announced(full).await?;
+        self.copied_from(announced).await
+    }
+
+    /// Begins a basebackup an hour later.
+    async fn announced(&mut self, full: bool) -> Result<Announced, Error> {
         self.clock.advance(HOUR);
         let at = self.clock.now();
         let states = SiteState::take(&self.repository, Ok(self.states.path())).await?;
@@ -154,7 +175,12 @@ impl Host {
             pid: 1,
         };
         let (writer, begun) = states.begin(&self.repository, begin, prepared).await?;
-        let writer = Arc::new(writer);
+        Ok(Announced { states, begun, today, writer: Arc::new(writer), at })
+    }
+
+    /// Copies the files as they are now.
+    async fn copied_from(&self, announced: Announced) -> Result<Copied, Error> {
+        let Announced { states, begun, today, writer, at } = announced;
         let compression = Compression::zstd(1);
         let mut packer = Packer::new(writer.clone(), compression, BUDGET.uploads)
             .remembering(states.writer(writer.id()).await.unwrap());
@@ -204,10 +230,16 @@ impl Host {
     /// Takes a basebackup; `saved`: its state is kept.
     async fn try_back_up(&mut self, full: bool, saved: bool) -> Result<&Taken, Error> {
         let copied = self.copied(full).await?;
+        self.completed(copied, saved).await
+    }
+
+    /// Stores what is left of a basebackup and commits it; `saved`: its state is kept.
+    async fn completed(&mut self, copied: Copied, saved: bool) -> Result<&Taken, Error> {
         let Copied { states, begun, today, writer, packer, at, start_set_again, turns } = copied;
         let compression = Compression::zstd(1);
         let Stored { packed, named, state } = packer.finish().await?;
-        for (entry, crc) in packed.entries.iter().zip(&packed.checksums).filter(|_| !self.forged) {
+        let copied = packed.entries.iter().zip(&packed.checksums).filter(|_| !self.forged);
+        for (entry, crc) in copied.filter(|(entry, _)| entry.path.to_string() != MANIFEST) {
             assert_eq!(*crc, Some(Crc32c::of(&self.files[&entry.path.to_string()])), "{}", entry.path);
         }
         let mut work = packed.work;
@@ -241,6 +273,21 @@ impl Host {
         Ok(self.taken.last().unwrap())
     }
 
+    /// Reads every file of a basebackup back.
+    async fn restored(&self, id: BasebackupId) -> (FileReader, BTreeMap<String, Vec<u8>>) {
+        let basebackup = Basebackup::open(&self.repository, id).await.unwrap();
+        let reader = FileReader::new(Arc::new(basebackup), 4 << 20);
+        let mut found = BTreeMap::new();
+        for n in 0..reader.basebackup().block_count() {
+            for entry in reader.basebackup().block(n).await.unwrap().iter() {
+                let raw = reader.read(entry, 0..entry.size()).await.unwrap();
+                let twice = found.insert(entry.path.to_string(), raw.to_vec());
+                assert!(twice.is_none(), "{} is there twice", entry.path);
+            }
+        }
+        (reader, found)
+    }
+
     /// Restores a basebackup and holds it against what it was taken of.
     pub(super) async fn assert_restores(&self, taken: &Taken) {
         self.assert_holds(taken.record.id, &taken.files).await;
@@ -248,15 +295,7 @@ impl Host {
 
     /// Restores a basebackup and holds it against these files.
     pub(super) async fn assert_holds(&self, id: BasebackupId, files: &BTreeMap<String, Vec<u8>>) {
-        let basebackup = Basebackup::open(&self.repository, id).await.unwrap();
-        let reader = FileReader::new(Arc::new(basebackup), 4 << 20);
-        let mut found = BTreeMap::new();
-        for n in 0..reader.basebackup().block_count() {
-            for entry in reader.basebackup().block(n).await.unwrap().iter() {
-                let raw = reader.read(entry, 0..entry.size()).await.unwrap();
-                found.insert(entry.path.to_string(), raw.to_vec());
-            }
-        }
+        let (reader, found) = self.restored(id).await;
         let differing: Vec<&String> =
             files.keys().filter(|path| found.get(*path) != files.get(*path)).collect();
         assert!(differing.is_empty(), "basebackup {id}: {differing:?} are not what was read");
@@ -268,6 +307,12 @@ impl Host {
         for taken in &self.taken {
             self.assert_restores(taken).await;
         }
+    }
+
+    /// Opens what is remembered of the last basebackup.
+    fn state(&self) -> State {
+        let folder = self.states.path().join(self.repository.site().to_string());
+        StateFolder::new(folder).open().unwrap().expect("a basebackup is remembered")
     }
 
     /// Returns where the content of a file stands.
@@ -462,6 +507,34 @@ async fn a_change_of_one_page_stores_one_page_and_reads_one_file() {
     host.assert_all_restore().await;
 }
 
+/// Who can write rows cannot learn the key from one full basebackup and use it behind the next one.
+#[tokio::test]
+async fn each_full_basebackup_draws_a_key_for_its_hashes_and_an_incremental_one_keeps_it() {
+    let mut host = Host::new().await;
+    a_host_of_a_few_files(&mut host);
+    let path = TreePath::new("data/base/5/1249").unwrap();
+    let mut of_last = async |full: bool| {
+        let is_incremental = host.try_back_up(full, true).await.unwrap().decision.parent().is_some();
+        assert_eq!(is_incremental, !full);
+        let state = host.state();
+        let known = state.find(&path).unwrap().unwrap();
+        (state.facts().hash_key.clone(), state.block(&known, 0).unwrap().hashes)
+    };
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let full = of_last(true).await;
+        // The file is as it always was: what differs is the key.
+        assert!(seen.iter().all(|(key, hashes)| *key != full.0 && *hashes != full.1), "drawn before");
+        for _ in 0..2 {
+            assert!(
+                of_last(false).await == full,
+                "an incremental one has the key and the hashes of its parent"
+            );
+        }
+        seen.push(full);
+    }
+}
+
 #[tokio::test]
 async fn a_forged_ctime_is_caught_by_the_seventh_basebackup() {
     let mut host = Host::new().await;
@@ -501,7 +574,7 @@ async fn what_the_wal_vouched_for_is_not_taken_for_what_was_read() {
             }
         }
         host.forged = true;
-        host.hints = Some(Hints::of(ChangedBlocks::default()));
+        host.hints = Some(Hints::of(ChangedBlocks::default(), 131_072));
         let vouched = host.back_up().await.work;
         assert_eq!((vouched.pages_changed, vouched.bytes_read), (0, 0), "late: {late}");
         host.hints = None;
@@ -836,6 +909,8 @@ async fn a_full_one_that_was_killed_is_gone_on_with() {
     let taken = host.back_up().await;
     let expected = Incremental { parent: killed, read_all: true, resumes: true };
     assert_eq!(taken.decision, Decision::Incremental(expected));
+    // Who reads the format finds a parent without outcome, so there is nothing to pin.
+    assert_eq!((taken.record.parent, taken.record.parent_digest), (Some(killed), None));
     // Everything is read, and what the store has is not stored again.
     assert_eq!(taken.work.bytes_read, 120_000_003);
     assert!(taken.work.chunks_reused > 300, "{:?}", taken.work);

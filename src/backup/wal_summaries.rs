@@ -159,7 +159,7 @@ fn unless_refused(read: Result<Summaries, Failure>) -> Result<Summaries, Error> 
 /// Decides which of the summaries that are there cover the spans, or where the first gap is.
 pub fn plan_summaries(available: &[WalSpan], spans: &[WalSpan]) -> Result<Vec<WalSpan>, NoSummaries> {
     let mut chosen = Vec::new();
-    for span in spans {
+    for (n, span) in spans.iter().enumerate() {
         let of_timeline = available.iter().filter(|summary| summary.timeline == span.timeline);
         let mut overlapping: Vec<&WalSpan> =
             of_timeline.filter(|summary| summary.to > span.from && summary.from < span.to).collect();
@@ -175,13 +175,16 @@ pub fn plan_summaries(available: &[WalSpan], spans: &[WalSpan]) -> Result<Vec<Wa
             }
         }
         if covered < span.to {
-            // The timeline was left long ago, or the next summary is still to come.
-            let is_last = spans.last() == Some(span);
+            // Summaries are written in the order of the WAL: where there is one of a later timeline, no more come of
+            // this one. Right behind a promotion its last one may still be to come.
+            let later = &spans[n + 1..];
+            let is_past =
+                available.iter().any(|summary| later.iter().any(|it| it.timeline == summary.timeline));
             let (timeline, at) = (span.timeline, covered);
-            return Err(if is_last {
-                NoSummaries::Behind { timeline, at }
-            } else {
+            return Err(if is_past {
                 NoSummaries::Gap { timeline, at }
+            } else {
+                NoSummaries::Behind { timeline, at }
             });
         }
     }
@@ -345,6 +348,9 @@ mod tests {
         assert_eq!(plan(&[span(1, 100, 500), span(2, 500, 600)]), Err(gap(1, 400)));
         let behind = NoSummaries::Behind { timeline: tli(2), at: Lsn(350) };
         assert_eq!(plan(&[span(1, 100, 250), span(2, 250, 360)]), Err(behind));
+        // Promoted a moment ago: the summaries of the timeline that it left have not all come, nor any of the next one.
+        let behind = NoSummaries::Behind { timeline: tli(1), at: Lsn(400) };
+        assert_eq!(plan(&[span(1, 100, 450), span(3, 450, 500)]), Err(behind));
         let hole = [span(1, 100, 200), span(1, 201, 300)];
         assert_eq!(plan_summaries(&hole, &[span(1, 100, 300)]), Err(gap(1, 200)));
         // Summaries that overlap, as after a crash of the summarizer, and one within another.

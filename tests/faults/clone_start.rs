@@ -4,9 +4,13 @@
 //! The repository's folder is reached through an S3 server and a line, so that the whole of `walden clone start` runs:
 //! the command, the supervisor, the mount, PostgreSQL's recovery and its `restore_command`.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
+use walden::codec::Digest;
 
 use crate::site::Faulted;
 use crate::support::{Fault, Need, Proxy, Run, S3, Site, Sql, Walden, mounts_below, require, s3_storage};
@@ -15,6 +19,15 @@ use crate::support::{Fault, Need, Proxy, Run, S3, Site, Sql, Walden, mounts_belo
 const REQUESTS_MAX: usize = 100;
 
 const NAME: &str = "started";
+
+/// Their names take more than the half MiB up to which a manifest is fetched whole.
+const MANY_FILES: u64 = 12_000;
+/// Beside the index: the start-up set, and what the server reads beyond it.
+const PACK_REQUESTS_MAX: usize = 6;
+/// Six lists of basebackups and of WAL to choose from, the WAL that tells where recovery may end, and `site.json`: ten.
+const CREATE_REST_MAX: usize = 12;
+/// Segments for recovery, the histories it asks for in vain, and `site.json`: eight.
+const START_REST_MAX: usize = 12;
 
 /// A site whose clones reach their store over a line.
 struct Scene {
@@ -31,7 +44,11 @@ const CONTENT: &str = "select count(*) || ' ' || sum(hashtext(text)) from kept";
 
 impl Scene {
     fn new() -> Self {
-        let site = Faulted::start(|_, site| site);
+        Self::of(Faulted::start(|_, site| site))
+    }
+
+    /// Takes a basebackup of what is there, and goes on.
+    fn of(site: Faulted) -> Self {
         site.archive();
         site.walden.run(&["backup"]);
         site.sql("delete from kept where n % 3 = 0");
@@ -113,6 +130,82 @@ fn a_clones_first_start_survives_a_broken_answer_at_every_request() {
         let (requests, failures) = scene.go_through(&fault);
         assert!(requests >= 8, "{fault:?}: {requests} requests");
         assert_eq!(failures, 0, "{fault:?}: {failures} of {requests} starts failed");
+    }
+}
+
+/// Files whose names do not compress, so many that the file table is not fetched with the beginning of the manifest.
+fn make_many_files(site: &Faulted) {
+    let folder = site.data_directory().join("many");
+    fs::create_dir(&folder).unwrap();
+    for n in 0..MANY_FILES {
+        let [one, two] = [n, !n].map(|n| hex::encode(Digest::of(&n.to_le_bytes()).as_bytes()));
+        fs::write(folder.join(one + &two), "").unwrap();
+    }
+    Run::of(Command::new("chown").args(["-R", "postgres:"]).arg(&folder), "").expect_success();
+}
+
+/// Says what a request is about: its method and the kind of object, or that it lists.
+fn kind_of(head: &str) -> String {
+    let mut words = head.split(' ');
+    let (method, target) = (words.next().unwrap(), words.next().unwrap());
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    if query.contains("list-type") {
+        return format!("{method} list");
+    }
+    let parts: Vec<&str> = path.split('/').collect();
+    let below = |folder: &str| parts.iter().position(|part| *part == folder).map(|at| &parts[at + 1..]);
+    let kind = match (below("basebackups"), below("clusters"), below("pins")) {
+        (Some([_id, kind, ..]), ..) => kind,
+        (None, Some([_cluster, kind, ..]), _) => kind,
+        (.., Some(_)) => "pins",
+        _ => parts.last().unwrap(),
+    };
+    format!("{method} {kind}")
+}
+
+fn counted(heads: &[String]) -> BTreeMap<String, usize> {
+    let mut counted = BTreeMap::new();
+    heads.iter().for_each(|head| *counted.entry(kind_of(head)).or_default() += 1);
+    counted
+}
+
+/// Takes the parts of a basebackup's index out of what was counted, as those who expect them write them.
+fn take_index(counted: &mut BTreeMap<String, usize>) -> Vec<(&'static str, usize)> {
+    let parts = ["backup.json", "expired", "manifest", "refs"];
+    parts.into_iter().map(|part| (part, counted.remove(&format!("GET {part}")).unwrap_or_default())).collect()
+}
+
+/// Before the first query a store far away is asked for nothing twice: each request is a round trip.
+#[test]
+fn a_clones_first_start_asks_once_for_each_part_of_the_index_it_needs() {
+    require!(Need::PostgreSQL(15), Need::Fuse);
+    let site = Faulted::start(|_, site| site);
+    make_many_files(&site);
+    let scene = Scene::of(site);
+    scene.line.take_requests();
+    scene.walden.run(&["clone", "create", NAME, "--no-start", "--no-hydrate"]);
+    let mut of_create = counted(&scene.line.take_requests());
+    scene.walden.run(&["clone", "start", NAME]);
+    let mut of_start = counted(&scene.line.take_requests());
+    scene.assert_right("the start that was counted");
+    eprintln!("create: {of_create:?}, start: {of_start:?}");
+
+    // The record to choose by; whether it is expired is asked again once a pin is there, against who sweeps meanwhile. Of
+    // the manifest the beginning alone, for the tablespaces; the packs are nothing to it.
+    let expected = [("backup.json", 1), ("expired", 2), ("manifest", 1), ("refs", 0)];
+    assert_eq!(take_index(&mut of_create), expected);
+    assert_eq!(of_create.remove("PUT pins"), Some(1));
+    // The same beginning, and the file table in one piece, however many blocks it has.
+    let expected = [("backup.json", 1), ("expired", 1), ("manifest", 2), ("refs", 1)];
+    assert_eq!(take_index(&mut of_start), expected);
+    // The start-up set, and pages that the server reads beyond it.
+    let packs = of_start.remove("GET packs").unwrap_or_default();
+    assert!((1..=PACK_REQUESTS_MAX).contains(&packs), "{packs} requests for packs");
+    assert_eq!(of_create.remove("GET packs"), None);
+    for (what, rest, most) in [("create", of_create, CREATE_REST_MAX), ("start", of_start, START_REST_MAX)] {
+        let count: usize = rest.values().sum();
+        assert!(count <= most, "{what} made {count} further requests, not {most}: {rest:?}");
+        assert!(rest.keys().all(|kind| kind.starts_with("GET ")), "{what} wrote: {rest:?}");
     }
 }
 

@@ -8,6 +8,7 @@ mod backup;
 mod by_replication;
 mod incremental;
 mod isolation;
+mod promoted;
 mod received_changes;
 mod replication;
 mod session;

@@ -17,12 +17,12 @@ fn summarizing() -> (Cluster, Walden) {
     (cluster, walden)
 }
 
-fn number(outcome: &Value, name: &str) -> u64 {
+pub fn number(outcome: &Value, name: &str) -> u64 {
     outcome[name].as_u64().unwrap_or_else(|| panic!("{name}: {outcome}"))
 }
 
 /// Whether less came from the server than the database has.
-fn came_in_parts(outcome: &Value) -> bool {
+pub fn came_in_parts(outcome: &Value) -> bool {
     number(outcome, "received_bytes") * 2 < number(outcome, "database_bytes")
 }
 

@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -286,7 +285,7 @@ async fn receive(
     };
     let completion = Completion { record, content, named, compression };
     let committed = Arc::into_inner(writer).unwrap().finish_pinned(completion).await?;
-    states.save(state, &begun, &today, &committed, PathBuf::from("/data")).await;
+    states.save(state, &begun, &today, &committed).await;
     Ok(committed.record.id)
 }
 
