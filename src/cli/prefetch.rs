@@ -23,6 +23,8 @@ use bytes::Bytes;
 use clap::Args;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use nix::sched::{sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::codec::Hasher;
@@ -179,6 +181,7 @@ impl Place {
     fn try_start(&self, context: &Context, after: ArchiveFileName) -> Result<(), CommandError> {
         let log = detached::open_log(&detached::log_file(context, LOG)?)?;
         close_to_children();
+        self.go_where_the_server_may();
         let mut command: Command = detached::command(context)?;
         command.args(["internal", "prefetch"]).arg(&self.data_directory).arg(after.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
@@ -192,6 +195,16 @@ impl Place {
             thread::sleep(START_STEP);
         }
         Ok(())
+    }
+
+    /// Has the prefetcher, which inherits it, run wherever the server may: replay, which runs this, may be kept on one processor.
+    fn go_where_the_server_may(&self) {
+        if let Run::Server { pid, .. } = self.run {
+            let everywhere = sched_getaffinity(Pid::from_raw(pid));
+            if let Err(errno) = everywhere.and_then(|all| sched_setaffinity(Pid::from_raw(0), &all)) {
+                tracing::debug!("the prefetcher stays where this process may run: {errno}");
+            }
+        }
     }
 
     /// Tells whether the data directory, its server and the socket are still those it was started for.

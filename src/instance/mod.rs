@@ -35,6 +35,7 @@ mod places;
 mod postmaster;
 mod prepare;
 pub mod programs;
+mod replay_processor;
 mod requests;
 pub mod server;
 mod store_wait;

@@ -11,6 +11,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 
 use crate::instance::launch::Launch;
+use crate::instance::replay_processor::ReplayProcessor;
 use crate::instance::server::{ServerError, StopMode};
 
 /// A postmaster that was started here.
@@ -18,6 +19,7 @@ use crate::instance::server::{ServerError, StopMode};
 pub(super) struct Postmaster {
     child: Child,
     pid: Pid,
+    _replay: ReplayProcessor,
 }
 
 impl Postmaster {
@@ -37,7 +39,8 @@ impl Postmaster {
         }
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
         let pid = pid.ok_or_else(|| ServerError::Spawn(io::Error::other("it ended at once")))?;
-        Ok(Self { child, pid: Pid::from_raw(pid) })
+        let pid = Pid::from_raw(pid);
+        Ok(Self { child, pid, _replay: ReplayProcessor::watch(pid) })
     }
 
     /// Returns its process id.

@@ -44,5 +44,6 @@ pub mod holders;
 mod listing;
 mod single_flight;
 
+pub(crate) use fuse::ANSWERING_THREADS;
 pub use mounting::{MountError, MountOptions, Mounted, mount, unmount};
 pub use tree::Tree;

@@ -22,6 +22,9 @@ use crate::mount::tree::Tree;
 /// Threads that read requests: more than two gain nothing, since whatever waits is handed to tokio.
 const DISPATCHERS: usize = 2;
 
+/// What the names of the threads that answer requests begin with: fuser numbers them.
+pub(crate) const ANSWERING_THREADS: &str = "fuser-";
+
 /// A mount's loop: it answers requests until the file system is unmounted.
 #[derive(Debug)]
 pub(crate) struct Loop {
