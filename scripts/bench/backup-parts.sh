@@ -157,7 +157,8 @@ part_tps() {
 
 end_pgbench() {
     [ -n "$pgbench" ] || return 0
-    kill -INT "$(pgrep -P $pgbench pgbench || echo $pgbench)" 2>/dev/null || true
+    # A job of a script takes no SIGINT.
+    kill -TERM "$(pgrep -P $pgbench pgbench || echo $pgbench)" 2>/dev/null || true
     wait $pgbench || true
     pgbench=''
 }

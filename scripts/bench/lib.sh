@@ -284,14 +284,20 @@ archive_to() {
     mv "$folder/archives.new" "$folder/archives"
 }
 
+# Removes an archive that a busy server's archiver may still be writing to: out of its way first.
+clear_away() {
+    [ ! -e "$1" ] || mv "$1" "$1.old-$EPOCHREALTIME"
+    rm -rf "$1".old-* || { sleep 1; rm -rf "$1".old-*; }
+}
+
 # Starts an archive of its own from nothing for each program and place, and sends WAL there.
 fresh_archives() {
     local to
     rm -f "$folder/archives"
     for to in "$@"; do
         case $to in
-            walden-local) rm -rf "$folder/repository"; install -d -o postgres -g postgres "$folder/repository" ;;
-            peer-local) rm -rf "$folder/peer"; install -d -o postgres -g postgres "$folder/peer"; peer local stanza-create ;;
+            walden-local) clear_away "$folder/repository"; install -d -o postgres -g postgres "$folder/repository" ;;
+            peer-local) clear_away "$folder/peer"; install -d -o postgres -g postgres "$folder/peer"; peer local stanza-create ;;
             walden-*) store_says DELETE objects/bench/walden/ ;;
             peer-*) store_says DELETE objects/bench/peer/; peer near stanza-create ;;
         esac
