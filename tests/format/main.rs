@@ -5,6 +5,7 @@
 
 mod golden;
 mod golden_forms;
+mod golden_resumed;
 mod golden_writer;
 #[path = "../support/mod.rs"]
 mod support;
