@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::clock::{Clock, SystemClock};
 use crate::mount;
 
 /// Watches a postmaster until it is dropped.
@@ -146,12 +147,12 @@ impl Watch {
 
 impl Replay {
     fn new(pid: Pid) -> Self {
-        Self { pid, at: Instant::now(), usage: usage(pid).unwrap_or_default(), processor: None }
+        Self { pid, at: SystemClock.monotonic(), usage: usage(pid).unwrap_or_default(), processor: None }
     }
 
     /// Returns what of the time since the last look it ran, and what of it waited for a processor.
     fn share_since_last_look(&mut self) -> Share {
-        let (now, usage) = (Instant::now(), usage(self.pid).unwrap_or(self.usage));
+        let (now, usage) = (SystemClock.monotonic(), usage(self.pid).unwrap_or(self.usage));
         let passed = now.duration_since(self.at).as_secs_f64().max(f64::EPSILON);
         let of_time = |now: Duration, then: Duration| now.saturating_sub(then).as_secs_f64() / passed;
         let share = Share {
