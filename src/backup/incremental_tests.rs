@@ -22,7 +22,7 @@ use crate::backup::changed_blocks::ChangedBlocks;
 use crate::backup::data_directory::FileIdentity;
 use crate::backup::error::Error;
 use crate::backup::hints::Hints;
-use crate::backup::packer::{Packer, Stored, WorkDone};
+use crate::backup::packer::{Packed, Packer, Stored, WorkDone};
 use crate::backup::pipeline::{Budget, CopySource, copy};
 use crate::backup::plan::{PlanOptions, SMALL_FILE_BYTES};
 use crate::backup::read_pages::JobContext;
@@ -41,7 +41,7 @@ use crate::monitor::{Monitor, RecordingMonitor, Task};
 use crate::pg::{Crc32c, Lsn, TimelineId};
 use crate::repo::{
     Basebackup, BasebackupId, BasebackupWriter, BeginOptions, Completion, FileReader, Keyring,
-    KeyringOptions, Repository,
+    KeyringOptions, NamedChunks, Repository,
     documents::BackupRecord,
     entry::{Content, Node, TreePath},
     manifest::ManifestContent,
@@ -244,15 +244,7 @@ impl Host {
         }
         let mut work = packed.work;
         work.chunks_reused = named.chunks_not_of(writer.id());
-        let mut record =
-            empty_record(writer.id(), today.cluster, today.timeline, (Lsn(0x0200_0028), Lsn(0x0200_0100)));
-        record.size = packed.size;
-        let content = ManifestContent {
-            entries: packed.entries,
-            start_set: packed.start_set,
-            ..ManifestContent::default()
-        };
-        let completion = Completion { record, content, named, compression };
+        let completion = completion_of(packed, named, &writer, &today, compression);
         let committed = Arc::into_inner(writer).unwrap().finish_pinned(completion).await?;
         if saved {
             states.save(state, &begun, &today, &committed).await;
@@ -322,6 +314,25 @@ impl Host {
         let Node::File { content, .. } = entry.node else { panic!("{path} is a file") };
         content
     }
+}
+
+/// What a basebackup of these files is committed with: as if the server had written a little WAL meanwhile.
+pub(super) fn completion_of(
+    packed: Packed,
+    named: NamedChunks,
+    writer: &BasebackupWriter,
+    today: &Today,
+    compression: Compression,
+) -> Completion {
+    let wal = (Lsn(0x0200_0028), Lsn(0x0200_0100));
+    let mut record = empty_record(writer.id(), today.cluster, today.timeline, wal);
+    record.size = packed.size;
+    let content = ManifestContent {
+        entries: packed.entries,
+        start_set: packed.start_set,
+        ..ManifestContent::default()
+    };
+    Completion { record, content, named, compression }
 }
 
 /// How many pages of a basebackup are not as they were in its parent, by the rules of where files stand.

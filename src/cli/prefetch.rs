@@ -92,8 +92,8 @@ pub(super) enum Asked {
 const FOLDER: &str = "fetch";
 /// The log of all of them, below the state folder.
 const LOG: &str = "prefetch";
-/// Eight segments of 16 MiB: one that is handed out and seven to come, some of them still on their way. With nine the process
-/// had 306 MiB on a fast store (`scripts/bench/wal 200`), where 300 are what it may have.
+/// Eight segments of 16 MiB: one that is handed out and seven to come, some of them still on their way. With nine the
+/// process had 306 MiB on a fast store (`scripts/bench/wal 200`), where 300 are what it may have.
 const CACHE_BYTES: usize = 128 << 20;
 /// Larger segments are not worth the memory: reading one takes longer than opening the repository.
 const SEGMENT_BYTES_MAX: u64 = 64 << 20;
@@ -101,7 +101,8 @@ const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 const LINGER: Duration = Duration::from_secs(60);
 /// How often it looks whether it is still of use.
 const TICK: Duration = Duration::from_secs(1);
-/// How long a fetch that starts it waits until it listens, which takes it some milliseconds; it ends at once where it cannot.
+/// How long a fetch that starts it waits until it listens, which takes it some milliseconds; it ends at once where it
+/// cannot.
 const START_WAIT: Duration = Duration::from_millis(100);
 /// How often that is looked at.
 const START_STEP: Duration = Duration::from_millis(1);
@@ -197,7 +198,8 @@ impl Place {
         Ok(())
     }
 
-    /// Has the prefetcher, which inherits it, run wherever the server may: replay, which runs this, may be kept on one processor.
+    /// Has the prefetcher, which inherits it, run wherever the server may: replay, which runs this fetch, may be
+    /// kept on one processor.
     fn go_where_the_server_may(&self) {
         if let Run::Server { pid, .. } = self.run {
             let everywhere = sched_getaffinity(Pid::from_raw(pid));

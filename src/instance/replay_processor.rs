@@ -32,9 +32,9 @@ const LOOK: Duration = Duration::from_millis(200);
 const LOOK_FOR_ANOTHER: Duration = Duration::from_secs(2);
 /// The postmaster forks it before it lets anybody in; the logger and others may be older.
 const FIRST_CHILDREN: usize = 8;
-/// Of the time: from here on replay is at work (it takes a third of a processor, and the answers another one), and
-/// from there on down it waits for something else than pages.
+/// Of the time: from here on replay is at work. It takes a third of a processor then, and the answers another one.
 const AT_WORK: f64 = 0.10;
+/// Of the time: from here on down it waits for something else than pages.
 const AT_REST: f64 = 0.02;
 /// Of the time: ready to run, and others do.
 const CROWDED: f64 = 0.25;
@@ -136,9 +136,9 @@ impl Watch {
             for thread in threads().into_iter().map(|(pid, _)| pid) {
                 unless_gone(sched_setaffinity(thread, &everywhere))?;
             }
-            let everywhere = sched_getaffinity(self.postmaster);
-            if let Ok(everywhere) = everywhere {
-                unless_gone(sched_setaffinity(replay.pid, &everywhere))?;
+            // With the postmaster gone, replay is on its way out as well.
+            if let Ok(as_the_server) = sched_getaffinity(self.postmaster) {
+                unless_gone(sched_setaffinity(replay.pid, &as_the_server))?;
             }
         }
         Ok(())

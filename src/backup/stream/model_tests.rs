@@ -15,10 +15,9 @@ use tar::{EntryType, Header};
 use crate::backup::change::Today;
 use crate::backup::changed_blocks::{ChangedBlocks, SummaryEntry};
 use crate::backup::error::Error;
-use crate::backup::incremental_tests::{Host, a_host_of_a_few_files, block_on};
+use crate::backup::incremental_tests::{Host, a_host_of_a_few_files, block_on, completion_of};
 use crate::backup::packer::{Packer, Stored};
 use crate::backup::server_facts::Database;
-use crate::backup::server_record::empty_record;
 use crate::backup::site_state::{Begun, SiteState};
 use crate::backup::stream::changes::Changes;
 use crate::backup::stream::copy::pack;
@@ -37,8 +36,7 @@ use crate::pg::{
 };
 use crate::replication::BaseBackupPart;
 use crate::repo::{
-    BasebackupId, BasebackupWriter, BeginOptions, Completion,
-    manifest::ManifestContent,
+    BasebackupId, BasebackupWriter, BeginOptions,
     page_map::{MAP_BLOCK_PAGES, PAGE_SIZE},
 };
 
@@ -275,15 +273,7 @@ async fn receive(
         let found = &host.files[&entry.path.to_string()];
         assert!(crc.is_none_or(|crc| crc == Crc32c::of(found)), "{}", entry.path);
     }
-    let wal = (Lsn(0x0200_0028), Lsn(0x0200_0100));
-    let mut record = empty_record(writer.id(), today.cluster, today.timeline, wal);
-    record.size = packed.size;
-    let content = ManifestContent {
-        entries: packed.entries,
-        start_set: packed.start_set,
-        ..ManifestContent::default()
-    };
-    let completion = Completion { record, content, named, compression };
+    let completion = completion_of(packed, named, &writer, &today, compression);
     let committed = Arc::into_inner(writer).unwrap().finish_pinned(completion).await?;
     states.save(state, &begun, &today, &committed).await;
     Ok(committed.record.id)
